@@ -1,0 +1,256 @@
+"""Storyworld: generator, tokenizer, arrays and command line."""
+
+import collections
+import json
+import re
+
+import numpy as np
+import pytest
+
+from data_gen import storyworld, storyworld_grammar
+
+FIELD_OF = {value: field for field, values in storyworld.FIELDS.items() for value in values}
+SETTINGS = storyworld.Settings(train=60, validation=20, seed=3, positions=5)
+
+
+@pytest.fixture(scope='module')
+def tokenizer_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp('tokenizer')
+    storyworld.train_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tokenizer_dir):
+    return storyworld.load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture(scope='module')
+def arrays_dir(tokenizer_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp('arrays') / 'storyworld'
+    assert storyworld.write_arrays(out, tokenizer_dir, SETTINGS)
+    return out
+
+
+def _load(folder):
+    return {path.stem: np.load(path) for path in folder.glob('*.npy')}
+
+
+def test_values_are_unique_and_never_template_words():
+    values = [value for field in storyworld.FIELDS.values() for value in field]
+    assert [len(v) for v in storyworld.FIELDS.values()] == [24, 16, 24, 16, 16, 16, 12, 8]
+    assert len({value.lower() for value in values}) == len(values)
+    words = set()
+    for _, template in storyworld_grammar.TEMPLATES:
+        words |= set(re.findall(r'\w+', re.sub(r'\{\w+\}', '', template).lower()))
+    lowered = {value.lower() for value in values}
+    assert not words & lowered
+    assert not {value + 's' for value in lowered} & (words | lowered)
+
+
+def test_stories_depend_on_seed_and_index_only():
+    forward = [storyworld.generate(7, index) for index in range(30)]
+    backward = [storyworld.generate(7, index) for index in reversed(range(30))]
+    assert forward == backward[::-1]
+    assert len({story.text for story in forward}) == 30
+    assert storyworld.generate(8, 0) != forward[0]
+    assert forward[0].text == (
+        'The potter was shy. The potter felt shy. At noon Kira was shy. The shy potter slept '
+        'until noon. What a shy potter, thought Uma. The potter was shy, and Uma sang. Uma and '
+        'Kira sang until noon. Uma wondered why Kira was shy. It was noon, and the potter was '
+        'shy. At noon Uma made some cake. Kira, still shy, held the hammer. The road to the '
+        'bridge made the potter shy. A hammer for some cake, said Uma.'
+    )
+
+
+def test_lengths_balance_and_pace():
+    counts, established, total = collections.Counter(), collections.defaultdict(list), 0
+    for index in range(2000):
+        story = storyworld.generate(1, index)
+        assert 85 <= len(story.words) <= 127 and story.words[0] not in FIELD_OF
+        total += len(story.words)
+        told = set()
+        for at, word in enumerate(story.words):
+            if word in FIELD_OF:
+                assert story.scene[FIELD_OF[word]] == word
+                counts[FIELD_OF[word]] += 1
+                told.add(word)
+            established[at].append(len(told))
+    shares = {field: counts[field] / counts.total() for field in storyworld.FIELDS}
+    assert min(shares.values()) >= 0.07 and max(shares.values()) <= 0.16, shares
+    assert 0.3 <= counts.total() / total <= 0.4
+    assert 5.5 <= np.mean(established[55]) <= 7 and np.mean(established[100]) >= 7.7
+
+
+def test_every_word_is_one_token(tokenizer):
+    ids = storyworld.value_token_ids(tokenizer)
+    flat = [token for field in ids for token in field]
+    assert len(set(flat)) == len(FIELD_OF)
+    assert len(tokenizer) <= storyworld.MAX_VOCAB
+    assert tokenizer.convert_ids_to_tokens(range(9)) == list(storyworld.SPECIAL_TOKENS)
+    assert len(tokenizer.encode(' | | |', add_special_tokens=False)) == 3
+    for index in range(300):
+        story = storyworld.generate(99, index)
+        tokens = tokenizer.encode(story.text)
+        assert tokens[0] == tokenizer.bos_token_id
+        assert [tokenizer.decode([token]).strip() for token in tokens[1:]] == story.words
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        storyworld.generate(0, 0).text,
+        '  two  spaces , and a stop .',
+        'naïve café, 你好 🙂\n\t\u0000',
+        'e\u0301 \u202eabc',
+        ' | Mira fox |',
+        "I'm (not) a <tag>",
+    ],
+)
+def test_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
+def test_chat_template(tokenizer):
+    messages = [
+        {'role': 'system', 'content': 'S'},
+        {'role': 'user', 'content': 'Q'},
+        {'role': 'assistant', 'thinking': 'T', 'content': 'A'},
+        {'role': 'user', 'content': 'R'},
+    ]
+    expected = '<|bos|><|system|>S<|end|><|user|>Q<|end|><|assistant|><|think|>T<|/think|>A<|end|><|user|>R<|end|>'
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == expected + '<|assistant|>'
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert ids == tokenizer.encode(expected, add_special_tokens=False)
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_arrays_have_the_documented_layout(arrays_dir, tokenizer):
+    ids = {}
+    for split, count in (('train', 60), ('validation', 20)):
+        arrays = _load(arrays_dir / split)
+        layout = {stem: (array.dtype.name, array.shape) for stem, array in arrays.items()}
+        assert layout == {
+            'tokens': ('int32', (count, 128)),
+            'lengths': ('int32', (count,)),
+            'doc_id': ('int64', (count,)),
+            'positions': ('int32', (count, 5)),
+            'explanations': ('int32', (count, 5, 12)),
+            'facts': ('int8', (count, 128, 8)),
+        }
+        ids[split] = set(arrays['doc_id'].tolist())
+        assert len(ids[split]) == count
+        for row, length, doc_id in zip(arrays['tokens'], arrays['lengths'], arrays['doc_id'], strict=True):
+            assert row[:length].tolist() == tokenizer.encode(storyworld.generate(3, int(doc_id)).text)
+            assert (row[length:] == tokenizer.pad_token_id).all()
+        meta = json.loads((arrays_dir / split / 'meta.json').read_text())
+        assert (meta['format'], meta['split'], meta['documents']) == ('lens-tokens/1', split, count)
+        assert meta['vocab_size'] == len(tokenizer) and meta['explanation_len'] == 12
+        assert {f['field']: tuple(f['values']) for f in meta['facts']} == storyworld.FIELDS
+        assert [f['token_ids'] for f in meta['facts']] == storyworld.value_token_ids(tokenizer)
+    assert not ids['train'] & ids['validation']
+
+
+def _naive_facts(tokens, tokenizer):
+    """Value indices [S][F], read word by word from the decoded tokens."""
+    state, rows = [-1] * len(storyworld.FIELDS), []
+    for token in tokens.tolist():
+        word = tokenizer.decode([token])
+        if word.startswith(' ') and word[1:] in FIELD_OF:
+            field = FIELD_OF[word[1:]]
+            state[list(storyworld.FIELDS).index(field)] = storyworld.FIELDS[field].index(word[1:])
+        rows.append(list(state))
+    return rows
+
+
+def test_facts_and_explanations_against_a_naive_reading(arrays_dir, tokenizer):
+    arrays = _load(arrays_dir / 'validation')
+    for tokens, positions, explanations, facts in zip(
+        arrays['tokens'], arrays['positions'], arrays['explanations'], arrays['facts'], strict=True
+    ):
+        naive = _naive_facts(tokens, tokenizer)
+        assert facts.tolist() == naive
+        for position, explanation in zip(positions, explanations, strict=True):
+            values = [
+                values[index]
+                for values, index in zip(storyworld.FIELDS.values(), naive[position], strict=True)
+                if index >= 0
+            ]
+            newest_first = [tokenizer.decode([tokens[position - back]]) for back in range(3)]
+            text = newest_first + [' |'] + [f' {value}' for value in values]
+            text += [' |'] * (storyworld.EXPLANATION_LEN - len(text))
+            assert [tokenizer.decode([token]) for token in explanation] == text
+
+
+def test_positions_are_sorted_distinct_uniform_and_padded():
+    lengths_N = np.array([128, 12, 8, 9] + [28] * 2000, np.int32)
+    positions_NxP = storyworld.sample_positions(lengths_N, 128, 6, np.random.default_rng(0))
+    for length, row in zip(lengths_N, positions_NxP, strict=True):
+        real = row[row >= 0]
+        assert len(real) == min(6, max(length - 8, 0)) and (row[len(real) :] == -1).all()
+        assert (np.diff(real) > 0).all() and ((real >= 8) & (real < length)).all()
+    counts = np.bincount(positions_NxP[4:].ravel(), minlength=28)[8:]
+    assert counts.shape == (20,) and counts.min() > 500 and counts.max() < 700
+    wide_NxP = storyworld.sample_positions(lengths_N[:4], 16, 30, np.random.default_rng(0))
+    assert wide_NxP.shape == (4, 30) and (wide_NxP >= 0).sum(axis=1).tolist() == [8, 4, 0, 1]
+
+
+def test_unlabelled_slots_hold_padding_only(tokenizer):
+    ids = storyworld.value_token_ids(tokenizer)
+    tokens_NxS, _ = storyworld.encode_stories(tokenizer, [storyworld.generate(0, 0).text], 10)
+    facts_NxSxF = storyworld.track_facts(tokens_NxS, ids, len(tokenizer))
+    text_NxPxT = storyworld.explain(tokens_NxS, facts_NxSxF, np.array([[9, -1]]), ids, 500, 0)
+    assert tokens_NxS.shape == (1, 10) and (text_NxPxT[0, 0] > 0).all()
+    assert (text_NxPxT[0, 1] == 0).all()
+
+
+def test_command_line(tokenizer_dir, tmp_path, capsys):
+    out = tmp_path / 'world'
+    argv = ['storyworld', f'--out={out}', f'--tokenizer={tokenizer_dir}', '--train=5', '--validation=2']
+    assert storyworld.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f'Arrays written: {out}'
+    before = (out / 'train' / 'tokens.npy').stat().st_mtime_ns
+    assert storyworld.main(argv) == 0
+    assert 'there already' in capsys.readouterr().out
+    assert (out / 'train' / 'tokens.npy').stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ['world']
+
+
+@pytest.mark.parametrize(
+    'extra, message',
+    [
+        (['--tokenizer=/nowhere'], 'No tokenizer.json in /nowhere'),
+        (['--seed=1'], 'exists with other settings'),
+        (['--train=0'], 'must be at least 1'),
+        (['--train=many'], 'train'),
+        (['--unknown=1'], 'unknown'),
+        (['stray'], 'stray'),
+    ],
+)
+def test_command_line_errors(tokenizer_dir, arrays_dir, capsys, extra, message):
+    argv = ['storyworld', f'--out={arrays_dir}', f'--tokenizer={tokenizer_dir}', *extra]
+    assert storyworld.main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('Error: ') and error.count('\n') == 1 and message in error
+
+
+def test_a_tokenizer_that_splits_values_is_refused(tmp_path, capsys):
+    import tokenizers
+    import transformers
+
+    bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.train_from_iterator(
+        [],
+        tokenizers.trainers.BpeTrainer(
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only).save_pretrained(tmp_path)
+    out = tmp_path / 'out'
+    assert storyworld.main(['storyworld', f'--out={out}', f'--tokenizer={tmp_path}']) == 1
+    assert "splits ' Mira' into 5 tokens" in capsys.readouterr().err
+    assert not out.exists()
