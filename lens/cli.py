@@ -1,0 +1,65 @@
+"""How every command starts: flags, one clear sentence for what a user can mend, exit codes."""
+
+import difflib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lens.errors import LensError
+
+DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
+
+
+def flat_keys(config, prefix: str = '') -> list[str]:
+    """Dotted names of all keys of a ConfigDict."""
+    out = []
+    for k, v in config.items():
+        out += flat_keys(v, f'{prefix}{k}.') if hasattr(v, 'items') else [prefix + k]
+    return out
+
+
+def check_config(argv: list[str]) -> None:
+    """Refuses a --config file that does not load, and overrides of keys that it does not have.
+
+    The nearest key is searched over the whole file: `--config.steps` finds `sft.steps`.
+    """
+    file = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), None)
+    if file is None:
+        return
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=[])
+    holder(['', f'--config={file}'])
+    try:
+        known = flat_keys(holder.config)
+    except OSError as e:
+        raise LensError(f'--config={file} does not load: {str(e).splitlines()[-1].strip()}') from e
+    for name in (a.split('=', 1)[0].removeprefix('--config.') for a in argv if a.startswith('--config.')):
+        if name not in known:
+            short = {k.rpartition('.')[2]: k for k in reversed(known)}
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            near += [short[k] for k in difflib.get_close_matches(name.rpartition('.')[2], short, n=1, cutoff=0.6)]
+            hint = f'; the nearest key is config.{near[0]}' if near else f'; its keys: {", ".join(known)}'
+            raise LensError(f'config.{name} is not a key of {file}{hint}.')
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        check_config(argv[1:])
+        return flags.FLAGS(argv)
+    except (LensError, flags.Error) as e:
+        sys.exit(f'error: {" ".join(str(e).split())}')
+
+
+def run(main) -> None:
+    """app.run for `main(argv)`: a LensError prints its sentence and exits with code 1."""
+
+    def guarded(argv):
+        try:
+            return main(argv)
+        except LensError as e:
+            if DEBUG.value:
+                raise
+            sys.exit(f'error: {e}')
+
+    app.run(guarded, flags_parser=_parse)

@@ -1,0 +1,251 @@
+"""Held-out figures with their controls, and sample explanations.
+
+python -m lens.evaluate --workdir=runs/tiny      # the newest checkpoint of a run, again
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+
+from lens import build, cli, data, metrics, report, sampling, sharding, statistics
+from lens.checkpoint import Checkpoints
+from lens.errors import LensError
+from lens.models.encoder import encode
+from lens.models.lens import Lens
+from lens.objectives import read_activations
+
+MEANINGS = {
+    'fve': (
+        'lens',
+        'variance of A explained by the reconstruction, explanations sampled at temperature 1; a bias counts',
+    ),
+    'fve_greedy': ('lens', 'the same with the most probable explanation'),
+    'variance_recovered': ('lens', 'pooled variance recovered, temperature 1; a constant bias does not count'),
+    'nmse': ('lens', 'mean of |A - reconstruction|^2 / |A|^2, temperature 1'),
+    'cosine': ('lens', 'mean cosine of A and its reconstruction, temperature 1'),
+    'cosine_greedy': ('lens', 'the same with the most probable explanation'),
+    'fve_given': ('lens', 'FVE when the encoder reads the given explanation: the ceiling of the text format'),
+    'fve_shuffled': ('controls', 'FVE when each explanation is paired with the activation of another document'),
+    'fve_no_activation': ('controls', 'FVE when the decoder gets the zero vector instead of the activation'),
+    'fve_words_permuted': ('controls', 'FVE when the words of the explanation are permuted before encoding'),
+    'fve_previous_tokens': (
+        'controls',
+        'FVE when the encoder reads the last tokens of the source instead (it was not trained on them)',
+    ),
+    'fve_mean_baseline': ('controls', 'FVE of predicting the held-out mean: 0 up to the degree of freedom'),
+    'fve_zero_baseline': ('controls', 'FVE of predicting the zero vector'),
+    'facts_recall': ('facts', 'established facts that the greedy explanation names'),
+    'facts_hallucinated': ('facts', 'facts named by the greedy explanation that are not established or wrong'),
+    'facts_recall_sampled': ('facts', 'facts recall at temperature 1'),
+    'facts_hallucinated_sampled': ('facts', 'facts hallucinated at temperature 1'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """figures: name -> {'value', 'ci95'}; facts: one row per field; samples: one dict per explanation."""
+
+    documents: int
+    activations: int
+    figures: dict[str, dict]
+    facts: list[dict]
+    samples: list[dict]
+
+    def values(self) -> dict[str, float]:
+        return {k: v['value'] for k, v in self.figures.items()}
+
+    def to_json(self, step: int) -> dict:
+        figures = {k: v | dict(zip(('group', 'meaning'), MEANINGS[k], strict=True)) for k, v in self.figures.items()}
+        return {
+            'step': step,
+            'documents': self.documents,
+            'activations': self.activations,
+            'figures': figures,
+            'facts': self.facts,
+        }
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'length', 'controls'))
+def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, controls):
+    """Arrays for the rows of one batch: activations, texts, reconstructions."""
+    a = read_activations(base, batch, layer)
+    keys = jax.random.split(key, 3)
+    draw = functools.partial(sampling.sample, lens.decoder, base, length=length)
+    rec = functools.partial(encode, lens.encoder, base)
+    out = {'a': a, 'ids': draw(a, keys[0]).ids_NxT, 'ids_greedy': draw(a, keys[0], greedy=True).ids_NxT}
+    out |= {'pred': rec(out['ids']), 'pred_greedy': rec(out['ids_greedy'])}
+    if controls:
+        out['pred_no_activation'] = rec(draw(0 * a, keys[1]).ids_NxT)
+        noise = jax.random.uniform(keys[2], out['ids'].shape, out_sharding=sharding.out(sharding.P('data', None)))
+        out['pred_words_permuted'] = rec(jnp.take_along_axis(out['ids'], jnp.argsort(noise, axis=1), axis=1))
+        out['pred_previous_tokens'] = rec(batch['previous'].reshape(-1, length))
+        if 'explanations' in batch:
+            out['pred_given'] = rec(batch['explanations'].reshape(-1, length))
+    return out
+
+
+class Evaluator:
+    """Figures of a lens on the fixed held-out documents."""
+
+    def __init__(self, run: build.Run):
+        e = run.evaluation
+        self.base, self.tokenizer, self.mesh, self.seed = run.base, run.tokenizer, run.mesh, run.seed
+        self.layer, self.length, self.settings = run.layer, run.length, e
+        self.fields = run.validation.meta.get('facts') or []
+        self.held = data.held_out(
+            run.validation, documents=e.documents, vectors=e.vectors, min_pos=run.min_pos, seed=run.seed
+        )
+        self.held['previous'] = self._previous()
+        data_size = run.mesh.shape['data']
+        self.rows = max(e.batch // e.vectors // data_size, 1) * data_size
+
+    def _previous(self):
+        """The `length` tokens that end at each position, left-padded with the first token."""
+        p = self.held['positions'][..., None] - np.arange(self.length)[::-1]
+        return np.take_along_axis(self.held['tokens'][:, None], np.maximum(p, 0), axis=2)
+
+    def _collect(self, lens: Lens, documents: int, controls: bool) -> dict[str, np.ndarray]:
+        """_evaluate_batch over the first `documents` documents; the last batch is padded and cut."""
+        vectors = self.held['positions'].shape[1]
+        names = {'tokens', 'positions', 'previous', 'explanations'} & self.held.keys()
+        key, parts = jax.random.key(self.seed), []
+        for i in range(0, documents, self.rows):
+            pick = np.minimum(np.arange(i, i + self.rows), documents - 1)
+            batch = sharding.put_batch({k: self.held[k][pick] for k in names}, self.mesh)
+            out = _evaluate_batch(
+                lens,
+                self.base,
+                batch,
+                jax.random.fold_in(key, i),
+                layer=self.layer,
+                length=self.length,
+                controls=controls,
+            )
+            keep = min(self.rows, documents - i) * vectors
+            parts.append({k: np.asarray(v)[:keep] for k, v in out.items()})
+        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def quick(self, lens: Lens) -> dict[str, float]:
+        """The few figures that a learning curve needs, on the first documents."""
+        n = min(self.settings.quick_documents, len(self.held['lengths']))
+        c = self._collect(lens, n, controls=False)
+        doc = np.repeat(np.arange(n), self.held['positions'].shape[1])
+        figures = self._lens_figures(c, doc) | self._fact_figures(c, doc)[0]
+        keep = ('fve', 'fve_greedy', 'cosine', 'facts_recall', 'facts_hallucinated')
+        return {k: figures[k]['value'] for k in keep if k in figures}
+
+    def full(self, lens: Lens) -> Evaluation:
+        """Every figure of MEANINGS that the data allows, and sample explanations."""
+        n, vectors = len(self.held['lengths']), self.held['positions'].shape[1]
+        c = self._collect(lens, n, controls=True)
+        doc = np.repeat(np.arange(n), vectors)
+        figures = self._lens_figures(c, doc)
+        controls = {
+            'fve_given': c.get('pred_given'),
+            'fve_shuffled': np.roll(c['pred'], vectors, axis=0),
+            'fve_no_activation': c['pred_no_activation'],
+            'fve_words_permuted': c['pred_words_permuted'],
+            'fve_previous_tokens': c['pred_previous_tokens'],
+            'fve_mean_baseline': np.broadcast_to(c['a'].mean(0), c['a'].shape),
+            'fve_zero_baseline': 0 * c['a'],
+        }
+        for name, pred in controls.items():
+            if pred is not None:
+                figures[name] = statistics.reconstruction(pred, c['a'], doc)['fve']
+        facts, by_field = self._fact_figures(c, doc)
+        return Evaluation(n, len(doc), figures | facts, by_field, self._samples(c, self.settings.samples))
+
+    def _lens_figures(self, c, doc) -> dict:
+        sampled = statistics.reconstruction(c['pred'], c['a'], doc)
+        greedy = statistics.reconstruction(c['pred_greedy'], c['a'], doc)
+        return sampled | {f'{k}_greedy': greedy[k] for k in ('fve', 'cosine')}
+
+    def _fact_figures(self, c, doc) -> tuple[dict, list[dict]]:
+        if not self.fields:
+            return {}, []
+        truth = self.held['facts'].reshape(-1, len(self.fields))[: len(doc)]
+        greedy, rows = statistics.facts(c['ids_greedy'], truth, self.fields, doc)
+        sampled, sampled_rows = statistics.facts(c['ids'], truth, self.fields, doc)
+        rows = [
+            r | {'recall_sampled': s['recall'], 'hallucinated_sampled': s['hallucinated']}
+            for r, s in zip(rows, sampled_rows, strict=True)
+        ]
+        return greedy | {f'{k}_sampled': v for k, v in sampled.items()}, rows
+
+    def _samples(self, c, count: int) -> list[dict]:
+        """One explanation from each of the first `count` documents, at varying positions."""
+        n, vectors = self.held['positions'].shape
+        out = []
+        for d in range(min(count, n)):
+            v = d % vectors
+            i = d * vectors + v
+            truth = self.held['facts'][d, v] if self.fields else []
+            out.append(
+                {
+                    'doc_id': int(self.held['doc_id'][d]),
+                    'position': int(self.held['positions'][d, v]),
+                    'tokens': [self.tokenizer.decode([t]) for t in self.held['tokens'][d][: self.held['lengths'][d]]],
+                    'read': int(self.held['positions'][d, v]),
+                    'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
+                    'greedy': self._text(c['ids_greedy'][i], truth, c['pred_greedy'][i], c['a'][i]),
+                    'sampled': self._text(c['ids'][i], truth, c['pred'][i], c['a'][i]),
+                    'given': self._text(self.held['explanations'][d, v], truth, c['pred_given'][i], c['a'][i])
+                    if 'pred_given' in c
+                    else None,
+                }
+            )
+        return out
+
+    def _text(self, ids, truth, pred, a) -> dict:
+        """Tokens with status right | wrong | plain, and the normalised error of the reconstruction."""
+        right = {f['token_ids'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0}
+        values = {t for f in self.fields for t in f['token_ids']}
+        status = ['right' if t in right else 'wrong' if t in values else 'plain' for t in ids.tolist()]
+        return {
+            'tokens': [
+                {'text': self.tokenizer.decode([t]), 'status': s} for t, s in zip(ids.tolist(), status, strict=True)
+            ],
+            'nmse': float(((pred - a) ** 2).sum() / max((a**2).sum(), 1e-12)),
+        }
+
+
+def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
+    """evaluation.json, samples.jsonl and report.html of a run."""
+    metrics.write_json(workdir / 'evaluation.json', result.to_json(step))
+    metrics.write_jsonl(workdir / 'samples.jsonl', result.samples)
+    report.write_report(workdir)
+
+
+def main(_):
+    workdir = pathlib.Path(WORKDIR.value)
+    if not (workdir / 'config.json').exists():
+        raise LensError(f'{workdir}/config.json does not exist: --workdir must be the folder of a run.')
+    cfg = ml_collections.ConfigDict(json.loads((workdir / 'config.json').read_text()))
+    run = build.open_run(cfg)
+    with jax.set_mesh(run.mesh), Checkpoints(workdir / 'checkpoints', cfg.checkpoint.keep) as checkpoints:
+        if checkpoints.latest_step is None:
+            raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
+        phase = build.phase_at(run, checkpoints.latest_step)
+        step, state, _ = checkpoints.restore(build.init_state(build.init_lens(cfg, run), phase, run.mesh))
+        result = Evaluator(run).full(state.params)
+    write_results(workdir, result, step)
+    for name, figure in result.figures.items():
+        lo, hi = figure['ci95']
+        print(f'{name:28} {figure["value"]:7.3f}   [{lo:.3f}, {hi:.3f}]')
+    print(
+        f'{result.activations} activations of {result.documents} held-out documents, step {step}. '
+        f'Figures: {workdir}/evaluation.json  Report: {workdir}/report.html'
+    )
+
+
+if __name__ == '__main__':
+    WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run of lens.main.')
+    flags.mark_flag_as_required('workdir')
+    cli.run(main)

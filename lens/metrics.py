@@ -1,0 +1,143 @@
+"""Where figures go: metrics.jsonl (source of truth), the console, optionally TensorBoard and wandb."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Appears at once, by rename."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    tmp = path.with_name(f'.{path.name}.tmp')
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def write_jsonl(path: pathlib.Path, rows) -> None:
+    write_text(path, ''.join(json.dumps(r) + '\n' for r in rows))
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """All complete lines; a torn last line (a killed run) is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split('\n')
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Writer:
+    """Appends one JSON object per line to metrics.jsonl; only process 0 writes.
+
+    resume_step: lines of later steps, from before a restart, are dropped.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int, tensorboard: bool, wandb_project: str, config: dict):
+        self.active = jax.process_index() == 0
+        self._tensorboard = self._wandb = None
+        if not self.active:
+            return
+        path = workdir / 'metrics.jsonl'
+        kept = [r for r in read_jsonl(path) if r['step'] <= resume_step]
+        write_jsonl(path, kept)
+        self.elapsed_s = kept[-1]['wall_s'] if kept else 0.0
+        self._file = path.open('a')
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # optional extra [tensorboard]
+
+            self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'))
+        if wandb_project:
+            import wandb  # optional extra [wandb]
+
+            self._wandb = wandb.init(
+                project=wandb_project, config=config, dir=str(workdir), resume='allow', id=workdir.name
+            )
+
+    def write(self, row: dict) -> None:
+        """row: `step`, `phase`, `kind` ('train' or 'eval') and scalars."""
+        if not self.active:
+            return
+        self._file.write(json.dumps(row) + '\n')
+        self._file.flush()
+        scalars = {f'{row["kind"]}/{k}': v for k, v in row.items() if isinstance(v, (int, float)) and k != 'step'}
+        if self._tensorboard:
+            for k, v in scalars.items():
+                self._tensorboard.add_scalar(k, v, row['step'])
+        if self._wandb:
+            self._wandb.log(scalars, step=row['step'])
+
+    def close(self) -> None:
+        if self.active:
+            self._file.close()
+            if self._tensorboard:
+                self._tensorboard.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f'{hours}:{m:02}:{s:02}' if hours else f'{m}:{s:02}'
+
+
+class ProgressBar:
+    """A bar with loss, FVE and ETA on a terminal; one line every `every` steps elsewhere."""
+
+    def __init__(self, total: int, every: int):
+        self.console = Console()
+        self.total, self.every = total, every
+        self._bar = Progress(
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn('{task.fields[text]}'),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task('', total=total, text='')
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._bar.stop()
+
+    def update(self, step: int, phase: str, metrics: dict, eta_s: float) -> None:
+        text = (
+            f'decoder {metrics["loss_decoder"]:+.3f}  encoder {metrics["loss_encoder"]:.3f}  '
+            f'FVE {metrics["fve"]:.3f}  ETA {clock(eta_s)}'
+        )
+        self._bar.update(self._task, completed=step, description=phase, text=text)
+        if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
+            self.print(f'{phase:5} {step:6}/{self.total}  {text}')
+
+    def print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def provenance() -> dict:
+    """Device, versions, commit and command line: what a figure needs beside it."""
+    device = jax.devices()[0]
+    git = subprocess.run(
+        ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+    )
+    return {
+        'device': f'{jax.device_count()} x {device.device_kind} ({os.cpu_count()} CPU cores)',
+        'versions': {'python': platform.python_version()}
+        | {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
+        'commit': git.stdout.strip() or 'unknown',
+        'command': shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,0 +1,66 @@
+"""The frozen model that is read: activations out of its residual stream, and back into it."""
+
+import jax
+import jax.numpy as jnp
+
+from lens import sharding
+from lens.models.transformer import Transformer
+
+
+def gather_positions(x_BxTxD, positions_BxV):
+    """x[b, positions[b, v]] -> BxVxD."""
+    return jnp.take_along_axis(x_BxTxD, positions_BxV[..., None], axis=1)
+
+
+def overwrite(x_BxTxD, position_B, value_BxD):
+    """x with row b's hidden state at position_B[b] (or one shared int) replaced by value_BxD[b]."""
+    hit_BxT = jnp.arange(x_BxTxD.shape[1]) == jnp.asarray(position_B).reshape(-1, 1)
+    return jnp.where(hit_BxT[..., None], value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
+
+
+def read(subject: Transformer, tokens_BxS, positions_BxV, layer: int):
+    """Activations BxVxD: output of block `layer` (0-based) at each position, without gradient.
+
+    This is Hugging Face's hidden_states[layer + 1], for the last block before the final norm. The
+    forward stops after that block.
+    """
+    x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
+    return jax.lax.stop_gradient(gather_positions(x, positions_BxV))
+
+
+def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
+    """Logits BxSxV when the output of block `layer` at position_B[b] is replaced by value_BxD[b].
+
+    Replacing by the activation itself gives the natural logits. Differentiable in value_BxD.
+    """
+    c = subject.config
+    x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
+    x = overwrite(x, position_B, value_BxD)
+    return subject.logits(subject.run_layers(x, layer + 1, c.n_layers))
+
+
+def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):
+    """Mean norm of the stream entering each block and leaving the last one, [n_layers + 1].
+
+    Entry k is hs[k]; positions before `skip` and padding are left out.
+    """
+    at_S = jnp.arange(tokens_BxS.shape[1])
+    mask = (at_S >= skip) & (at_S < lengths_B[:, None])
+
+    def norm(x):
+        return jnp.sum(jnp.linalg.norm(x.astype(jnp.float32), axis=-1) * mask) / jnp.maximum(mask.sum(), 1)
+
+    def layer(x, i):
+        return subject.run_layers(x, i, i + 1), norm(x)
+
+    x, norms = subject.embed(tokens_BxS), []
+    for i in range(subject.config.n_layers):
+        x, n = layer(x, i)
+        norms.append(n)
+    return jnp.stack([*norms, norm(x)])
+
+
+def tile_rows(x, group: int):
+    """Each row repeated `group` times, copies contiguous: BxVx... -> (B*group)x..., batch-sharded."""
+    spec = sharding.out(sharding.P('data', *([None] * (x.ndim - 1))))
+    return jnp.repeat(x, group, axis=0, out_sharding=spec)

@@ -1,0 +1,127 @@
+"""The gate of a subject: does the read block carry the facts, and what did that cost?
+
+    python -m lens.probe --model=configs/tiny_subject --data=data/storyworld --layer=3
+
+A linear probe (multinomial logistic regression) at the read block predicts every described field
+from the activation, at positions where the text has established it. Exit code 0 if every field
+reaches --floor and, with --baseline, the language-model loss is within --max_cost of the baseline's.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from lens import cli, data, hf, losses
+from lens.errors import LensError
+from lens.models import subject
+
+DOCUMENTS = 2000  # for the fit; POSITIONS each
+POSITIONS = 12
+MIN_POS = 8
+FIT_STEPS = 400
+BATCH = 100  # documents per forward
+
+
+def activations(model, split: data.Split, documents: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """(activations NxD, established values NxF) at POSITIONS positions of the first documents."""
+    held = data.held_out(split, documents=documents, vectors=POSITIONS, min_pos=MIN_POS, seed=1)
+    read = jax.jit(subject.read, static_argnames='layer')
+    parts = [
+        np.asarray(read(model, held['tokens'][i : i + BATCH], held['positions'][i : i + BATCH], layer=layer))
+        for i in range(0, len(held['tokens']), BATCH)
+    ]
+    a = np.concatenate(parts)
+    return a.reshape(-1, a.shape[-1]), held['facts'].reshape(-1, held['facts'].shape[-1])
+
+
+def fit(a_NxD, labels_N, classes: int):
+    """Weights [D+1, classes] of a logistic regression on standardised inputs, ridge 1e-4."""
+    x = jnp.concatenate([a_NxD, jnp.ones((len(a_NxD), 1))], axis=1)
+
+    def loss(w):
+        logp = jax.nn.log_softmax(x @ w)
+        return -jnp.mean(jnp.take_along_axis(logp, labels_N[:, None], axis=1)) + 1e-4 * jnp.sum(w**2)
+
+    tx = optax.adam(optax.cosine_decay_schedule(0.05, FIT_STEPS))
+
+    @jax.jit
+    def run(w):
+        def body(carry, _):
+            w, opt = carry
+            updates, opt = tx.update(jax.grad(loss)(w), opt)
+            return (w + updates, opt), None
+
+        return jax.lax.scan(body, (w, tx.init(w)), length=FIT_STEPS)[0][0]
+
+    return run(jnp.zeros((x.shape[1], classes)))
+
+
+def accuracies(model, train: data.Split, validation: data.Split, layer: int) -> list[tuple[str, int, float]]:
+    """(field, values, held-out accuracy) for every field."""
+    a, y = activations(model, train, DOCUMENTS, layer)
+    b, z = activations(model, validation, len(validation), layer)
+    mean, std = a.mean(0), a.std(0)
+    a, b = (a - mean) / std, (b - mean) / std
+    out = []
+    for i, f in enumerate(train.meta['facts']):
+        have, test = y[:, i] >= 0, z[:, i] >= 0
+        w = fit(a[have], y[have, i].astype(np.int32), len(f['values']))
+        guess = np.argmax(b[test] @ np.asarray(w[:-1]) + np.asarray(w[-1]), axis=1)
+        out.append((f['field'], len(f['values']), float(np.mean(guess == z[test, i]))))
+    return out
+
+
+def lm_loss(model, split: data.Split) -> float:
+    """Held-out next-token loss in nats per token."""
+
+    @jax.jit
+    def batch_loss(model, tokens, lengths):
+        logp = losses.token_log_probs(model(tokens)[:, :-1], tokens[:, 1:])
+        mask = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
+        return jnp.sum(-logp * mask), jnp.sum(mask)
+
+    parts = [
+        batch_loss(model, np.asarray(split.tokens[i : i + BATCH]), np.asarray(split.lengths[i : i + BATCH]))
+        for i in range(0, len(split), BATCH)
+    ]
+    total, count = np.sum(np.asarray(parts, np.float64), axis=0)
+    return float(total / count)
+
+
+def main(_):
+    model = hf.load_model(MODEL.value)
+    c = model.config
+    if not 0 <= LAYER.value < c.n_layers:
+        raise LensError(f'--layer={LAYER.value} is not a block of the subject (0..{c.n_layers - 1}).')
+    train, validation = (data.open_split(DATA.value, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
+    if validation.facts is None:
+        raise LensError(f'{DATA.value} has no facts.npy: the probe needs known answers.')
+    rows = accuracies(model, train, validation, LAYER.value)
+    print(f'Linear probe after block {LAYER.value} of {MODEL.value}, held-out documents\n')
+    print('| field | values | accuracy |\n|---|---|---|')
+    for field, values, accuracy in rows:
+        print(f'| {field} | {values} | {accuracy:.3f} |')
+    loss = lm_loss(model, validation)
+    print(f'\nLM loss {loss:.4f} nats per token')
+    failed = [f for f, _, accuracy in rows if accuracy < FLOOR.value]
+    if BASELINE.value:
+        plain = lm_loss(hf.load_model(BASELINE.value), validation)
+        print(f'without the look-ahead loss {plain:.4f}: cost {loss / plain - 1:+.2%}')
+        failed += ['LM loss'] if loss / plain - 1 > MAX_COST.value else []
+    if failed:
+        sys.exit(f'gate FAILED: {", ".join(failed)}')
+    print('gate passed')
+
+
+if __name__ == '__main__':
+    MODEL = flags.DEFINE_string('model', 'configs/tiny_subject', 'Hugging Face directory of the subject.')
+    BASELINE = flags.DEFINE_string('baseline', None, 'The same subject pretrained without the look-ahead loss.')
+    DATA = flags.DEFINE_string('data', 'data/storyworld', 'Folder with train/ and validation/ and known facts.')
+    LAYER = flags.DEFINE_integer('layer', 3, '0-based block whose output is probed.')
+    FLOOR = flags.DEFINE_float('floor', 0.9, 'Least accuracy of every field.')
+    MAX_COST = flags.DEFINE_float('max_cost', 0.02, 'Largest relative increase of the LM loss over --baseline.')
+    cli.run(main)

@@ -1,0 +1,55 @@
+"""Drawing explanations: prefill once per activation, group members share it, cached decoding."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lens import losses, sharding
+from lens.models import decoder as dec
+from lens.models.subject import tile_rows
+
+
+class Samples(NamedTuple):
+    """Explanations ids_NxT with their log-probabilities logp_NxT; rows of one activation contiguous."""
+
+    ids_NxT: jax.Array
+    logp_NxT: jax.Array
+
+
+def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, greedy: bool = False) -> Samples:
+    """Exactly `length` tokens for each activation, `group` times: N = B * group rows.
+
+    Exact draws from the softmax at temperature 1 (Gumbel noise added to the logits), or the most
+    probable token when `greedy`. The noise of a row depends on key, step and row alone, so every
+    mesh draws the same tokens from the same logits.
+    """
+    logits_BxV, cache = dec.prefill(decoder, base, activation_BxD, length)
+    logits = tile_rows(logits_BxV, group)
+    spec = None if sharding.out(sharding.ACT) is None else jax.typeof(cache.k_LxBxSxKxh).sharding.spec
+    cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=spec), cache)
+
+    def draw(logits_NxV, t):
+        noise = 0.0
+        if not greedy:
+            noise = jax.random.gumbel(
+                jax.random.fold_in(key, t),
+                logits_NxV.shape,
+                jnp.float32,
+                out_sharding=sharding.out(sharding.P('data', None)),
+            )
+        ids = jnp.argmax(logits_NxV + noise, axis=-1).astype(jnp.int32)
+        return ids, losses.token_log_probs(logits_NxV, ids)
+
+    def body(carry, t):
+        logits, cache = carry
+        ids, logp = draw(logits, t)
+        logits, cache = dec.step(decoder, base, ids, cache, t)
+        return (sharding.reshard(logits, sharding.P('data', None)), cache), (ids, logp)
+
+    (logits, cache), (ids, logp) = jax.lax.scan(body, (logits, cache), jnp.arange(length - 1))
+    last_ids, last_logp = draw(logits, length - 1)
+    return Samples(
+        jnp.concatenate([ids.T, last_ids[:, None]], axis=1),
+        jnp.concatenate([logp.T, last_logp[:, None]], axis=1),
+    )

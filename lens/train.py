@@ -1,0 +1,212 @@
+"""The one loop for every objective: restore, step, metrics of the previous step, evaluate, checkpoint."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from lens import build, data, metrics, optimizer, sharding
+from lens.build import Phase, Run, State
+from lens.checkpoint import CheckpointError, Checkpoints
+from lens.errors import LensError
+from lens.evaluate import Evaluation, Evaluator, write_results
+from lens.models.lens import parameter_count
+
+# What may differ between a run and its continuation: how long, how often, where; never what is computed.
+FREE_KEYS = ('checkpoint', 'log', 'mesh')
+
+
+class NonFiniteError(LensError):
+    """The loss is NaN or infinite; nothing was saved after the last good checkpoint."""
+
+
+@functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx'), donate_argnames=('state',))
+def train_step(state: State, base, batch, key, *, objective, hparams, tx) -> tuple[State, dict]:
+    """One update. `base` is an argument, never donated; the randomness is fold_in(key, step)."""
+    key = jax.random.fold_in(key, state.step)
+    grads, out = jax.grad(objective, has_aux=True)(state.params, base, batch, key, hparams)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+    out |= {f'grad_norm_{k}': v for k, v in optimizer.norms_by_side(grads).items()}
+    return State(state.step + 1, params, opt), out
+
+
+def fingerprint(config: dict) -> str:
+    """Digest of the part of a configuration that decides what is computed."""
+    kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Trainer:
+    """One run in one workdir."""
+
+    def __init__(self, cfg, workdir: pathlib.Path):
+        self.cfg, self.workdir = cfg, workdir
+        self.config = json.loads(cfg.to_json())
+        self.run: Run = build.open_run(cfg)
+        self.key = jax.random.key(cfg.seed)
+        self.evaluator = Evaluator(self.run)
+
+    def train(self) -> dict:
+        """Runs or continues to the end; returns the summary."""
+        run, cfg = self.run, self.cfg
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        with Checkpoints(self.workdir / 'checkpoints', cfg.checkpoint.keep) as self.checkpoints:
+            state, iterator_state = self._restore_or_init()
+            step = int(state.step)
+            metrics.write_json(self.workdir / 'config.json', self.config)
+            self.writer = metrics.Writer(self.workdir, step, cfg.log.tensorboard, cfg.log.wandb_project, self.config)
+            self.begin = time.monotonic() - self.writer.elapsed_s
+            with metrics.ProgressBar(run.steps, 5 * cfg.log.every_steps) as self.bar:
+                self._announce(state, step)
+                for phase in run.phases:
+                    if step < phase.end:
+                        state = self._phase(phase, state, iterator_state)
+                        step, iterator_state = phase.end, None
+            summary = self._finish(state)
+            self.writer.close()
+        return summary
+
+    def _announce(self, state: State, step: int) -> None:
+        c = self.run.base.config
+        sizes = {s: f'{parameter_count(getattr(state.params, s)):,}' for s in optimizer.SIDES}
+        phases = ', '.join(f'{p.name} {p.end - p.start}' for p in self.run.phases)
+        self.bar.print(
+            f'Subject {self.cfg.subject.path}: {c.family}, {c.n_layers} blocks, {parameter_count(self.run.base):,} '
+            f'parameters, read after block {self.run.layer}\n'
+            f'Trained: decoder {sizes["decoder"]}, encoder {sizes["encoder"]} parameters\n'
+            f'Data {self.cfg.data.path}: {len(self.run.train)} training and {len(self.run.validation)} held-out documents, '
+            f'no document in both\nSteps: {phases}' + (f'; continuing at step {step}' if step else '')
+        )
+
+    def _restore_or_init(self) -> tuple[State, dict | None]:
+        """The newest checkpoint of this workdir, or step 0; and the data iterator's state."""
+        run, here = self.run, fingerprint(self.config)
+        params = build.init_lens(self.cfg, run)
+        if self.checkpoints.latest_step is None:
+            return build.init_state(params, run.phases[0], run.mesh), None
+        step = self.checkpoints.latest_step
+        phase = build.phase_at(run, step)
+        _, state, info = self.checkpoints.restore(build.init_state(params, phase, run.mesh))
+        if info['fingerprint'] != here:
+            raise CheckpointError(
+                f'{self.workdir} holds a run with another configuration (differing keys: '
+                f'{", ".join(_differing(info["config"], self.config))}): use that configuration or another --workdir.'
+            )
+        if step == phase.start:
+            return build.init_state(state.params, phase, run.mesh, step), None
+        return state, info['data']
+
+    def _phase(self, phase: Phase, state: State, iterator_state: dict | None) -> State:
+        cfg, run = self.cfg, self.run
+        if int(state.step) == phase.start:
+            state = build.init_state(state.params, phase, run.mesh, phase.start)
+        batches = data.train_batches(
+            run.train,
+            documents=phase.documents,
+            vectors=phase.vectors,
+            min_pos=run.min_pos,
+            labelled=phase.labelled,
+            seed=cfg.seed + phase.start,
+        )
+        if iterator_state is not None:
+            batches.set_state(iterator_state)
+        do = functools.partial(train_step, objective=phase.objective, hparams=phase.hparams, tx=phase.tx)
+        pending, first, started = None, int(state.step), time.monotonic()
+        for step in range(first + 1, phase.end + 1):
+            rows = next(batches)
+            doc_ids = rows.pop('doc_id')
+            state, out = do(state, run.base, sharding.put_batch(rows, run.mesh), self.key)
+            if pending:
+                self._record(phase, *pending, started, first)
+            pending = (step, out, doc_ids)
+            evaluate = cfg.eval.every_steps and step % cfg.eval.every_steps == 0
+            save = step % cfg.checkpoint.every_steps == 0
+            if evaluate or save or step == phase.end:
+                self._record(phase, *pending, started, first)
+                pending = None
+            if step == phase.end:
+                self._evaluate(phase, step, state, full=True)
+            elif evaluate:
+                self._evaluate(phase, step, state, full=False)
+            if save or step == phase.end:
+                info = {'data': batches.get_state(), 'config': self.config, 'fingerprint': fingerprint(self.config)}
+                self.checkpoints.save(step, state, info)
+        return state
+
+    def _record(self, phase: Phase, step: int, out: dict, doc_ids, started: float, first: int) -> None:
+        """Metrics of a step that has been dispatched before."""
+        values = {k: float(v) for k, v in jax.device_get(out).items()}
+        if not all(np.isfinite(v) for v in values.values()):
+            bad = next(k for k, v in values.items() if not np.isfinite(v))
+            last = self.checkpoints.latest_step
+            raise NonFiniteError(
+                f'{bad} is not finite at step {step} (phase {phase.name}, documents {doc_ids.tolist()}); the last good '
+                f'checkpoint is {f"step {last}" if last else "none"} in {self.workdir}: lower the learning rates.'
+            )
+        now = time.monotonic()
+        step_s = (now - started) / (step - first)
+        if step % self.cfg.log.every_steps == 0 or step == phase.end:
+            self.writer.write(
+                {'step': step, 'phase': phase.name, 'kind': 'train'}
+                | values
+                | {'step_s': step_s, 'wall_s': now - self.begin}
+            )
+        self.bar.update(step, phase.name, values, step_s * (self.run.steps - step))
+
+    def _evaluate(self, phase: Phase, step: int, state: State, full: bool) -> None:
+        if full:
+            self.last: Evaluation = self.evaluator.full(state.params)
+            values = self.last.values()
+        else:
+            values = self.evaluator.quick(state.params)
+        self.writer.write(
+            {'step': step, 'phase': phase.name, 'kind': 'eval', 'full': full}
+            | values
+            | {'wall_s': time.monotonic() - self.begin}
+        )
+        names = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')
+        self.bar.print(f'held out at step {step}: ' + '  '.join(f'{k} {values[k]:.3f}' for k in names if k in values))
+
+    def _finish(self, state: State) -> dict:
+        """Final figures, samples, summary and report."""
+        if not hasattr(self, 'last'):  # restarted after the last step
+            self.last = self.evaluator.full(state.params)
+        run, values = self.run, self.last.values()
+        if 'sft' in self.cfg.phases:
+            end = next(p.end for p in run.phases if p.name == 'sft')
+            rows = metrics.read_jsonl(self.workdir / 'metrics.jsonl')
+            values['fve_sft'] = next(r['fve'] for r in rows if r['kind'] == 'eval' and r['step'] == end)
+        summary = (
+            values
+            | {
+                'steps': run.steps,
+                'wall_s': round(time.monotonic() - self.begin, 1),
+                'config': self.config,
+                'subject': self.cfg.subject.path,
+                'layer': run.layer,
+                'seed': run.seed,
+                'activations': self.last.activations,
+                'documents': self.last.documents,
+            }
+            | metrics.provenance()
+        )
+        metrics.write_json(self.workdir / 'summary.json', summary)
+        write_results(self.workdir, self.last, run.steps)
+        return summary
+
+
+def _differing(a: dict, b: dict, prefix: str = '') -> list[str]:
+    """Dotted keys whose values differ."""
+    out = []
+    for k in sorted(a.keys() | b.keys()):
+        x, y = a.get(k), b.get(k)
+        if isinstance(x, dict) and isinstance(y, dict):
+            out += _differing(x, y, f'{prefix}{k}.')
+        elif x != y and (prefix or k not in FREE_KEYS):
+            out.append(prefix + k)
+    return out
