@@ -1,0 +1,112 @@
+"""Every recipe loads, has exactly the keys of base, and says how to run it."""
+
+import ast
+import importlib
+import pathlib
+import re
+
+import ml_collections
+import pytest
+
+from configs import base
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
+RECIPES = [n for n in NAMES if n not in ('base', 'tiny_subject')]  # those that start from base
+DOCUMENTED = [n for n in NAMES if n != 'base']
+PHASE_KEYS = frozenset(base.phase('sft').keys())
+
+
+def load(name):
+    return importlib.import_module(f'configs.{name}')
+
+
+def keys(config, prefix=''):
+    out = set()
+    for k in config:
+        value = config[k]
+        out |= keys(value, f'{prefix}{k}.') if isinstance(value, ml_collections.ConfigDict) else {prefix + k}
+    return out
+
+
+def key_problems(config) -> list[str]:
+    """Keys of `config` that base has not or has and `config` lacks; blocks of a further phase are allowed."""
+    want, have = keys(base.get_config()), keys(config)
+    phases = [k for k in config if k not in base.get_config() and isinstance(config[k], ml_collections.ConfigDict)]
+    for p in phases:
+        have = {k for k in have if not k.startswith(f'{p}.')}
+        if frozenset(config[p].keys()) != PHASE_KEYS:
+            have.add(p)
+    return [f'unknown {k}' for k in sorted(have - want)] + [f'missing {k}' for k in sorted(want - have)]
+
+
+def test_there_are_recipes():
+    assert 'tiny' in RECIPES
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_config_loads(name):
+    one, two = load(name).get_config(), load(name).get_config()
+    assert isinstance(one, ml_collections.ConfigDict)
+    assert one == two and one is not two  # no state is shared between two calls
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_has_exactly_the_keys_of_base(name):
+    assert key_problems(load(name).get_config()) == []
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_names_phases_that_it_has(name):
+    config = load(name).get_config()
+    assert config.phases and all(p in config and 'objective' in config[p] for p in config.phases)
+
+
+def test_key_problems_finds_them():
+    config = base.get_config()
+    assert key_problems(config) == []
+    config.warm = base.phase('sft')  # a further phase
+    assert key_problems(config) == []
+    config.layers = 3
+    config.warm.learning_rat = 1.0
+    del config.decoder.prompt
+    assert key_problems(config) == ['unknown layers', 'unknown warm', 'missing decoder.prompt']
+
+
+@pytest.mark.parametrize('name', DOCUMENTED)
+def test_docstring_holds_a_command_that_exists(name):
+    text = load(name).__doc__
+    assert text and 'python -m' in text and f'configs/{name}.py' in text
+    for module in re.findall(r'python -m ([\w.]+)', text):
+        assert (ROOT / (module.replace('.', '/') + '.py')).exists(), module
+
+
+@pytest.mark.parametrize('name', DOCUMENTED)
+def test_docstring_overrides_name_keys_that_exist(name):
+    config = load(name).get_config()
+    for key in re.findall(r'--config\.([\w.]+)', load(name).__doc__):
+        assert key in keys(config), key
+
+
+def uncommented_keys(source: str) -> list[int]:
+    """Lines that set a key to a value without a comment; lines that open a block are free."""
+    lines, out = source.splitlines(), []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
+            continue
+        called = node.value.func if isinstance(node.value, ast.Call) else None
+        block = getattr(called, 'attr', getattr(called, 'id', None)) in ('ConfigDict', 'phase')
+        if not block and not re.search(r'  # \S', lines[node.end_lineno - 1]):
+            out.append(node.lineno)
+    return sorted(out)
+
+
+def test_every_key_of_base_carries_a_comment():
+    source = (ROOT / 'configs' / 'base.py').read_text()
+    lines = source.splitlines()
+    assert [lines[i - 1].strip() for i in uncommented_keys(source)] == []
+
+
+def test_uncommented_keys_finds_them():
+    source = 'c = ConfigDict()\nc.a = 1  # metres\nc.b = ConfigDict()\nc.b.x = 2\nc.sft = phase("sft")\nc.d = "# no"\n'
+    assert uncommented_keys(source) == [4, 6]

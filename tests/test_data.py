@@ -1,0 +1,447 @@
+"""lens.data: what it reads, what it refuses, and which positions it draws."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from lens import data
+from lens.data import DataError
+
+DOCUMENTS, S, POSITIONS, T, F, VOCAB = 10, 13, 3, 4, 2, 600
+FIELDS = [
+    {'field': 'kind', 'values': ['fox', 'owl'], 'token_ids': [101, 102]},
+    {'field': 'mood', 'values': ['sad', 'glad', 'calm'], 'token_ids': [103, 104, 105]},
+]
+
+
+def arrays(first_id=1000, documents=DOCUMENTS):
+    """Every value names its place: explanation of document i at p starts with 50 * i + p."""
+    rng = np.random.default_rng(first_id)
+    lengths = rng.integers(8, S + 1, documents).astype(np.int32)
+    lengths[0] = S
+    tokens = rng.integers(1, VOCAB, (documents, S)).astype(np.int32)
+    tokens[np.arange(S) >= lengths[:, None]] = 0
+    positions = np.stack([np.sort(rng.choice(n, POSITIONS, replace=False)) for n in lengths]).astype(np.int32)
+    positions[1] = [positions[1].max(), -1, -1]  # -1: fewer than POSITIONS labelled positions
+    explanations = np.broadcast_to(
+        (50 * np.arange(documents)[:, None] + positions)[..., None], (documents, POSITIONS, T)
+    )
+    facts = np.stack([rng.integers(-1, len(f['values']), (documents, S)) for f in FIELDS], -1).astype(np.int8)
+    return {
+        'tokens': tokens,
+        'lengths': lengths,
+        'doc_id': first_id + 7 * np.arange(documents, dtype=np.int64),
+        'positions': positions,
+        'explanations': np.abs(explanations).astype(np.int32),
+        'facts': facts,
+    }
+
+
+META = {'format': 'lens-tokens/1', 'vocab_size': VOCAB, 'pad_id': 0, 'facts': FIELDS}
+
+
+def write(root, split='train', meta=META, **arrays_of_split):
+    folder = root / split
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    for name, x in arrays_of_split.items():
+        np.save(folder / f'{name}.npy', x)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """tmp_path/train with every array; tests damage it."""
+    return write(tmp_path, **arrays())
+
+
+@pytest.fixture(scope='module')
+def split(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    write(root, **arrays())
+    return data.open_split(str(root), 'train', vocab_size=VOCAB)
+
+
+def open_train(folder, vocab_size=VOCAB):
+    return data.open_split(str(folder.parent), 'train', vocab_size=vocab_size)
+
+
+def message_of(error) -> str:
+    """The message, after a check that it is one sentence on one line."""
+    text = str(error.value)
+    assert text.endswith('.') and '\n' not in text and '. ' not in text.replace('e.g. ', ''), text
+    return text
+
+
+def refused(folder, *needles):
+    with pytest.raises(DataError) as error:
+        open_train(folder)
+    text = message_of(error)
+    assert [n for n in needles if n not in text] == [], text
+
+
+# ---- opening ----
+
+
+def test_round_trip(folder):
+    split = open_train(folder)
+    for name, x in arrays().items():
+        got = getattr(split, name)
+        np.testing.assert_array_equal(got, x)
+        assert got.dtype == x.dtype and isinstance(got, np.memmap), name
+    assert len(split) == DOCUMENTS and split.meta == META and split.directory == folder
+
+
+def test_explanations_and_facts_are_optional(tmp_path):
+    a = arrays()
+    write(tmp_path, meta={'format': 'lens-tokens/1'}, **{k: a[k] for k in ('tokens', 'lengths', 'doc_id')})
+    split = data.open_split(str(tmp_path), 'train', vocab_size=VOCAB)
+    assert split.positions is None and split.explanations is None and split.facts is None
+
+
+@pytest.mark.parametrize('name', ['tokens', 'lengths', 'doc_id', 'explanations', 'facts'])
+def test_missing_array(folder, name):
+    (folder / f'{name}.npy').unlink()
+    refused(folder, f'{folder}/{name}.npy does not exist', 'data.path')
+
+
+def test_missing_split(folder):
+    with pytest.raises(DataError) as error:
+        data.open_split(str(folder.parent), 'validation', vocab_size=VOCAB)
+    assert f'{folder.parent}/validation/meta.json does not exist' in message_of(error)
+
+
+@pytest.mark.parametrize(('name', 'keep'), [('tokens', 0), ('tokens', 3), ('tokens', 64), *((n, -1) for n in arrays())])
+def test_truncated_array(folder, name, keep):
+    path = folder / f'{name}.npy'
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, f'{path} is truncated')
+
+
+def test_array_that_would_execute_code_is_not_loaded(folder):
+    np.save(folder / 'lengths.npy', np.array([{'a': 1}] * DOCUMENTS, dtype=object), allow_pickle=True)
+    refused(folder, f'{folder}/lengths.npy')
+
+
+@pytest.mark.parametrize(
+    ('name', 'wrong'),
+    [
+        ('tokens', lambda x: x[0]),
+        ('tokens', lambda x: x[..., None]),
+        ('lengths', lambda x: x[:-1]),
+        ('lengths', lambda x: x[:, None]),
+        ('doc_id', lambda x: x[1:]),
+        ('positions', lambda x: x[:-1]),
+        ('explanations', lambda x: x[:, :-1]),
+        ('explanations', lambda x: x[:, :, 0]),
+        ('facts', lambda x: x[:, :-1]),
+        ('facts', lambda x: x[:, :, :-1]),
+    ],
+)
+def test_wrong_shape(folder, name, wrong):
+    x = wrong(arrays()[name])
+    np.save(folder / f'{name}.npy', x)
+    refused(folder, f'{folder}/{name}.npy has shape {x.shape}', 'expected')
+
+
+@pytest.mark.parametrize('name', ['tokens', 'explanations', 'positions', 'lengths'])
+def test_wrong_type(folder, name):
+    np.save(folder / f'{name}.npy', arrays()[name] + 0.5)
+    refused(folder, f'{folder}/{name}.npy')
+
+
+@pytest.mark.parametrize('bad', [-1, VOCAB, 2**31 - 1])
+@pytest.mark.parametrize(('name', 'place'), [('tokens', (6, 2)), ('explanations', (6, 1, 3))])
+def test_token_id_outside_the_vocabulary_names_the_row(folder, name, place, bad, monkeypatch):
+    x = arrays()[name]
+    x[place] = bad
+    np.save(folder / f'{name}.npy', x)
+    refused(folder, f'{folder}/{name}.npy row 6', f'0..{VOCAB - 1}')
+    monkeypatch.setattr(data, 'ROWS_PER_CHECK', 4)  # the row counts from the start of the file
+    refused(folder, f'{folder}/{name}.npy row 6', f'0..{VOCAB - 1}')
+
+
+def test_the_vocabulary_is_that_of_the_subject(folder):
+    top = int(arrays()['tokens'].max())
+    assert open_train(folder, vocab_size=max(top, int(arrays()['explanations'].max())) + 1)
+    with pytest.raises(DataError, match=r'tokens\.npy row \d+ holds token ids outside'):
+        open_train(folder, vocab_size=top)
+
+
+@pytest.mark.parametrize('text', ['', '{', '{"format": "lens-tokens/1"', 'no json', b'\xff\xfe\x00'])
+def test_bad_json(folder, text):
+    (folder / 'meta.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(folder, f'{folder}/meta.json is not valid JSON')
+
+
+@pytest.mark.parametrize('meta', [{}, {'format': 'lens-tokens/2'}, {'format': None}, [], 'lens-tokens/1'])
+def test_wrong_format(folder, meta):
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    refused(folder, f'{folder}/meta.json', 'lens-tokens/1')
+
+
+@pytest.mark.parametrize('length', [0, -1, S + 1])
+def test_length_out_of_range(folder, length):
+    x = arrays()['lengths']
+    x[4] = length
+    np.save(folder / 'lengths.npy', x)
+    refused(folder, f'{folder}/lengths.npy', f'1..{S}')
+
+
+@pytest.mark.parametrize('position', [S, 10 * S])
+def test_labelled_position_outside_the_text(folder, position):
+    """Reading there would give NaN or another token's state, without a word."""
+    x = arrays()['positions']
+    x[4, 2] = position
+    np.save(folder / 'positions.npy', x)
+    refused(folder, f'{folder}/positions.npy', 'row 4')
+
+
+def test_labelled_position_in_the_padding(folder):
+    a = arrays()
+    row = int(np.argmin(a['lengths']))
+    a['positions'][row, -1] = a['lengths'][row]
+    np.save(folder / 'positions.npy', a['positions'])
+    refused(folder, f'{folder}/positions.npy', f'row {row}')
+
+
+def test_no_documents(folder):
+    for name, x in arrays().items():
+        np.save(folder / f'{name}.npy', x[:0])
+    refused(folder, f'{folder}/tokens.npy', 'no documents')
+
+
+# ---- the leak check ----
+
+
+def two_splits(root, validation):
+    write(root, 'train', **arrays())
+    write(root, 'validation', **validation)
+    return [data.open_split(str(root), s, vocab_size=VOCAB) for s in ('train', 'validation')]
+
+
+def leak(splits):
+    with pytest.raises(DataError) as error:
+        data.check_disjoint(*splits)
+    text = message_of(error)
+    assert all(str(s.directory) in text for s in splits)
+    return text
+
+
+def test_disjoint_splits_pass(tmp_path):
+    data.check_disjoint(*two_splits(tmp_path, arrays(5000)))
+
+
+def test_shared_document_ids(tmp_path):
+    other = arrays(5000)
+    other['doc_id'][3] = arrays()['doc_id'][8]
+    text = leak(two_splits(tmp_path, other))
+    assert 'share 1 document id' in text and str(arrays()['doc_id'][8]) in text
+
+
+def test_shared_texts(tmp_path):
+    other = arrays(5000)
+    for k in ('tokens', 'lengths'):
+        other[k][3] = arrays()[k][8]
+    assert 'tokens.npy row 8' in leak(two_splits(tmp_path, other))
+
+
+def test_shared_texts_are_found_whatever_the_padding_and_the_type(tmp_path):
+    """The same text in a wider array of another integer type, padded with another id."""
+    a, other = arrays(), arrays(5000)
+    n = a['lengths'][8]
+    other['tokens'] = np.pad(other['tokens'], ((0, 0), (0, 4))).astype(np.uint16)
+    other['facts'] = np.pad(other['facts'], ((0, 0), (0, 4), (0, 0)))
+    other['tokens'][3] = 5
+    other['tokens'][3, :n], other['lengths'][3] = a['tokens'][8, :n], n
+    assert 'tokens.npy row 8' in leak(two_splits(tmp_path, other))
+
+
+# ---- positions ----
+
+
+@pytest.mark.parametrize(('length', 'min_pos'), [(12, 3), (12, 0), (5, 4), (5, 5), (3, 8), (1, 0), (1, 8)])
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_draw_positions(length, min_pos, count):
+    allowed = set(range(min(min_pos, length - 1), length))  # a short document offers its last token
+    seen = set()
+    for seed in range(200):
+        p = data.draw_positions(length, count, min_pos, np.random.default_rng(seed))
+        assert p.shape == (count,) and p.dtype == np.int32
+        assert set(p.tolist()) <= allowed and p.tolist() == sorted(p)
+        assert len(set(p.tolist())) == count or len(allowed) < count
+        seen |= set(p.tolist())
+    assert seen == allowed  # both ends included
+
+
+def test_draw_positions_is_uniform():
+    p = np.concatenate([data.draw_positions(10, 2, 4, np.random.default_rng(s)) for s in range(3000)])
+    # 6000 draws over 6 positions: a standard deviation of 29 around 1000
+    np.testing.assert_allclose(np.bincount(p, minlength=10)[4:], 1000, atol=150)
+
+
+# ---- training batches ----
+
+
+def batches(split, n=None, **more):
+    settings = {'documents': 4, 'vectors': 2, 'min_pos': 3, 'labelled': False, 'seed': 0} | more
+    it = data.train_batches(split, **settings)
+    return it if n is None else list(itertools.islice(it, n))
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for k in x:
+            np.testing.assert_array_equal(x[k], y[k])
+
+
+def row_of(doc_id):
+    return (np.asarray(doc_id) - 1000) // 7
+
+
+def test_train_batches_have_the_shapes_and_the_content_of_their_documents(split):
+    for batch in batches(split, 6):
+        assert {k: v.shape for k, v in batch.items()} == {'tokens': (4, S), 'positions': (4, 2), 'doc_id': (4,)}
+        rows = row_of(batch['doc_id'])
+        np.testing.assert_array_equal(batch['tokens'], split.tokens[rows])
+        assert (batch['positions'] >= 3).all() and (batch['positions'] < split.lengths[rows][:, None]).all()
+        assert (np.diff(batch['positions'], axis=1) > 0).all()
+
+
+def test_train_batches_are_deterministic_and_differ_by_seed(split):
+    same(batches(split, 6), batches(split, 6))
+    one, two = (np.concatenate([b['doc_id'] for b in batches(split, 5, seed=s)]) for s in (0, 1))
+    assert (one != two).any()
+    p, q = (np.concatenate([b['positions'].ravel() for b in batches(split, 5, seed=s)]) for s in (0, 1))
+    assert (p != q).any()
+
+
+def test_train_batches_take_every_document_once_per_epoch(split):
+    """Also across batches: 10 documents in batches of 4, two epochs in five batches."""
+    ids = np.concatenate([b['doc_id'] for b in batches(split, 10)])
+    epochs = ids.reshape(4, DOCUMENTS)
+    for epoch in epochs:
+        assert sorted(epoch) == split.doc_id.tolist()
+    assert len({tuple(e) for e in epochs.tolist()}) == 4  # every epoch in an order of its own
+    assert (epochs[0] != split.doc_id).any()
+
+
+def test_train_batches_draw_new_positions_in_every_epoch(split):
+    drawn = {}
+    for b in batches(split, 15):
+        for doc, p in zip(b['doc_id'].tolist(), b['positions'].tolist(), strict=True):
+            drawn.setdefault(doc, set()).add(tuple(p))
+    assert all(len(p) > 1 for p in drawn.values())
+
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_train_batches_continue_from_a_saved_state(split, labelled):
+    it = batches(split, labelled=labelled)
+    states, whole = [it.get_state()], []
+    for _ in range(9):
+        whole.append(next(it))
+        states.append(it.get_state())
+    for done in (0, 1, 3, 7):
+        again = batches(split, labelled=labelled)
+        again.set_state(json.loads(json.dumps(states[done])))  # as a checkpoint keeps it
+        same([next(again) for _ in range(9 - done)], whole[done:])
+
+
+def test_labelled_positions_carry_their_own_explanation(split):
+    for batch in batches(split, 10, labelled=True, vectors=2):
+        rows = row_of(batch['doc_id'])
+        assert batch['explanations'].shape == (4, 2, T)
+        np.testing.assert_array_equal(
+            batch['explanations'], np.repeat((50 * rows[:, None] + batch['positions'])[..., None], T, 2)
+        )
+        for row, p in zip(rows, batch['positions'], strict=True):
+            have = set(split.positions[row].tolist()) - {-1}
+            assert set(p.tolist()) <= have  # -1 is no position
+            assert len(set(p.tolist())) == min(2, len(have))
+
+
+def test_document_ids_keep_their_64_bits(tmp_path):
+    """doc_id.npy is int64 (a hash, often); errors name documents by it."""
+    a = arrays()
+    a['doc_id'] = a['doc_id'] + 2**40
+    write(tmp_path, **a)
+    split = data.open_split(str(tmp_path), 'train', vocab_size=VOCAB)
+    assert set(batches(split, 1)[0]['doc_id'].tolist()) <= set(a['doc_id'].tolist())
+    held = data.held_out(split, documents=3, vectors=2, min_pos=3, seed=0)
+    assert held['doc_id'].tolist() == a['doc_id'][:3].tolist()
+
+
+def test_labelled_without_explanations(tmp_path):
+    a = arrays()
+    folder = write(tmp_path, meta={'format': 'lens-tokens/1'}, **{k: a[k] for k in ('tokens', 'lengths', 'doc_id')})
+    split = open_train(folder)
+    with pytest.raises(DataError) as error:
+        batches(split, labelled=True)
+    text = message_of(error)
+    assert f'{folder}/positions.npy' in text and 'sft' in text
+
+
+def test_labelled_document_without_labelled_position(tmp_path):
+    a = arrays()
+    a['positions'][:] = -1
+    folder = write(tmp_path, **a)
+    with pytest.raises(DataError, match='has no labelled position') as error:
+        batches(open_train(folder), 1, labelled=True)
+    assert f'{folder}/positions.npy row ' in str(error.value)
+
+
+def test_fewer_documents_than_a_batch(split):
+    assert len(batches(split, 1, documents=DOCUMENTS)[0]['doc_id']) == DOCUMENTS
+    with pytest.raises(DataError) as error:
+        batches(split, documents=DOCUMENTS + 1)
+    text = message_of(error)
+    assert str(split.directory) in text and f'{DOCUMENTS} documents' in text and f'{DOCUMENTS + 1}' in text
+
+
+# ---- held-out set ----
+
+
+def held(split, documents=5, **more):
+    return data.held_out(split, documents=documents, **{'vectors': 2, 'min_pos': 3, 'seed': 0} | more)
+
+
+def test_held_out_is_fixed_and_does_not_depend_on_the_number_of_documents(split):
+    five, three = held(split, 5), held(split, 3)
+    same([five], [held(split, 5)])
+    same([{k: v[:3] for k, v in five.items()}], [three])
+    assert len(held(split, 1000)['tokens']) == DOCUMENTS
+
+
+def test_held_out_takes_the_first_documents_in_order(split):
+    got = held(split, 5)
+    for k in ('tokens', 'lengths', 'doc_id'):
+        np.testing.assert_array_equal(got[k], getattr(split, k)[:5])
+
+
+def test_held_out_facts_and_explanations_are_those_at_the_positions(split):
+    got = held(split, DOCUMENTS)
+    assert got['facts'].shape == (DOCUMENTS, 2, F) and got['explanations'].shape == (DOCUMENTS, 2, T)
+    for i, v in np.ndindex(DOCUMENTS, 2):
+        p = got['positions'][i, v]
+        assert p in split.positions[i]
+        np.testing.assert_array_equal(got['facts'][i, v], split.facts[i, p])
+        assert (got['explanations'][i, v] == 50 * i + p).all()
+
+
+def test_held_out_without_explanations_draws_positions_from_seed_and_document(tmp_path):
+    a = arrays()
+    meta = {'format': 'lens-tokens/1'}
+    write(tmp_path, meta=meta, **{k: a[k] for k in ('tokens', 'lengths', 'doc_id')})
+    split = data.open_split(str(tmp_path), 'train', vocab_size=VOCAB)
+    got = held(split, DOCUMENTS)
+    assert set(got) == {'tokens', 'positions', 'doc_id', 'lengths'}
+    assert (got['positions'] >= 3).all() and (got['positions'] < a['lengths'][:, None]).all()
+    assert (held(split, DOCUMENTS, seed=1)['positions'] != got['positions']).any()
+    # the order of the file does not matter: each document keeps its positions
+    write(tmp_path, 'turned', meta=meta, **{k: a[k][::-1] for k in ('tokens', 'lengths', 'doc_id')})
+    turned = held(data.open_split(str(tmp_path), 'turned', vocab_size=VOCAB), DOCUMENTS)
+    np.testing.assert_array_equal(turned['positions'][::-1], got['positions'])

@@ -1,0 +1,258 @@
+"""lens.losses against a few lines of float64 numpy each."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lens import losses
+
+N, D, B, T, V = 11, 5, 3, 4, 7
+FLOAT32 = 1e-5  # relative error of the float32 formulas
+
+
+def normal(seed, *shape, scale=1.0, shift=0.0):
+    """Float32 values, so that both sides start from the same numbers."""
+    return (shift + scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
+
+
+def close(got, want, rtol=FLOAT32):
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=1e-6)
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.log(p / p.sum(-1, keepdims=True))
+
+
+def finite_differences(f, x, step=1e-5):
+    """Gradient of a float64 scalar function by central differences."""
+    x = np.asarray(x, np.float64)
+    grad = np.zeros_like(x)
+    for i in np.ndindex(*x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += step
+        down[i] -= step
+        grad[i] = (f(up) - f(down)) / (2 * step)
+    return grad
+
+
+def test_normalised_mse_rows_and_their_mean():
+    pred, target = normal(0, N, D), normal(1, N, D, scale=30.0)
+    want = [np.sum((p - t) ** 2) / np.sum(t**2) for p, t in zip(pred.astype(float), target.astype(float), strict=True)]
+    close(losses.normalised_mse_rows(pred, target), want)
+    close(losses.normalised_mse(pred, target), np.mean(want))
+
+
+def test_normalised_mse_is_0_for_the_target_and_1_for_zero():
+    target = normal(1, N, D, scale=300.0)
+    assert losses.normalised_mse(target, target) == 0
+    close(losses.normalised_mse(np.zeros_like(target), target), 1)
+
+
+def test_normalised_mse_of_a_zero_target_is_finite():
+    pred = np.full((1, D), 1e-6, np.float32)
+    close(losses.normalised_mse(pred, np.zeros((1, D), np.float32)), 1e-12 / 1e-12)
+
+
+def test_normalised_mse_computes_in_float32_on_bfloat16_inputs():
+    pred, target = normal(0, N, D).astype(jnp.bfloat16), normal(1, N, D).astype(jnp.bfloat16)
+    p, t = pred.astype(np.float64), target.astype(np.float64)
+    got = losses.normalised_mse(jnp.asarray(pred), jnp.asarray(target))
+    assert got.dtype == jnp.float32
+    close(got, np.mean(((p - t) ** 2).sum(1) / (t**2).sum(1)))
+
+
+def test_fve_against_numpy():
+    target, pred = normal(2, N, D, scale=2, shift=3), normal(3, N, D)
+    a, r = target.astype(float), target.astype(float) - pred
+    close(losses.fve(pred, target), 1 - np.mean(np.sum(r * r, 1)) / np.trace(np.cov(a.T)))
+
+
+def test_fve_of_the_mean_is_the_degree_of_freedom():
+    target = normal(2, N, D, shift=3)
+    mean = np.broadcast_to(target.mean(0), target.shape)
+    close(losses.fve(mean, target), 1 / N)  # ddof 1: 1 - (N - 1) / N
+
+
+def test_fve_penalises_a_bias():
+    target, bias = normal(2, N, D), 0.5
+    close(losses.fve(target + bias, target), 1 - D * bias**2 / np.trace(np.cov(target.astype(float).T)))
+    assert losses.fve(target, target) == 1
+
+
+def test_token_log_probs():
+    logits = normal(4, B, T, V, scale=20)
+    ids = np.random.default_rng(5).integers(V, size=(B, T))
+    want = [[log_softmax(logits)[b, t, ids[b, t]] for t in range(T)] for b in range(B)]
+    close(losses.token_log_probs(logits, ids), want)
+
+
+def test_token_log_probs_computes_in_float32_on_bfloat16_logits():
+    logits = jnp.asarray(normal(4, B, T, V, scale=20)).astype(jnp.bfloat16)
+    got = losses.token_log_probs(logits, jnp.zeros((B, T), int))
+    assert got.dtype == jnp.float32
+    close(got, log_softmax(np.asarray(logits, np.float64))[..., 0])
+
+
+def test_entropy():
+    logits = normal(6, B, T, V, scale=3)
+    p = np.exp(log_softmax(logits))
+    close(losses.entropy(logits), np.sum(p * np.log(1 / p), -1))
+    close(losses.entropy(np.zeros((1, 1, V), np.float32)), [[np.log(V)]])
+
+
+def test_cross_entropy_leaves_masked_tokens_out():
+    logp, mask = -np.abs(normal(7, B, T)), np.random.default_rng(8).integers(2, size=(B, T))
+    assert 0 < mask.sum() < mask.size
+    close(losses.cross_entropy(logp, mask), -logp[mask == 1].astype(float).mean())
+    assert losses.cross_entropy(logp, np.zeros((B, T))) == 0
+    grad = np.asarray(jax.grad(losses.cross_entropy)(jnp.asarray(logp), mask))
+    close(grad, np.where(mask, -1 / mask.sum(), 0))
+
+
+def test_clamped_entropy_has_no_gradient_above_the_clamp():
+    h = np.asarray([[0.1, 0.3, 0.2, 0.2], [2.0, 0.1, 0.1, 0.2], [1.0, 3.0, 2.0, 0.8]], np.float32)
+    clamp = 1.0  # the mean of a row counts: row 1 has one token above it and stays below
+    value, grad = jax.value_and_grad(losses.clamped_entropy)(jnp.asarray(h), clamp)
+    close(value, (0.2 + 0.6 + 1.0) / 3)
+    close(grad, [[1 / 12] * 4, [1 / 12] * 4, [0] * 4])
+    assert not np.asarray(grad)[2].any()
+
+
+def test_rewards_are_raw_and_without_gradient():
+    pred, target = normal(9, N, D, scale=10), normal(10, N, D, scale=10)
+    close(losses.rewards(pred, target), -np.mean((pred.astype(float) - target) ** 2, axis=1))
+    grads = jax.grad(lambda p, t: losses.rewards(p, t).sum(), argnums=(0, 1))(jnp.asarray(pred), jnp.asarray(target))
+    assert not any(np.asarray(g).any() for g in grads)
+
+
+def test_group_advantages_standardise_contiguous_groups():
+    groups = [[-1.0, -2.0, -6.0], [-40.0, -10.0, -10.0]]
+    got = losses.group_advantages(jnp.asarray(groups).ravel(), 3)
+    close(got, np.concatenate([(np.array(g) - np.mean(g)) / np.std(g, ddof=1) for g in groups]))
+    # by hand, group 1: mean -3, unbiased variance (4 + 1 + 9) / 2 = 7
+    close(got[:3], np.array([2, 1, -3]) / np.sqrt(7))
+
+
+def test_group_advantages_sum_to_zero_and_have_unit_variance():
+    group = 8
+    a = np.asarray(losses.group_advantages(jnp.asarray(normal(11, 6 * group, scale=3, shift=-20)), group), np.float64)
+    a = a.reshape(-1, group)
+    # absolute 1e-5: float32 rounding of values near 20, divided by a standard deviation near 3
+    np.testing.assert_allclose(a.sum(1), 0, atol=1e-5)
+    np.testing.assert_allclose(a.var(1, ddof=1), 1, atol=1e-5)
+
+
+def test_group_advantages_ignore_the_scale_and_the_offset_of_each_group():
+    r = normal(12, 2, 4)
+    scaled = r * np.asarray([[3.0], [50.0]]) + np.asarray([[2.0], [-9.0]])
+    # rtol 1e-4: the offset costs two digits of float32
+    close(
+        losses.group_advantages(jnp.asarray(scaled).ravel(), 4),
+        losses.group_advantages(jnp.asarray(r).ravel(), 4),
+        1e-4,
+    )
+
+
+@pytest.mark.parametrize('group', [2, 3, 5, 8, 12])
+def test_group_advantages_of_equal_rewards_are_exactly_zero(group):
+    """Identical explanations teach nothing. The rounding of the mean must not become an advantage."""
+    values = np.asarray([0.0, -0.1, -0.7, -1 / 3, -333.3, -1.2345e7], np.float32)
+    got = jax.jit(losses.group_advantages, static_argnums=1)(np.repeat(values, group), group)
+    np.testing.assert_array_equal(np.asarray(got).reshape(-1, group), np.zeros((len(values), group)))
+
+
+def test_policy_gradient_value_and_gradient():
+    logp, a = -np.abs(normal(13, N, T)), normal(14, N)
+    value, (d_logp, d_a) = jax.value_and_grad(losses.policy_gradient, argnums=(0, 1))(jnp.asarray(logp), jnp.asarray(a))
+    close(value, -a.astype(float).mean())
+    close(d_logp, np.repeat(-a[:, None].astype(float) / (N * T), T, axis=1))
+    assert not np.asarray(d_a).any()
+
+
+# A policy over V3**T2 = 9 texts, small enough to take every expectation exactly.
+V3, T2 = 3, 2
+TEXTS = list(itertools.product(range(V3), repeat=T2))
+THETA = np.random.default_rng(15).normal(size=(T2, V3))
+LOG_Q = log_softmax(np.random.default_rng(16).normal(size=(T2, V3)))
+REWARD = np.random.default_rng(17).normal(size=len(TEXTS))
+
+
+def text_log_probs(theta, text):
+    return np.array([log_softmax(theta)[t, w] for t, w in enumerate(text)])
+
+
+def probability(theta, text):
+    return np.exp(text_log_probs(theta, text).sum())
+
+
+def expected_gradient(term, *per_text):
+    """sum_w pi(w) * d term(log pi(w), per_text[w]) / d theta, the factor pi(w) held constant."""
+
+    def loss(theta, ids, *x):
+        return term(losses.token_log_probs(theta[None], ids[None]), *x)
+
+    grads = jax.jit(jax.vmap(jax.grad(loss), (None, *[0] * (1 + len(per_text)))))(
+        jnp.asarray(THETA, jnp.float32), jnp.asarray(TEXTS), *(jnp.asarray(x, jnp.float32) for x in per_text)
+    )
+    weights = [probability(THETA, w) for w in TEXTS]
+    return np.tensordot(weights, np.asarray(grads, np.float64), 1)
+
+
+def test_policy_gradient_is_minus_the_gradient_of_the_expected_reward():
+    got = expected_gradient(losses.policy_gradient, REWARD[:, None])
+
+    def expected_reward(theta):
+        return sum(probability(theta, w) * r for w, r in zip(TEXTS, REWARD, strict=True))
+
+    up = finite_differences(expected_reward, THETA)
+    close(got, -up / T2)  # the token mean divides by T
+    assert expected_reward(THETA - 0.1 * got) > expected_reward(THETA)
+
+
+def test_k3_against_numpy_and_its_skip():
+    logp, logq = -np.abs(normal(18, N, T)), -np.abs(normal(19, N, T))
+    for skip in (0, 1, 3):
+        ratio = np.exp(logq.astype(float) - logp)[:, skip:]
+        close(losses.k3(logp, logq, skip), np.mean(ratio - np.log(ratio) - 1))
+
+
+def test_k3_is_zero_where_both_agree_and_precise_close_to_it():
+    logp = -np.abs(normal(18, N, T))
+    assert losses.k3(logp, logp, 0) == 0
+    zero, near = np.zeros((1, 1), np.float32), np.full((1, 1), 2e-3, np.float32)
+    # d^2/2 + d^3/6: the plain formula q/pi - log(q/pi) - 1 has lost most digits here.
+    # rtol 1e-3: of expm1(d) - d in float32, whose two terms agree to three digits
+    np.testing.assert_allclose(losses.k3(zero, near, 0), 2e-6 + 8e-9 / 6, rtol=1e-3)
+
+
+def test_k3_gradient_is_one_minus_q_over_pi_and_stops_at_q():
+    logp, logq, skip = -np.abs(normal(18, N, T)), -np.abs(normal(19, N, T)), 1
+    d_p, d_q = jax.grad(losses.k3, argnums=(0, 1))(jnp.asarray(logp), jnp.asarray(logq), skip)
+    want = (1 - np.exp(logq.astype(float) - logp)) / (N * (T - skip))
+    want[:, :skip] = 0
+    close(d_p, want)
+    assert not np.asarray(d_q).any()
+
+
+def test_k3_estimates_kl_pi_q_and_its_gradient_is_that_of_kl_q_pi():
+    logp = log_softmax(THETA)
+    log_p, log_q = (np.asarray([[text_log_probs(x, w)] for w in TEXTS], np.float32) for x in (THETA, LOG_Q))
+    value = sum(probability(THETA, w) * losses.k3(log_p[i], log_q[i], 0) for i, w in enumerate(TEXTS))
+    close(value, np.mean(np.sum(np.exp(logp) * (logp - LOG_Q), -1)))
+
+    got = expected_gradient(lambda logp, logq: losses.k3(logp, logq, 0), [[text_log_probs(LOG_Q, w)] for w in TEXTS])
+    kl_q_pi = finite_differences(lambda x: np.mean(np.sum(np.exp(LOG_Q) * (LOG_Q - log_softmax(x)), -1)), THETA)
+    close(got, kl_q_pi)
+
+
+def test_fve_of_repeated_rows_counts_each_target_once_in_the_variance():
+    rng = np.random.default_rng(11)
+    target, noise = rng.standard_normal((4, 6)), rng.standard_normal((12, 6))
+    repeated = np.repeat(target, 3, axis=0)
+    expected = 1 - (noise**2).sum() / 12 / target.var(0, ddof=1).sum()
+    np.testing.assert_allclose(losses.fve(repeated + noise, repeated, group=3), expected, rtol=1e-5)

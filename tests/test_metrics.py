@@ -1,0 +1,120 @@
+"""metrics.jsonl and the JSON files: atomic, append-only, safe to continue after a kill."""
+
+import json
+
+import pytest
+
+from lens import metrics
+
+
+def line(step, **more):
+    return (
+        json.dumps(
+            {'step': step, 'phase': 'sft', 'kind': 'train', 'fve': 0.1 + 0.2 + step, 'wall_s': 1.5 * step} | more
+        )
+        + '\n'
+    )
+
+
+def writer(workdir, resume_step):
+    return metrics.Writer(workdir, resume_step, False, '', {})
+
+
+def test_read_jsonl_of_a_missing_file_is_empty(tmp_path):
+    assert metrics.read_jsonl(tmp_path / 'metrics.jsonl') == []
+
+
+@pytest.mark.parametrize('torn', ['', '{"step": 3', '{"step": 3, "fve": 0.5}', '{', '"'])
+def test_read_jsonl_leaves_a_torn_last_line_out(tmp_path, torn):
+    """A line counts once its newline is there: `{"step": 1` of `{"step": 12}` must not be read either."""
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1}\n{"step": 2, "name": "\\u00e9"}\n' + torn)
+    assert metrics.read_jsonl(path) == [{'step': 1}, {'step': 2, 'name': 'é'}]
+
+
+def test_write_jsonl_reads_back(tmp_path):
+    rows = [{'step': 1, 'text': 'a\nb "c" é\u2028'}, {'step': 2, 'x': 1e-17}]
+    metrics.write_jsonl(tmp_path / 'a.jsonl', iter(rows))
+    assert metrics.read_jsonl(tmp_path / 'a.jsonl') == rows
+
+
+def test_write_json_reads_back_and_leaves_no_temporary_file(tmp_path):
+    path = tmp_path / 'summary.json'
+    for value in ({'fve': 0.1}, {'fve': 0.2, 'nested': [1, None, 'é']}):
+        metrics.write_json(path, value)
+        assert json.loads(path.read_text()) == value
+    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+
+
+def test_write_json_keeps_the_old_file_when_the_value_cannot_be_written(tmp_path):
+    path = tmp_path / 'summary.json'
+    metrics.write_json(path, {'fve': 0.1})
+    old = path.read_bytes()
+    with pytest.raises(TypeError):
+        metrics.write_json(path, {'fve': 0.2, 'bad': object()})
+    with pytest.raises(TypeError):
+        metrics.write_jsonl(path, [{'fve': 0.2}, {'bad': object()}])
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+
+
+def test_write_text_keeps_the_old_file_when_the_rename_does_not_happen(tmp_path, monkeypatch):
+    """Killed between write and rename: the old content stands, and the next run replaces it."""
+    path = tmp_path / 'summary.json'
+    metrics.write_json(path, {'fve': 0.1})
+    old = path.read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(metrics.os, 'replace', killed)
+        metrics.write_json(path, {'fve': 0.2})
+    assert path.read_bytes() == old
+    metrics.write_json(path, {'fve': 0.3})
+    assert json.loads(path.read_text()) == {'fve': 0.3}
+    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+
+
+def test_writer_appends_lines_that_are_on_disk_at_once(tmp_path):
+    w = writer(tmp_path, 0)
+    assert w.elapsed_s == 0
+    rows = [json.loads(line(s)) for s in (1, 2)]
+    for i, row in enumerate(rows):
+        w.write(row)
+        assert metrics.read_jsonl(tmp_path / 'metrics.jsonl') == rows[: i + 1]
+    w.close()
+    assert (tmp_path / 'metrics.jsonl').read_text() == line(1) + line(2)
+
+
+def test_writer_drops_later_lines_on_resume_and_keeps_earlier_ones_byte_identical(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    kept = line(10) + line(20) + line(20, kind='eval', full=True, name='\u00e9', tiny=1.0000000000000002e-300)
+    path.write_text(kept + line(30) + line(40) + '{"step": 50, "pha')
+    w = writer(tmp_path, 20)
+    assert path.read_bytes() == kept.encode()
+    assert w.elapsed_s == 30  # wall_s of the last kept line
+    w.write(json.loads(line(25)))
+    w.close()
+    assert path.read_bytes() == (kept + line(25)).encode()
+    assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
+def test_writer_at_step_0_starts_over(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text(line(1) + line(2))
+    w = writer(tmp_path, 0)
+    w.close()
+    assert (tmp_path / 'metrics.jsonl').read_text() == '' and w.elapsed_s == 0
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'), [(0, '0:00'), (59.9, '0:59'), (61, '1:01'), (3600, '1:00:00'), (36061, '10:01:01')]
+)
+def test_clock(seconds, text):
+    assert metrics.clock(seconds) == text
+
+
+def test_provenance_says_device_versions_commit_and_command():
+    p = metrics.provenance()
+    assert p.keys() >= {'device', 'versions', 'commit', 'command'}
+    assert {'python', 'jax'} <= p['versions'].keys() and p['device'] and p['commit'] and p['command']

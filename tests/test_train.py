@@ -1,0 +1,326 @@
+"""The loop as a user meets it: determinism, resume, refusals."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from lens import hf
+from lens.checkpoint import CheckpointError, Checkpoints
+from lens.errors import LensError
+from lens.metrics import read_jsonl
+from lens.models.transformer import TransformerConfig
+from lens.train import NonFiniteError, Trainer
+from tests.conftest import make_base
+
+TIMES = re.compile(r', "(wall_s|step_s)": [0-9.e+-]+')
+TOKENIZER = 'configs/tiny_subject'
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A small random subject with the shipped tokenizer, and stories for it."""
+    root = tmp_path_factory.mktemp('world')
+    vocab = len(hf.load_tokenizer(TOKENIZER))
+    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 500.0, 1e-5, True, 128)
+    hf.save_model(make_base(config), root / 'subject', tokenizer_dir=TOKENIZER)
+    run = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'data_gen.storyworld',
+            f'--out={root}/data',
+            f'--tokenizer={TOKENIZER}',
+            '--train=60',
+            '--validation=12',
+            '--positions=4',
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return root
+
+
+def config(world, **changes):
+    c = tiny.get_config()
+    c.subject.path, c.data.path, c.layer = str(world / 'subject'), str(world / 'data'), 1
+    c.decoder.patched_blocks = 2
+    c.sft.steps, c.grpo.steps = 4, 4
+    c.sft.documents, c.grpo.documents, c.grpo.group = 4, 2, 3
+    c.eval.documents, c.eval.quick_documents, c.eval.every_steps, c.eval.samples = 6, 4, 3, 2
+    c.log.every_steps, c.checkpoint.every_steps = 1, 3
+    for key, value in changes.items():
+        block, _, name = key.rpartition('__')
+        (c[block] if block else c)[name] = value
+    return c
+
+
+def train(cfg, workdir):
+    trainer = Trainer(cfg, pathlib.Path(workdir))
+    with jax.set_mesh(trainer.run.mesh):
+        return trainer.train()
+
+
+@pytest.fixture(scope='module')
+def finished(world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('run') / 'w'
+    return workdir, train(config(world), workdir)
+
+
+def curve(workdir):
+    return TIMES.sub('', (workdir / 'metrics.jsonl').read_text())
+
+
+def figures(summary):
+    return {k: v for k, v in summary.items() if isinstance(v, float) and k != 'wall_s'}
+
+
+def test_workdir_holds_what_the_contract_names(finished):
+    workdir, summary = finished
+    names = {p.name for p in workdir.iterdir()}
+    assert names == {
+        'config.json',
+        'metrics.jsonl',
+        'checkpoints',
+        'summary.json',
+        'samples.jsonl',
+        'evaluation.json',
+        'report.html',
+    }
+    written = json.loads((workdir / 'summary.json').read_text())
+    assert written == json.loads(json.dumps(summary))
+    for key in (
+        'fve',
+        'fve_greedy',
+        'fve_sft',
+        'fve_shuffled',
+        'fve_mean_baseline',
+        'fve_no_activation',
+        'cosine',
+        'steps',
+        'wall_s',
+        'config',
+        'subject',
+        'layer',
+        'facts_recall',
+        'facts_hallucinated',
+        'facts_recall_sampled',
+        'facts_hallucinated_sampled',
+    ):
+        assert key in written, key
+    rows = read_jsonl(workdir / 'metrics.jsonl')
+    assert [r['step'] for r in rows if r['kind'] == 'train'] == list(range(1, 9))
+    assert [(r['step'], r['full']) for r in rows if r['kind'] == 'eval'] == [
+        (3, False),
+        (4, True),
+        (6, False),
+        (8, True),
+    ]
+    assert written['fve_sft'] == next(r['fve'] for r in rows if r['kind'] == 'eval' and r['step'] == 4)
+    assert written['fve'] == next(r['fve'] for r in rows if r['kind'] == 'eval' and r['step'] == 8)
+    assert all(r['logp_diff_max'] < 1e-4 for r in rows if r['phase'] == 'grpo' and r['kind'] == 'train')
+    assert len(read_jsonl(workdir / 'samples.jsonl')) == 2
+
+
+def test_two_runs_write_identical_metrics(world, finished, tmp_path):
+    summary = train(config(world), tmp_path / 'w')
+    assert curve(tmp_path / 'w') == curve(finished[0])
+    assert figures(summary) == figures(finished[1])
+    other = train(config(world, seed=1), tmp_path / 'other')
+    assert figures(other) != figures(summary)
+
+
+@pytest.mark.parametrize('stop', [3, 4, 6])
+def test_resume_is_bit_identical(world, finished, tmp_path, monkeypatch, stop):
+    """Stopped after step `stop` (inside sft, at its end, inside grpo) and continued by the same command."""
+
+    class Stop(Exception):
+        pass
+
+    save = Checkpoints.save
+
+    def save_and_stop(self, step, state, info):
+        save(self, step, state, info)
+        if step == stop:
+            raise Stop
+
+    monkeypatch.setattr(Checkpoints, 'save', save_and_stop)
+    with pytest.raises(Stop):
+        train(config(world), tmp_path / 'w')
+    monkeypatch.setattr(Checkpoints, 'save', save)
+    with (tmp_path / 'w/metrics.jsonl').open('a') as f:  # lines after the checkpoint, the last one torn
+        f.write('{"step": 7, "phase": "grpo", "kind": "train", "fve": 9.0, "wall_s": 1}\n{"step": 8, "ph')
+    summary = train(config(world), tmp_path / 'w')
+    assert curve(tmp_path / 'w') == curve(finished[0])
+    assert figures(summary) == figures(finished[1])
+    assert final_parameters(tmp_path / 'w') == final_parameters(finished[0])
+
+
+def final_parameters(workdir):
+    from orbax.checkpoint import v1 as ocp
+
+    state = ocp.training.Checkpointer((workdir / 'checkpoints').absolute()).load_checkpointables(8)['state']
+    return {k: np.asarray(v).tobytes() for k, v in state.items() if k.startswith('params')}
+
+
+def test_a_finished_run_only_rewrites_its_summary(world, finished):
+    assert figures(train(config(world), finished[0])) == figures(finished[1])
+
+
+def test_checkpoints_hold_no_base_weights(finished):
+    """Only the trainable tree; the base of `tiny` is a trained copy, the frozen one is not stored."""
+    from orbax.checkpoint import v1 as ocp
+
+    state = ocp.training.Checkpointer((finished[0] / 'checkpoints').absolute()).load_checkpointables(8)['state']
+    assert {k.split('/')[1] for k in state if k.startswith('params')} == {'decoder', 'encoder'}
+    assert {k.split('/')[0] for k in state} == {'step', 'params', 'opt'}
+
+
+def test_resume_onto_another_mesh(world, finished, tmp_path, monkeypatch):
+    """Checkpoint of 1x1 continued on 2x2: the same losses up to float reordering."""
+    half = config(world)
+    half.phases = ('sft',)
+    train(half, tmp_path / 'a')
+    longer = config(world, mesh__data=2, mesh__model=2)
+    longer.phases = ('sft',)
+    rows = {}
+    for name, cfg in (('a', longer), ('b', longer)):
+        if name == 'a':
+            import shutil
+
+            shutil.rmtree(tmp_path / 'a/checkpoints/4')  # go back to step 3
+        train(cfg, tmp_path / name)
+        rows[name] = [r for r in read_jsonl(tmp_path / name / 'metrics.jsonl') if r['kind'] == 'train']
+    for a, b in zip(rows['a'], rows['b'], strict=True):
+        for k in ('loss_decoder', 'loss_encoder', 'fve', 'entropy_nats'):
+            np.testing.assert_allclose(a[k], b[k], rtol=1e-4, err_msg=k)
+
+
+def test_another_configuration_in_the_same_workdir_is_refused(world, finished):
+    before = curve(finished[0])
+    with pytest.raises(CheckpointError, match=r'another configuration \(differing keys: grpo.learning_rate_decoder\)'):
+        train(config(world, grpo__learning_rate_decoder=1.0), finished[0])
+    with pytest.raises(CheckpointError, match='cannot be restored'):
+        train(config(world, decoder__patched_blocks=1), finished[0])
+    assert curve(finished[0]) == before
+
+
+def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
+    with pytest.raises(NonFiniteError, match=r'is not finite at step \d+ \(phase sft, documents \[\d+'):
+        train(config(world, sft__learning_rate_decoder=1e30, sft__warmup_steps=0), tmp_path / 'w')
+    assert not (tmp_path / 'w/summary.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'layer': 3}, r'layer=3 is not a block of the subject, which has blocks 0..2'),
+        ({'encoder__output_layer': 5}, r'encoder.output_layer=5 is not a block'),
+        ({'decoder__patched_blocks': 4}, r'decoder.patched_blocks=4 is not in 0..3'),
+        ({'decoder__train': 'all'}, r"decoder.train='all' is not one of maps, lora, full"),
+        ({'decoder__prompt': 'no slot'}, r"decoder.prompt='no slot' must contain <embed> exactly once"),
+        ({'grpo__group': 1}, r'grpo.group=1 must be at least 2'),
+        ({'grpo__objective': 'ppo'}, r"grpo.objective='ppo' is not one of sft, grpo"),
+        ({'phases': ('sft', 'rl')}, r"phases names 'rl', but there is no phase block of that name"),
+        ({'sft__steps': 0}, r'sft.steps=0 must be positive'),
+        ({'explanation_len': 7}, r'explanation_len=7, but the given explanations in .* have 12 tokens'),
+        (
+            {'mesh__data': 2, 'sft__documents': 3},
+            r'sft.documents=3 cannot be split over mesh.data=2: use a multiple of 2',
+        ),
+        ({'mesh__data': 16}, r'mesh.data=16 x mesh.model=1 needs 16 devices, but JAX sees 8'),
+        ({'subject__path': '/nowhere'}, r'/nowhere/config.json does not exist'),
+        ({'data__path': '/nowhere'}, r'/nowhere/train/meta.json does not exist'),
+        ({'subject__dtype': 'int8'}, r"subject.dtype='int8' is not one of float32, bfloat16"),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_sentence(world, tmp_path, change, message):
+    with pytest.raises(LensError, match=message) as e:
+        train(config(world, **change), tmp_path / 'w')
+    assert '\n' not in str(e.value)
+    assert not list(tmp_path.glob('w/*.json')), 'nothing half-written'
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(world, tmp_path):
+    import shutil
+
+    shutil.copytree(world / 'data', tmp_path / 'data')
+    tokens = np.load(tmp_path / 'data/train/tokens.npy')
+    tokens[7, 3] = 99999
+    np.save(tmp_path / 'data/train/tokens.npy', tokens)
+    with pytest.raises(LensError, match=r'train/tokens.npy row 7 holds token ids outside 0..939'):
+        train(config(world, data__path=str(tmp_path / 'data')), tmp_path / 'w')
+
+
+def command(world, workdir, *extra):
+    return [
+        sys.executable,
+        '-m',
+        'lens.main',
+        '--config=configs/tiny.py',
+        f'--workdir={workdir}',
+        f'--config.subject.path={world}/subject',
+        f'--config.data.path={world}/data',
+        '--config.layer=1',
+        '--config.decoder.patched_blocks=2',
+        *extra,
+    ]
+
+
+@pytest.mark.parametrize(
+    ('extra', 'message'),
+    [
+        (['--config.grpo.lerning_rate_decoder=1'], 'learning_rate_decoder'),
+        (['--config.sft.stps=3'], 'steps'),
+        (['--config.layer=9'], 'layer=9 is not a block'),
+        (['--config.data.path=/nowhere'], '/nowhere/train/meta.json does not exist'),
+    ],
+)
+def test_the_command_prints_one_sentence_and_fails(world, tmp_path, extra, message):
+    run = subprocess.run(command(world, tmp_path / 'w', *extra), capture_output=True, text=True)
+    assert run.returncode != 0 and 'Traceback' not in run.stderr
+    lines = [line for line in run.stderr.strip().splitlines() if not re.match(r'[IWE]\d{4}', line)]
+    assert len(lines) == 1 and message in lines[0], run.stderr
+
+
+@pytest.mark.slow
+def test_killed_run_continues_and_ends_like_an_undisturbed_one(world, tmp_path):
+    """kill -9 in the middle of each phase, then the same command again."""
+    small = [
+        '--config.sft.steps=40',
+        '--config.grpo.steps=30',
+        '--config.sft.documents=4',
+        '--config.grpo.documents=2',
+        '--config.eval.documents=6',
+        '--config.eval.every_steps=15',
+        '--config.log.every_steps=1',
+        '--config.checkpoint.every_steps=10',
+    ]
+    assert subprocess.run(command(world, tmp_path / 'calm', *small), capture_output=True).returncode == 0
+    workdir = tmp_path / 'killed'
+    for at in (25, 55):
+        process = subprocess.Popen(
+            command(world, workdir, *small), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 300
+        while max((r['step'] for r in read_jsonl(workdir / 'metrics.jsonl')), default=0) < at:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (workdir / 'summary.json').exists()
+    end = subprocess.run(command(world, workdir, *small), capture_output=True, text=True)
+    assert end.returncode == 0 and 'continuing at step' in end.stdout, end.stderr
+    assert curve(workdir) == curve(tmp_path / 'calm')
+    a, b = (json.loads((d / 'summary.json').read_text()) for d in (workdir, tmp_path / 'calm'))
+    assert figures(a) == figures(b)
