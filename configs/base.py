@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval = ml_collections.ConfigDict()
     c.eval.every_steps = 200  # quick held-out figures; 0 = only at the end of a phase
     c.eval.quick_documents = 64  # documents of the quick figures
-    c.eval.documents = 500  # documents at the end of a phase
+    c.eval.documents = 300  # documents at the end of a phase
     c.eval.vectors = 4  # activations per document
     c.eval.batch = 250  # activations per evaluation step
     c.eval.samples = 10  # explanations shown in the report

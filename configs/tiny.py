@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sft.documents, c.sft.vectors = 8, 4
     c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 1.5e-3
 
-    c.grpo.steps = 700
+    c.grpo.steps = 450
     c.grpo.documents, c.grpo.vectors, c.grpo.group = 4, 2, 8
     c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 3e-4, 6e-4
     return c

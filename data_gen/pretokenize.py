@@ -58,41 +58,51 @@ def split_arrays(rows: list[list[int]], doc_ids: np.ndarray, seq_len: int, pad_i
     return {'tokens': tokens, 'lengths': np.array([len(r) for r in rows], np.int32), 'doc_id': doc_ids.astype(np.int64)}
 
 
-def main(_):
-    out, source = pathlib.Path(OUT.value), pathlib.Path(INPUT.value)
+def pretokenize(
+    source: pathlib.Path,
+    tokenizer_dir: str,
+    out: pathlib.Path,
+    *,
+    seq_len: int,
+    min_tokens: int,
+    validation: float,
+    seed: int,
+) -> str:
+    """Writes out/train and out/validation; returns one line that says what they hold. Raises LensError."""
     if out.exists():
         raise LensError(f'{out} exists: remove it or choose another --out.')
-    tokenizer = hf.load_tokenizer(TOKENIZER.value)
-    rows, dropped = tokenize(read_texts(source), tokenizer, SEQ_LEN.value, MIN_TOKENS.value)
-    held_out = max(round(len(rows) * VALIDATION_FRACTION.value), 1)
+    tokenizer = hf.load_tokenizer(tokenizer_dir)
+    rows, dropped = tokenize(read_texts(source), tokenizer, seq_len, min_tokens)
+    held_out = max(round(len(rows) * validation), 1)
     if len(rows) <= held_out:
-        raise LensError(
-            f'{source} leaves {len(rows)} documents of at least {MIN_TOKENS.value} tokens: too few to split.'
-        )
-    order = np.random.default_rng(SEED.value).permutation(len(rows))
+        raise LensError(f'{source} leaves {len(rows)} documents of at least {min_tokens} tokens: too few to split.')
+    order = np.random.default_rng(seed).permutation(len(rows))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     parts = {'train': np.sort(order[held_out:]), 'validation': np.sort(order[:held_out])}
     meta = {
         'format': data.FORMAT,
-        'seq_len': SEQ_LEN.value,
+        'seq_len': seq_len,
         'vocab_size': len(tokenizer),
         'pad_id': pad_id,
-        'tokenizer_sha256': arrays.tokenizer_sha256(TOKENIZER.value),
-        'source': {'file': source.name, 'seed': SEED.value, 'dropped': dropped},
+        'tokenizer_sha256': arrays.tokenizer_sha256(tokenizer_dir),
+        'source': {'file': source.name, 'seed': seed, 'dropped': dropped},
     }
-    arrays.write_splits(
-        out,
+    splits = (
         (
-            (
-                name,
-                split_arrays([rows[i] for i in ids], ids, SEQ_LEN.value, pad_id),
-                meta | {'split': name, 'documents': len(ids)},
-            )
-            for name, ids in parts.items()
-        ),
+            name,
+            split_arrays([rows[i] for i in ids], ids, seq_len, pad_id),
+            meta | {'split': name, 'documents': len(ids)},
+        )
+        for name, ids in parts.items()
     )
+    arrays.write_splits(out, splits)
     counts = ', '.join(f'{len(ids)} {name}' for name, ids in parts.items())
-    print(f'{counts} documents ({dropped["short"]} too short, {dropped["repeated"]} repeated): {out}')
+    return f'{counts} documents ({dropped["short"]} too short, {dropped["repeated"]} repeated): {out}'
+
+
+def main(_):
+    settings = {'seq_len': SEQ_LEN.value, 'min_tokens': MIN_TOKENS.value, 'validation': VALIDATION_FRACTION.value}
+    print(pretokenize(pathlib.Path(INPUT.value), TOKENIZER.value, pathlib.Path(OUT.value), seed=SEED.value, **settings))
 
 
 if __name__ == '__main__':

@@ -77,6 +77,8 @@ class Run:
     length: int
     min_pos: int
     seed: int
+    decoder_prompt: tuple[list[int], list[int]]  # token ids left and right of the slot
+    encoder_prompt: tuple[list[int], list[int]]  # token ids before and after the words
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
 
@@ -135,6 +137,8 @@ def open_run(cfg) -> Run:
         length=cfg.explanation_len,
         min_pos=cfg.data.min_pos,
         seed=cfg.seed,
+        decoder_prompt=_split_prompt(tokenizer, cfg.decoder.prompt, EMBED, 'decoder.prompt'),
+        encoder_prompt=_split_prompt(tokenizer, cfg.encoder.prompt, TEXT, 'encoder.prompt'),
         evaluation=_from_block(EvalSettings, cfg.eval),
         phases=_phases(cfg, mesh, tokenizer, train),
     )
@@ -223,8 +227,6 @@ def init_lens(cfg, run: Run) -> Lens:
 
     Call under jax.set_mesh(run.mesh).
     """
-    left, right = _split_prompt(run.tokenizer, cfg.decoder.prompt, EMBED, 'decoder.prompt')
-    enc_left, enc_right = _split_prompt(run.tokenizer, cfg.encoder.prompt, TEXT, 'encoder.prompt')
     dec_config = DecoderConfig(cfg.decoder.patched_blocks, cfg.decoder.shared_map, cfg.layer)
     output_layer = cfg.layer if cfg.encoder.output_layer == -1 else cfg.encoder.output_layer
     enc_config = EncoderConfig(output_layer, cfg.encoder.readout)
@@ -240,8 +242,7 @@ def init_lens(cfg, run: Run) -> Lens:
         return Lens(
             Decoder(
                 dec_config,
-                left,
-                right,
+                *run.decoder_prompt,
                 base,
                 norms,
                 own_base=cfg.decoder.train == 'full',
@@ -249,8 +250,7 @@ def init_lens(cfg, run: Run) -> Lens:
             ),
             Encoder(
                 enc_config,
-                enc_left,
-                enc_right,
+                *run.encoder_prompt,
                 base,
                 own_base=cfg.encoder.train == 'full',
                 adapters=adapters(cfg.encoder, enc_blocks, enc_key),

@@ -3,7 +3,7 @@
 import difflib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lens.errors import LensError
@@ -55,6 +55,7 @@ def run(main) -> None:
     """app.run for `main(argv)`: a LensError prints its sentence and exits with code 1."""
 
     def guarded(argv):
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
         try:
             return main(argv)
         except LensError as e:

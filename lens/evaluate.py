@@ -31,6 +31,7 @@ MEANINGS = {
     'nmse': ('lens', 'mean of |A - reconstruction|^2 / |A|^2, temperature 1'),
     'cosine': ('lens', 'mean cosine of A and its reconstruction, temperature 1'),
     'cosine_greedy': ('lens', 'the same with the most probable explanation'),
+    'fve_sft': ('lens', 'FVE at temperature 1 at the end of the SFT phase'),
     'fve_given': ('lens', 'FVE when the encoder reads the given explanation: the ceiling of the text format'),
     'fve_shuffled': ('controls', 'FVE when each explanation is paired with the activation of another document'),
     'fve_no_activation': ('controls', 'FVE when the decoder gets the zero vector instead of the activation'),
@@ -74,21 +75,41 @@ class Evaluation:
 
 @functools.partial(jax.jit, static_argnames=('layer', 'length', 'controls'))
 def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, controls):
-    """Arrays for the rows of one batch: activations, texts, reconstructions."""
+    """Arrays for the rows of one batch: activations, texts, reconstructions.
+
+    All texts are drawn in one call and encoded in one call: one program each to compile.
+    """
     a = read_activations(base, batch, layer)
-    keys = jax.random.split(key, 3)
-    draw = functools.partial(sampling.sample, lens.decoder, base, length=length)
-    rec = functools.partial(encode, lens.encoder, base)
-    out = {'a': a, 'ids': draw(a, keys[0]).ids_NxT, 'ids_greedy': draw(a, keys[0], greedy=True).ids_NxT}
-    out |= {'pred': rec(out['ids']), 'pred_greedy': rec(out['ids_greedy'])}
+    draw_key, permute_key = jax.random.split(key)
+    vectors, temperatures = {'': a, '_greedy': a}, [1.0, 0.0]
     if controls:
-        out['pred_no_activation'] = rec(draw(0 * a, keys[1]).ids_NxT)
-        noise = jax.random.uniform(keys[2], out['ids'].shape, out_sharding=sharding.out(sharding.P('data', None)))
-        out['pred_words_permuted'] = rec(jnp.take_along_axis(out['ids'], jnp.argsort(noise, axis=1), axis=1))
-        out['pred_previous_tokens'] = rec(batch['previous'].reshape(-1, length))
+        vectors['_no_activation'], temperatures = 0 * a, [1.0, 0.0, 1.0]
+    tile = jnp.tile(jnp.asarray(temperatures), len(a))
+    ids = sampling.sample(
+        lens.decoder, base, _interleave(vectors.values()), draw_key, length=length, temperature=tile
+    ).ids_NxT
+    texts = _separate(ids, vectors)
+    out = {'a': a, 'ids': texts[''], 'ids_greedy': texts['_greedy']}
+    if controls:
+        noise = jax.random.uniform(permute_key, texts[''].shape, out_sharding=sharding.out(sharding.P('data', None)))
+        texts['_words_permuted'] = jnp.take_along_axis(texts[''], jnp.argsort(noise, axis=1), axis=1)
+        texts['_previous_tokens'] = batch['previous'].reshape(-1, length)
         if 'explanations' in batch:
-            out['pred_given'] = rec(batch['explanations'].reshape(-1, length))
-    return out
+            texts['_given'] = batch['explanations'].reshape(-1, length)
+    pred = _separate(encode(lens.encoder, base, _interleave(texts.values())), texts)
+    return out | {f'pred{k}': v for k, v in pred.items()}
+
+
+def _interleave(parts):
+    """K arrays NxD as one (N*K)xD, rows of one n contiguous: a shard keeps its rows."""
+    x = jnp.stack(list(parts), axis=1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _separate(x_MxD, names) -> dict:
+    """The inverse of _interleave, by name."""
+    x = x_MxD.reshape(-1, len(names), x_MxD.shape[-1])
+    return {name: x[:, k] for k, name in enumerate(names)}
 
 
 class Evaluator:

@@ -1,13 +1,16 @@
 """Where figures go: metrics.jsonl (source of truth), the console, optionally TensorBoard and wandb."""
 
+import collections
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 
 import jax
 from rich.console import Console
@@ -86,6 +89,26 @@ class Writer:
                 self._wandb.finish()
 
 
+class StepClock:
+    """Median seconds of the recent steps; compilation, evaluation and checkpoints are left out."""
+
+    def __init__(self):
+        self._last: float | None = None
+        self._recent: collections.deque[float] = collections.deque(maxlen=50)
+
+    def pause(self) -> None:
+        """What happens until the next lap is not a step."""
+        self._last = None
+
+    def lap(self) -> float:
+        """A step has ended; returns the median so far, 0.0 before the first full step."""
+        now = time.monotonic()
+        if self._last is not None:
+            self._recent.append(now - self._last)
+        self._last = now
+        return statistics.median(self._recent) if self._recent else 0.0
+
+
 def clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
@@ -139,5 +162,5 @@ def provenance() -> dict:
         'versions': {'python': platform.python_version()}
         | {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
         'commit': git.stdout.strip() or 'unknown',
-        'command': shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'command': shlex.join(['python', *sys.orig_argv[1:]]),
     }

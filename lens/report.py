@@ -457,7 +457,6 @@ def _reproduce(run: Run) -> dict[str, str]:
     if isinstance(versions, dict):
         versions = ', '.join(f'{name} {version}' for name, version in versions.items())
     facts = {
-        'Config': run.summary.get('config'),
         'Seed': run.summary.get('seed', run.config.get('seed')),
         'Device': run.summary.get('device'),
         'Versions': versions,

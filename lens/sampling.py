@@ -17,28 +17,28 @@ class Samples(NamedTuple):
     logp_NxT: jax.Array
 
 
-def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, greedy: bool = False) -> Samples:
+def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, temperature=1.0) -> Samples:
     """Exactly `length` tokens for each activation, `group` times: N = B * group rows.
 
-    Exact draws from the softmax at temperature 1 (Gumbel noise added to the logits), or the most
-    probable token when `greedy`. The noise of a row depends on key, step and row alone, so every
-    mesh draws the same tokens from the same logits.
+    Exact draws from softmax(logits / temperature) as argmax(logits + temperature * Gumbel noise), so 0
+    is greedy; a number, or one per activation [B]. logp is at temperature 1. The noise of a row depends
+    on key, step and row alone: every mesh draws the same tokens from the same logits.
     """
+    temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.P('data'))
+    temperature_Nx1 = tile_rows(temperature_B, group)[:, None]
     logits_BxV, cache = dec.prefill(decoder, base, activation_BxD, length)
     logits = tile_rows(logits_BxV, group)
     spec = None if sharding.out(sharding.ACT) is None else jax.typeof(cache.k_LxBxSxKxh).sharding.spec
     cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=spec), cache)
 
     def draw(logits_NxV, t):
-        noise = 0.0
-        if not greedy:
-            noise = jax.random.gumbel(
-                jax.random.fold_in(key, t),
-                logits_NxV.shape,
-                jnp.float32,
-                out_sharding=sharding.out(sharding.P('data', None)),
-            )
-        ids = jnp.argmax(logits_NxV + noise, axis=-1).astype(jnp.int32)
+        noise = jax.random.gumbel(
+            jax.random.fold_in(key, t),
+            logits_NxV.shape,
+            jnp.float32,
+            out_sharding=sharding.out(sharding.P('data', None)),
+        )
+        ids = jnp.argmax(logits_NxV + temperature_Nx1 * noise, axis=-1).astype(jnp.int32)
         return ids, losses.token_log_probs(logits_NxV, ids)
 
     def body(carry, t):

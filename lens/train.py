@@ -116,19 +116,20 @@ class Trainer:
         if iterator_state is not None:
             batches.set_state(iterator_state)
         do = functools.partial(train_step, objective=phase.objective, hparams=phase.hparams, tx=phase.tx)
-        pending, first, started = None, int(state.step), time.monotonic()
-        for step in range(first + 1, phase.end + 1):
+        pending, clock = None, metrics.StepClock()
+        for step in range(int(state.step) + 1, phase.end + 1):
             rows = next(batches)
             doc_ids = rows.pop('doc_id')
             state, out = do(state, run.base, sharding.put_batch(rows, run.mesh), self.key)
             if pending:
-                self._record(phase, *pending, started, first)
+                self._record(phase, *pending, clock)
             pending = (step, out, doc_ids)
             evaluate = cfg.eval.every_steps and step % cfg.eval.every_steps == 0
             save = step % cfg.checkpoint.every_steps == 0
             if evaluate or save or step == phase.end:
-                self._record(phase, *pending, started, first)
+                self._record(phase, *pending, clock)
                 pending = None
+                clock.pause()
             if step == phase.end:
                 self._evaluate(phase, step, state, full=True)
             elif evaluate:
@@ -138,7 +139,7 @@ class Trainer:
                 self.checkpoints.save(step, state, info)
         return state
 
-    def _record(self, phase: Phase, step: int, out: dict, doc_ids, started: float, first: int) -> None:
+    def _record(self, phase: Phase, step: int, out: dict, doc_ids, clock: metrics.StepClock) -> None:
         """Metrics of a step that has been dispatched before."""
         values = {k: float(v) for k, v in jax.device_get(out).items()}
         if not all(np.isfinite(v) for v in values.values()):
@@ -148,13 +149,12 @@ class Trainer:
                 f'{bad} is not finite at step {step} (phase {phase.name}, documents {doc_ids.tolist()}); the last good '
                 f'checkpoint is {f"step {last}" if last else "none"} in {self.workdir}: lower the learning rates.'
             )
-        now = time.monotonic()
-        step_s = (now - started) / (step - first)
+        step_s = clock.lap()
         if step % self.cfg.log.every_steps == 0 or step == phase.end:
             self.writer.write(
                 {'step': step, 'phase': phase.name, 'kind': 'train'}
                 | values
-                | {'step_s': step_s, 'wall_s': now - self.begin}
+                | {'step_s': step_s, 'wall_s': time.monotonic() - self.begin}
             )
         self.bar.update(step, phase.name, values, step_s * (self.run.steps - step))
 
@@ -176,13 +176,14 @@ class Trainer:
         """Final figures, samples, summary and report."""
         if not hasattr(self, 'last'):  # restarted after the last step
             self.last = self.evaluator.full(state.params)
-        run, values = self.run, self.last.values()
+        run = self.run
         if 'sft' in self.cfg.phases:
             end = next(p.end for p in run.phases if p.name == 'sft')
             rows = metrics.read_jsonl(self.workdir / 'metrics.jsonl')
-            values['fve_sft'] = next(r['fve'] for r in rows if r['kind'] == 'eval' and r['step'] == end)
+            value = next(r['fve'] for r in rows if r['kind'] == 'eval' and r['step'] == end)
+            self.last.figures['fve_sft'] = {'value': value, 'ci95': None}
         summary = (
-            values
+            self.last.values()
             | {
                 'steps': run.steps,
                 'wall_s': round(time.monotonic() - self.begin, 1),

@@ -1,13 +1,24 @@
 """Eight fake CPU devices and a tiny random world in which every dimension is distinct."""
 
 import os
+import pathlib
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+# Tiny shapes: compiling is all the time there is.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+# Many tests compile the same programs, in processes of their own too: compile each once.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache/xla'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 import jax
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+# A collective of eight devices needs eight threads: XLA's pools have one per core and would deadlock on two.
+os.environ['NPROC'] = '16'
+jax.devices()
+del os.environ['NPROC']
 
 import numpy as np
 import pytest

@@ -1,13 +1,16 @@
 """Text in, arrays that lens.data opens out."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from data_gen.pretokenize import pretokenize
 from lens import data, hf
+from lens.errors import LensError
 
 SUBJECT = 'configs/tiny_subject'
 VOCAB = 940
@@ -69,6 +72,6 @@ def test_every_document_is_in_exactly_one_split(written):
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, name, content, message):
     if content:
         (tmp_path / name).write_text(content)
-    run = command(f'--input={tmp_path}/{name}', f'--tokenizer={SUBJECT}', f'--out={tmp_path}/out')
-    assert run.returncode == 1 and message in run.stderr and 'Traceback' not in run.stderr
+    with pytest.raises(LensError, match=re.escape(message)):
+        pretokenize(tmp_path / name, SUBJECT, tmp_path / 'out', seq_len=64, min_tokens=16, validation=0.1, seed=0)
     assert not (tmp_path / 'out').exists()

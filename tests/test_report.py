@@ -393,4 +393,4 @@ def test_command_line(workdir):
     (workdir / 'config.json').unlink()
     failed = run()
     assert failed.returncode == 1 and 'Traceback' not in failed.stderr
-    assert failed.stderr.strip().splitlines()[-1].startswith(f'Error: {workdir / "config.json"} is missing')
+    assert failed.stderr.strip().splitlines()[-1].startswith(f'error: {workdir / "config.json"} is missing')

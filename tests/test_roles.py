@@ -1,5 +1,7 @@
 """Subject, decoder and encoder: read, patch, inject, score, sample, read out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,10 +124,19 @@ def test_group_members_differ_and_share_their_activation(base, lens, activations
 
 
 def test_greedy_takes_the_most_probable_token(base, lens, activations):
-    s = sampling.sample(lens.decoder, base, activations, jax.random.key(0), length=LENGTH, greedy=True)
+    s = sampling.sample(lens.decoder, base, activations, jax.random.key(0), length=LENGTH, temperature=0.0)
     for i in range(6):
         logits = decoder_by_hand(lens, base, activations[i], np.asarray(s.ids_NxT[i]), 2)
         np.testing.assert_array_equal(np.argmax(logits, -1), s.ids_NxT[i])
+
+
+def test_temperature_per_activation(base, lens, activations):
+    """Rows at temperature 0 are the greedy ones, rows at 1 the sampled ones."""
+    draw = functools.partial(sampling.sample, lens.decoder, base, activations, jax.random.key(0), length=LENGTH)
+    mixed = draw(temperature=jnp.asarray([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])).ids_NxT
+    sampled, greedy = draw().ids_NxT, draw(temperature=0.0).ids_NxT
+    np.testing.assert_array_equal(mixed, np.where([[0], [1], [0], [1], [1], [0]], sampled, greedy))
+    assert (sampled != greedy).any()
 
 
 def test_first_token_frequencies_are_the_softmax(base, lens, activations):
