@@ -1,6 +1,5 @@
 """Writing a data folder in the layout that lens/data.py reads; it appears at once, by rename."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -8,11 +7,6 @@ import shutil
 import tempfile
 
 import numpy as np
-
-
-def tokenizer_sha256(directory: str | os.PathLike[str]) -> str:
-    """Fingerprint of the tokenizer, for meta.json."""
-    return hashlib.sha256((pathlib.Path(directory) / 'tokenizer.json').read_bytes()).hexdigest()
 
 
 def write_splits(out: str | os.PathLike[str], splits) -> None:

@@ -84,7 +84,7 @@ def pretokenize(
         'seq_len': seq_len,
         'vocab_size': len(tokenizer),
         'pad_id': pad_id,
-        'tokenizer_sha256': arrays.tokenizer_sha256(tokenizer_dir),
+        'tokenizer_sha256': hf.tokenizer_sha256(tokenizer_dir),
         'source': {'file': source.name, 'seed': seed, 'dropped': dropped},
     }
     splits = (

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_gen import arrays, storyworld_grammar
+from lens import hf
 
 FIELDS = storyworld_grammar.FIELDS
 
@@ -320,7 +321,7 @@ def _meta(
         'vocab_size': len(tokenizer),
         'pad_id': tokenizer.pad_token_id,
         'bos_id': tokenizer.bos_token_id,
-        'tokenizer_sha256': arrays.tokenizer_sha256(tokenizer_dir),
+        'tokenizer_sha256': hf.tokenizer_sha256(tokenizer_dir),
         'source': {
             'generator': 'data_gen.storyworld',
             'seed': settings.seed,

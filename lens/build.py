@@ -23,6 +23,17 @@ from lens.models.transformer import REMAT_POLICIES, Transformer
 EMBED, TEXT = '<embed>', '<text>'
 TRAIN_CHOICES = ('maps', 'lora', 'full')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+POSITIVE = (
+    'explanation_len',
+    'lora.rank',
+    'mesh.model',
+    'eval.quick_documents',
+    'eval.vectors',
+    'eval.batch',
+    'checkpoint.every_steps',
+    'checkpoint.keep',
+    'log.every_steps',
+)
 NORM_DOCUMENTS = 10  # texts that the scale of the maps is measured on
 
 
@@ -103,6 +114,14 @@ def _split_prompt(tokenizer, text: str, mark: str, key: str) -> tuple[list[int],
 
 def open_run(cfg) -> Run:
     """Checks `cfg`, loads the frozen base and opens the data. Raises LensError."""
+    for key in POSITIVE:
+        block, _, name = key.rpartition('.')
+        value = (cfg[block] if block else cfg)[name]
+        _require(value > 0, f'{key}={value} must be positive.')
+    _require(cfg.data.min_pos >= 0, f'data.min_pos={cfg.data.min_pos} must not be negative.')
+    _require(
+        cfg.eval.documents >= 2, f'eval.documents={cfg.eval.documents} must be at least 2: controls pair documents.'
+    )
     _choice(cfg.subject.dtype, DTYPES, 'subject.dtype')
     _choice(cfg.subject.remat, REMAT_POLICIES, 'subject.remat')
     _choice(cfg.decoder.train, TRAIN_CHOICES, 'decoder.train')
@@ -120,13 +139,18 @@ def open_run(cfg) -> Run:
     n = cfg.decoder.patched_blocks
     _require(0 <= n <= c.n_layers, f'decoder.patched_blocks={n} is not in 0..{c.n_layers}, the blocks of the subject.')
     train, validation = (data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
+    for split in (train, validation):
+        made_with = split.meta.get('tokenizer_sha256')
+        _require(
+            made_with in (None, hf.tokenizer_sha256(cfg.subject.path)),
+            f'{split.directory} was made with another tokenizer than that of {cfg.subject.path}: pretokenize again.',
+        )
     data.check_disjoint(train, validation)
-    longest = train.tokens.shape[1]
+    longest = max(train.tokens.shape[1], validation.tokens.shape[1])
     _require(
         longest <= c.max_positions,
         f'{train.directory} has {longest} tokens a row, the subject reads {c.max_positions}.',
     )
-    sharding.check_divides(cfg.eval.batch, 'eval.batch', mesh)
     return Run(
         mesh=mesh,
         tokenizer=tokenizer,
@@ -139,12 +163,12 @@ def open_run(cfg) -> Run:
         seed=cfg.seed,
         decoder_prompt=_split_prompt(tokenizer, cfg.decoder.prompt, EMBED, 'decoder.prompt'),
         encoder_prompt=_split_prompt(tokenizer, cfg.encoder.prompt, TEXT, 'encoder.prompt'),
-        evaluation=_from_block(EvalSettings, cfg.eval),
+        evaluation=from_block(EvalSettings, cfg.eval),
         phases=_phases(cfg, mesh, tokenizer, train),
     )
 
 
-def _from_block(kind, block):
+def from_block(kind, block):
     """The dataclass `kind` from the keys of the same name of a configuration block."""
     return kind(**{f.name: block[f.name] for f in dataclasses.fields(kind)})
 
@@ -178,7 +202,20 @@ def _phases(cfg, mesh, tokenizer, train: data.Split) -> tuple[Phase, ...]:
         )
         sharding.check_divides(p.documents, f'{name}.documents', mesh)
         labelled = p.objective in objectives.NEEDS_EXPLANATIONS
-        if labelled and train.explanations is not None:
+        _require(p.vectors > 0, f'{name}.vectors={p.vectors} must be positive.')
+        _require(
+            len(train) >= p.documents,
+            f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',
+        )
+        if labelled:
+            _require(
+                train.explanations is not None,
+                f'{train.directory}/explanations.npy does not exist: the {p.objective} objective of {name} needs given explanations.',
+            )
+            _require(
+                bool((train.positions >= 0).any(1).all()),
+                f'{train.directory}/positions.npy has documents without a labelled position: {name} needs one in each.',
+            )
             have = train.explanations.shape[2]
             _require(
                 have == cfg.explanation_len,
@@ -194,7 +231,7 @@ def _phases(cfg, mesh, tokenizer, train: data.Split) -> tuple[Phase, ...]:
             kl_skip=p.kl_skip,
             natural_prefix=tuple(prefix),
         )
-        tx = optimizer.make(_from_block(optimizer.OptimizerConfig, p))
+        tx = optimizer.make(from_block(optimizer.OptimizerConfig, p))
         phases.append(
             Phase(
                 name=name,

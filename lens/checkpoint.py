@@ -48,12 +48,15 @@ class Checkpoints:
         """
         self._ckpt.save_checkpointables_async(step, {'state': _to_dict(state)}, custom_metadata=info)
 
-    def restore(self, like):
-        """(step, state like `like`, info) of the newest checkpoint.
+    def info(self, step: int) -> dict:
+        """What was given to save as `info`."""
+        return self._ckpt.metadata(step).custom_metadata
+
+    def restore(self, step: int, like):
+        """The state of a checkpoint, in the structure and placement of `like`.
 
         like: tree of arrays or ShapeDtypeStructs that carry shardings. Raises CheckpointError.
         """
-        step = self.latest_step
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _to_dict(like))
         try:
             loaded = self._ckpt.load_checkpointables(step, {'state': abstract})['state']
@@ -63,4 +66,4 @@ class Checkpoints:
                 f'{self.directory}/{step} cannot be restored into this configuration ({first}): '
                 'use the configuration of that run, or another workdir.'
             ) from e
-        return step, _from_dict(like, loaded), self._ckpt.metadata(step).custom_metadata
+        return _from_dict(like, loaded)

@@ -32,7 +32,7 @@ def check_config(argv: list[str]) -> None:
     holder(['', f'--config={file}'])
     try:
         known = flat_keys(holder.config)
-    except OSError as e:
+    except Exception as e:  # whatever the file itself raises
         raise LensError(f'--config={file} does not load: {str(e).splitlines()[-1].strip()}') from e
     for name in (a.split('=', 1)[0].removeprefix('--config.') for a in argv if a.startswith('--config.')):
         if name not in known:
@@ -52,13 +52,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def run(main) -> None:
-    """app.run for `main(argv)`: a LensError prints its sentence and exits with code 1."""
+    """app.run for `main(argv)`: a LensError or a failure of the disk prints its sentence and exits with code 1."""
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
         try:
             return main(argv)
-        except LensError as e:
+        except (LensError, OSError) as e:
             if DEBUG.value:
                 raise
             sys.exit(f'error: {e}')

@@ -199,7 +199,7 @@ def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: 
             vectors=vectors,
             min_pos=min_pos,
             labelled=split.positions is not None,
-            rng=np.random.default_rng([seed, int(split.doc_id[i])]),
+            rng=np.random.default_rng([seed, int(split.doc_id[i]) % 2**64]),
         )
         for i in range(n)
     ]

@@ -124,8 +124,14 @@ class Evaluator:
             run.validation, documents=e.documents, vectors=e.vectors, min_pos=run.min_pos, seed=run.seed
         )
         self.held['previous'] = self._previous()
-        data_size = run.mesh.shape['data']
-        self.rows = max(e.batch // e.vectors // data_size, 1) * data_size
+        if self.held.get('explanations', np.zeros((0, 0, run.length))).shape[2] != run.length:
+            del self.held['explanations']  # only read as a control, in the format of this run
+        # documents per batch, the same on every mesh: a row's noise depends on its place in the batch
+        self.rows = max(e.batch // e.vectors, 1)
+        self.padded = -(-self.rows // run.mesh.shape['data']) * run.mesh.shape['data']
+        _, self.document = np.unique(self.held['doc_id'], return_inverse=True)
+        if self.document.max() == 0:
+            raise LensError(f'{run.validation.directory} holds one document: controls need at least 2.')
 
     def _previous(self):
         """The `length` tokens that end at each position, left-padded with the first token."""
@@ -138,7 +144,7 @@ class Evaluator:
         names = {'tokens', 'positions', 'previous', 'explanations'} & self.held.keys()
         key, parts = jax.random.key(self.seed), []
         for i in range(0, documents, self.rows):
-            pick = np.minimum(np.arange(i, i + self.rows), documents - 1)
+            pick = np.minimum(np.arange(i, i + self.padded), documents - 1)
             batch = sharding.put_batch({k: self.held[k][pick] for k in names}, self.mesh)
             out = _evaluate_batch(
                 lens,
@@ -157,20 +163,20 @@ class Evaluator:
         """The few figures that a learning curve needs, on the first documents."""
         n = min(self.settings.quick_documents, len(self.held['lengths']))
         c = self._collect(lens, n, controls=False)
-        doc = np.repeat(np.arange(n), self.held['positions'].shape[1])
+        doc = self._documents(n)
         figures = self._lens_figures(c, doc) | self._fact_figures(c, doc)[0]
         keep = ('fve', 'fve_greedy', 'cosine', 'facts_recall', 'facts_hallucinated')
         return {k: figures[k]['value'] for k in keep if k in figures}
 
     def full(self, lens: Lens) -> Evaluation:
         """Every figure of MEANINGS that the data allows, and sample explanations."""
-        n, vectors = len(self.held['lengths']), self.held['positions'].shape[1]
+        n = len(self.held['lengths'])
         c = self._collect(lens, n, controls=True)
-        doc = np.repeat(np.arange(n), vectors)
+        doc = self._documents(n)
         figures = self._lens_figures(c, doc)
         controls = {
             'fve_given': c.get('pred_given'),
-            'fve_shuffled': np.roll(c['pred'], vectors, axis=0),
+            'fve_shuffled': c['pred'][statistics.other_document(doc)],
             'fve_no_activation': c['pred_no_activation'],
             'fve_words_permuted': c['pred_words_permuted'],
             'fve_previous_tokens': c['pred_previous_tokens'],
@@ -182,6 +188,11 @@ class Evaluator:
                 figures[name] = statistics.reconstruction(pred, c['a'], doc)['fve']
         facts, by_field = self._fact_figures(c, doc)
         return Evaluation(n, len(doc), figures | facts, by_field, self._samples(c, self.settings.samples))
+
+    def _documents(self, n: int) -> np.ndarray:
+        """The document of every activation of the first n rows, numbered from 0."""
+        _, doc = np.unique(self.document[:n], return_inverse=True)
+        return np.repeat(doc, self.held['positions'].shape[1])
 
     def _lens_figures(self, c, doc) -> dict:
         sampled = statistics.reconstruction(c['pred'], c['a'], doc)
@@ -237,6 +248,14 @@ class Evaluator:
         }
 
 
+def figure_after_sft(workdir: pathlib.Path, run: build.Run) -> dict[str, dict]:
+    """{'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one."""
+    ends = [p.end for p in run.phases if p.labelled]
+    rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
+    found = [r['fve'] for r in rows if ends and r['kind'] == 'eval' and r['step'] == ends[-1]]
+    return {'fve_sft': {'value': found[-1], 'ci95': None}} if found else {}
+
+
 def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
     """evaluation.json, samples.jsonl and report.html of a run."""
     metrics.write_json(workdir / 'evaluation.json', result.to_json(step))
@@ -254,12 +273,14 @@ def main(_):
         if checkpoints.latest_step is None:
             raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
         phase = build.phase_at(run, checkpoints.latest_step)
-        step, state, _ = checkpoints.restore(build.init_state(build.init_lens(cfg, run), phase, run.mesh))
+        step = checkpoints.latest_step
+        state = checkpoints.restore(step, build.init_state(build.init_lens(cfg, run), phase, run.mesh))
         result = Evaluator(run).full(state.params)
+    result.figures.update(figure_after_sft(workdir, run))
     write_results(workdir, result, step)
     for name, figure in result.figures.items():
-        lo, hi = figure['ci95']
-        print(f'{name:28} {figure["value"]:7.3f}   [{lo:.3f}, {hi:.3f}]')
+        interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''
+        print(f'{name:28} {figure["value"]:7.3f}{interval}')
     print(
         f'{result.activations} activations of {result.documents} held-out documents, step {step}. '
         f'Figures: {workdir}/evaluation.json  Report: {workdir}/report.html'

@@ -4,6 +4,7 @@ Loads safetensors and JSON only; nothing in a directory is executed.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +28,11 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_ma
 
 class ModelError(LensError):
     """A model directory is missing, damaged or not supported; the message names file and remedy."""
+
+
+def tokenizer_sha256(directory: str | os.PathLike) -> str:
+    """Fingerprint of the tokenizer of a directory; data folders carry that of theirs."""
+    return hashlib.sha256((pathlib.Path(directory) / 'tokenizer.json').read_bytes()).hexdigest()
 
 
 def load_tokenizer(directory: str):

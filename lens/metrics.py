@@ -139,10 +139,11 @@ class ProgressBar:
         self._bar.stop()
 
     def update(self, step: int, phase: str, metrics: dict, eta_s: float) -> None:
-        text = (
-            f'decoder {metrics["loss_decoder"]:+.3f}  encoder {metrics["loss_encoder"]:.3f}  '
-            f'FVE {metrics["fve"]:.3f}  ETA {clock(eta_s)}'
+        # the policy-gradient loss is 0 by construction: show what it maximises
+        first = (
+            f'reward {metrics["reward"]:.3f}' if 'reward' in metrics else f'decoder loss {metrics["loss_decoder"]:.3f}'
         )
+        text = f'{first}  encoder loss {metrics["loss_encoder"]:.3f}  FVE {metrics["fve"]:.3f}  ETA {clock(eta_s)}'
         self._bar.update(self._task, completed=step, description=phase, text=text)
         if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
             self.print(f'{phase:5} {step:6}/{self.total}  {text}')
@@ -154,13 +155,16 @@ class ProgressBar:
 def provenance() -> dict:
     """Device, versions, commit and command line: what a figure needs beside it."""
     device = jax.devices()[0]
-    git = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
-    )
+    try:
+        here = pathlib.Path(__file__).parent
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=here)
+        commit = git.stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ''
     return {
         'device': f'{jax.device_count()} x {device.device_kind} ({os.cpu_count()} CPU cores)',
         'versions': {'python': platform.python_version()}
         | {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
-        'commit': git.stdout.strip() or 'unknown',
+        'commit': commit or 'unknown',
         'command': shlex.join(['python', *sys.orig_argv[1:]]),
     }

@@ -112,6 +112,12 @@ class Pretrainer:
             data.open_split(cfg.data, s, vocab_size=vocab_size) for s in ('train', 'validation')
         )
         fields = self.train.meta.get('facts') or []
+        if not 0 <= cfg.lookahead.layer < cfg.model.n_layers:
+            raise LensError(
+                f'lookahead.layer={cfg.lookahead.layer} is not a block of the model (0..{cfg.model.n_layers - 1}).'
+            )
+        if (workdir / 'model').exists():
+            raise LensError(f'{workdir}/model exists: this run is finished; use another --workdir.')
         if cfg.lookahead.weight and not fields:
             raise LensError(
                 f'{cfg.data} has no known facts: the look-ahead loss needs them, or set lookahead.weight=0.'
@@ -146,7 +152,7 @@ class Pretrainer:
         with Checkpoints(self.workdir / 'checkpoints', keep=1) as checkpoints:
             first = checkpoints.latest_step or 0
             if first:
-                _, self.state, _ = checkpoints.restore(self.state)
+                self.state = checkpoints.restore(first, self.state)
                 print(f'Continuing at step {first}')
             begin = time.monotonic()
             for i in range(1, cfg.steps + 1):

@@ -9,7 +9,6 @@ wording and style are in report.html beside this module; charts are inline SVG.
 
 import contextlib
 import functools
-import html
 import importlib.resources
 import json
 import math
@@ -22,17 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from lens import cli
+from lens import charts, cli
 from lens.errors import LensError
 
 SAMPLES = 10
 BEFORE, AFTER = 60, 40  # tokens shown around the read position
-WINDOW = 1 / 25  # of a phase: the running mean of a training curve
-MAX_POINTS = 500  # per curve
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 540, 270, 50, 14, 24, 42  # of a chart, and its margins
 PHASES = {'sft': 'SFT', 'grpo': 'GRPO', 'gumbel': 'Gumbel'}
 GROUPS = {'lens': 'The lens', 'controls': 'Controls', 'facts': 'Facts'}
-NONE, MINUS = '\N{EN DASH}', '\N{MINUS SIGN}'
 
 
 class ReportError(LensError):
@@ -48,22 +43,6 @@ class Run(NamedTuple):
     figures: dict[str, dict[str, Any]]
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
-
-
-class Phase(NamedTuple):
-    name: str
-    first: float  # its first step
-    steps: float
-
-
-class Series(NamedTuple):
-    """A curve. noisy: one value per batch, drawn thin below its running mean and broken between phases."""
-
-    label: str
-    x: np.ndarray
-    y: np.ndarray
-    color: int
-    noisy: bool
 
 
 @contextlib.contextmanager
@@ -126,7 +105,7 @@ def _checked_sample(sample: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f'read position {read} lies outside of {len(tokens)} tokens')
     given = {kind: sample[kind] for kind in ('greedy', 'sampled', 'given') if sample.get(kind)}
     return {
-        'doc_id': sample.get('doc_id', NONE),
+        'doc_id': sample.get('doc_id', charts.NONE),
         'position': sample.get('position', read),
         'tokens': tokens,
         'read': read,
@@ -156,21 +135,8 @@ def load(workdir: pathlib.Path) -> Run:
     return Run(config, metrics, evaluation, figures, samples, _read(workdir / 'summary.json'))
 
 
-def esc(x: Any) -> str:
-    return html.escape(str(x))
-
-
-def _text(name: str, value: float | None) -> str:
-    """A figure as people write it: shares of facts in per cent, the rest with three decimals."""
-    if value is None:
-        return NONE
-    percent = 'recall' in name or 'hallucinated' in name
-    text = f'{100 * value:.1f}%' if percent else f'{value:.3f}' if abs(value) < 1000 else f'{value:.0f}'
-    return text.replace('-', MINUS)
-
-
 def _interval(run: Run, name: str) -> str:
-    return ' to '.join(_text(name, x) for x in run.figures.get(name, {}).get('ci95') or ())
+    return ' to '.join(charts.text(name, x) for x in run.figures.get(name, {}).get('ci95') or ())
 
 
 def _duration(seconds: float) -> str:
@@ -178,7 +144,7 @@ def _duration(seconds: float) -> str:
     return f'{hours} h {minutes} min' if hours else f'{minutes} min {rest} s'
 
 
-def phases_of(metrics: list[dict[str, Any]], total: float | None = None) -> list[Phase]:
+def phases_of(metrics: list[dict[str, Any]], total: float | None = None) -> list[charts.Phase]:
     """The phases in order of their steps; total: all steps, where known."""
     train = [m for m in metrics if m.get('kind') == 'train'] or metrics
     first = {}
@@ -186,112 +152,7 @@ def phases_of(metrics: list[dict[str, Any]], total: float | None = None) -> list
         first.setdefault(str(m.get('phase', '')), m['step'])
     begin = list(first.values())
     end = [*begin[1:], begin[0] + max(total or 0, *(m['step'] for m in train))] if begin else []
-    return [Phase(PHASES.get(name, name), a, b - a) for name, a, b in zip(first, begin, end, strict=True)]
-
-
-def _ticks(lo: float, hi: float, count: int) -> np.ndarray:
-    """Round numbers (1, 2 or 5 times a power of ten) inside lo..hi, about `count` of them."""
-    raw = (hi - lo) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * min((1, 2, 5, 10), key=lambda m: abs(math.log(m * power / raw)))
-    return np.arange(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1) * step
-
-
-def _running_mean(y: np.ndarray) -> np.ndarray:
-    """Centred mean over WINDOW of the curve; at its ends over what is there."""
-    half, i = int(len(y) * WINDOW / 2), np.arange(len(y))
-    total, lo, hi = np.cumsum([0, *y]), np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
-    return (total[hi] - total[lo]) / (hi - lo)
-
-
-def _range(series: list[Series], floor: float | None, top: float | None) -> tuple[float, float]:
-    """The y range of a chart: all of the curves, but the inner 98% of noisy ones, and nothing below floor."""
-    ends = [np.percentile(s.y, (1, 99) if s.noisy else (0, 100)) for s in series]
-    lo, hi = min(a for a, _ in ends), max(b for _, b in ends)
-    lo = lo if floor is None else min(floor, hi - 0.1)
-    hi = hi if top is None else max(top, hi)
-    pad = 0.04 * (hi - lo) or 0.05 * abs(hi) or 0.5
-    return lo - pad, hi + pad
-
-
-def _line(x: np.ndarray, y: np.ndarray, css: str = 'line') -> str:
-    keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
-    points = ' '.join(f'{a:.1f},{b:.1f}' for a, b in zip(x[keep], y[keep], strict=True))
-    return f'<polyline class="{css}" points="{points}"/>'
-
-
-def _curve(s: Series, phases: list[Phase], to_x, to_y) -> str:
-    """One series as SVG; to_x and to_y turn values into pixels."""
-    if s.noisy:
-        part, lines = np.searchsorted([p.first for p in phases[1:]], s.x, side='right'), []
-        for i in np.unique(part):
-            x, y = to_x(s.x[part == i]), s.y[part == i]
-            lines += [_line(x, to_y(y), 'raw'), _line(x, to_y(_running_mean(y)))]
-    else:
-        lines = [_line(to_x(s.x), to_y(s.y))]
-        for x, y in zip(s.x, s.y, strict=True) if len(s.x) <= 60 else ():
-            hint = f'<title>{esc(s.label)}, step {x:,.10g}: {y:.3f}</title>'
-            lines.append(f'<circle cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" r="3.5">{hint}</circle>')
-    return f'<g class="c{s.color}">{"".join(lines)}</g>'
-
-
-def _axes(lo: float, hi: float, end: float, phases: list[Phase], percent: bool, to_x, to_y) -> str:
-    """Grid, ticks, the name of the x axis, and where each phase begins."""
-    bottom, right, out = HEIGHT - BOTTOM, WIDTH - RIGHT, []
-    for t in _ticks(lo, hi, 5):
-        label = (f'{100 * t:.0f}%' if percent else f'{t:.6g}').replace('-', MINUS)
-        out.append(
-            f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{to_y(t):.1f}" y2="{to_y(t):.1f}"/>'
-            f'<text x="{LEFT - 8}" y="{to_y(t) + 4:.1f}" text-anchor="end">{label}</text>'
-        )
-    out += [
-        f'<text x="{to_x(t):.1f}" y="{bottom + 18}" text-anchor="middle">{t:,.10g}</text>' for t in _ticks(0, end, 6)
-    ]
-    for i, p in enumerate(phases if len(phases) > 1 else ()):
-        x = to_x(p.first if i else 0)
-        out.append(f'<text x="{x + 6:.1f}" y="{TOP - 9}">{esc(p.name)}</text>')
-        out += [f'<line class="phase" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 20}" y2="{bottom}"/>'] if i else []
-    return ''.join(out) + (
-        f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
-        f'<text x="{right}" y="{HEIGHT - 6}" text-anchor="end">training step</text>'
-    )
-
-
-def chart(
-    title: str,
-    unit: str,
-    series: list[Series],
-    phases: list[Phase],
-    floor: float | None = None,
-    top: float | None = None,
-    note: str = '',
-) -> str:
-    """A line chart over training steps as an HTML figure with legend; unit 'share' is written in per cent."""
-    (lo, hi), percent = _range(series, floor, top), unit == 'share'
-    end = 1.01 * max(1, *(s.x[-1] for s in series), *(p.first + p.steps - phases[0].first for p in phases))
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-
-    def to_x(x):
-        return LEFT + width * x / end
-
-    def to_y(y):
-        return TOP + height * (hi - y) / (hi - lo)
-
-    legend = ''
-    for s in series:
-        last = _text('recall' * percent, float(_running_mean(s.y)[-1] if s.noisy else s.y[-1]))
-        legend += f'<li><span class="swatch c{s.color}"></span>{esc(s.label)} <b>{last}</b></li>'
-    if any(s.y.min() < lo for s in series if not s.noisy):
-        note += ' Lower values lie below the chart.'
-    # The nested svg clips what lies outside the plot.
-    return (
-        f'<figure><h3>{title} <span class="soft">({unit})</span></h3><ul class="legend">{legend}</ul>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} over training steps">'
-        f'{_axes(lo, hi, end, phases, percent, to_x, to_y)}<svg class="plot" x="{LEFT}" y="{TOP}" '
-        f'width="{width}" height="{height}" viewBox="{LEFT} {TOP} {width} {height}">'
-        f'{"".join(_curve(s, phases, to_x, to_y) for s in series)}</svg></svg>'
-        f'<figcaption class="note">{note}</figcaption></figure>'
-    )
+    return [charts.Phase(PHASES.get(name, name), a, b - a) for name, a, b in zip(first, begin, end, strict=True)]
 
 
 @functools.cache
@@ -314,7 +175,7 @@ def _charts(run: Run) -> list[str]:
     def of(kind, key, label, color):  # [curve], or []; of a step logged twice (resume) the last counts
         found = {m['step']: _number(m.get(key)) for m in run.metrics if m.get('kind') == kind}
         points = sorted((step, y) for step, y in found.items() if y is not None)
-        return [Series(label, *np.array(points, float).T, color, kind == 'train')] if points else []
+        return [charts.Series(label, *np.array(points, float).T, color, kind == 'train')] if points else []
 
     def batches(key):
         return of('train', key, 'training batches', 0)
@@ -349,7 +210,7 @@ def _charts(run: Run) -> list[str]:
         ('Reward', 'batch mean', batches('reward')),
         ('Entropy of the decoder', 'nats', batches('entropy_nats')),
     ]
-    return [chart(title, unit, series, phases, *more) for title, unit, series, *more in panels if series]
+    return [charts.chart(title, unit, series, phases, *more) for title, unit, series, *more in panels if series]
 
 
 def _lookup(run: Run, name: str) -> float | None:
@@ -364,7 +225,7 @@ def _tile(run: Run, name: str) -> str:
     interval = f'<p class="note num">95%: {_interval(run, name)}</p>' if _interval(run, name) else ''
     return (
         f'<div class="tile"><h3>{_wording("labels")[name]}</h3>'
-        f'<p class="big">{_text(name, _lookup(run, name))}</p>{interval}'
+        f'<p class="big">{charts.text(name, _lookup(run, name))}</p>{interval}'
         f'<p class="note">{_wording("tiles")[name]}</p></div>'
     )
 
@@ -376,7 +237,7 @@ def _facts_line(run: Run) -> str:
     words += [_duration(wall)] if wall else []
     counts = {k: run.evaluation.get(k) for k in ('documents', 'activations')}
     words += [f'{count} held-out {k}' for k, count in counts.items() if count]
-    return esc(' · '.join(words))
+    return charts.esc(' · '.join(words))
 
 
 def _word(text: str, css: str | None) -> str:
@@ -385,7 +246,7 @@ def _word(text: str, css: str | None) -> str:
     word = text.lstrip(' ')
     css = css or ('pale' if re.fullmatch(r'<\S+>|[|]', word) else None)  # special tokens and filler step back
     space = ' ' * (len(text) - len(word))
-    return f'{space}<span class="{css}">{esc(word)}</span>' if css and word else esc(text)
+    return f'{space}<span class="{css}">{charts.esc(word)}</span>' if css and word else charts.esc(text)
 
 
 def _story(tokens: list[str], read: int) -> str:
@@ -405,7 +266,7 @@ def _card(sample: dict[str, Any]) -> str:
     rows = []
     for kind, (words, nmse) in sample['texts'].items():
         said = ''.join(_word(text, status if status in ('right', 'wrong') else None) for text, status in words)
-        error = '' if nmse is None else f'error {_text("nmse", nmse)}'
+        error = '' if nmse is None else f'error {charts.text("nmse", nmse)}'
         rows.append(
             f'<div class="row"><dt>{kind.capitalize()}</dt><dd class="words">{said.strip()}</dd>'
             f'<dd class="error">{error}</dd></div>'
@@ -413,12 +274,12 @@ def _card(sample: dict[str, Any]) -> str:
     greedy, facts = ''.join(text for text, _ in sample['texts'].get('greedy', ((), None))[0]), ''
     for field, value in sample['facts'].items():
         named = re.search(rf'(?<!\w){re.escape(value)}(?!\w)', greedy, re.IGNORECASE)
-        word = esc(value) if named else f'<s class="missed">{esc(value)}</s>'
-        facts += f'<span><small>{esc(field)}</small>{word}</span>'
+        word = charts.esc(value) if named else f'<s class="missed">{charts.esc(value)}</s>'
+        facts += f'<span><small>{charts.esc(field)}</small>{word}</span>'
     rows += [f'<div class="row"><dt>True so far</dt><dd class="facts">{facts}</dd></div>'] if facts else []
     return (
-        f'<article class="card"><p class="note">Document {esc(sample["doc_id"])}, position '
-        f'{esc(sample["position"])}</p>{_story(sample["tokens"], sample["read"])}'
+        f'<article class="card"><p class="note">Document {charts.esc(sample["doc_id"])}, position '
+        f'{charts.esc(sample["position"])}</p>{_story(sample["tokens"], sample["read"])}'
         f'<dl class="rows">{"".join(rows)}</dl></article>'
     )
 
@@ -426,27 +287,27 @@ def _card(sample: dict[str, Any]) -> str:
 def _figure_row(run: Run, name: str) -> str:
     figure, label = run.figures[name], _wording('labels').get(name, name.replace('_', ' '))
     return (
-        f'<tr><th scope="row">{esc(label)}<code>{esc(name)}</code></th>'
-        f'<td class="num value">{_text(name, figure["value"])}</td>'
+        f'<tr><th scope="row">{charts.esc(label)}<code>{charts.esc(name)}</code></th>'
+        f'<td class="num value">{charts.text(name, figure["value"])}</td>'
         f'<td class="num interval">{_interval(run, name)}</td>'
-        f'<td class="meaning">{esc(figure["meaning"])}</td></tr>'
+        f'<td class="meaning">{charts.esc(figure["meaning"])}</td></tr>'
     )
 
 
 def _figure_rows(run: Run) -> str:
     found, out = dict.fromkeys(figure['group'] for figure in run.figures.values()), ''
     for group in sorted(found, key=[*GROUPS, *found].index):
-        out += f'<tr class="group"><th colspan="4">{esc(GROUPS.get(group, group))}</th></tr>'
+        out += f'<tr class="group"><th colspan="4">{charts.esc(GROUPS.get(group, group))}</th></tr>'
         out += ''.join(_figure_row(run, name) for name, f in run.figures.items() if f['group'] == group)
     return out
 
 
 def _field_row(row: dict[str, Any]) -> str:
-    out = f'<tr><th scope="row">{esc(row["field"])}<code>{esc(row.get("values", NONE))} values</code></th>'
+    out = f'<tr><th scope="row">{charts.esc(row["field"])}<code>{charts.esc(row.get("values", charts.NONE))} values</code></th>'
     for key in ('recall', 'hallucinated', 'recall_sampled', 'hallucinated_sampled'):
         value, color = _number(row.get(key)), 'c4' if 'recall' in key else 'c3'
         out += (
-            f'<td class="num">{_text(key, value)}<span class="bar {color}">'
+            f'<td class="num">{charts.text(key, value)}<span class="bar {color}">'
             f'<span style="width:{100 * min(max(value or 0, 0), 1):.1f}%"></span></span></td>'
         )
     return out + '</tr>'
@@ -465,9 +326,9 @@ def _reproduce(run: Run) -> dict[str, str]:
     }
     command = run.summary.get('command')
     return {
-        'command': f'<pre>{esc(command)}</pre>' if command else '',
-        'facts': ''.join(f'<dt>{k}</dt><dd>{esc(v)}</dd>' for k, v in facts.items() if v is not None),
-        'config': esc(json.dumps(run.config, indent=2, ensure_ascii=False)),
+        'command': f'<pre>{charts.esc(command)}</pre>' if command else '',
+        'facts': ''.join(f'<dt>{k}</dt><dd>{charts.esc(v)}</dd>' for k, v in facts.items() if v is not None),
+        'config': charts.esc(json.dumps(run.config, indent=2, ensure_ascii=False)),
     }
 
 
@@ -477,7 +338,7 @@ def _page(run: Run) -> str:
     tiles = ['facts_recall', 'facts_hallucinated', 'fve', 'fve_shuffled']
     if _lookup(run, 'facts_recall') is None:
         tiles = ['fve', 'fve_greedy', 'fve_shuffled', 'fve_no_activation']
-    charts, fields, n = _charts(run), run.evaluation['facts'], len(run.samples)
+    panels, fields, n = _charts(run), run.evaluation['facts'], len(run.samples)
     shown = [run.samples[i] for i in np.unique(np.linspace(0, n - 1, min(n, SAMPLES)).round().astype(int))]
     chosen = f'{len(shown)} of {n} samples, evenly spaced, not picked by hand.' if n > len(shown) else ''
     legend = _part('fact_legend') if any(sample['facts'] for sample in shown) else ''
@@ -485,13 +346,13 @@ def _page(run: Run) -> str:
     fields = _part('fields', rows=''.join(map(_field_row, fields))) if fields else ''
     return _part(
         'page',
-        title=esc(title),
+        title=charts.esc(title),
         css=_part('css'),
         facts=_facts_line(run),
         alert='' if run.figures else _part('alert'),
         tiles=''.join(_tile(run, name) for name in tiles),
         samples=_part('samples', chosen=chosen, fact_legend=legend, cards=cards) if shown else '',
-        curves=_part('curves', charts=''.join(charts)) if charts else _part('no_curves'),
+        curves=_part('curves', charts=''.join(panels)) if panels else _part('no_curves'),
         figures=_part('figures', rows=_figure_rows(run), fields=fields) if run.figures else '',
         reproduce=_part('reproduce', **_reproduce(run)),
     )

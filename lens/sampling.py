@@ -28,7 +28,7 @@ def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, t
     temperature_Nx1 = tile_rows(temperature_B, group)[:, None]
     logits_BxV, cache = dec.prefill(decoder, base, activation_BxD, length)
     logits = tile_rows(logits_BxV, group)
-    spec = None if sharding.out(sharding.ACT) is None else jax.typeof(cache.k_LxBxSxKxh).sharding.spec
+    spec = sharding.like(cache.k_LxBxSxKxh)
     cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=spec), cache)
 
     def draw(logits_NxV, t):

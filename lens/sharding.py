@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from lens.errors import LensError
 
 ACT = P('data', None, None)  # every residual-stream tensor x_BxTxD
-CACHE = P(None, 'data', None, 'model', None)  # key/value cache LxBxSxKxh
 
 # regex over the end of a leaf path; first match wins, no match is an error.
 # Axis 0 of a leaf under `blocks` is the layer.
@@ -61,6 +60,11 @@ def out(spec: P) -> P | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
+def like(x: jax.Array) -> P | None:
+    """Where `x` lives, for an `out_sharding=` argument; None when no mesh is set."""
+    return None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec
+
+
 def reshard(x: jax.Array, spec: P) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
 
@@ -83,10 +87,6 @@ def _spec(leaf_path: str, shape: tuple[int, ...], mesh) -> P:
 def shardings(tree, mesh):
     """A NamedSharding for every array leaf of `tree`, by RULES."""
     return jax.tree_util.tree_map_with_path(lambda kp, x: NamedSharding(mesh, _spec(path(kp), x.shape, mesh)), tree)
-
-
-def replicated(tree, mesh):
-    return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
 
 
 def place(tree, mesh):

@@ -65,6 +65,17 @@ def reconstruction(pred_NxD, target_NxD, doc_N) -> dict[str, dict]:
     }
 
 
+def other_document(doc_N) -> np.ndarray:
+    """For every activation the index of one of another document; each is used once.
+
+    No document may hold more than half of the activations.
+    """
+    order = np.argsort(doc_N, kind='stable')
+    partner = np.empty_like(order)
+    partner[order] = np.roll(order, np.bincount(doc_N).max())
+    return partner
+
+
 def named_facts(ids_NxT, fields: list[dict]) -> list[np.ndarray]:
     """Per field, which of its values the text names: N x values, bool. A value is named when its
     token occurs anywhere in the explanation."""

@@ -8,15 +8,16 @@ import time
 
 import jax
 import numpy as np
+import optax
 
 from lens import build, data, metrics, optimizer, sharding
 from lens.build import Phase, Run, State
 from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
-from lens.evaluate import Evaluation, Evaluator, write_results
+from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
 from lens.models.lens import parameter_count
 
-# What may differ between a run and its continuation: how long, how often, where; never what is computed.
+# What may differ between a run and its continuation: how often, where; never what is computed.
 FREE_KEYS = ('checkpoint', 'log', 'mesh')
 
 
@@ -30,7 +31,7 @@ def train_step(state: State, base, batch, key, *, objective, hparams, tx) -> tup
     key = jax.random.fold_in(key, state.step)
     grads, out = jax.grad(objective, has_aux=True)(state.params, base, batch, key, hparams)
     updates, opt = tx.update(grads, state.opt, state.params)
-    params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+    params = optax.apply_updates(state.params, updates)
     out |= {f'grad_norm_{k}': v for k, v in optimizer.norms_by_side(grads).items()}
     return State(state.step + 1, params, opt), out
 
@@ -90,16 +91,14 @@ class Trainer:
         if self.checkpoints.latest_step is None:
             return build.init_state(params, run.phases[0], run.mesh), None
         step = self.checkpoints.latest_step
-        phase = build.phase_at(run, step)
-        _, state, info = self.checkpoints.restore(build.init_state(params, phase, run.mesh))
+        phase, info = build.phase_at(run, step), self.checkpoints.info(step)
         if info['fingerprint'] != here:
             raise CheckpointError(
                 f'{self.workdir} holds a run with another configuration (differing keys: '
                 f'{", ".join(_differing(info["config"], self.config))}): use that configuration or another --workdir.'
             )
-        if step == phase.start:
-            return build.init_state(state.params, phase, run.mesh, step), None
-        return state, info['data']
+        state = self.checkpoints.restore(step, build.init_state(params, phase, run.mesh))
+        return state, None if step == phase.start else info['data']
 
     def _phase(self, phase: Phase, state: State, iterator_state: dict | None) -> State:
         cfg, run = self.cfg, self.run
@@ -177,11 +176,7 @@ class Trainer:
         if not hasattr(self, 'last'):  # restarted after the last step
             self.last = self.evaluator.full(state.params)
         run = self.run
-        if 'sft' in self.cfg.phases:
-            end = next(p.end for p in run.phases if p.name == 'sft')
-            rows = metrics.read_jsonl(self.workdir / 'metrics.jsonl')
-            value = next(r['fve'] for r in rows if r['kind'] == 'eval' and r['step'] == end)
-            self.last.figures['fve_sft'] = {'value': value, 'ci95': None}
+        self.last.figures.update(figure_after_sft(self.workdir, run))
         summary = (
             self.last.values()
             | {

@@ -15,6 +15,7 @@ LEVELS = {
     'lens.cli': 1,
     'lens.losses': 1,
     'lens.sharding': 1,
+    'lens.charts': 1,
     'lens.schedules': 1,
     'lens.statistics': 1,
     'lens.data': 2,

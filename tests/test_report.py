@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from lens import report
+from lens import charts, report
 
 FIELDS = {'name': 24, 'kind': 16, 'friend': 24, 'place': 16, 'object': 16, 'food': 16, 'mood': 12, 'time': 8}
 RABBIT = """Once there was a rabbit called Milo. Milo, still cheerful, carried the button. Milo and Jasper ate
@@ -304,7 +304,7 @@ def test_curves_of_both_phases(workdir):
     dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', fve)]
     assert dots[5] < boundary < dots[6], 'step 600 is the last of SFT'
     phases = report.phases_of(report.load(workdir).metrics)
-    assert phases == [report.Phase('SFT', 1, 600), report.Phase('GRPO', 601, 700)]
+    assert phases == [charts.Phase('SFT', 1, 600), charts.Phase('GRPO', 601, 700)]
 
 
 @pytest.mark.parametrize('first, every', [(0, 1), (1, 1), (0, 10), (10, 10)])
@@ -318,11 +318,11 @@ def test_phase_lengths_do_not_depend_on_how_steps_are_logged(first, every):
 
 def test_running_mean_and_ticks():
     y = np.random.default_rng(0).normal(size=200)
-    half = int(200 * report.WINDOW / 2)
+    half = int(200 * charts.WINDOW / 2)
     expected = [y[max(0, i - half) : i + half + 1].mean() for i in range(200)]
-    np.testing.assert_allclose(report._running_mean(y), expected, atol=1e-12)
-    np.testing.assert_allclose(report._ticks(-0.03, 1.01, 5), [0, 0.2, 0.4, 0.6, 0.8, 1])
-    np.testing.assert_allclose(report._ticks(0, 1313, 6), np.arange(0, 1201, 200))
+    np.testing.assert_allclose(charts.running_mean(y), expected, atol=1e-12)
+    np.testing.assert_allclose(charts.ticks(-0.03, 1.01, 5), [0, 0.2, 0.4, 0.6, 0.8, 1])
+    np.testing.assert_allclose(charts.ticks(0, 1313, 6), np.arange(0, 1201, 200))
 
 
 def test_resumed_run_counts_a_step_once_and_torn_line_is_ignored(workdir):

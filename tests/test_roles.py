@@ -88,8 +88,7 @@ def test_score_equals_the_decoder_written_by_hand(base, activations, patched, sh
         np.testing.assert_allclose(entropy[i], -(p * np.log(p)).sum(-1), atol=1e-5)
 
 
-def test_with_patched_blocks_the_input_slot_has_no_effect(base, activations):
-    """Its map serves block 0; the value at the input is overwritten before anything reads it."""
+def test_soft_prompts_reach_the_text(base, activations):
     lens = make_lens(base, patched=1)
     ids = np.zeros((6, LENGTH), np.int32)
     a = dec.score(lens.decoder, base, activations, ids)[0]

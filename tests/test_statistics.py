@@ -236,3 +236,10 @@ def test_no_fact_established_makes_every_named_fact_hallucinated():
     assert figures['facts_recall']['value'] == 0
     assert figures['facts_hallucinated'] == {'value': 1, 'ci95': [1, 1]}
     assert [(r['recall'], r['hallucinated']) for r in rows] == [(0, 1), (0, 1)]
+
+
+def test_other_document_pairs_every_activation_with_another_document_once():
+    for doc in ([0, 0, 1, 1, 2, 2], [2, 0, 1, 1, 0, 0, 2, 3], [0, 1]):
+        doc = np.array(doc)
+        partner = statistics.other_document(doc)
+        assert sorted(partner) == list(range(len(doc))) and (doc[partner] != doc).all()

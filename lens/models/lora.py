@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lens import sharding
+from lens.errors import LensError
 
 # matrix name -> (leaf path under `blocks`, number of trailing weight axes that are outputs)
 MATRICES = {
@@ -38,23 +39,18 @@ def project(spec: str, x, w, adapters, name: str, out_spec=None):
     inner = ''.join(c for c in w_axes if c not in y_axes)
     outer = ''.join(c for c in w_axes if c in y_axes)
     low = jnp.einsum(f'{x_axes},{inner}r->btr', x, a, out_sharding=sharding.out(sharding.ACT))
-    return y + jnp.einsum(
-        f'btr,r{outer}->{y_axes}',
-        low,
-        b,
-        out_sharding=jax.typeof(y).sharding.spec if sharding.out(sharding.ACT) is not None else None,
-    )
+    return y + jnp.einsum(f'btr,r{outer}->{y_axes}', low, b, out_sharding=sharding.like(y))
 
 
 def init_adapters(blocks, pattern: str, rank: int, alpha: float, key) -> dict:
     """Zero-effect adapters for every block matrix whose name fully matches `pattern`.
 
     blocks: the stacked blocks of the base (leaves [L, ...]). The scale alpha/rank is folded into A.
-    Raises ValueError when the pattern matches nothing.
+    Raises LensError when the pattern matches nothing.
     """
     names = [n for n in MATRICES if re.fullmatch(pattern, n)]
     if not names:
-        raise ValueError(f'lora.pattern={pattern!r} matches none of {", ".join(MATRICES)}')
+        raise LensError(f'lora.pattern={pattern!r} matches none of {", ".join(MATRICES)}')
     adapters = {}
     for name, k in zip(names, jax.random.split(key, len(names)), strict=True):
         group, n_out = MATRICES[name]

@@ -82,6 +82,8 @@ class Block(nnx.Module):
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block'))
 def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_block):
     """Blocks lo..hi-1; returns (x_BxTxD, cache). Jitted so that calls outside jit compile once."""
+    if not 0 <= lo <= hi <= c.n_layers:  # an index beyond the stack would silently repeat the last block
+        raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
 
     def layer(carry, i):
         x, cache = carry
