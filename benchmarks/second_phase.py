@@ -1,12 +1,11 @@
 """What does GRPO add? Equal wall time after the same SFT: GRPO, more SFT, the encoder alone.
 
-    python -m benchmarks.second_phase --seeds=3 --seconds=100 --out=runs/second_phase.json
+    python -m benchmarks.second_phase --seeds=3 --seconds=70 --out=runs/second_phase.json
 
 Per seed: the SFT phase of configs/tiny.py once, then from its end three arms, each given the same
 seconds of training (compilation and evaluation excluded; the step count that fits is measured
-first, so that every arm finishes its cosine): `grpo` as configured; `sft` continued, same objective
-with a fresh cosine; `encoder`, trained by MSE on texts sampled from the frozen decoder. And once
-more from scratch: `long sft`, one SFT with one cosine over the time of both phases.
+with the first seed, so that every arm finishes its cosine): `grpo` as configured; `sft` continued, same objective
+with a fresh cosine; `encoder`, trained by MSE on texts sampled from the frozen decoder.
 """
 
 import dataclasses
@@ -26,10 +25,10 @@ from lens.models.subject import tile_rows
 from lens.train import train_step
 
 SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.')
-SECONDS = flags.DEFINE_float('seconds', 100.0, 'Training seconds of the second phase.')
+SECONDS = flags.DEFINE_float('seconds', 70.0, 'Training seconds of the second phase.')
 OUT = flags.DEFINE_string('out', 'runs/second_phase.json', 'Where the figures are written.')
 
-SFT_AGAIN_RATE = 7e-4  # peak of the continued SFT; 1.5e-3 (that of the first) was tried as well
+SFT_AGAIN_RATE = 7e-4  # peak of the continued SFT: half of the first one's
 CALIBRATION_STEPS = 15
 NAMES = (
     'fve',
@@ -71,7 +70,7 @@ class Arm:
 
     def train(self, params, steps):
         """(params, seconds) after `steps` steps with a full cosine; the first two are not timed."""
-        settings = build._from_block(optimizer.OptimizerConfig, self.block)
+        settings = build.from_block(optimizer.OptimizerConfig, self.block)
         tx = optimizer.make(dataclasses.replace(settings, steps=steps))
         state = build.init_state(
             jax.tree.map(lambda x: x.copy(), params), dataclasses.replace(self.phase, tx=tx), self.run.mesh
@@ -99,7 +98,8 @@ class Arm:
         return round(seconds / spent * (CALIBRATION_STEPS - 2))
 
 
-def one_seed(seed: int) -> dict:
+def one_seed(seed: int, steps: dict[str, int]) -> dict:
+    """Figures of every arm; `steps` remembers the step counts that fit, measured with the first seed."""
     cfg = tiny.get_config()
     cfg.seed = seed
     run = build.open_run(cfg)
@@ -115,8 +115,7 @@ def one_seed(seed: int) -> dict:
             print(f'seed {seed}  {name:9} ' + '  '.join(f'{k} {v:.3f}' for k, v in out[name].items()), flush=True)
 
         first = Arm(cfg, run, cfg.sft, objectives.sft, seed)
-        start = build.init_lens(cfg, run)
-        params, sft_s = first.train(start, cfg.sft.steps)
+        params, sft_s = first.train(build.init_lens(cfg, run), cfg.sft.steps)
         record('start', params, cfg.sft.steps, sft_s)
         arms = {
             'grpo': Arm(cfg, run, cfg.grpo, objectives.grpo, seed + 100),
@@ -124,15 +123,16 @@ def one_seed(seed: int) -> dict:
             'encoder': Arm(cfg, run, encoder, encoder_only, seed + 100),
         }
         for name, arm in arms.items():
-            steps = arm.steps_in(params, SECONDS.value)
-            record(name, *(r := arm.train(params, steps))[:1], steps, r[1])
-        steps = round(cfg.sft.steps * (sft_s + SECONDS.value) / sft_s)
-        record('long sft', *(r := Arm(cfg, run, cfg.sft, objectives.sft, seed).train(start, steps))[:1], steps, r[1])
+            if name not in steps:
+                steps[name] = arm.steps_in(params, SECONDS.value)
+            trained, seconds = arm.train(params, steps[name])
+            record(name, trained, steps[name], seconds)
     return out
 
 
 def main(_):
-    seeds = [one_seed(seed) for seed in range(SEEDS.value)]
+    steps = {}
+    seeds = [one_seed(seed, steps) for seed in range(SEEDS.value)]
     print('\n| arm | steps | ' + ' | '.join(NAMES) + ' |\n' + '|---' * (len(NAMES) + 2) + '|')
     for arm in seeds[0]:
         cells = [
