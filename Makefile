@@ -33,7 +33,7 @@ test-slow: .venv/ready-test data/storyworld/train/meta.json
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/ready-test
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
 	rm -rf .venv runs data
