@@ -22,6 +22,7 @@ from lens import build, data, losses, metrics, objectives, optimizer, sampling, 
 from lens.evaluate import Evaluator
 from lens.models.encoder import encode
 from lens.models.subject import tile_rows
+from lens.state import init_lens, init_state
 from lens.train import train_step
 
 SEEDS = flags.DEFINE_integer('seeds', 3, 'Number of seeds.')
@@ -72,7 +73,7 @@ class Arm:
         """(params, seconds) after `steps` steps with a full cosine; the first two are not timed."""
         settings = build.from_block(optimizer.OptimizerConfig, self.block)
         tx = optimizer.make(dataclasses.replace(settings, steps=steps))
-        state = build.init_state(
+        state = init_state(
             jax.tree.map(lambda x: x.copy(), params), dataclasses.replace(self.phase, tx=tx), self.run.mesh
         )
         for i in range(steps):
@@ -115,7 +116,7 @@ def one_seed(seed: int, steps: dict[str, int]) -> dict:
             print(f'seed {seed}  {name:9} ' + '  '.join(f'{k} {v:.3f}' for k, v in out[name].items()), flush=True)
 
         first = Arm(cfg, run, cfg.sft, objectives.sft, seed)
-        params, sft_s = first.train(build.init_lens(cfg, run), cfg.sft.steps)
+        params, sft_s = first.train(init_lens(cfg, run), cfg.sft.steps)
         record('start', params, cfg.sft.steps, sft_s)
         arms = {
             'grpo': Arm(cfg, run, cfg.grpo, objectives.grpo, seed + 100),

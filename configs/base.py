@@ -2,6 +2,17 @@
 
 import ml_collections
 
+RECIPES = {'': ('sft', 'grpo'), 'sft': ('sft',), 'grpo': ('grpo',)}  # recipe argument -> phases
+
+
+def phases(recipe: str, recipes: dict[str, tuple[str, ...]] = RECIPES) -> tuple[str, ...]:
+    """The phases of --config=FILE.py:RECIPE. Raises ValueError naming the arguments that the file takes."""
+    if recipe not in recipes:
+        raise ValueError(
+            f'{recipe!r} is not a recipe of this file: give {", ".join(filter(None, recipes))} or nothing.'
+        )
+    return recipes[recipe]
+
 
 def phase(objective: str) -> ml_collections.ConfigDict:
     """The keys of one training phase."""
@@ -32,6 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.subject.path = ''  # Hugging Face directory (config.json, safetensors, tokenizer)
     c.subject.dtype = 'float32'  # of the frozen base: float32 | bfloat16
     c.subject.remat = 'full'  # full: recompute blocks in the backward pass; dots: keep matrix products
+    c.subject.experts = 'ragged'  # ragged (grouped matmul) | tokamax (GPU kernel) | dense (every expert, for checks)
+    c.subject.packed = False  # keep MXFP4 experts packed and dequantise one layer at a time (gpt-oss)
     c.layer = 0  # 0-based block whose output is read
 
     c.data = ml_collections.ConfigDict()
@@ -56,6 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.lora.pattern = 'q|k|v|o'  # regex over block matrices: q k v o gate up down
     c.lora.rank = 16  # columns of A, rows of B
     c.lora.alpha = 16.0  # scale alpha / rank
+
+    c.init_from = ''  # folder of lens.export whose lens training starts from; empty = fresh
 
     c.phases = ('sft', 'grpo')  # run in this order; each names one of the blocks below
     c.sft = phase('sft')

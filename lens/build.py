@@ -1,26 +1,24 @@
-"""From a configuration to the objects of a run; every check of the configuration is here.
+"""From a configuration to the settings of a run; every check of the configuration is here.
 
 The ConfigDict stops here: what leaves is frozen dataclasses, arrays and functions.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import struct
 
 from lens import data, hf, objectives, optimizer, sharding
 from lens.errors import LensError
-from lens.models import lora, subject
-from lens.models.decoder import Decoder, DecoderConfig
-from lens.models.encoder import Encoder, EncoderConfig
-from lens.models.lens import Lens
+from lens.models import moe
 from lens.models.transformer import REMAT_POLICIES, Transformer
 
 EMBED, TEXT = '<embed>', '<text>'
+# What a special token looks like in a prompt: <|im_start|>, <bos>, <start_of_turn>, [EOS].
+SPECIAL_LITERAL = r'<\|[^|<>]+\|>|</?\w+>|\[[A-Z]+\]'
 TRAIN_CHOICES = ('maps', 'lora', 'full')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 POSITIVE = (
@@ -34,19 +32,10 @@ POSITIVE = (
     'checkpoint.keep',
     'log.every_steps',
 )
-NORM_DOCUMENTS = 10  # texts that the scale of the maps is measured on
 
 
 class ConfigError(LensError):
     """A configuration value is impossible; the message names the key."""
-
-
-class State(struct.PyTreeNode):
-    """What a step changes: optimizer step count, trainable tree, optimizer state."""
-
-    step: jax.Array
-    params: Lens
-    opt: optax.OptState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +84,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return self.phases[-1].end
+        return self.phases[-1].end if self.phases else 0
 
 
 def _require(ok: bool, message: str) -> None:
@@ -108,7 +97,13 @@ def _choice(value, choices, key: str) -> None:
 
 
 def _split_prompt(tokenizer, text: str, mark: str, key: str) -> tuple[list[int], list[int]]:
+    """Token ids left and right of `mark`. Special tokens are written out, and each must be one token."""
     _require(text.count(mark) == 1, f'{key}={text!r} must contain {mark} exactly once.')
+    for literal in re.findall(SPECIAL_LITERAL, text.replace(mark, '')):
+        _require(
+            len(tokenizer(literal, add_special_tokens=False)['input_ids']) == 1,
+            f'{key} holds {literal}, which is no token of the subject: write a special token that its tokenizer has.',
+        )
     return tuple(tokenizer(part, add_special_tokens=False)['input_ids'] for part in text.split(mark))
 
 
@@ -124,10 +119,22 @@ def open_run(cfg) -> Run:
     )
     _choice(cfg.subject.dtype, DTYPES, 'subject.dtype')
     _choice(cfg.subject.remat, REMAT_POLICIES, 'subject.remat')
+    _choice(cfg.subject.experts, moe.IMPLEMENTATIONS, 'subject.experts')
     _choice(cfg.decoder.train, TRAIN_CHOICES, 'decoder.train')
     _choice(cfg.encoder.train, TRAIN_CHOICES, 'encoder.train')
+    _require(
+        not (cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)),
+        'subject.packed=True keeps the experts as bytes, which cannot be trained: drop it, or use train=lora or maps.',
+    )
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model)
-    base = hf.load_model(cfg.subject.path, dtype=DTYPES[cfg.subject.dtype], mesh=mesh, remat=cfg.subject.remat)
+    base = hf.load_model(
+        cfg.subject.path,
+        dtype=DTYPES[cfg.subject.dtype],
+        mesh=mesh,
+        remat=cfg.subject.remat,
+        experts=cfg.subject.experts,
+        packed=cfg.subject.packed,
+    )
     tokenizer = hf.load_tokenizer(cfg.subject.path)
     c = base.config
     last = c.n_layers - 1
@@ -151,6 +158,13 @@ def open_run(cfg) -> Run:
         longest <= c.max_positions,
         f'{train.directory} has {longest} tokens a row, the subject reads {c.max_positions}.',
     )
+    _require(
+        len(cfg.phases) > 0 or bool(cfg.init_from),
+        'phases is empty: name at least one phase, e.g. sft, or give init_from to evaluate an exported lens.',
+    )
+    for name in cfg.phases:
+        _check_phase(cfg, name, mesh, train)
+    prefix = tokenizer(cfg.decoder.prompt.replace(EMBED, 'something'), add_special_tokens=False)['input_ids']
     return Run(
         mesh=mesh,
         tokenizer=tokenizer,
@@ -164,7 +178,7 @@ def open_run(cfg) -> Run:
         decoder_prompt=_split_prompt(tokenizer, cfg.decoder.prompt, EMBED, 'decoder.prompt'),
         encoder_prompt=_split_prompt(tokenizer, cfg.encoder.prompt, TEXT, 'encoder.prompt'),
         evaluation=from_block(EvalSettings, cfg.eval),
-        phases=_phases(cfg, mesh, tokenizer, train),
+        phases=make_phases(cfg, prefix),
     )
 
 
@@ -173,54 +187,61 @@ def from_block(kind, block):
     return kind(**{f.name: block[f.name] for f in dataclasses.fields(kind)})
 
 
-def _phases(cfg, mesh, tokenizer, train: data.Split) -> tuple[Phase, ...]:
-    prefix = tokenizer(cfg.decoder.prompt.replace(EMBED, 'something'), add_special_tokens=False)['input_ids']
-    _require(len(cfg.phases) > 0, 'phases is empty: name at least one phase, e.g. sft.')
+def _check_phase(cfg, name: str, mesh, train: data.Split) -> None:
+    """Raises LensError for impossible values of the phase block `name`."""
+    _require(
+        name in cfg and 'objective' in cfg[name], f'phases names {name!r}, but there is no phase block of that name.'
+    )
+    p = cfg[name]
+    _choice(p.objective, objectives.OBJECTIVES, f'{name}.objective')
+    _require(p.steps > 0, f'{name}.steps={p.steps} must be positive; drop the phase from phases instead.')
+    _require(
+        p.objective != 'grpo' or p.group >= 2,
+        f'{name}.group={p.group} must be at least 2: advantages compare the group.',
+    )
+    _require(
+        0 <= p.warmup_steps < p.steps, f'{name}.warmup_steps={p.warmup_steps} is not below {name}.steps={p.steps}.'
+    )
+    _require(
+        p.documents * p.vectors >= 2,
+        f'{name}: one activation per step has no variance; raise documents or vectors.',
+    )
+    _require(
+        not p.beta or 0 <= p.kl_skip < cfg.explanation_len,
+        f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={cfg.explanation_len}.',
+    )
+    sharding.check_divides(p.documents, f'{name}.documents', mesh)
+    _require(p.vectors > 0, f'{name}.vectors={p.vectors} must be positive.')
+    _require(
+        len(train) >= p.documents,
+        f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',
+    )
+    if p.objective in objectives.NEEDS_EXPLANATIONS:
+        _check_explanations(cfg, name, p.objective, train)
+
+
+def _check_explanations(cfg, name: str, objective: str, train: data.Split) -> None:
+    _require(
+        train.explanations is not None,
+        f'{train.directory}/explanations.npy does not exist: the {objective} objective of {name} needs given explanations.',
+    )
+    _require(
+        bool((train.positions >= 0).any(1).all()),
+        f'{train.directory}/positions.npy has documents without a labelled position: {name} needs one in each.',
+    )
+    have = train.explanations.shape[2]
+    _require(
+        have == cfg.explanation_len,
+        f'explanation_len={cfg.explanation_len}, but the given explanations in {train.directory} have {have} tokens.',
+    )
+
+
+def make_phases(cfg, natural_prefix: list[int]) -> tuple[Phase, ...]:
+    """The phases of a configuration in their order. natural_prefix: ids of the decoder prompt with a word
+    in place of the activation."""
     phases, start = [], 0
     for name in cfg.phases:
-        _require(
-            name in cfg and 'objective' in cfg[name],
-            f'phases names {name!r}, but there is no phase block of that name.',
-        )
         p = cfg[name]
-        _choice(p.objective, objectives.OBJECTIVES, f'{name}.objective')
-        _require(p.steps > 0, f'{name}.steps={p.steps} must be positive; drop the phase from phases instead.')
-        _require(
-            p.objective != 'grpo' or p.group >= 2,
-            f'{name}.group={p.group} must be at least 2: advantages compare the group.',
-        )
-        _require(
-            0 <= p.warmup_steps < p.steps, f'{name}.warmup_steps={p.warmup_steps} is not below {name}.steps={p.steps}.'
-        )
-        _require(
-            p.documents * p.vectors >= 2,
-            f'{name}: one activation per step has no variance; raise documents or vectors.',
-        )
-        _require(
-            not p.beta or 0 <= p.kl_skip < cfg.explanation_len,
-            f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={cfg.explanation_len}.',
-        )
-        sharding.check_divides(p.documents, f'{name}.documents', mesh)
-        labelled = p.objective in objectives.NEEDS_EXPLANATIONS
-        _require(p.vectors > 0, f'{name}.vectors={p.vectors} must be positive.')
-        _require(
-            len(train) >= p.documents,
-            f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',
-        )
-        if labelled:
-            _require(
-                train.explanations is not None,
-                f'{train.directory}/explanations.npy does not exist: the {p.objective} objective of {name} needs given explanations.',
-            )
-            _require(
-                bool((train.positions >= 0).any(1).all()),
-                f'{train.directory}/positions.npy has documents without a labelled position: {name} needs one in each.',
-            )
-            have = train.explanations.shape[2]
-            _require(
-                have == cfg.explanation_len,
-                f'explanation_len={cfg.explanation_len}, but the given explanations in {train.directory} have {have} tokens.',
-            )
         hp = objectives.Hparams(
             layer=cfg.layer,
             length=cfg.explanation_len,
@@ -229,9 +250,8 @@ def _phases(cfg, mesh, tokenizer, train: data.Split) -> tuple[Phase, ...]:
             entropy_clamp=p.entropy_clamp,
             beta=p.beta,
             kl_skip=p.kl_skip,
-            natural_prefix=tuple(prefix),
+            natural_prefix=tuple(natural_prefix),
         )
-        tx = optimizer.make(from_block(optimizer.OptimizerConfig, p))
         phases.append(
             Phase(
                 name=name,
@@ -239,74 +259,11 @@ def _phases(cfg, mesh, tokenizer, train: data.Split) -> tuple[Phase, ...]:
                 end=start + p.steps,
                 objective=objectives.OBJECTIVES[p.objective],
                 hparams=hp,
-                tx=tx,
+                tx=optimizer.make(from_block(optimizer.OptimizerConfig, p)),
                 documents=p.documents,
                 vectors=p.vectors,
-                labelled=labelled,
+                labelled=p.objective in objectives.NEEDS_EXPLANATIONS,
             )
         )
         start += p.steps
     return tuple(phases)
-
-
-def _stream_norms(run: Run) -> jax.Array:
-    """subject.stream_norms over the first training texts; the same texts on every mesh."""
-    n = min(NORM_DOCUMENTS, len(run.train))
-    rows = run.mesh.shape['data'] * -(-n // run.mesh.shape['data'])
-    tokens, lengths = np.zeros((rows, run.train.tokens.shape[1]), np.int32), np.zeros(rows, np.int32)
-    tokens[:n], lengths[:n] = run.train.tokens[:n], run.train.lengths[:n]
-    batch = sharding.put_batch({'tokens': tokens, 'lengths': lengths}, run.mesh)
-    return jax.jit(subject.stream_norms)(run.base, batch['tokens'], batch['lengths'])
-
-
-def init_lens(cfg, run: Run) -> Lens:
-    """The trainable tree at step 0, made in its place on the mesh. Reproducible from cfg.seed.
-
-    Call under jax.set_mesh(run.mesh).
-    """
-    dec_config = DecoderConfig(cfg.decoder.patched_blocks, cfg.decoder.shared_map, cfg.layer)
-    output_layer = cfg.layer if cfg.encoder.output_layer == -1 else cfg.encoder.output_layer
-    enc_config = EncoderConfig(output_layer, cfg.encoder.readout)
-
-    def adapters(side, blocks, key):
-        if side.train != 'lora':
-            return None
-        return lora.init_adapters(blocks, cfg.lora.pattern, cfg.lora.rank, cfg.lora.alpha, key)
-
-    def make(base, norms, key):
-        dec_key, enc_key = jax.random.split(key)
-        enc_blocks = base.truncated(output_layer + 1).blocks
-        return Lens(
-            Decoder(
-                dec_config,
-                *run.decoder_prompt,
-                base,
-                norms,
-                own_base=cfg.decoder.train == 'full',
-                adapters=adapters(cfg.decoder, base.blocks, dec_key),
-            ),
-            Encoder(
-                enc_config,
-                *run.encoder_prompt,
-                base,
-                own_base=cfg.encoder.train == 'full',
-                adapters=adapters(cfg.encoder, enc_blocks, enc_key),
-            ),
-        )
-
-    args = (run.base, _stream_norms(run), jax.random.key(run.seed))
-    place = sharding.shardings(jax.eval_shape(make, *args), run.mesh)
-    return jax.jit(make, out_shardings=place)(*args)
-
-
-def phase_at(run: Run, step: int) -> Phase:
-    """The phase that goes on from global step `step`; the last one when all are done."""
-    return next((p for p in run.phases if step < p.end), run.phases[-1])
-
-
-def init_state(params: Lens, phase: Phase, mesh, step: int = 0) -> State:
-    """Fresh optimizer state for `phase`."""
-    place = sharding.shardings(jax.eval_shape(phase.tx.init, params), mesh)
-    opt = jax.jit(phase.tx.init, out_shardings=place)(params)
-    count = sharding.place({'step': jnp.asarray(step, jnp.int32)}, mesh)
-    return State(params=params, opt=opt, **count)

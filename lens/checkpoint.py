@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from lens import sharding
@@ -20,7 +21,10 @@ def _to_dict(tree) -> dict:
 
 
 def _from_dict(like, leaves: dict):
-    return jax.tree_util.tree_map_with_path(lambda kp, x: leaves[sharding.path(kp)] if x.size else x, like)
+    def leaf(kp, x):
+        return leaves[sharding.path(kp)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 class Checkpoints:

@@ -29,8 +29,8 @@ def check_config(argv: list[str]) -> None:
         return
     holder = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=[])
-    holder(['', f'--config={file}'])
     try:
+        holder(['', f'--config={file}'])
         known = flat_keys(holder.config)
     except Exception as e:  # whatever the file itself raises
         raise LensError(f'--config={file} does not load: {str(e).splitlines()[-1].strip()}') from e

@@ -20,6 +20,7 @@ from lens.errors import LensError
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.objectives import read_activations
+from lens.state import restore
 
 MEANINGS = {
     'fve': (
@@ -272,9 +273,8 @@ def main(_):
     with jax.set_mesh(run.mesh), Checkpoints(workdir / 'checkpoints', cfg.checkpoint.keep) as checkpoints:
         if checkpoints.latest_step is None:
             raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
-        phase = build.phase_at(run, checkpoints.latest_step)
         step = checkpoints.latest_step
-        state = checkpoints.restore(step, build.init_state(build.init_lens(cfg, run), phase, run.mesh))
+        state = restore(cfg, run, checkpoints, step)
         result = Evaluator(run).full(state.params)
     result.figures.update(figure_after_sft(workdir, run))
     write_results(workdir, result, step)

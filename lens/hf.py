@@ -1,13 +1,18 @@
 """Hugging Face directories in and out: config.json, safetensors, tokenizers.
 
+    model = lens.hf.load_model('path/or/hub-id')
+    logits_BxTxV = model(tokens_BxT)
+
 Loads safetensors and JSON only; nothing in a directory is executed.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -15,32 +20,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.flax
+import safetensors.numpy
 from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from lens import sharding
 from lens.errors import LensError
-from lens.models import families
+from lens.models import families, mxfp4, tensors
 from lens.models.transformer import Transformer
 
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
+# The first one that a directory has is its fingerprint.
+VOCABULARY_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    'merges.txt',
+    'added_tokens.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'chat_template.jinja',
+)
+# Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
+IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
+TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+SHARD_BYTES = 5_000_000_000  # of one file that save_model writes
+CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinity
 
 
 class ModelError(LensError):
     """A model directory is missing, damaged or not supported; the message names file and remedy."""
 
 
+def local_directory(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
+    """`path` itself if it is a directory, else the local copy of the Hub repository of that name.
+
+    weights: whether the tensors are needed too. Raises ModelError when it is neither.
+    """
+    if pathlib.Path(path).is_dir():
+        return pathlib.Path(path)
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)) or str(path).startswith('.'):
+        raise ModelError(f'{path} does not exist: give a directory in Hugging Face layout, or a Hub id.')
+    import huggingface_hub  # half a second that local models do not need
+
+    wanted = ['config.json', 'generation_config.json', *TOKENIZER_FILES]
+    wanted += ['*.safetensors', '*.safetensors.index.json'] if weights else []
+    unwanted = ['original/*', 'metal/*', 'onnx/*']  # further copies of the weights in other layouts
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=unwanted)
+        )
+    except Exception as e:  # the library raises many kinds, of its own and of its HTTP client
+        reason = str(e).strip().splitlines()[0]
+        raise ModelError(
+            f'{path} is no local directory, and the Hugging Face Hub gave no model of that name ({reason}): '
+            'check the spelling and the connection, or give a local directory.'
+        ) from None
+
+
 def tokenizer_sha256(directory: str | os.PathLike) -> str:
     """Fingerprint of the tokenizer of a directory; data folders carry that of theirs."""
-    return hashlib.sha256((pathlib.Path(directory) / 'tokenizer.json').read_bytes()).hexdigest()
+    directory = local_directory(directory, weights=False)
+    file = next((directory / n for n in VOCABULARY_FILES if (directory / n).exists()), None)
+    if file is None:
+        raise ModelError(f'{directory}/tokenizer.json does not exist: give a directory that holds the tokenizer.')
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def load_tokenizer(directory: str):
-    """The tokenizer of a local directory."""
+def load_tokenizer(path: str | os.PathLike):
+    """The tokenizer of a local directory or a Hub id."""
     from transformers import AutoTokenizer  # a second of import that model loading does not need
 
-    if not (pathlib.Path(directory) / 'tokenizer.json').exists():
-        raise ModelError(f'{directory}/tokenizer.json does not exist: give a directory that holds the tokenizer.')
+    directory = local_directory(path, weights=False)
+    tokenizer_sha256(directory)  # refuses a directory without one
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -56,106 +106,291 @@ def _read_json(path: pathlib.Path) -> dict:
     return value
 
 
-def _tensor_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor name -> file, from the index or from the single file."""
-    index = directory / 'model.safetensors.index.json'
-    if index.exists():
-        weight_map = _read_json(index).get('weight_map')
-        if not isinstance(weight_map, dict):
-            raise ModelError(f'{index} has no weight_map: download or export the model again.')
-        return {name: directory / file for name, file in weight_map.items()}
-    single = directory / 'model.safetensors'
-    if not single.exists():
-        raise ModelError(f'{single} does not exist: the directory needs safetensors weights.')
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a directory: stored name -> file and shape. Only headers are read to make one."""
+
+    directory: pathlib.Path
+    files: dict[str, pathlib.Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def open(cls, directory: pathlib.Path) -> 'Checkpoint':
+        index = directory / 'model.safetensors.index.json'
+        if index.exists():
+            weight_map = _read_json(index).get('weight_map')
+            if not isinstance(weight_map, dict):
+                raise ModelError(f'{index} has no weight_map: download or export the model again.')
+        elif (directory / 'model.safetensors').exists():
+            weight_map = None
+        else:
+            raise ModelError(f'{directory}/model.safetensors does not exist: the directory needs safetensors weights.')
+        files, shapes = {}, {}
+        for file in sorted(set(weight_map.values())) if weight_map else ['model.safetensors']:
+            path = directory / file
+            try:
+                with safetensors.safe_open(path, framework='numpy') as f:
+                    for name in f.keys():  # noqa: SIM118 (not a dict)
+                        files[name], shapes[name] = path, tuple(f.get_slice(name).get_shape())
+            except (OSError, safetensors.SafetensorError) as e:
+                raise ModelError(f'{path} cannot be read ({e}): download or export the model again.') from None
+        for name in weight_map or ():
+            if files.get(name) != directory / weight_map[name]:
+                raise ModelError(f'{directory}/{weight_map[name]} lacks {name}, which the index promises.')
+        return cls(directory, files, shapes)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor on the host. The file is opened for each, so that no mapped page outlives it."""
+        file = self.files[name]
+        try:
+            with safetensors.safe_open(file, framework='numpy') as f:
+                x = f.get_tensor(name)
+        except (OSError, TypeError, safetensors.SafetensorError) as e:
+            raise ModelError(f'{file}: {name} cannot be read ({e}): download or export the model again.') from None
+        if not _finite(x) or (name.endswith('_scales') and (x == 255).any()):  # 255 is the NaN of MXFP4's scales
+            raise ModelError(f'{file}: {name} holds values that are not finite.')
+        return x
+
+
+def _finite(x: np.ndarray) -> bool:
+    """Whether no exponent is all ones; in pieces, so that nothing of the size of x is made."""
+    mask = {'float32': 0x7F800000, 'float16': 0x7C00, 'bfloat16': 0x7F80}.get(x.dtype.name)
+    if mask is None:
+        return bool(np.isfinite(x).all()) if x.dtype.kind == 'f' else True
+    bits = x.reshape(-1).view(f'u{x.dtype.itemsize}')
+    pieces = (bits[i : i + CHECKED_AT_ONCE] for i in range(0, len(bits), CHECKED_AT_ONCE))
+    return not any(((p & mask) == mask).any() for p in pieces)
+
+
+def _stored_names(t: tensors.Tensor) -> tuple[str, ...]:
+    return (t.hf_name + '_blocks', t.hf_name + '_scales') if t.packed else (t.hf_name,)
+
+
+def _stored_shapes(t: tensors.Tensor, c) -> tuple[tuple[int, ...], ...]:
+    shape = tensors.hf_shape(t, c)
+    return ((*shape[:-1], shape[-1] // 32, 16), (*shape[:-1], shape[-1] // 32)) if t.packed else (shape,)
+
+
+def _check(checkpoint: Checkpoint, table, c) -> dict[str, str]:
+    """Our name of every wanted tensor -> its stored name. Raises ModelError unless all fits."""
+    directory, files = checkpoint.directory, checkpoint.files
+    embedding = next(t.hf_name for t in table if t.path == 'embedding')
+    prefixes = {n.removesuffix(embedding) for n in files if n == embedding or n.endswith('.' + embedding)}
+    if len(prefixes) != 1:
+        raise ModelError(f'{directory} holds {len(prefixes)} tensors named {embedding}: one is needed.')
+    prefix = prefixes.pop()
+    heads = [n for n in files if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
+    stored, misshapen = {}, []
+    for t in table:
+        for name, shape in zip(_stored_names(t), _stored_shapes(t, c), strict=True):
+            for i in range(c.n_layers) if '{}' in name else [0]:
+                ours = name.format(i)
+                stored[ours] = (heads[0] if heads else ours) if t.path == 'head' else prefix + ours
+                have = checkpoint.shapes.get(stored[ours], shape)
+                if have != shape:
+                    misshapen.append(
+                        f'{files[stored[ours]]}: {stored[ours]} has shape {have}, config.json says {shape}'
+                    )
+    wanted = set(stored.values())
+    missing = sorted(wanted - files.keys())
+    extra = sorted(n for n in files.keys() - wanted if not IGNORED.search(n))
+    if c.tied and extra and extra == heads:
+        same = np.array_equal(checkpoint.read(heads[0]), checkpoint.read(prefix + embedding))
+        extra = [] if same else extra  # some writers store the one table twice
+    if missing or extra:
+        what = f'lacks {missing[0]}' if missing else f'holds an unexpected {extra[0]}'
+        raise ModelError(f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra).')
+    if misshapen:
+        raise ModelError(f'{misshapen[0]}.')
+    return stored
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_layer(stack, x, i):
+    return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=('t', 'c'))
+def _put_dequantised(stack, blocks, scales, i, *, t, c):
+    x = tensors.from_hf_layout(mxfp4.dequantise(blocks, scales, stack.dtype), t, c)
+    return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
+
+
+def _to_device(x: np.ndarray, place) -> jax.Array:
+    """Each device receives its slice of the host array, on every process its own devices'."""
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+def _without_layer_axis(place):
+    return NamedSharding(place.mesh, sharding.P(*place.spec[1:])) if isinstance(place, NamedSharding) else place
+
+
+def _load_leaf(checkpoint: Checkpoint, stored: dict[str, str], t: tensors.Tensor, c, leaf, place) -> jax.Array:
+    """One leaf in its place on the devices; the host holds one stored tensor at a time."""
+
+    def host(i, name=t.hf_name):
+        return tensors.from_hf_layout(checkpoint.read(stored[name.format(i)]), t, c).astype(leaf.dtype, copy=False)
+
+    if '{}' not in t.hf_name:
+        return _to_device(host(0), place)
+    stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
+    one = _without_layer_axis(place)
+    for i in range(c.n_layers):
+        if t.packed:  # the expert axis is the first one on both sides
+            experts = NamedSharding(one.mesh, sharding.P(*one.spec[:1])) if isinstance(one, NamedSharding) else one
+            parts = (checkpoint.read(stored[n.format(i)]) for n in _stored_names(t))
+            stack = _put_dequantised(stack, *(_to_device(x, experts) for x in parts), i, t=t, c=c)
+        else:
+            stack = _put_layer(stack, _to_device(host(i), one), i)
+    return stack
+
+
+def read_config(directory: pathlib.Path):
+    """TransformerConfig of a local directory. Raises ModelError."""
     try:
-        with safetensors.safe_open(single, framework='numpy') as f:
-            return dict.fromkeys(f.keys(), single)
-    except safetensors.SafetensorError as e:
-        raise ModelError(f'{single} cannot be read ({e}): download or export the model again.') from None
-
-
-def _read_tensor(name: str, file: pathlib.Path, shape, dtype) -> np.ndarray:
-    try:
-        with safetensors.safe_open(file, framework='flax') as f:
-            x = np.asarray(f.get_tensor(name))
-    except (OSError, safetensors.SafetensorError) as e:
-        raise ModelError(f'{file} cannot be read ({e}): download or export the model again.') from None
-    if x.shape != shape:
-        raise ModelError(f'{file}: {name} has shape {x.shape}, config.json says {shape}.')
-    if not np.isfinite(x.astype(np.float32)).all():
-        raise ModelError(f'{file}: {name} holds values that are not finite.')
-    return x.astype(dtype)
-
-
-def load_model(directory: str | os.PathLike, *, dtype=jnp.float32, mesh=None, remat: str = 'full') -> Transformer:
-    """The model of a local Hugging Face directory, placed on `mesh` (default: one device).
-
-    dtype: of all weights on the device. remat: see TransformerConfig.
-    Raises ModelError naming the file or tensor when anything is missing, extra, misshapen or not finite.
-    """
-    directory = pathlib.Path(directory)
-    try:
-        c = families.from_hf(_read_json(directory / 'config.json'))
+        return families.from_hf(_read_json(directory / 'config.json'))
     except families.UnsupportedModelError as e:
         raise ModelError(f'{directory}/config.json: {e}.') from None
     except KeyError as e:
         raise ModelError(f'{directory}/config.json has no key {e}.') from None
-    files = _tensor_files(directory)
-    table = families.tensors(c)
-    layers = range(c.n_layers)
-    wanted = {n for t in table for n in (t.hf_name.format(i) for i in layers)}
-    missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - wanted)
-    if missing or extra:
-        what = f'lacks {missing[0]}' if missing else f'holds an unexpected {extra[0]}'
-        raise ModelError(f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra).')
 
-    def read(t, i=0):
-        name = t.hf_name.format(i)
-        return families.from_hf_layout(_read_tensor(name, files[name], families.hf_shape(t, c), dtype), t, c)
 
-    stacked = {t.path: np.stack([read(t, i) for i in layers]) if '{}' in t.hf_name else read(t) for t in table}
+def load_model(
+    path: str | os.PathLike,
+    *,
+    dtype=jnp.float32,
+    mesh=None,
+    remat: str = 'full',
+    experts: str = 'ragged',
+    packed: bool = False,
+) -> Transformer:
+    """The model of a local Hugging Face directory or a Hub id, placed on `mesh` (default: one device).
+
+    Tensor by tensor from the file to its place: the host holds no more than one stored tensor.
+    dtype: of all weights on the device. remat, experts: see TransformerConfig. packed: keep MXFP4
+    experts as bytes and dequantise them one layer at a time; without it they become `dtype` here.
+    Raises ModelError naming the file or tensor when anything is missing, extra, misshapen or not finite.
+    """
+    directory = local_directory(path)
+    c = dataclasses.replace(read_config(directory), remat=remat, experts=experts, packed=packed)
+    checkpoint = Checkpoint.open(directory)
+    shipped_packed = any(n.endswith('_blocks') for n in checkpoint.files)
+    if packed and not shipped_packed:
+        raise ModelError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
     abstract = jax.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0), dtype=dtype))
-    model = jax.tree_util.tree_map_with_path(lambda kp, _: stacked[sharding.path(kp)], abstract)
-    model.config = dataclasses.replace(c, remat=remat)
-    return jax.device_put(model) if mesh is None else sharding.place(model, mesh)
+    leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    table = families.table(c, leaves.__contains__, shipped_packed)
+    stored = _check(checkpoint, table, c)
+    if mesh is None:
+        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
+    else:
+        places = sharding.shardings(abstract, mesh)
+    rows = {t.path: t for t in table}
+
+    def load(kp, leaf, place):
+        return _load_leaf(checkpoint, stored, rows[sharding.path(kp)], c, leaf, place)
+
+    return jax.tree_util.tree_map_with_path(load, abstract, places)
+
+
+_layer_of = jax.jit(lambda stack, i: stack[i])
+
+
+def _rows_by_tensor(c, leaves) -> dict[str, list[tensors.Tensor]]:
+    """Stored name (with {} for the layer) -> its rows, in the order of their parts."""
+    out = {}
+    for t in families.table(c, leaves.__contains__):
+        out.setdefault(t.hf_name, []).append(t)
+    return {name: sorted(rows, key=lambda t: t.part or 0) for name, rows in out.items()}
+
+
+def _write_weights(model: Transformer, directory: pathlib.Path, dtype, shard_bytes: int) -> None:
+    """model.safetensors, or shards with an index; the host holds one shard at a time."""
+    c = model.config
+    leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(model)}
+    base_prefix = families.FAMILIES[c.family].prefix
+    shards, size = [[]], 0
+    for name, rows in _rows_by_tensor(c, leaves).items():
+        stored_dtype = jnp.dtype(jnp.uint8 if leaves[rows[0].path].dtype == jnp.uint8 else dtype)
+        n_bytes = int(np.prod(tensors.hf_shape(rows[0], c))) * stored_dtype.itemsize
+        for i in range(c.n_layers) if '{}' in name else [None]:
+            if shards[-1] and size + n_bytes > shard_bytes:
+                shards.append([])
+                size = 0
+            prefix = '' if name.startswith('lm_head') else base_prefix
+            shards[-1].append((prefix + name.format(i), rows, i, stored_dtype))
+            size += n_bytes
+
+    def tensor(rows, i, stored_dtype):
+        parts = [leaves[t.path] if i is None else _layer_of(leaves[t.path], i) for t in rows]
+        x = tensors.to_hf_layout([np.asarray(p) for p in parts], rows, c)
+        return np.ascontiguousarray(x.astype(stored_dtype, copy=False))
+
+    weight_map, total = {}, 0
+    for k, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = 'model.safetensors' if single else f'model-{k:05d}-of-{len(shards):05d}.safetensors'
+        arrays = {name: tensor(*what) for name, *what in shard}
+        safetensors.numpy.save_file(arrays, directory / file, metadata={'format': 'pt'})
+        weight_map |= dict.fromkeys(arrays, file)
+        total += sum(x.nbytes for x in arrays.values())
+    if len(shards) > 1:
+        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+        (directory / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
 
 
 def save_model(
     model: Transformer,
     directory: str | os.PathLike,
     *,
-    dtype=jnp.float32,
-    tokenizer_dir=None,
+    dtype=None,
+    source: str | os.PathLike | None = None,
     token_ids: dict | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes an ordinary Hugging Face directory; it appears at once, by rename.
 
-    tokenizer_dir: whose tokenizer files are copied beside. token_ids: bos_token_id, eos_token_id,
-    pad_token_id for config.json. Raises FileExistsError when `directory` holds something.
+    dtype: of the stored weights, default that of the model. source: a directory or Hub id, such as the
+    one that the model came from; its tokenizer, generation config and token ids go along. token_ids: bos_token_id,
+    eos_token_id, pad_token_id where there is no source. Raises FileExistsError when `directory` holds
+    something.
     """
     directory = pathlib.Path(directory)
-    c = model.config
-    leaves = {sharding.path(kp): np.asarray(x) for kp, x in jax.tree_util.tree_leaves_with_path(model)}
-    out = {}
-    for t in families.tensors(c):
-        x = leaves[t.path]
-        layers = [(i, x[i]) for i in range(c.n_layers)] if '{}' in t.hf_name else [(0, x)]
-        for i, w in layers:
-            out[t.hf_name.format(i)] = jnp.asarray(families.to_hf_layout(w, t, c), dtype)
+    dtype = model.embedding.dtype if dtype is None else dtype
+    ids, generation = dict(token_ids or {}), dict(token_ids or {})
+    if source is not None:
+        source = local_directory(source, weights=False)
+        theirs = _read_json(source / 'config.json') if (source / 'config.json').exists() else {}
+        theirs = theirs.get('text_config', {}) | theirs
+        ids = {k: theirs[k] for k in TOKEN_IDS if theirs.get(k) is not None} | ids
+        file = source / 'generation_config.json'
+        generation = (_read_json(file) if file.exists() else ids) | generation
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f'{directory} holds something already: give an empty or a new directory.')
     directory.parent.mkdir(parents=True, exist_ok=True)
     tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{directory.name}-', dir=directory.parent))
     try:
-        safetensors.flax.save_file(out, tmp / 'model.safetensors', metadata={'format': 'pt'})
-        config = families.to_hf(c, jnp.dtype(dtype).name) | (token_ids or {})
+        _write_weights(model, tmp, dtype, shard_bytes)
+        config = families.to_hf(model.config, jnp.dtype(dtype).name) | ids
         (tmp / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-        (tmp / 'generation_config.json').write_text(json.dumps(token_ids or {}, indent=2) + '\n')
+        (tmp / 'generation_config.json').write_text(json.dumps(generation, indent=2) + '\n')
         for name in TOKENIZER_FILES:
-            if tokenizer_dir and (pathlib.Path(tokenizer_dir) / name).exists():
-                shutil.copy(pathlib.Path(tokenizer_dir) / name, tmp / name)
+            if source and (source / name).exists():
+                shutil.copy(source / name, tmp / name)
         tmp.chmod(0o755)
         os.replace(tmp, directory)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+
+
+def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of one safetensors file. Raises ModelError."""
+    try:
+        return safetensors.numpy.load_file(file)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise ModelError(f'{file} cannot be read ({e}): export or download it again.') from None
+
+
+def write_tensors(file: pathlib.Path, tensors_by_name: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(tensors_by_name, file, metadata={'format': 'pt'})

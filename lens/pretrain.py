@@ -21,7 +21,9 @@ from ml_collections import config_flags
 from lens import cli, data, hf, losses, metrics, schedules, sharding
 from lens.checkpoint import Checkpoints
 from lens.errors import LensError
-from lens.models.transformer import Transformer, TransformerConfig, rms_norm
+from lens.models.norm import unit_rms
+from lens.models.rope import Rope
+from lens.models.transformer import Transformer, TransformerConfig
 
 
 class Trainable(nnx.Module):
@@ -64,7 +66,7 @@ def fact_targets(tokens_BxS, mask_BxS, fact_ids_M, window: int):
 
 def lookahead_loss(head_DxM, x_BxSxD, targets_BxSxM, group_sizes: tuple[int, ...]):
     """Cross-entropy of each field's value (softmax within the field) for the fact words ahead."""
-    x = rms_norm(x_BxSxD, jnp.ones(x_BxSxD.shape[-1]), 1e-6)
+    x = unit_rms(x_BxSxD, 1e-6)
     logits = jnp.einsum('bsd,dm->bsm', x, head_DxM)
     edges = np.cumsum(group_sizes)[:-1]
     logp = jnp.concatenate([jax.nn.log_softmax(g, -1) for g in jnp.split(logits, edges, -1)], -1)
@@ -126,10 +128,10 @@ class Pretrainer:
         shape = TransformerConfig(
             family='llama',
             vocab_size=vocab_size,
-            rope_theta=10000.0,
             norm_eps=1e-5,
             tied=True,
             max_positions=512,
+            ropes=(Rope(10000.0),),
             remat='dots',
             **cfg.model,
         )
@@ -173,7 +175,7 @@ class Pretrainer:
             self.state['trainable'].model,
             self.workdir / 'model',
             dtype=jnp.bfloat16,
-            tokenizer_dir=cfg.tokenizer,
+            source=cfg.tokenizer,
             token_ids=ids,
         )
         return figures

@@ -1,6 +1,6 @@
 """Where arrays live: the mesh, the one table of parameter placements, and batch placement.
 
-Nothing else in the project knows the mesh. Axes are `data` (batch rows) and `model` (kv heads,
+Nothing else in the project knows the mesh. Axes are `data` (batch rows) and `model` (kv heads, experts,
 feed-forward width, vocabulary), in JAX's Explicit mode: a wrong placement is an error at trace
 time, also on a 1x1 mesh.
 """
@@ -19,14 +19,21 @@ ACT = P('data', None, None)  # every residual-stream tensor x_BxTxD
 # regex over the end of a leaf path; first match wins, no match is an error.
 # Axis 0 of a leaf under `blocks` is the layer.
 RULES = (
+    (r'blocks/attn/([qkv]_bias|sinks)$', P(None, 'model')),
+    (r'blocks/attn/o_bias$', P()),
     (r'blocks/attn/q$', P(None, None, 'model', None, None)),
     (r'blocks/attn/[kv]$', P(None, None, 'model', None)),
     (r'blocks/attn/o$', P(None, 'model', None, None, None)),
     (r'blocks/mlp/(gate|up)$', P(None, None, 'model')),
+    (r'blocks/mlp/(gate|up)_bias$', P(None, 'model')),
     (r'blocks/mlp/down$', P(None, 'model', None)),
+    (r'blocks/mlp/down_bias$', P()),
+    (r'blocks/moe/(gate_up|down)', P(None, 'model')),  # experts
+    (r'blocks/moe/router', P()),
     (r'(^|/)embedding$', P('model', None)),
     (r'(^|/)head$', P(None, 'model')),
-    (r'norm$', P()),
+    (r'(^|/)positions$', P()),
+    (r'norm/(scale|bias)$', P()),
     (r'adapters/', P()),
     (r'(maps|prompt|readout|special)_\w+$', P()),
     (r'(^|/)(step|count)$', P()),

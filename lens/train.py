@@ -11,11 +11,12 @@ import numpy as np
 import optax
 
 from lens import build, data, metrics, optimizer, sharding
-from lens.build import Phase, Run, State
+from lens.build import Phase, Run
 from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
 from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
 from lens.models.lens import parameter_count
+from lens.state import State, init_lens, init_state, phase_at, restore
 
 # What may differ between a run and its continuation: how often, where; never what is computed.
 FREE_KEYS = ('checkpoint', 'log', 'mesh')
@@ -66,8 +67,12 @@ class Trainer:
                 self._announce(state, step)
                 for phase in run.phases:
                     if step < phase.end:
+                        if step == phase.start:
+                            state = init_state(state.params, phase, run.mesh, step)
                         state = self._phase(phase, state, iterator_state)
                         step, iterator_state = phase.end, None
+            if not run.phases and self.checkpoints.latest_step is None:  # evaluation of an exported lens
+                self.checkpoints.save(0, state, {'data': None} | self._identity())
             summary = self._finish(state)
             self.writer.close()
         return summary
@@ -87,23 +92,20 @@ class Trainer:
     def _restore_or_init(self) -> tuple[State, dict | None]:
         """The newest checkpoint of this workdir, or step 0; and the data iterator's state."""
         run, here = self.run, fingerprint(self.config)
-        params = build.init_lens(self.cfg, run)
         if self.checkpoints.latest_step is None:
-            return build.init_state(params, run.phases[0], run.mesh), None
+            return init_state(init_lens(self.cfg, run), None, run.mesh), None
         step = self.checkpoints.latest_step
-        phase, info = build.phase_at(run, step), self.checkpoints.info(step)
+        phase, info = phase_at(run, step), self.checkpoints.info(step)
         if info['fingerprint'] != here:
             raise CheckpointError(
                 f'{self.workdir} holds a run with another configuration (differing keys: '
                 f'{", ".join(_differing(info["config"], self.config))}): use that configuration or another --workdir.'
             )
-        state = self.checkpoints.restore(step, build.init_state(params, phase, run.mesh))
-        return state, None if step == phase.start else info['data']
+        state = restore(self.cfg, run, self.checkpoints, step)
+        return state, None if phase and step == phase.start else info['data']
 
     def _phase(self, phase: Phase, state: State, iterator_state: dict | None) -> State:
         cfg, run = self.cfg, self.run
-        if int(state.step) == phase.start:
-            state = build.init_state(state.params, phase, run.mesh, phase.start)
         batches = data.train_batches(
             run.train,
             documents=phase.documents,
@@ -134,9 +136,12 @@ class Trainer:
             elif evaluate:
                 self._evaluate(phase, step, state, full=False)
             if save or step == phase.end:
-                info = {'data': batches.get_state(), 'config': self.config, 'fingerprint': fingerprint(self.config)}
-                self.checkpoints.save(step, state, info)
+                self.checkpoints.save(step, state, {'data': batches.get_state()} | self._identity())
         return state
+
+    def _identity(self) -> dict:
+        """What a checkpoint says of the run that it belongs to."""
+        return {'config': self.config, 'fingerprint': fingerprint(self.config)}
 
     def _record(self, phase: Phase, step: int, out: dict, doc_ids, clock: metrics.StepClock) -> None:
         """Metrics of a step that has been dispatched before."""

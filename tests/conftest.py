@@ -5,7 +5,9 @@ import pathlib
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Tiny shapes: compiling is all the time there is.
-os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+os.environ['XLA_FLAGS'] = (
+    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_enable_concurrency_optimized_scheduler=false'
+)
 # Many tests compile the same programs, in processes of their own too: compile each once.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache/xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
@@ -15,8 +17,9 @@ import jax
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
-# A collective of eight devices needs eight threads: XLA's pools have one per core and would deadlock on two.
-os.environ['NPROC'] = '16'
+# A collective of eight devices blocks eight threads, and several that do not depend on each other run at once:
+# XLA's pools have one thread per core and would deadlock on two.
+os.environ['NPROC'] = '64'
 jax.devices()
 del os.environ['NPROC']
 
@@ -28,6 +31,7 @@ from lens import sharding
 from lens.models.decoder import Decoder, DecoderConfig
 from lens.models.encoder import Encoder, EncoderConfig
 from lens.models.lens import Lens
+from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
 
 # vocabulary 56, d 24, 3 blocks, 8 query and 4 kv heads of 6 (48 wide), feed-forward 40
@@ -40,10 +44,10 @@ TINY = TransformerConfig(
     n_kv_heads=4,
     head_dim=6,
     d_ff=40,
-    rope_theta=500.0,
     norm_eps=1e-5,
     tied=False,
     max_positions=64,
+    ropes=(Rope(500.0),),
 )
 LAYER = 1
 LENGTH = 5

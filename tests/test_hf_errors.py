@@ -12,6 +12,7 @@ from flax import nnx
 
 from lens import hf, sharding
 from lens.hf import ModelError
+from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(
@@ -23,10 +24,10 @@ CONFIG = TransformerConfig(
     n_kv_heads=2,
     head_dim=6,
     d_ff=20,
-    rope_theta=5000.0,
     norm_eps=1e-5,
     tied=False,
     max_positions=40,
+    ropes=(Rope(5000.0),),
 )
 K_PROJ = 'model.layers.1.self_attn.k_proj.weight'  # stored (12, 12); o_proj is (12, 24)
 O_PROJ = 'model.layers.1.self_attn.o_proj.weight'
@@ -106,7 +107,17 @@ def edit_config(folder, **values):
 
 
 def test_missing_directory(tmp_path):
-    refused(tmp_path / 'nowhere', f'{tmp_path}/nowhere/config.json does not exist')
+    refused(tmp_path / 'nowhere', f'{tmp_path}/nowhere does not exist')
+
+
+def test_directory_that_is_no_model(tmp_path):
+    refused(tmp_path, f'{tmp_path}/config.json does not exist')
+
+
+@pytest.mark.parametrize('name', ['gtp2', 'nobody/no-such-model'])
+def test_hub_id_without_a_hub(name):
+    """HF_HUB_OFFLINE is set in tests."""
+    refused(name, name, 'Hub', 'local directory')
 
 
 def test_missing_weights(folder):
@@ -149,10 +160,18 @@ def test_unsupported_rope_type(folder, key, name):
     refused(folder, f'{folder}/config.json', "'banana'")
 
 
-@pytest.mark.parametrize('changed', [{'attention_bias': True}, {'mlp_bias': True}, {'hidden_act': 'relu'}])
+@pytest.mark.parametrize(
+    'changed', [{'hidden_act': 'relu'}, {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}]
+)
 def test_features_that_would_be_computed_wrongly(folder, changed):
     edit_config(folder, **changed)
-    refused(folder, f'{folder}/config.json', next(iter(changed)))
+    refused(folder, f'{folder}/config.json', 'is not supported')
+
+
+@pytest.mark.parametrize(('key', 'tensor'), [('attention_bias', 'k_proj.bias'), ('mlp_bias', 'down_proj.bias')])
+def test_biases_that_the_config_promises(folder, key, tensor):
+    edit_config(folder, **{key: True})
+    refused(folder, str(folder), f'lacks model.layers.0.{"self_attn" if "k_" in tensor else "mlp"}.{tensor}')
 
 
 # ---- tensors ----
@@ -177,6 +196,9 @@ def test_extra_tensor(folder, name):
 def test_tied_config_with_a_head_of_its_own(folder):
     edit_config(folder, tie_word_embeddings=True)
     refused(folder, 'lm_head.weight')
+    weights = tensors(folder)
+    write(folder, weights | {'lm_head.weight': weights['model.embed_tokens.weight']})  # the same table twice is one
+    assert hf.load_model(folder).head is None
 
 
 @pytest.mark.parametrize('wrong', [lambda x: x.T, lambda x: x[:-1], lambda x: x.ravel(), lambda x: x[None]])
@@ -247,7 +269,7 @@ def edit_index(folder, name, file):
 
 def test_index_with_a_missing_or_extra_tensor(folder):
     shard(folder, {'visual.x': 'model-00001-of-00002.safetensors'})
-    refused(folder, str(folder), 'visual.x', '1 extra')
+    refused(folder, f'{folder}/model-00001-of-00002.safetensors', 'visual.x')
 
 
 @pytest.mark.parametrize('content', ['{', '{}', '[]', '{"weight_map": null}'])
@@ -336,7 +358,7 @@ def test_save_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     def disk_full(*_, **__):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(hf.safetensors.flax, 'save_file', disk_full)
+    monkeypatch.setattr(hf.safetensors.numpy, 'save_file', disk_full)
     with pytest.raises(OSError, match='No space left'):
         hf.save_model(random_model(), tmp_path / 'model')
     assert list(tmp_path.iterdir()) == []

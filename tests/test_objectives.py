@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from lens import losses, objectives, optimizer, sampling
-from lens.build import Phase, init_state
+from lens.build import Phase
 from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import encode
 from lens.sharding import make_mesh, path
+from lens.state import init_state
 from lens.train import train_step
 from tests.conftest import LAYER, LENGTH, make_base, make_lens
 

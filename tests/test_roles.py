@@ -11,7 +11,6 @@ from lens import losses, sampling
 from lens.models import decoder as dec
 from lens.models import lora, subject
 from lens.models.encoder import encode
-from lens.models.transformer import rms_norm
 from tests.conftest import LAYER, LENGTH, TINY, make_lens
 
 K = TINY.n_layers
@@ -72,7 +71,7 @@ def decoder_by_hand(lens, base, a_D, ids_T, patched, shared=False):
         if k < patched:
             x = x.at[0, 2].set(maps[0 if shared else k])
         x = base.run_layers(x, k, k + 1)
-    x = rms_norm(x, base.final_norm[...], TINY.norm_eps)[0, 3:]
+    x = base.final_norm(x, TINY.norm_eps)[0, 3:]
     return x @ base.head[...]
 
 
@@ -180,7 +179,7 @@ def test_encoder_by_hand_and_stops_at_its_block(base, lens):
 
 @pytest.mark.parametrize('pattern', ['q|k|v|o', 'gate|up|down', '.*'])
 def test_adapters_are_neutral_at_the_start_and_equal_merged_weights(base, tokens, pattern):
-    adapters = lora.init_adapters(base.blocks, pattern, 2, 4.0, jax.random.key(0))
+    adapters = lora.init_adapters(base.blocks, TINY.n_layers, pattern, 2, 4.0, jax.random.key(0))
     x = base.embed(tokens)
     plain = base.run_layers(x, 0, K)
     np.testing.assert_array_equal(base.run_layers(x, 0, K, adapters=adapters), plain)
@@ -201,8 +200,8 @@ def test_adapters_are_neutral_at_the_start_and_equal_merged_weights(base, tokens
 
 
 def test_adapter_pattern_that_matches_nothing_is_refused(base):
-    with pytest.raises(ValueError, match='matches none of q, k, v'):
-        lora.init_adapters(base.blocks, 'query', 2, 4.0, jax.random.key(0))
+    with pytest.raises(ValueError, match='matches none of the matrices of this model: q, k, v'):
+        lora.init_adapters(base.blocks, TINY.n_layers, 'query', 2, 4.0, jax.random.key(0))
 
 
 def test_token_log_probs_on_sharded_vocabulary_need_no_gather(base, tokens):

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from lens import objectives, optimizer, sampling, sharding
-from lens.build import Phase, init_state
+from lens.build import Phase
 from lens.models import lora
+from lens.state import init_state
 from lens.train import train_step
 from tests.conftest import LAYER, LENGTH, make_base, make_lens
 
@@ -39,8 +40,10 @@ def two_steps(batch, data, model):
     """
     mesh = sharding.make_mesh(data, model)
     base = make_base()
-    blocks = (base.blocks, base.truncated(LAYER + 1).blocks)
-    adapters = tuple(lora.init_adapters(b, '.*', 2, 4.0, jax.random.key(i)) for i, b in enumerate(blocks))
+    adapters = tuple(
+        lora.init_adapters(base.blocks, n, '.*', 2, 4.0, jax.random.key(i))
+        for i, n in enumerate((base.config.n_layers, LAYER + 1))
+    )
     lens = make_lens(base, own_base=True, adapters=adapters)
     with jax.set_mesh(mesh):
         base, lens = sharding.place(base, mesh), sharding.place(lens, mesh)
@@ -88,7 +91,7 @@ def test_weights_are_split_over_the_model_axis():
         'head',
     ):
         assert split[name] == 1 / 4, name
-    assert split['final_norm'] == split['blocks/attn_norm'] == 1
+    assert split['final_norm/scale'] == split['blocks/attn_norm/scale'] == 1
 
 
 def test_the_same_key_draws_the_same_tokens_on_every_mesh(batch):

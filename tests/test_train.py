@@ -18,6 +18,7 @@ from lens import hf
 from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
 from lens.metrics import read_jsonl
+from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
 from lens.train import NonFiniteError, Trainer
 from tests.conftest import make_base
@@ -31,8 +32,8 @@ def world(tmp_path_factory):
     """A small random subject with the shipped tokenizer, and stories for it."""
     root = tmp_path_factory.mktemp('world')
     vocab = len(hf.load_tokenizer(TOKENIZER))
-    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 500.0, 1e-5, True, 128)
-    hf.save_model(make_base(config), root / 'subject', tokenizer_dir=TOKENIZER)
+    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(500.0),))
+    hf.save_model(make_base(config), root / 'subject', source=TOKENIZER)
     run = subprocess.run(
         [
             sys.executable,
@@ -240,7 +241,7 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
             r'sft.documents=3 cannot be split over mesh.data=2: use a multiple of 2',
         ),
         ({'mesh__data': 16}, r'mesh.data=16 x mesh.model=1 needs 16 devices, but JAX sees 8'),
-        ({'subject__path': '/nowhere'}, r'/nowhere/config.json does not exist'),
+        ({'subject__path': '/nowhere'}, r'/nowhere does not exist'),
         ({'data__path': '/nowhere'}, r'/nowhere/train/meta.json does not exist'),
         ({'subject__dtype': 'int8'}, r"subject.dtype='int8' is not one of float32, bfloat16"),
     ],

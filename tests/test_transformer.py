@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lens import hf, sharding
-from lens.models.transformer import rms_norm
 from tests.conftest import TINY, make_base
 
 SUBJECT = 'configs/tiny_subject'
@@ -33,7 +32,7 @@ def test_logits_and_every_hidden_state_equal_transformers(tmp_path, tokens, tied
         x = model.run_layers(model.embed(tokens), 0, k)
         np.testing.assert_allclose(x, hidden[k], atol=1e-4)
     x = model.run_layers(model.embed(tokens), 0, TINY.n_layers)
-    np.testing.assert_allclose(rms_norm(x, model.final_norm[...], TINY.norm_eps), hidden[-1], atol=1e-4)
+    np.testing.assert_allclose(model.final_norm(x, TINY.norm_eps), hidden[-1], atol=1e-4)
 
 
 def test_shipped_subject_gives_the_logits_of_transformers():

@@ -1,4 +1,4 @@
-"""Grouped-query causal attention with rotary positions and a key/value cache.
+"""Grouped-query causal attention: rotary positions, sliding windows, sinks, soft-cap, key/value cache.
 
 Query heads are stored as (kv head K, group G): head index = k * G + g, the Hugging Face order.
 """
@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lens import sharding
-from lens.models import lora
+from lens.models import lora, rope
+from lens.models.norm import Norm
+
+# Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
+QUERY_CHUNK = 512
 
 
 class KVCache(NamedTuple):
@@ -20,27 +24,40 @@ class KVCache(NamedTuple):
     v_LxBxSxKxh: jax.Array
 
 
-def rope_tables(positions_T: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """(sin, cos), each [T, head_dim/2] in float32: angle = position * theta^(-2i/head_dim)."""
-    freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_T.astype(jnp.float32)[:, None] * freq
-    return jnp.sin(angles), jnp.cos(angles)
+def softcap(x, cap: float):
+    """cap * tanh(x / cap), or x where cap is 0 (Gemma-2)."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
-def rotate(x_BxTxNxh: jax.Array, sin_Txi: jax.Array, cos_Txi: jax.Array) -> jax.Array:
-    """Rotary embedding, half-split layout (dimension i pairs with i + h/2); any head axes between T and h."""
-    extra = (1,) * (x_BxTxNxh.ndim - 3)
-    sin, cos = (t.reshape(t.shape[0], *extra, t.shape[1]) for t in (sin_Txi, cos_Txi))
-    a, b = jnp.split(x_BxTxNxh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxh.dtype)
+def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask_TxS, *, scale: float, cap: float = 0.0, sinks_KxG=None):
+    """softmax(scale q k) v under a boolean mask (True = may look); softmax in float32.
 
-
-def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask_TxS) -> jax.Array:
-    """softmax(q k / sqrt(h)) v under a boolean mask (True = may look); scores in float32."""
+    sinks: one learned logit per query head that takes part in the softmax and carries no value.
+    """
     scores = jnp.einsum('btkgh,bskh->bkgts', q_BxTxKxGxh, k_BxSxKxh, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_TxS, scores * q_BxTxKxGxh.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxh.dtype)
-    return jnp.einsum('bkgts,bskh->btkgh', weights, v_BxSxKxh)
+    scores = jnp.where(mask_TxS, softcap(scores * scale, cap), -jnp.inf)
+    if sinks_KxG is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = sinks_KxG.astype(jnp.float32)[:, :, None, None]
+        top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+        weights = jnp.exp(scores - top)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))
+    return jnp.einsum('bkgts,bskh->btkgh', weights.astype(v_BxSxKxh.dtype), v_BxSxKxh)
+
+
+def in_chunks(attend_rows, q_BxTxKxGxh, positions_T):
+    """attend_rows(q, positions) over QUERY_CHUNK queries at a time, recomputed in the backward pass."""
+    b, t, *heads = q_BxTxKxGxh.shape
+    if t <= 2 * QUERY_CHUNK:
+        return attend_rows(q_BxTxKxGxh, positions_T)
+    n = -(-t // QUERY_CHUNK)
+    pad = n * QUERY_CHUNK - t
+    q = jnp.pad(q_BxTxKxGxh, ((0, 0), (0, pad), (0, 0), (0, 0), (0, 0)))
+    q = jnp.moveaxis(q.reshape(b, n, QUERY_CHUNK, *heads), 1, 0)
+    positions = jnp.pad(positions_T, (0, pad)).reshape(n, QUERY_CHUNK)
+    mixed = jax.lax.map(lambda rows: jax.checkpoint(attend_rows)(*rows), (q, positions))
+    return jnp.moveaxis(mixed, 0, 1).reshape(b, n * QUERY_CHUNK, *heads)[:, :t]
 
 
 class Attention(nnx.Module):
@@ -50,21 +67,34 @@ class Attention(nnx.Module):
         def init(shape, fan_in):
             return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
 
+        def zeros(wanted, shape):
+            return nnx.data(nnx.Param(jnp.zeros(shape, dtype)) if wanted else None)
+
         self.q = init((d, k, g, h), d)
         self.k = init((d, k, h), d)
         self.v = init((d, k, h), d)
         self.o = init((k, g, h, d), k * g * h * 2 * c.n_layers)
+        self.q_bias = zeros(c.qkv_bias, (k, g, h))
+        self.k_bias = zeros(c.qkv_bias, (k, h))
+        self.v_bias = zeros(c.qkv_bias, (k, h))
+        self.o_bias = zeros(c.o_bias, (d,))
+        self.q_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
+        self.k_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
+        self.sinks = zeros(c.sinks, (k, g))
 
     def __call__(self, x_BxTxD, layer, start, c, cache: KVCache | None, adapters):
         """Positions start..start+T-1. With a cache, writes them into layer `layer` of it and looks at
         all earlier slots. Returns (output BxTxD, cache)."""
         t = x_BxTxD.shape[1]
-        q = lora.project('btd,dkgh->btkgh', x_BxTxD, self.q[...], adapters, 'q')
-        k = lora.project('btd,dkh->btkh', x_BxTxD, self.k[...], adapters, 'k')
-        v = lora.project('btd,dkh->btkh', x_BxTxD, self.v[...], adapters, 'v')
+        q = lora.project('btd,dkgh->btkgh', x_BxTxD, self.q, adapters, 'q', bias=self.q_bias)
+        k = lora.project('btd,dkh->btkh', x_BxTxD, self.k, adapters, 'k', bias=self.k_bias)
+        v = lora.project('btd,dkh->btkh', x_BxTxD, self.v, adapters, 'v', bias=self.v_bias)
+        if c.qk_norm:
+            q, k = self.q_norm(q, c.norm_eps), self.k_norm(k, c.norm_eps)
         positions_T = start + jnp.arange(t)
-        sin, cos = rope_tables(positions_T, c.head_dim, c.rope_theta)
-        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        if c.ropes:
+            sin, cos = rope.tables(positions_T, c.ropes, c.of_layer(c.layer_rope, layer), c.head_dim)
+            q, k = rope.rotate(q, sin, cos), rope.rotate(k, sin, cos)
         if cache is not None:
             at = (layer, 0, start, 0, 0)
             cache = KVCache(
@@ -75,5 +105,16 @@ class Attention(nnx.Module):
             keys_S = jnp.arange(k.shape[1])
         else:
             keys_S = positions_T
-        mixed = attend(q, k, v, keys_S <= positions_T[:, None])
-        return lora.project('btkgh,kghd->btd', mixed, self.o[...], adapters, 'o', sharding.ACT), cache
+        window = c.of_layer(c.windows, layer)
+        sinks = None if self.sinks is None else self.sinks[...]
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+
+        def attend_rows(q, at_T):
+            mask = keys_S <= at_T[:, None]
+            if any(c.windows):
+                mask &= (window == 0) | (keys_S > at_T[:, None] - window)
+            return attend(q, k, v, mask, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
+
+        mixed = in_chunks(attend_rows, q, positions_T)
+        y = lora.project('btkgh,kghd->btd', mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
+        return y, cache

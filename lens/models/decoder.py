@@ -2,7 +2,9 @@
 
 The prompt is [left, slot, right]. Map k sends the activation into the stream entering block k; the
 stream at the slot is overwritten there for the first N blocks, and later tokens see it through the
-key/value cache only. With N = 0 the one map fills the slot at the input.
+key/value cache only. With N = 0 the one map fills the slot at the input. What the prompt is made of is in
+the units of the embedding table (before Gemma's scale and GPT-2's positions), what is written at the
+entrance of a block in those of the stream.
 """
 
 import dataclasses
@@ -30,7 +32,8 @@ class Decoder(nnx.Module):
     """What the decoder trains: maps, soft prompt, and its own base or adapters where asked for.
 
     norms: hs norms of the base, [n_layers + 1] (subject.stream_norms): map k starts as the identity
-    scaled by norms[k] / norms[layer + 1].
+    scaled by norms[k] / norms[layer + 1]; with N = 0, where the model's input scale comes after it, by
+    that much less.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Decoder(nnx.Module):
         self.config = c
         d = base.config.d_model
         n_maps = 1 if c.shared_map else max(c.patched_blocks, 1)
-        ratio = norms[:n_maps] / norms[c.layer + 1]
+        ratio = norms[:n_maps] / norms[c.layer + 1] / (1.0 if c.patched_blocks else base.config.embed_scale)
         self.maps_w = nnx.Param(ratio[:, None, None] * jnp.eye(d, dtype=jnp.float32))
         self.maps_b = nnx.Param(jnp.zeros((n_maps, d), jnp.float32))
         self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
@@ -57,7 +60,7 @@ def _model(decoder: Decoder, base: Transformer) -> Transformer:
 
 
 def _prompt(decoder: Decoder, model: Transformer, activation_BxD):
-    """(prompt embeddings BxPxD, before_block hook)."""
+    """(prompt rows BxPxD in the units of the embedding table, before_block hook)."""
     c = decoder.config
     dtype = model.embedding.dtype
     a = activation_BxD.astype(jnp.float32)
@@ -86,7 +89,7 @@ def prefill(decoder: Decoder, base: Transformer, activation_BxD, length: int) ->
     x, hook = _prompt(decoder, model, activation_BxD)
     cache = model.empty_cache(len(x), x.shape[1] + length)
     x, cache = model.run_layers_cached(
-        x, 0, model.config.n_layers, cache, 0, adapters=decoder.adapters, before_block=hook
+        model.enter(x), 0, model.config.n_layers, cache, 0, adapters=decoder.adapters, before_block=hook
     )
     return model.logits(x[:, -1:])[:, 0], cache
 
@@ -94,13 +97,9 @@ def prefill(decoder: Decoder, base: Transformer, activation_BxD, length: int) ->
 def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple[jax.Array, KVCache]:
     """One generated token at index t. Returns the logits of the next one, BxV, and the cache."""
     model = _model(decoder, base)
+    start = decoder.prompt_len + t
     x, cache = model.run_layers_cached(
-        model.embed(ids_B[:, None]),
-        0,
-        model.config.n_layers,
-        cache,
-        decoder.prompt_len + t,
-        adapters=decoder.adapters,
+        model.embed(ids_B[:, None], start), 0, model.config.n_layers, cache, start, adapters=decoder.adapters
     )
     return model.logits(x)[:, 0], cache
 
@@ -109,7 +108,7 @@ def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple
     """Teacher forcing: log-probabilities of the given tokens BxT and the entropy at each, BxT (nats)."""
     model = _model(decoder, base)
     x, hook = _prompt(decoder, model, activation_BxD)
-    x = jnp.concatenate([x, model.embed(ids_BxT[:, :-1])], axis=1)
+    x = model.enter(jnp.concatenate([x, model.lookup(ids_BxT[:, :-1])], axis=1))
     x = model.run_layers(x, 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
     logits = model.logits(x[:, decoder.prompt_len - 1 :])
     return losses.token_log_probs(logits, ids_BxT), losses.entropy(logits)

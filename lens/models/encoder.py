@@ -40,7 +40,8 @@ class Encoder(nnx.Module):
 def encode(encoder: Encoder, base: Transformer, ids_BxT):
     """Reconstruction BxD (float32) of the activation from the token ids alone.
 
-    Input rows: [left, words, right], the special vector added to the last one.
+    Input rows: [left, words, right], the special vector added to the last one, all in the units of the
+    embedding table.
     """
     model = base if encoder.base is None else encoder.base
     dtype = model.embedding.dtype
@@ -49,10 +50,12 @@ def encode(encoder: Encoder, base: Transformer, ids_BxT):
         shape = (ids_BxT.shape[0], *p_LxD.shape)
         return jnp.broadcast_to(p_LxD, shape, out_sharding=sharding.out(sharding.ACT)).astype(dtype)
 
-    x = jnp.concatenate([rows(encoder.prompt_left[...]), model.embed(ids_BxT), rows(encoder.prompt_right[...])], axis=1)
+    x = jnp.concatenate(
+        [rows(encoder.prompt_left[...]), model.lookup(ids_BxT), rows(encoder.prompt_right[...])], axis=1
+    )
     last = jnp.arange(x.shape[1]) == x.shape[1] - 1
     x = x + (last[:, None] * encoder.special_last[...]).astype(dtype)
-    x = model.run_layers(x, 0, encoder.config.output_layer + 1, adapters=encoder.adapters)
+    x = model.run_layers(model.enter(x), 0, encoder.config.output_layer + 1, adapters=encoder.adapters)
     y = x[:, -1].astype(jnp.float32)
     if encoder.readout_w is not None:
         y = jnp.einsum('bd,de->be', y, encoder.readout_w[...]) + encoder.readout_b[...]

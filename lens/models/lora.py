@@ -24,13 +24,15 @@ MATRICES = {
 }
 
 
-def project(spec: str, x, w, adapters, name: str, out_spec=None):
-    """einsum(spec, x, w) plus the adapter `name` when `adapters` has one.
+def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
+    """einsum(spec, x, w) plus `bias`, plus the adapter `name` when `adapters` has one.
 
     out_spec: where the result lives; needed where the contraction runs over a sharded axis.
     """
     out = sharding.out(out_spec) if out_spec is not None else None
-    y = jnp.einsum(spec, x, w, out_sharding=out)
+    y = jnp.einsum(spec, x, w[...], out_sharding=out)
+    if bias is not None:
+        y = y + bias[...]
     if adapters is None or name not in adapters:
         return y
     a, b = (adapters[name][k].astype(x.dtype) for k in ('a', 'b'))
@@ -42,15 +44,16 @@ def project(spec: str, x, w, adapters, name: str, out_spec=None):
     return y + jnp.einsum(f'btr,r{outer}->{y_axes}', low, b, out_sharding=sharding.like(y))
 
 
-def init_adapters(blocks, pattern: str, rank: int, alpha: float, key) -> dict:
-    """Zero-effect adapters for every block matrix whose name fully matches `pattern`.
+def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key) -> dict:
+    """Zero-effect adapters for the first `n_layers` blocks, on every matrix whose name fully matches `pattern`.
 
     blocks: the stacked blocks of the base (leaves [L, ...]). The scale alpha/rank is folded into A.
-    Raises LensError when the pattern matches nothing.
+    Raises LensError when the pattern matches nothing that the model has; experts take no adapter.
     """
-    names = [n for n in MATRICES if re.fullmatch(pattern, n)]
+    have = [n for n, (group, _) in MATRICES.items() if getattr(getattr(blocks, group), n, None) is not None]
+    names = [n for n in have if re.fullmatch(pattern, n)]
     if not names:
-        raise LensError(f'lora.pattern={pattern!r} matches none of {", ".join(MATRICES)}')
+        raise LensError(f'lora.pattern={pattern!r} matches none of the matrices of this model: {", ".join(have)}.')
     adapters = {}
     for name, k in zip(names, jax.random.split(key, len(names)), strict=True):
         group, n_out = MATRICES[name]
@@ -61,7 +64,34 @@ def init_adapters(blocks, pattern: str, rank: int, alpha: float, key) -> dict:
             fan_in *= n
         scale = alpha / rank * fan_in**-0.5
         adapters[name] = {
-            'a': scale * jax.random.normal(k, (w.shape[0], *inner, rank), jnp.float32),
-            'b': jnp.zeros((w.shape[0], rank, *outer), jnp.float32),
+            'a': scale * jax.random.normal(k, (n_layers, *inner, rank), jnp.float32),
+            'b': jnp.zeros((n_layers, rank, *outer), jnp.float32),
         }
     return adapters
+
+
+@jax.jit
+def _merged(w, a, b):
+    def layer(i):
+        low = jnp.tensordot(a[i], b[i], 1, precision='highest', out_sharding=sharding.like(w[i]))
+        return (w[i].astype(jnp.float32) + low).astype(w.dtype)
+
+    return jax.lax.map(layer, jnp.arange(len(a)))
+
+
+def merge(model, adapters: dict):
+    """The Transformer with W + A B in place of every adapted matrix; it needs no adapters any more.
+
+    The sum is made in float32 and rounded to the dtype of W. All other leaves are those of `model`, whose
+    stacks may be longer than its config.n_layers. Raises ValueError unless each of its blocks is adapted.
+    """
+    adapted = {f'blocks/{MATRICES[name][0]}/{name}': ab for name, ab in adapters.items()}
+    for path, ab in adapted.items():
+        if len(ab['a']) != model.config.n_layers:
+            raise ValueError(f'adapters of {path} have {len(ab["a"])} blocks, the model has {model.config.n_layers}')
+
+    def leaf(kp, w):
+        ab = adapted.get(sharding.path(kp))
+        return w if ab is None else _merged(w, ab['a'], ab['b'])
+
+    return jax.tree_util.tree_map_with_path(leaf, model)

@@ -15,7 +15,10 @@ from flax import nnx
 
 from lens import sharding
 from lens.models import lora
-from lens.models.attention import Attention, KVCache
+from lens.models.attention import Attention, KVCache, softcap
+from lens.models.moe import MoE
+from lens.models.norm import Norm
+from lens.models.rope import Rope
 
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
@@ -25,8 +28,13 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of a model. `remat` is how a block's activations reach the backward pass: 'full'
-    recomputes them (least memory), 'dots' keeps the matrix products (least work)."""
+    """Everything that one model differs from another in; `families` derives it from a config.json.
+
+    Layer patterns (`windows`, `layer_rope`) repeat over the depth. The last three are not the model's but
+    how it is run: `remat`, how a block's activations reach the backward pass ('full' recomputes them,
+    least memory; 'dots' keeps the matrix products, least work); `experts`, how grouped experts multiply
+    ('dense' is every expert for every token, for checks); `packed`, whether experts stay in MXFP4.
+    """
 
     family: str
     vocab_size: int
@@ -35,48 +43,81 @@ class TransformerConfig:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    d_ff: int
-    rope_theta: float
+    d_ff: int  # of one expert where there are experts
     norm_eps: float
     tied: bool
     max_positions: int
+    ropes: tuple[Rope, ...]  # empty: learned positions
+    layer_rope: tuple[int, ...] = (0,)  # which of `ropes`
+    windows: tuple[int, ...] = (0,)  # keys that a query sees, itself included; 0 = all before it
+    norm: str = 'rms'  # rms | rms_offset | layer
+    post_norms: bool = False  # a second norm on what a branch adds to the stream
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sinks: bool = False
+    query_scale: float | None = None  # of the attention scores; None = head_dim^-1/2
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
+    embed_scale: float = 1.0  # rounded to the dtype of the weights, as the reference does
+    mlp: str = 'silu'  # silu | gelu (gated), gelu_plain (two matrices)
+    n_experts: int = 0  # 0: one dense MLP
+    top_k: int = 0
     remat: str = 'full'
+    experts: str = 'ragged'
+    packed: bool = False
+
+    def of_layer(self, pattern: tuple[int, ...], layer):
+        """The entry of a layer pattern; `layer` may be traced."""
+        return pattern[0] if len(set(pattern)) == 1 else jnp.asarray(pattern)[layer % len(pattern)]
 
 
-def rms_norm(x_BxTxD, scale_D, eps: float):
-    x = x_BxTxD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return (x * scale_D.astype(jnp.float32)).astype(x_BxTxD.dtype)
-
-
-class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x)."""
+class MLP(nnx.Module):
+    """down(act(gate x) * up x), or down(gelu(up x)) without a gate."""
 
     def __init__(self, c: TransformerConfig, *, rngs: nnx.Rngs, dtype):
         def init(shape, fan_in):
             return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
 
-        self.gate = init((c.d_model, c.d_ff), c.d_model)
+        def zeros(wanted, size):
+            return nnx.data(nnx.Param(jnp.zeros(size, dtype)) if wanted else None)
+
+        gated = c.mlp != 'gelu_plain'
+        self.gate = nnx.data(init((c.d_model, c.d_ff), c.d_model) if gated else None)
         self.up = init((c.d_model, c.d_ff), c.d_model)
         self.down = init((c.d_ff, c.d_model), c.d_ff * 2 * c.n_layers)
+        self.gate_bias = zeros(gated and c.mlp_bias, c.d_ff)
+        self.up_bias = zeros(c.mlp_bias, c.d_ff)
+        self.down_bias = zeros(c.mlp_bias, c.d_model)
 
-    def __call__(self, x_BxTxD, adapters):
-        gate = lora.project('btd,df->btf', x_BxTxD, self.gate[...], adapters, 'gate')
-        up = lora.project('btd,df->btf', x_BxTxD, self.up[...], adapters, 'up')
-        return lora.project('btf,fd->btd', jax.nn.silu(gate) * up, self.down[...], adapters, 'down', sharding.ACT)
+    def __call__(self, x_BxTxD, c: TransformerConfig, adapters):
+        act = jax.nn.silu if c.mlp == 'silu' else jax.nn.gelu  # gelu: the tanh approximation
+        h = lora.project('btd,df->btf', x_BxTxD, self.up, adapters, 'up', bias=self.up_bias)
+        if self.gate is None:
+            h = act(h)
+        else:
+            h = act(lora.project('btd,df->btf', x_BxTxD, self.gate, adapters, 'gate', bias=self.gate_bias)) * h
+        return lora.project('btf,fd->btd', h, self.down, adapters, 'down', sharding.ACT, bias=self.down_bias)
 
 
 class Block(nnx.Module):
     def __init__(self, c: TransformerConfig, *, rngs: nnx.Rngs, dtype):
-        self.attn_norm = nnx.Param(jnp.ones(c.d_model, dtype))
+        def norm(wanted=True):
+            return nnx.data(Norm(c.d_model, c.norm, dtype) if wanted else None)
+
+        self.attn_norm, self.attn_post_norm = norm(), norm(c.post_norms)
         self.attn = Attention(c, rngs=rngs, dtype=dtype)
-        self.mlp_norm = nnx.Param(jnp.ones(c.d_model, dtype))
-        self.mlp = GatedMLP(c, rngs=rngs, dtype=dtype)
+        self.mlp_norm, self.mlp_post_norm = norm(), norm(c.post_norms)
+        self.mlp = nnx.data(None if c.n_experts else MLP(c, rngs=rngs, dtype=dtype))
+        self.moe = nnx.data(MoE(c, rngs=rngs, dtype=dtype) if c.n_experts else None)
 
     def __call__(self, x_BxTxD, layer, start, c, cache, adapters):
-        mixed, cache = self.attn(rms_norm(x_BxTxD, self.attn_norm[...], c.norm_eps), layer, start, c, cache, adapters)
-        x_BxTxD = x_BxTxD + mixed
-        return x_BxTxD + self.mlp(rms_norm(x_BxTxD, self.mlp_norm[...], c.norm_eps), adapters), cache
+        y, cache = self.attn(self.attn_norm(x_BxTxD, c.norm_eps), layer, start, c, cache, adapters)
+        x_BxTxD = x_BxTxD + (self.attn_post_norm(y, c.norm_eps) if c.post_norms else y)
+        y = self.mlp_norm(x_BxTxD, c.norm_eps)
+        y = self.moe(y, c) if c.n_experts else self.mlp(y, c, adapters)
+        return x_BxTxD + (self.mlp_post_norm(y, c.norm_eps) if c.post_norms else y), cache
 
 
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block'))
@@ -104,13 +145,29 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (c.vocab_size, c.d_model), dtype))
         keys = jax.random.split(rngs.params(), c.n_layers)
         self.blocks = jax.vmap(lambda k: Block(c, rngs=nnx.Rngs(k), dtype=dtype))(keys)
-        self.final_norm = nnx.Param(jnp.ones(c.d_model, dtype))
+        self.final_norm = nnx.data(Norm(c.d_model, c.norm, dtype))
         head = jax.random.normal(rngs.params(), (c.d_model, c.vocab_size), dtype) * c.d_model**-0.5
         self.head = nnx.data(None if c.tied else nnx.Param(head))
+        positions = jax.random.normal(rngs.params(), (c.max_positions, c.d_model), dtype)
+        self.positions = nnx.data(None if c.ropes else nnx.Param(positions))
 
-    def embed(self, ids_BxT):
-        """Token embeddings BxTxD as they enter block 0."""
+    def lookup(self, ids_BxT):
+        """Rows of the embedding table BxTxD, as they are stored."""
         return self.embedding[...].at[ids_BxT].get(out_sharding=sharding.out(sharding.ACT))
+
+    def enter(self, x_BxTxD, start=0):
+        """What enters block 0 at positions start..start+T-1, of rows in the units of the embedding table:
+        times Gemma's scale, plus GPT-2's position vectors."""
+        c = self.config
+        if c.embed_scale != 1.0:
+            x_BxTxD = x_BxTxD * jnp.asarray(c.embed_scale, self.embedding.dtype).astype(x_BxTxD.dtype)
+        if self.positions is not None:
+            x_BxTxD = x_BxTxD + jax.lax.dynamic_slice_in_dim(self.positions[...], start, x_BxTxD.shape[1])
+        return x_BxTxD
+
+    def embed(self, ids_BxT, start=0):
+        """Token ids as they enter block 0 at positions start..start+T-1, BxTxD."""
+        return self.enter(self.lookup(ids_BxT), start)
 
     def embedding_rows(self, ids: list[int]):
         """Rows of the embedding table as they are, len(ids) x D: where a soft prompt starts."""
@@ -147,10 +204,13 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BxTxD):
         """Final norm and output head; BxTxV in float32."""
-        x = rms_norm(x_BxTxD, self.final_norm[...], self.config.norm_eps)
+        c = self.config
+        x = self.final_norm(x_BxTxD, c.norm_eps)
         if self.head is None:
-            return jnp.einsum('btd,vd->btv', x, self.embedding[...], preferred_element_type=jnp.float32)
-        return jnp.einsum('btd,dv->btv', x, self.head[...], preferred_element_type=jnp.float32)
+            y = jnp.einsum('btd,vd->btv', x, self.embedding[...], preferred_element_type=jnp.float32)
+        else:
+            y = jnp.einsum('btd,dv->btv', x, self.head[...], preferred_element_type=jnp.float32)
+        return softcap(y, c.final_softcap)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A zero cache for `batch` rows and `length` positions."""

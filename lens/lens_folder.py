@@ -1,0 +1,204 @@
+"""A trained lens as a folder: two Hugging Face models, and what no Hugging Face model has beside them.
+
+DIR/decoder, DIR/encoder   complete models (adapters merged; the encoder cut after its read-out block)
+DIR/lens.safetensors       maps, soft prompts, special vector, read-out, adapters: all trained leaves but own bases
+DIR/lens.json              shapes and meanings of those, settings, figures
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lens import hf, sharding
+from lens.errors import LensError
+from lens.models import lora
+from lens.models.decoder import Decoder
+from lens.models.encoder import Encoder
+from lens.models.lens import Lens
+from lens.models.transformer import Transformer
+
+FORMAT = 'lens/1'
+SIDES = ('decoder', 'encoder')
+
+
+class LensFolderError(LensError):
+    """The folder is no exported lens, or one of another shape than the configuration."""
+
+
+def trained(side: Decoder | Encoder) -> str:
+    """maps | lora | full, as in the configuration."""
+    return 'full' if side.base is not None else 'lora' if side.adapters is not None else 'maps'
+
+
+def settings(lens: Lens) -> dict:
+    """What decides how the parameters of a lens are used, by configuration key."""
+    d, e = lens.decoder, lens.encoder
+    return {
+        'layer': d.config.layer,
+        'decoder.train': trained(d),
+        'decoder.patched_blocks': d.config.patched_blocks,
+        'decoder.shared_map': d.config.shared_map,
+        'encoder.train': trained(e),
+        'encoder.output_layer': e.config.output_layer,
+        'encoder.readout': e.config.readout,
+    }
+
+
+def _leaves(tree) -> dict:
+    return {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _is_own_base(name: str) -> bool:
+    return name.split('/')[1] == 'base'
+
+
+def _meaning(name: str, lens: Lens) -> str:
+    """One sentence on a tensor of lens.safetensors."""
+    d, e = lens.decoder.config, lens.encoder.config
+    side, _, leaf = name.partition('/')
+    if leaf.startswith('adapters/'):
+        _, matrix, factor = leaf.split('/')
+        shape = '[blocks, inputs, rank]' if factor == 'a' else '[blocks, rank, outputs]'
+        return (
+            f'Low-rank factor {factor.upper()} {shape} of matrix {matrix}, used as x W + (x A) B with alpha / rank '
+            f'inside A; already merged into {side}/ and kept here so that training can go on.'
+        )
+    n = d.patched_blocks
+    if n == 0:
+        where = 'fills the slot of the input, in units of the embedding table (before embed_scale and position vectors)'
+    elif d.shared_map:
+        where = f'overwrites the slot in the residual stream that enters each of blocks 0..{n - 1}'
+    else:
+        where = f'number k overwrites the slot in the residual stream that enters block k, for k = 0..{n - 1}'
+    rows = 'Soft prompt [tokens, d] {} the {}, in units of the embedding table (times embed_scale = inputs_embeds).'
+    return {
+        'decoder/maps_w': f'W [maps, d_in, d_out] of y = a @ W + b, the activation a a row vector (transpose it for '
+        f'torch.nn.Linear); y {where}.',
+        'decoder/maps_b': 'b [maps, d] of y = a @ W + b, see decoder/maps_w.',
+        'decoder/prompt_left': rows.format('before', 'slot'),
+        'decoder/prompt_right': rows.format('after', 'slot'),
+        'encoder/prompt_left': rows.format('before', 'words'),
+        'encoder/prompt_right': rows.format('after', 'words'),
+        'encoder/special_last': 'Vector [d] added to the last input row, in units of the embedding table.',
+        'encoder/readout_w': f'W [d_in, d_out] of reconstruction = x @ W + b, the row vector x being the residual stream '
+        f'after block {e.output_layer} at the last position (before any final norm; transpose it for torch.nn.Linear).',
+        'encoder/readout_b': f"b [d] of reconstruction = x @ W + b, in units of the subject's residual stream after "
+        f'block {d.layer}.',
+    }[name]
+
+
+def tensors(lens: Lens) -> dict[str, np.ndarray]:
+    """Every trained leaf that is not an own base, float32 on the host, by its path."""
+    return {name: np.asarray(x, np.float32) for name, x in _leaves(lens).items() if not _is_own_base(name)}
+
+
+def model(lens: Lens, base: Transformer, side: str) -> Transformer:
+    """The complete model of a side: its own base, or `base` with the adapters merged.
+
+    The encoder ends after its read-out block and has the final norm and head of `base`, which only
+    make its directory complete. Nothing is copied but merged matrices: a stack may be longer than
+    config.n_layers says.
+    """
+    part = getattr(lens, side)
+    n = base.config.n_layers if side == 'decoder' else part.config.output_layer + 1
+    copy = jax.tree.map(lambda x: x, base if part.base is None else part.base)
+    copy.config = dataclasses.replace(copy.config, n_layers=n)
+    if side == 'encoder':
+        copy.final_norm, copy.head = base.final_norm, base.head
+    return copy if part.adapters is None else lora.merge(copy, part.adapters)
+
+
+def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, dict], about: dict) -> None:
+    """lens.safetensors and lens.json. prompts: of each side, what lens.json says of it; about: further entries."""
+    arrays, keys = tensors(lens), settings(lens)
+    hf.write_tensors(directory / 'lens.safetensors', arrays)
+    entries = {
+        name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'meaning': _meaning(name, lens)}
+        for name, x in arrays.items()
+    }
+    sides = {
+        side: {k.removeprefix(f'{side}.'): v for k, v in keys.items() if k.startswith(f'{side}.')} | prompts[side]
+        for side in SIDES
+    }
+    content = {
+        'format': FORMAT,
+        'layer': keys['layer'],
+        'trained': {side: sides[side].pop('train') for side in SIDES},
+        'family': base.config.family,
+        'd_model': base.config.d_model,
+        # inputs_embeds = embed_scale * rows of the embedding table; 1 but for Gemma
+        'embed_scale': float(jnp.asarray(base.config.embed_scale, base.embedding.dtype)),
+        **sides,
+        'tensors': entries,
+    }
+    (directory / 'lens.json').write_text(json.dumps(content | about, indent=2) + '\n')
+
+
+def _read_settings(directory: pathlib.Path) -> dict:
+    """The settings of lens.json by configuration key, among others that it has."""
+    file = directory / 'lens.json'
+    if not file.exists():
+        raise LensFolderError(f'{file} does not exist: init_from must be a folder of lens.export.')
+    try:
+        spec = json.loads(file.read_text())
+    except ValueError as e:
+        raise LensFolderError(f'{file} is not valid JSON ({e}): export the lens again.') from None
+    if not isinstance(spec, dict) or spec.get('format') != FORMAT:
+        raise LensFolderError(f'{file} is not of format {FORMAT}: export the lens again with this version.')
+    try:
+        sides = {f'{side}.{k}': v for side in SIDES for k, v in spec[side].items()}
+        return sides | {f'{side}.train': spec['trained'][side] for side in SIDES} | {'layer': spec['layer']}
+    except (KeyError, TypeError, AttributeError):
+        raise LensFolderError(f'{file} lacks layer, trained, decoder or encoder: export the lens again.') from None
+
+
+def _check(directory: pathlib.Path, stored: dict, small: dict[str, np.ndarray], like: Lens) -> None:
+    """Raises LensFolderError unless the settings and the small tensors are those of `like`."""
+    here = settings(like)
+    differing = {k: stored.get(k) for k, v in here.items() if stored.get(k) != v}
+    if differing:
+        theirs, ours = (', '.join(f'{k}={d[k]}' for k in differing) for d in (differing, here))
+        raise LensFolderError(f'{directory} holds a lens with {theirs}, this configuration says {ours}: use its keys.')
+    wanted = {name: x.shape for name, x in _leaves(like).items() if not _is_own_base(name)}
+    have = {name: x.shape for name, x in small.items()}
+    for name in sorted(wanted.keys() | have.keys()):
+        if wanted.get(name) != have.get(name):
+            theirs, ours = (f'shape {d[name]}' if name in d else 'none' for d in (have, wanted))
+            raise LensFolderError(
+                f'{directory}/lens.safetensors holds {name}: {theirs}, this configuration needs {ours}: use the subject, '
+                'the prompts and the lora.* keys that it was trained with.'
+            )
+        if not np.isfinite(small[name]).all():
+            raise LensFolderError(f'{directory}/lens.safetensors: {name} holds values that are not finite.')
+
+
+def _own_base(directory: pathlib.Path, side: str, like) -> dict[str, jax.Array]:
+    """Leaves of the exported model of a side by their path in a Lens, as the leaf `like` in dtype and mesh."""
+    own = hf.load_model(directory / side, dtype=like.dtype, mesh=like.sharding.mesh)
+    return {f'{side}/base/{name}': x for name, x in _leaves(own).items()}
+
+
+def read(directory: str | pathlib.Path, like: Lens) -> Lens:
+    """The lens of a folder in the structure and placement of `like` (ShapeDtypeStructs with shardings).
+
+    Raises LensFolderError when the folder is no export, is damaged, or its lens is another than `like`.
+    """
+    directory = pathlib.Path(directory)
+    theirs = _read_settings(directory)
+    stored = hf.read_tensors(directory / 'lens.safetensors')
+    _check(directory, theirs, stored, like)
+    wanted = _leaves(like)
+    for side in SIDES:
+        if trained(getattr(like, side)) == 'full':
+            stored |= _own_base(directory, side, next(x for k, x in wanted.items() if k.startswith(f'{side}/base/')))
+    for name, x in wanted.items():
+        if name not in stored or stored[name].shape != x.shape:
+            have = f'{name} of shape {stored[name].shape}' if name in stored else f'no {name}'
+            raise LensFolderError(f'{directory} holds {have}, the subject of this configuration needs {x.shape}.')
+    return jax.tree_util.tree_map_with_path(
+        lambda kp, x: jax.device_put(stored[sharding.path(kp)].astype(x.dtype), x.sharding), like
+    )

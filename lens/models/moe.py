@@ -1,0 +1,185 @@
+"""The mixture of experts of gpt-oss: each token goes through `top_k` of `n_experts` gated MLPs.
+
+On a mesh the experts are split over `model` where it divides them: every shard runs its own experts on the
+tokens of its `data` row, and the shards' results are summed.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lens import sharding
+from lens.errors import LensError
+from lens.models import mxfp4
+
+LIMIT = 7.0  # of the gate from above, of `up` on both sides
+ALPHA = 1.702
+
+
+class Experts(NamedTuple):
+    """The weights of the experts at hand; index 0 of the axis of two is the gate, 1 is `up`."""
+
+    gate_up_ExDx2xF: jax.Array
+    gate_up_bias_Ex2xF: jax.Array
+    down_ExFxD: jax.Array
+    down_bias_ExD: jax.Array
+
+
+def activate(gate_up_Nx2xF, dtype):
+    """(up + 1) * gate * sigmoid(1.702 gate) of the clipped float32 halves, [..., F] in `dtype`."""
+    gate = jnp.minimum(gate_up_Nx2xF[..., 0, :], LIMIT)
+    up = jnp.clip(gate_up_Nx2xF[..., 1, :], -LIMIT, LIMIT)
+    return ((up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)).astype(dtype)
+
+
+def _order(keys_M):
+    """argsort, stable. jnp.argsort types its result as equal on all devices inside shard_map, which can
+    drop sums from gradients without an error."""
+    return jax.lax.sort((keys_M, jax.lax.iota(jnp.int32, keys_M.size)), num_keys=1)[1]
+
+
+def _grouped(multiply, x_NxD, choice_Nxk, weight_Nxk, w: Experts):
+    """The (token, choice) rows in order of expert, one product per group of rows; NxD in float32.
+
+    multiply(rows_MxK, w_ExKxH, sizes_E) -> MxH: rows of group e times w[e]. Choices outside 0..E-1 belong
+    to another shard; they come last, beyond all groups.
+    """
+    n_experts, d, _, f = w.gate_up_ExDx2xF.shape
+    n, k = choice_Nxk.shape
+    expert_M = choice_Nxk.reshape(-1)
+    expert_M = jnp.where((expert_M >= 0) & (expert_M < n_experts), expert_M, n_experts)
+    order_M = _order(expert_M)
+    expert_M = expert_M[order_M]
+    sizes_E = jnp.sum(expert_M[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    here_Mx1 = (expert_M < n_experts)[:, None]
+    expert_M = jnp.minimum(expert_M, n_experts - 1)
+
+    def product(rows_MxK, w_ExKxH):
+        # Rows beyond the groups are undefined in the product and in its gradient: masked on both sides.
+        return jnp.where(here_Mx1, multiply(jnp.where(here_Mx1, rows_MxK, 0), w_ExKxH, sizes_E), 0)
+
+    # A permutation, not a gather with repeats: its transpose is then deterministic on GPU too.
+    rows_MxD = jnp.repeat(x_NxD, k, axis=0).at[order_M].get(unique_indices=True)
+    gate_up = product(rows_MxD, w.gate_up_ExDx2xF.reshape(n_experts, d, 2 * f)).reshape(-1, 2, f)
+    h_MxF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF[expert_M], x_NxD.dtype)
+    y_MxD = product(h_MxF, w.down_ExFxD) + w.down_bias_ExD[expert_M]
+    y_MxD = jnp.where(here_Mx1, y_MxD, 0).astype(x_NxD.dtype)
+    y_NxkxD = y_MxD.at[_order(order_M)].get(unique_indices=True).reshape(n, k, d)
+    return jnp.einsum('nkd,nk->nd', y_NxkxD, weight_Nxk, preferred_element_type=jnp.float32)
+
+
+def _dense(x_NxD, choice_Nxk, weight_Nxk, w: Experts):
+    """Every expert for every token, to check the others against; NxD in float32."""
+    gate_up = jnp.einsum('nd,edcf->necf', x_NxD, w.gate_up_ExDx2xF).astype(jnp.float32) + w.gate_up_bias_Ex2xF
+    y_NxExD = jnp.einsum('nef,efd->ned', activate(gate_up, x_NxD.dtype), w.down_ExFxD) + w.down_bias_ExD
+    chosen_NxkxE = choice_Nxk[..., None] == jnp.arange(y_NxExD.shape[1])
+    weight_NxE = jnp.sum(jnp.where(chosen_NxkxE, weight_Nxk[..., None], 0), axis=1)
+    return jnp.einsum('ned,ne->nd', y_NxExD, weight_NxE)
+
+
+def _tokamax_ragged_dot(rows_MxK, w_ExKxH, sizes_E):
+    try:
+        import tokamax
+    except ImportError as e:
+        raise LensError("experts='tokamax' needs a package: pip install tokamax, or set experts='ragged'.") from e
+    return tokamax.ragged_dot(rows_MxK, w_ExKxH, sizes_E)
+
+
+# `experts` of the config -> how a shard runs its experts
+IMPLEMENTATIONS = {
+    'dense': _dense,
+    'ragged': functools.partial(_grouped, jax.lax.ragged_dot),
+    'tokamax': functools.partial(_grouped, _tokamax_ragged_dot),
+}
+
+
+class MoE(nnx.Module):
+    """One layer of experts, in `dtype` or (c.packed) in MXFP4."""
+
+    def __init__(self, c, *, rngs: nnx.Rngs, dtype):
+        """Raises LensError when packed widths are no multiples of 32."""
+        e, d, f = c.n_experts, c.d_model, c.d_ff
+
+        def init(shape, fan_in):
+            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
+
+        def init_packed(shape, fan_in):
+            """Random bytes of about the size that `init` gives: a random code has an RMS of 2.9."""
+            if shape[-1] % mxfp4.BLOCK:
+                raise LensError(f'packed experts need d_model={d} and d_ff={f} to be multiples of {mxfp4.BLOCK}.')
+            groups = (*shape[:-1], shape[-1] // mxfp4.BLOCK)
+            scale = mxfp4.BIAS + round(math.log2(fan_in**-0.5 / 2.9))
+            blocks = jax.random.bits(rngs.params(), (*groups, mxfp4.BLOCK // 2), jnp.uint8)
+            scales = jax.random.randint(rngs.params(), groups, scale - 1, scale + 2).astype(jnp.uint8)
+            return nnx.Param(blocks), nnx.Param(scales)
+
+        down_fan_in = f * 2 * c.n_layers
+        self.router_w = init((d, e), d)
+        self.router_bias = nnx.Param(jnp.zeros(e, dtype))
+        if c.packed:
+            self.gate_up_blocks, self.gate_up_scales = init_packed((e, 2, f, d), d)
+            self.down_blocks, self.down_scales = init_packed((e, d, f), down_fan_in)
+        else:
+            self.gate_up = init((e, d, 2, f), d)
+            self.down = init((e, f, d), down_fan_in)
+        self.gate_up_bias = nnx.Param(jnp.zeros((e, 2, f), dtype))
+        self.down_bias = nnx.Param(jnp.zeros((e, d), dtype))
+
+    def route(self, x_BxTxD, top_k: int):
+        """(experts, weights), each BxTxk: the largest logits and, in float32, the softmax over those alone."""
+        logits = jnp.einsum('btd,de->bte', x_BxTxD, self.router_w[...], preferred_element_type=jnp.float32)
+        # Rounded once, after the bias: in bfloat16 the rounding decides which experts tie.
+        logits = (logits + self.router_bias[...].astype(jnp.float32)).astype(x_BxTxD.dtype)
+        top, choice = jax.lax.top_k(logits, top_k)
+        return choice, jax.nn.softmax(top.astype(jnp.float32), axis=-1)
+
+    def _stored(self) -> dict[str, jax.Array]:
+        return {k: v[...] for k, v in vars(self).items() if k.startswith(('gate_up', 'down'))}
+
+    def __call__(self, x_BxTxD, c):
+        """BxTxD, like x. Raises LensError when c.experts names a package that is missing."""
+        choice, weight = self.route(x_BxTxD, c.top_k)
+        stored = self._stored()
+
+        def run(x_BxTxD, choice_BxTxk, weight_BxTxk, stored):
+            rows = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, choice_BxTxk, weight_BxTxk))
+            y_NxD = IMPLEMENTATIONS[c.experts](*rows, _unpack(stored, x_BxTxD.dtype))
+            return y_NxD.reshape(x_BxTxD.shape)
+
+        if jax.sharding.get_abstract_mesh().empty:
+            return run(x_BxTxD, choice, weight, stored).astype(x_BxTxD.dtype)
+
+        axis = sharding.like(stored['down_bias'])[0]  # 'model', or None where it does not divide the experts
+
+        def run_shard(x_BxTxD, choice_BxTxk, weight_BxTxk, stored):
+            # Whatever meets per-device values is typed so at the entrance: its gradient is summed there, and
+            # kernels with gradients of their own need no knowledge of the mesh.
+            stored = jax.lax.pcast(stored, 'data', to='varying')
+            if axis is None:
+                return run(x_BxTxD, choice_BxTxk, weight_BxTxk, stored).astype(x_BxTxD.dtype)
+            x_BxTxD, choice_BxTxk, weight_BxTxk = jax.lax.pcast(
+                (x_BxTxD, choice_BxTxk, weight_BxTxk), axis, to='varying'
+            )
+            first = jax.lax.axis_index(axis) * stored['down_bias'].shape[0]
+            y_BxTxD = run(x_BxTxD, choice_BxTxk - first, weight_BxTxk, stored)
+            return jax.lax.psum(y_BxTxD, axis).astype(x_BxTxD.dtype)
+
+        specs = (sharding.ACT, sharding.ACT, sharding.ACT, sharding.P(axis))
+        return jax.shard_map(run_shard, in_specs=specs, out_specs=sharding.ACT)(x_BxTxD, choice, weight, stored)
+
+
+def _unpack(stored: dict[str, jax.Array], dtype) -> Experts:
+    """The weights as matrices in `dtype` and the biases in float32."""
+    if 'gate_up' in stored:
+        gate_up, down = stored['gate_up'].astype(dtype), stored['down'].astype(dtype)
+    else:
+        gate_up, down = (
+            mxfp4.dequantise(stored[f'{name}_blocks'], stored[f'{name}_scales'], dtype) for name in ('gate_up', 'down')
+        )
+        gate_up, down = jnp.moveaxis(gate_up, -1, 1), jnp.swapaxes(down, 1, 2)
+    gate_up_bias, down_bias = (stored[name].astype(jnp.float32) for name in ('gate_up_bias', 'down_bias'))
+    return Experts(gate_up, gate_up_bias, down, down_bias)

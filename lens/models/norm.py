@@ -1,0 +1,32 @@
+"""RMSNorm, Gemma's RMSNorm and LayerNorm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x over the root of its mean square, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class Norm(nnx.Module):
+    """kind: 'rms', 'rms_offset' (Gemma: the stored weight is the scale minus one) or 'layer'.
+
+    Computed in float32 and rounded once to the dtype of the input.
+    """
+
+    def __init__(self, size: int, kind: str, dtype):
+        self.kind = kind
+        self.scale = nnx.Param(jnp.zeros(size, dtype) if kind == 'rms_offset' else jnp.ones(size, dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros(size, dtype)) if kind == 'layer' else None)
+
+    def __call__(self, x: jax.Array, eps: float) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.kind == 'layer':
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = unit_rms(y, eps) * (self.scale[...].astype(jnp.float32) + (self.kind == 'rms_offset'))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)

@@ -1,0 +1,113 @@
+"""The training state: how it starts, how it looks before it exists, how it comes back.
+
+Shapes and placements come from `abstract`; nothing is made only to know them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from lens import lens_folder, sharding
+from lens.build import Phase, Run
+from lens.checkpoint import Checkpoints
+from lens.models import lora, subject
+from lens.models.decoder import Decoder, DecoderConfig
+from lens.models.encoder import Encoder, EncoderConfig
+from lens.models.lens import Lens
+
+NORM_DOCUMENTS = 10  # texts that the scale of the maps is measured on
+
+
+class State(struct.PyTreeNode):
+    """What a step changes: optimizer step count, trainable tree, optimizer state."""
+
+    step: jax.Array
+    params: Lens
+    opt: optax.OptState
+
+
+def make_lens(cfg, prompts, base, norms, key) -> Lens:
+    """The trainable tree at step 0, a pure function. prompts: (decoder, encoder), each the token ids (left,
+    right). norms: subject.stream_norms."""
+    output_layer = cfg.layer if cfg.encoder.output_layer == -1 else cfg.encoder.output_layer
+    dec_config = DecoderConfig(cfg.decoder.patched_blocks, cfg.decoder.shared_map, cfg.layer)
+    enc_config = EncoderConfig(output_layer, cfg.encoder.readout)
+
+    def trained(side, n_layers, key):
+        own = {'own_base': side.train == 'full', 'adapters': None}
+        if side.train == 'lora':
+            own['adapters'] = lora.init_adapters(
+                base.blocks, n_layers, cfg.lora.pattern, cfg.lora.rank, cfg.lora.alpha, key
+            )
+        return own
+
+    dec_key, enc_key = jax.random.split(key)
+    return Lens(
+        Decoder(dec_config, *prompts[0], base, norms, **trained(cfg.decoder, base.config.n_layers, dec_key)),
+        Encoder(enc_config, *prompts[1], base, **trained(cfg.encoder, output_layer + 1, enc_key)),
+    )
+
+
+def with_placement(tree, mesh):
+    """ShapeDtypeStructs of `tree` that carry their placement by sharding.RULES."""
+    places = sharding.shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+
+
+def abstract_lens(cfg, prompts, base, mesh) -> Lens:
+    """Shapes and placements of make_lens. `base` may be abstract itself. Call under jax.set_mesh(mesh)."""
+    norms = jax.ShapeDtypeStruct((base.config.n_layers + 1,), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return with_placement(jax.eval_shape(lambda *a: make_lens(cfg, prompts, *a), base, norms, key), mesh)
+
+
+def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
+    """Shapes and placements of the state in `phase`, of an abstract lens."""
+    opt = jax.eval_shape(phase.tx.init, params) if phase else ()
+    step = with_placement({'step': jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
+    return State(params=params, opt=with_placement(opt, mesh), **step)
+
+
+def _stream_norms(run: Run) -> jax.Array:
+    """subject.stream_norms over the first training texts; the same texts on every mesh."""
+    n = min(NORM_DOCUMENTS, len(run.train))
+    rows = run.mesh.shape['data'] * -(-n // run.mesh.shape['data'])
+    tokens, lengths = np.zeros((rows, run.train.tokens.shape[1]), np.int32), np.zeros(rows, np.int32)
+    tokens[:n], lengths[:n] = run.train.tokens[:n], run.train.lengths[:n]
+    batch = sharding.put_batch({'tokens': tokens, 'lengths': lengths}, run.mesh)
+    return jax.jit(subject.stream_norms)(run.base, batch['tokens'], batch['lengths'])
+
+
+def init_lens(cfg, run: Run) -> Lens:
+    """The lens that training starts from, made in its place on the mesh: fresh and reproducible from
+    cfg.seed, or that of cfg.init_from. Call under jax.set_mesh(run.mesh)."""
+    prompts = (run.decoder_prompt, run.encoder_prompt)
+    abstract = abstract_lens(cfg, prompts, run.base, run.mesh)
+    if cfg.init_from:
+        return lens_folder.read(cfg.init_from, abstract)
+    place = jax.tree.map(lambda x: x.sharding, abstract)
+    make = jax.jit(lambda *a: make_lens(cfg, prompts, *a), out_shardings=place)
+    return make(run.base, _stream_norms(run), jax.random.key(run.seed))
+
+
+def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
+    """Fresh optimizer state for `phase`; none where there is nothing to train."""
+    opt = ()
+    if phase:
+        place = sharding.shardings(jax.eval_shape(phase.tx.init, params), mesh)
+        opt = jax.jit(phase.tx.init, out_shardings=place)(params)
+    return State(params=params, opt=opt, **sharding.place({'step': jnp.asarray(step, jnp.int32)}, mesh))
+
+
+def phase_at(run: Run, step: int) -> Phase | None:
+    """The phase that goes on from global step `step`; the last one when all are done."""
+    last = run.phases[-1] if run.phases else None
+    return next((p for p in run.phases if step < p.end), last)
+
+
+def restore(cfg, run: Run, checkpoints: Checkpoints, step: int) -> State:
+    """The state of a checkpoint. Call under jax.set_mesh(run.mesh). Raises CheckpointError."""
+    lens = abstract_lens(cfg, (run.decoder_prompt, run.encoder_prompt), run.base, run.mesh)
+    return checkpoints.restore(step, abstract_state(lens, phase_at(run, step), run.mesh))

@@ -1,0 +1,379 @@
+"""The experts of gpt-oss against numpy, against transformers, and on meshes. Every dimension is distinct."""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from lens import sharding
+from lens.errors import LensError
+from lens.models import moe, mxfp4
+from lens.models.moe import MoE
+from lens.sharding import P
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    d_model: int = 24
+    d_ff: int = 40
+    n_layers: int = 3
+    n_experts: int = 6
+    top_k: int = 3
+    packed: bool = False
+    experts: str = 'ragged'
+
+
+SIX = Config()
+FOUR = Config(n_experts=4, top_k=2)
+PACKED = Config(d_model=96, d_ff=64, packed=True)
+EMPTY, FULL = 1, 2  # experts that no token and that every token chooses
+
+
+def random_moe(c, *, one_sided=False, dtype=jnp.float32, seed=0):
+    """Biases are random and wide enough for the clips to bind. one_sided: EMPTY and FULL are what they say."""
+    m = MoE(c, rngs=nnx.Rngs(seed), dtype=dtype)
+    rng = np.random.default_rng(seed)
+    for name, size in (('router_bias', 0.5), ('gate_up_bias', 5.0), ('down_bias', 1.0)):
+        bias = size * rng.standard_normal(getattr(m, name).shape)
+        if name == 'router_bias' and one_sided:
+            bias[EMPTY], bias[FULL] = -50, 50
+        setattr(m, name, nnx.Param(jnp.asarray(bias, dtype)))
+    return m
+
+
+def random_x(c, batch=4, length=5, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(7).standard_normal((batch, length, c.d_model)), dtype)
+
+
+def numpy_moe(m, c, x):
+    """One token and one choice at a time, in float64. Returns (y, clipped, counts of tokens by expert)."""
+    w = {
+        k: np.asarray(getattr(m, k)[...]).astype(np.float64)
+        for k in ('router_w', 'router_bias', 'gate_up_bias', 'down_bias')
+    }
+    gate_up, down = (np.asarray(a).astype(np.float64) for a in matrices(m, c))
+    dtype = x.dtype
+    x = np.asarray(x).astype(np.float64)
+    y = np.zeros_like(x)
+    clipped, counts = np.zeros(3, int), np.zeros(c.n_experts, int)
+    for at in np.ndindex(x.shape[:2]):
+        logits = (x[at] @ w['router_w'] + w['router_bias']).astype(dtype).astype(np.float64)
+        chosen = np.argsort(-logits, kind='stable')[: c.top_k]
+        weights = np.exp(logits[chosen] - logits[chosen].max())
+        for e, weight in zip(chosen, weights / weights.sum(), strict=True):
+            gate = x[at] @ gate_up[e, :, 0] + w['gate_up_bias'][e, 0]
+            up = x[at] @ gate_up[e, :, 1] + w['gate_up_bias'][e, 1]
+            clipped += [(gate > 7).sum(), (up > 7).sum(), (up < -7).sum()]
+            counts[e] += 1
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+            h = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+            y[at] += weight * (h @ down[e] + w['down_bias'][e])
+    return y, clipped, counts
+
+
+def matrices(m, c):
+    """gate_up [E, D, 2, F] and down [E, F, D], whichever way they are stored."""
+    if not c.packed:
+        return m.gate_up[...], m.down[...]
+    gate_up = mxfp4.dequantise(m.gate_up_blocks[...], m.gate_up_scales[...], jnp.float32)
+    down = mxfp4.dequantise(m.down_blocks[...], m.down_scales[...], jnp.float32)
+    return gate_up.transpose(0, 3, 1, 2), down.transpose(0, 2, 1)
+
+
+def assert_close(got, want, tolerance=1e-5):
+    got, want = (np.asarray(a).astype(np.float64) for a in (got, want))
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+@functools.partial(jax.jit, static_argnames='c')
+def apply(m, x, c):
+    return m(x, c)
+
+
+@functools.partial(jax.jit, static_argnames='c')
+def outcome(m, x, c):
+    """(y, gradients by the module's leaves and x) of a fixed weighted sum of the output."""
+
+    def loss(m, x):
+        y = m(x, c)
+        cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return jnp.sum(sharding.reshard(cotangent, sharding.ACT) * y), y
+
+    (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(m, x)
+    return y, grads
+
+
+def assert_same_outcome(got, want, tolerance=1e-5):
+    """The output and every gradient, each relative to its own largest entry; equal on all devices."""
+    got, want = ({jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(t)} for t in (got, want))
+    assert got.keys() == want.keys() and len(got) == 8
+    for name, value in got.items():
+        scale = np.abs(want[name]).max()
+        assert scale > 0, name
+        error = np.abs(np.asarray(value) - np.asarray(want[name])).max() / scale
+        assert error <= tolerance, f'{name}: {error}'
+        copies = {}
+        for shard in value.addressable_shards:
+            first = copies.setdefault(str(shard.index), np.asarray(shard.data))
+            assert np.array_equal(first, np.asarray(shard.data)), f'{name} differs between devices'
+
+
+@functools.cache
+def dense_outcome(c, one_sided):
+    """The oracle: every expert for every token, unsharded."""
+    c = dataclasses.replace(c, experts='dense')
+    return jax.device_get(outcome(random_moe(c, one_sided=one_sided), random_x(c), c))
+
+
+def place(m, mesh, stacked=False):
+    """Experts over `model` where it divides them, as sharding.RULES do."""
+    expert_axis = 1 if stacked else 0
+
+    def put(kp, w):
+        split = 'router' not in sharding.path(kp) and w.shape[expert_axis] % mesh.shape['model'] == 0
+        return jax.device_put(w, NamedSharding(mesh, P(*[None] * expert_axis, 'model') if split else P()))
+
+    return jax.tree_util.tree_map_with_path(put, m)
+
+
+@pytest.mark.parametrize('experts', ['dense', 'ragged'])
+def test_equals_numpy(experts):
+    c = dataclasses.replace(SIX, experts=experts)
+    m, x = random_moe(c), random_x(c)
+    want, clipped, counts = numpy_moe(m, c, x)
+    assert (clipped > 20).all() and (counts > 0).all()
+    assert_close(apply(m, x, c), want)
+
+
+@pytest.mark.parametrize('experts', ['dense', 'ragged'])
+def test_equals_transformers_with_every_gradient(experts):
+    torch = pytest.importorskip('torch')
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    c = dataclasses.replace(SIX, experts=experts)
+    m, x = random_moe(c), random_x(c)
+    e, d, f = c.n_experts, c.d_model, c.d_ff
+    theirs = GptOssMLP(
+        GptOssConfig(hidden_size=d, intermediate_size=f, num_local_experts=e, num_experts_per_tok=c.top_k)
+    )
+
+    def interleaved(w):  # [..., 2, F] -> [..., 2F] with gates at even and ups at odd places
+        return np.asarray(w).swapaxes(-1, -2).reshape(*w.shape[:-2], 2 * f)
+
+    def as_theirs(m):
+        return {
+            'router.weight': np.asarray(m.router_w[...]).T,
+            'router.bias': m.router_bias[...],
+            'experts.gate_up_proj': interleaved(m.gate_up[...]),
+            'experts.gate_up_proj_bias': interleaved(m.gate_up_bias[...]),
+            'experts.down_proj': m.down[...],
+            'experts.down_proj_bias': m.down_bias[...],
+        }
+
+    theirs.load_state_dict({k: torch.tensor(np.asarray(v)) for k, v in as_theirs(m).items()})
+    their_x = torch.tensor(np.asarray(x), requires_grad=True)
+    their_y = theirs(their_x)[0]
+    (their_y * torch.cos(torch.arange(their_y.numel(), dtype=torch.float32)).reshape(their_y.shape)).sum().backward()
+
+    y, (m_grads, x_grads) = outcome(m, x, c)
+    assert_close(y, their_y.detach())
+    assert_close(x_grads, their_x.grad)
+    their_grads = {k: p.grad for k, p in theirs.named_parameters()}
+    for name, g in as_theirs(m_grads).items():
+        assert_close(g, their_grads[name])
+
+
+@pytest.mark.parametrize('one_sided', [False, True])
+def test_ragged_equals_dense(one_sided):
+    m, x = random_moe(SIX, one_sided=one_sided), random_x(SIX)
+    counts = numpy_moe(m, SIX, x)[2]
+    assert not one_sided or (counts[EMPTY] == 0 and counts[FULL] == 20)
+    assert_same_outcome(outcome(m, x, SIX), dense_outcome(SIX, one_sided))
+
+
+# A shard of the 2x4 mesh has one of four experts; six experts are on every device there.
+@pytest.mark.parametrize(
+    'data, model, c, one_sided',
+    [(1, 2, FOUR, False), (4, 2, SIX, False), (2, 4, FOUR, True), (2, 4, SIX, True)],
+    ids=['1x2', '4x2', '2x4 one each', '2x4 replicated'],
+)
+def test_on_a_mesh_equals_dense_on_one_device(data, model, c, one_sided):
+    mesh = sharding.make_mesh(data, model)
+    m = place(random_moe(c, one_sided=one_sided), mesh)
+    split = m.down.shape[0] % model == 0
+    assert m.down.addressable_shards[0].data.shape[0] == (c.n_experts // model if split else c.n_experts)
+    with jax.set_mesh(mesh):
+        got = outcome(m, jax.device_put(random_x(c), NamedSharding(mesh, sharding.ACT)), c)
+    assert got[0].sharding.spec == sharding.ACT
+    assert_same_outcome(got, dense_outcome(c, one_sided))
+
+
+def test_dense_on_a_mesh():
+    c = dataclasses.replace(FOUR, experts='dense')
+    mesh = sharding.make_mesh(4, 2)
+    with jax.set_mesh(mesh):
+        got = outcome(place(random_moe(c), mesh), jax.device_put(random_x(c), NamedSharding(mesh, sharding.ACT)), c)
+    assert_same_outcome(got, dense_outcome(c, False))
+
+
+@jax.custom_vjp
+def poisoned_ragged_dot(rows, w, sizes):
+    """A kernel that leaves NaN beyond the groups, in the product and in the gradient by the rows."""
+    return _poison(jax.lax.ragged_dot(rows, w, sizes), sizes)
+
+
+def _poison(rows, sizes):
+    return jnp.where(jnp.arange(rows.shape[0])[:, None] < sizes.sum(), rows, jnp.nan)
+
+
+def _poisoned_fwd(rows, w, sizes):
+    return poisoned_ragged_dot(rows, w, sizes), (rows, w, sizes)
+
+
+def _poisoned_bwd(residuals, g):
+    rows, w, sizes = residuals
+    d_rows = jax.lax.ragged_dot(g, w.swapaxes(1, 2), sizes)
+    ends = jnp.cumsum(sizes)[:, None]
+    row = jnp.arange(rows.shape[0])
+    group = (row < ends) & (row >= ends - sizes[:, None])
+    # Written out, so that nothing sums it over `data` unless the caller's types say so.
+    return _poison(d_rows, sizes), jnp.einsum('em,mk,mh->ekh', group.astype(g.dtype), rows, g), None
+
+
+poisoned_ragged_dot.defvjp(_poisoned_fwd, _poisoned_bwd)
+
+
+def test_rows_of_other_shards_are_undefined_in_kernels(monkeypatch):
+    monkeypatch.setitem(moe.IMPLEMENTATIONS, 'poisoned', functools.partial(moe._grouped, poisoned_ragged_dot))
+    c = dataclasses.replace(FOUR, experts='poisoned')
+    mesh = sharding.make_mesh(2, 2)
+    with jax.set_mesh(mesh):
+        got = outcome(place(random_moe(c), mesh), jax.device_put(random_x(c), NamedSharding(mesh, sharding.ACT)), c)
+    assert_same_outcome(got, dense_outcome(FOUR, False))
+
+
+def test_a_scan_over_checkpointed_layers_on_a_mesh():
+    """As the stack runs it, on one token per row."""
+    c = FOUR
+    layers = [random_moe(c, seed=i) for i in range(c.n_layers)]
+    x = random_x(c, length=1)
+
+    def in_turn(layers, x):
+        c_dense = dataclasses.replace(c, experts='dense')
+        for layer in layers:
+            x = x + layer(x / 4, c_dense)
+        return jnp.sum(jnp.sin(x)), x
+
+    def scanned(stack, x):
+        @jax.checkpoint
+        def layer(x, i):
+            return x + jax.tree.map(lambda w: w[i], stack)(x / 4, c), None
+
+        x = jax.lax.scan(layer, x, jnp.arange(c.n_layers))[0]
+        return jnp.sum(jnp.sin(x)), x
+
+    (_, want), (want_layers, want_x) = jax.jit(jax.value_and_grad(in_turn, (0, 1), has_aux=True))(layers, x)
+    mesh = sharding.make_mesh(2, 2)
+    stack = place(jax.tree.map(lambda *w: jnp.stack(w), *layers), mesh, stacked=True)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, sharding.ACT))
+        (_, got), grads = jax.jit(jax.value_and_grad(scanned, (0, 1), has_aux=True))(stack, x)
+    want = want, (jax.tree.map(lambda *w: jnp.stack(w), *want_layers), want_x)
+    assert_same_outcome((got, grads), jax.device_get(want), 3e-5)
+
+
+@pytest.mark.parametrize('experts', ['dense', 'ragged'])
+def test_bfloat16(experts):
+    """The result is within 1.5% of its largest value of float64 on the same rounded weights, choices included."""
+    c = dataclasses.replace(SIX, experts=experts)
+    m, x = random_moe(c, dtype=jnp.bfloat16), random_x(c, dtype=jnp.bfloat16)
+    y = apply(m, x, c)
+    assert y.dtype == jnp.bfloat16
+    assert_close(y, numpy_moe(m, c, x)[0], 0.015)
+
+
+def test_bfloat16_logits_are_rounded_once():
+    """Expert 1 is ahead of 0 by less than bfloat16 shows: a tie, which the first wins. Expert 3 is ahead of 2
+    by as much as bfloat16 shows, but only when its product is not rounded before its bias is added."""
+    torch = pytest.importorskip('torch')
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    w, b = np.zeros((24, 6), np.float32), np.full(6, -50, np.float32)
+    w[0, :4], w[1, 1] = [2, 2, 1, 1], 2**-8
+    w[1, 3], b[:4] = 2**-8, [0, 0, 0, 2**-8]
+    x = np.zeros((1, 2, 24), np.float32)
+    x[0, :, :2] = 1
+    m = random_moe(SIX, dtype=jnp.bfloat16)
+    m.router_w, m.router_bias = (nnx.Param(jnp.asarray(a, jnp.bfloat16)) for a in (w, b))
+    choice, weights = m.route(jnp.asarray(x, jnp.bfloat16), 4)
+    assert choice[0].tolist() == [[0, 1, 3, 2]] * 2
+
+    router = GptOssTopKRouter(GptOssConfig(hidden_size=24, num_local_experts=6, num_experts_per_tok=4))
+    router.load_state_dict({'weight': torch.tensor(w.T), 'bias': torch.tensor(b)})
+    logits, their_weights, _ = router.bfloat16()(torch.tensor(x[0]).bfloat16())
+    assert logits[0, :4].tolist() == [2, 2, 1, 1 + 2**-7]
+    assert weights.dtype == jnp.float32
+    assert_close(weights[0], their_weights.detach().float(), 2**-7)
+
+
+@pytest.mark.parametrize('mesh_shape', [None, (2, 2)])
+def test_packed_equals_its_dequantised_weights(mesh_shape):
+    m, x = random_moe(PACKED), random_x(PACKED)
+    assert m.gate_up_blocks.shape == (6, 2, 64, 3, 16) and m.gate_up_scales.shape == (6, 2, 64, 3)
+    assert m.down_blocks.shape == (6, 96, 2, 16) and m.down_scales.shape == (6, 96, 2)
+    want, clipped, _ = numpy_moe(m, PACKED, x)
+    assert (clipped > 0).all()
+    unpacked_c = dataclasses.replace(PACKED, packed=False, experts='dense')
+    unpacked = random_moe(unpacked_c)
+    unpacked.gate_up, unpacked.down = (nnx.Param(w) for w in matrices(m, PACKED))
+    unpacked.router_w = m.router_w
+
+    @functools.partial(jax.jit, static_argnames='c')
+    def y_and_gradient(m, x, c=PACKED):
+        y, back = jax.vjp(lambda x: m(x, c), x)
+        cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return y, back(sharding.reshard(cotangent, sharding.ACT))[0]
+
+    want_x = jax.device_get(y_and_gradient(unpacked, x, unpacked_c)[1])
+    if mesh_shape is None:
+        y, dx = y_and_gradient(m, x)
+    else:
+        mesh = sharding.make_mesh(*mesh_shape)
+        with jax.set_mesh(mesh):
+            y, dx = y_and_gradient(place(m, mesh), jax.device_put(x, NamedSharding(mesh, sharding.ACT)))
+    assert_close(y, want)
+    assert_close(dx, want_x)
+
+
+def test_initial_values_are_moderate_either_way():
+    for c in (PACKED, dataclasses.replace(PACKED, packed=False)):
+        gate_up, down = (np.asarray(w) for w in matrices(MoE(c, rngs=nnx.Rngs(0), dtype=jnp.float32), c))
+        assert 0.5 < gate_up.std() * 96**0.5 < 2
+        assert 0.5 < down.std() * (64 * 2 * c.n_layers) ** 0.5 < 2
+
+
+def test_a_stack_is_made_by_vmap():
+    for c, layer in ((SIX, (6, 24, 2, 40)), (PACKED, (6, 2, 64, 3, 16))):
+        keys = jax.random.split(jax.random.key(0), c.n_layers)
+        stack = jax.eval_shape(jax.vmap(lambda k, c=c: MoE(c, rngs=nnx.Rngs(k), dtype=jnp.float32)), keys)
+        assert (stack.gate_up_blocks if c.packed else stack.gate_up).shape == (c.n_layers, *layer)
+
+
+def test_packed_widths_must_be_multiples_of_the_block():
+    with pytest.raises(LensError, match='d_model=24'):
+        MoE(dataclasses.replace(SIX, packed=True), rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+def test_a_missing_tokamax_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tokamax', None)
+    c = dataclasses.replace(SIX, experts='tokamax')
+    with pytest.raises(LensError, match='pip install tokamax'):
+        random_moe(c)(random_x(c), c)
