@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import inspect
+import json
 import pathlib
 import re
 
@@ -15,10 +17,22 @@ NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__i
 RECIPES = [n for n in NAMES if n not in ('base', 'tiny_subject')]  # those that start from base
 DOCUMENTED = [n for n in NAMES if n != 'base']
 PHASE_KEYS = frozenset(base.phase('sft').keys())
+HF_CONFIGS = ROOT / 'tests' / 'hf_configs'
 
 
 def load(name):
     return importlib.import_module(f'configs.{name}')
+
+
+def arguments(name) -> dict[str, tuple[str, ...]]:
+    """What may follow configs/NAME.py: and the phases that it selects; empty for a file without arguments."""
+    module = load(name)
+    takes = inspect.signature(module.get_config).parameters
+    return getattr(module, 'RECIPES', base.RECIPES) if takes else {}
+
+
+WITH_ARGUMENTS = [n for n in RECIPES if arguments(n)]
+CASES = [(n, a) for n in WITH_ARGUMENTS for a in arguments(n)]
 
 
 def keys(config, prefix=''):
@@ -86,6 +100,41 @@ def test_docstring_overrides_name_keys_that_exist(name):
     config = load(name).get_config()
     for key in re.findall(r'--config\.([\w.]+)', load(name).__doc__):
         assert key in keys(config), key
+
+
+@pytest.mark.parametrize('name', WITH_ARGUMENTS)
+def test_docstring_names_every_argument_and_no_other(name):
+    assert set(re.findall(rf'configs/{name}\.py:(\w+)', load(name).__doc__)) == set(arguments(name)) - {''}
+
+
+@pytest.mark.parametrize(('name', 'argument'), CASES)
+def test_recipe_argument(name, argument):
+    config = load(name).get_config(argument)
+    assert key_problems(config) == []
+    assert config.phases == arguments(name)[argument]
+    assert all('objective' in config[p] for p in config.phases)
+
+
+@pytest.mark.parametrize('name', WITH_ARGUMENTS)
+def test_unknown_recipe_argument_names_the_accepted_ones(name):
+    with pytest.raises(ValueError, match="'sftt' is not a recipe") as e:
+        load(name).get_config('sftt')
+    assert all(a in str(e.value) for a in arguments(name)) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(('name', 'argument'), CASES)
+def test_recipe_fits_its_model(name, argument):
+    c = load(name).get_config(argument)
+    hf = json.loads((HF_CONFIGS / f'{pathlib.Path(c.subject.path).name}.json').read_text())
+    hf = hf.get('text_config', hf)
+    layers, heads = hf.get('num_hidden_layers', hf.get('n_layer')), hf.get('num_key_value_heads', hf.get('n_head'))
+    assert 0 <= c.layer < layers and -1 <= c.encoder.output_layer < layers
+    assert 0 <= c.decoder.patched_blocks <= layers
+    assert heads % c.mesh.model == 0
+    assert c.decoder.prompt.count('<embed>') == 1 and c.encoder.prompt.count('<text>') == 1
+    for p in c.phases:
+        assert c[p].documents % c.mesh.data == 0 and c[p].warmup_steps < c[p].steps
+    assert c.eval.batch // c.eval.vectors % c.mesh.data == 0  # documents of an evaluation step
 
 
 def uncommented_keys(source: str) -> list[int]:

@@ -1,0 +1,56 @@
+"""SimpleStories-35M, read after block 8 of 12: explanations of 16 tokens, on one small GPU or a CPU.
+
+    python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=SimpleStories/SimpleStories-35M \
+        --out=data/simplestories --seq_len=64
+    python -m lens.main --config=configs/simplestories.py --workdir=runs/simplestories
+    python -m lens.main --config=configs/simplestories.py:sft --workdir=runs/simplestories_sft
+    python -m lens.main --config=configs/simplestories.py:grpo --workdir=runs/simplestories_grpo
+
+Prepare: the model in the folder SimpleStories/SimpleStories-35M (elsewhere: --config.subject.path), and the
+stories of the dataset SimpleStories/SimpleStories in texts.jsonl in a field "text". The sft phase also reads
+positions.npy and explanations.npy (lens/data.py) in the data folder, 16 tokens each; pretokenize does not write
+them: without them run `:grpo`.
+
+Hardware: meant for one small GPU or a CPU. Not yet run on this hardware; memory computed from shapes: base 0.14 GB in
+float32; 3.2 M parameters of 12 maps and an encoder of its own of 26.9 M (embedding and 9 blocks) with gradient
+and Adam 0.5 GB; logits of the sft phase 17 MB a copy.
+
+All blocks patched and the encoder trained in full, as in the original recipe, whose objective was another one
+(Gumbel, 256 x 16 activations a step). sft 16 documents x 4 = 64 activations; grpo 16 activations x 8
+explanations = 128 rollouts.
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config(recipe: str = '') -> ml_collections.ConfigDict:
+    c = base.get_config()
+    c.phases = base.phases(recipe)
+    c.subject.path = 'SimpleStories/SimpleStories-35M'
+    c.layer = 8
+    c.data.path = 'data/simplestories'
+    c.explanation_len = 16
+
+    c.decoder.prompt = '[EOS]short explanation of <embed>, main character, setting, mood, mission, etc:'
+    c.decoder.patched_blocks = 12
+    c.encoder.prompt = '[EOS]summary of the text, main character, setting, mood, mission, etc:<text>'
+    c.encoder.readout = False
+    c.encoder.train = 'full'
+
+    c.sft.steps = 5000
+    c.sft.documents, c.sft.vectors = 16, 4
+    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 2e-3
+    c.sft.warmup_steps = 100
+    c.sft.weight_decay = 0.01
+
+    c.grpo.steps = 10000
+    c.grpo.documents, c.grpo.vectors, c.grpo.group = 16, 1, 8
+    c.grpo.learning_rate_decoder = c.grpo.learning_rate_encoder = 2e-3
+    c.grpo.warmup_steps = 100
+    c.grpo.weight_decay = 0.01
+    c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
+
+    c.eval.every_steps = c.checkpoint.every_steps = 500
+    return c
