@@ -5,22 +5,19 @@ python -m lens.evaluate --workdir=runs/tiny      # the newest checkpoint of a ru
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 
 from lens import build, cli, data, metrics, report, sampling, sharding, statistics
-from lens.checkpoint import Checkpoints
 from lens.errors import LensError
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.objectives import read_activations
-from lens.state import restore
+from lens.state import reopen
 
 MEANINGS = {
     'fve': (
@@ -266,16 +263,10 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
 
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
-    if not (workdir / 'config.json').exists():
-        raise LensError(f'{workdir}/config.json does not exist: --workdir must be the folder of a run.')
-    cfg = ml_collections.ConfigDict(json.loads((workdir / 'config.json').read_text()))
-    run = build.open_run(cfg)
-    with jax.set_mesh(run.mesh), Checkpoints(workdir / 'checkpoints', cfg.checkpoint.keep) as checkpoints:
-        if checkpoints.latest_step is None:
-            raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
-        step = checkpoints.latest_step
-        state = restore(cfg, run, checkpoints, step)
-        result = Evaluator(run).full(state.params)
+    again = reopen(workdir)
+    run, step = again.run, again.step
+    with jax.set_mesh(run.mesh):
+        result = Evaluator(run).full(again.params)
     result.figures.update(figure_after_sft(workdir, run))
     write_results(workdir, result, step)
     for name, figure in result.figures.items():

@@ -331,7 +331,7 @@ def _write_weights(model: Transformer, directory: pathlib.Path, dtype, shard_byt
         single = len(shards) == 1
         file = 'model.safetensors' if single else f'model-{k:05d}-of-{len(shards):05d}.safetensors'
         arrays = {name: tensor(*what) for name, *what in shard}
-        safetensors.numpy.save_file(arrays, directory / file, metadata={'format': 'pt'})
+        write_tensors(directory / file, arrays)
         weight_map |= dict.fromkeys(arrays, file)
         total += sum(x.nbytes for x in arrays.values())
     if len(shards) > 1:
@@ -392,5 +392,7 @@ def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
         raise ModelError(f'{file} cannot be read ({e}): export or download it again.') from None
 
 
-def write_tensors(file: pathlib.Path, tensors_by_name: dict[str, np.ndarray]) -> None:
-    safetensors.numpy.save_file(tensors_by_name, file, metadata={'format': 'pt'})
+def write_tensors(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """One safetensors file that others may read (the library makes it private)."""
+    safetensors.numpy.save_file(arrays, file, metadata={'format': 'pt'})
+    file.chmod(0o644)

@@ -3,15 +3,21 @@
 Shapes and placements come from `abstract`; nothing is made only to know them.
 """
 
+import dataclasses
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 from flax import struct
 
 from lens import lens_folder, sharding
-from lens.build import Phase, Run
+from lens.build import Phase, Run, open_run
 from lens.checkpoint import Checkpoints
+from lens.errors import LensError
 from lens.models import lora, subject
 from lens.models.decoder import Decoder, DecoderConfig
 from lens.models.encoder import Encoder, EncoderConfig
@@ -105,6 +111,36 @@ def phase_at(run: Run, step: int) -> Phase | None:
     """The phase that goes on from global step `step`; the last one when all are done."""
     last = run.phases[-1] if run.phases else None
     return next((p for p in run.phases if step < p.end), last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reopened:
+    """A workdir whose newest checkpoint has been restored. config: of the run, as stored."""
+
+    config: dict
+    run: Run
+    step: int
+    params: Lens
+
+
+def reopen(workdir: pathlib.Path, **mesh: int) -> Reopened:
+    """The run of a workdir at its newest checkpoint; `mesh` replaces keys of its mesh. Raises LensError."""
+    file = workdir / 'config.json'
+    if not file.exists():
+        raise LensError(f'{file} does not exist: --workdir must be the folder of a run.')
+    config = json.loads(file.read_text())
+    cfg = ml_collections.ConfigDict(config)
+    cfg.mesh.update(mesh)
+    with Checkpoints(workdir / 'checkpoints', cfg.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest_step
+        if step is None:
+            raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
+        try:
+            run = open_run(cfg)
+        except (AttributeError, KeyError) as e:
+            raise LensError(f'{file} lacks a key ({e}): it is of another version; train again.') from e
+        with jax.set_mesh(run.mesh):
+            return Reopened(config, run, step, restore(cfg, run, checkpoints, step).params)
 
 
 def restore(cfg, run: Run, checkpoints: Checkpoints, step: int) -> State:

@@ -80,7 +80,7 @@ class Trainer:
     def _announce(self, state: State, step: int) -> None:
         c = self.run.base.config
         sizes = {s: f'{parameter_count(getattr(state.params, s)):,}' for s in optimizer.SIDES}
-        phases = ', '.join(f'{p.name} {p.end - p.start}' for p in self.run.phases)
+        phases = ', '.join(f'{p.name} {p.end - p.start}' for p in self.run.phases) or 'none, evaluation only'
         self.bar.print(
             f'Subject {self.cfg.subject.path}: {c.family}, {c.n_layers} blocks, {parameter_count(self.run.base):,} '
             f'parameters, read after block {self.run.layer}\n'

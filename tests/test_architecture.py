@@ -42,7 +42,7 @@ LEVELS = {
     'lens.lens_folder': 9,
     'lens.build': 10,
     'lens.state': 11,
-    'lens.plan': 12,
+    'lens.plan': 14,
     'lens.report': 10,  # of files alone; evaluate writes it anew
     'lens.evaluate': 12,
     'lens.export': 13,
@@ -263,5 +263,5 @@ def test_the_checker_lets_pass(module, source):
 
 
 def test_every_level_that_exists_is_a_module():
-    planned = {'lens.export', 'lens.plan', 'lens.explain', 'lens.serve'}  # DESIGN.md, not yet written
+    planned = {'lens.explain', 'lens.serve'}  # DESIGN.md, not yet written
     assert {m for m in LEVELS.keys() - planned if importlib.util.find_spec(m) is None} == set()

@@ -1,0 +1,282 @@
+"""A trained lens as Hugging Face directories, with a model card.
+
+python -m lens.export --workdir=runs/tiny --out=exports/tiny      # the newest checkpoint of a run
+
+Layout: lens/lens_folder.py. Training and evaluation start from such a folder with --config.init_from=DIR.
+"""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import tempfile
+import time
+
+import jax
+from absl import flags
+
+from lens import build, cli, hf, lens_folder, metrics
+from lens.errors import LensError
+from lens.evaluate import MEANINGS
+from lens.models.lens import Lens
+from lens.state import reopen
+
+# Configuration that a lens depends on; the rest is how it was trained.
+KEYS = ('seed', 'subject', 'layer', 'data', 'explanation_len', 'decoder', 'encoder', 'lora')
+
+# Reads everything from the folder, so that it is the same in every card.
+CODE = """\
+import json
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = '.'  # this folder
+spec = json.load(open(f'{FOLDER}/lens.json'))
+lens = load_file(f'{FOLDER}/lens.safetensors')
+tokenizer = AutoTokenizer.from_pretrained(f'{FOLDER}/decoder')
+
+
+def load(path):
+    # eager attention is the one that has every family's soft-caps and sinks
+    return AutoModelForCausalLM.from_pretrained(path, dtype='auto', attn_implementation='eager')
+
+
+subject, decoder, encoder = load(spec['subject']), load(f'{FOLDER}/decoder'), load(f'{FOLDER}/encoder')
+
+
+def blocks(model):
+    body = model.base_model
+    return body.layers if hasattr(body, 'layers') else body.h  # GPT-2: h
+
+
+def inputs(model, rows):
+    # rows in units of the embedding table; token ids get Gemma's scale inside the model, these get it here
+    return rows.to(model.dtype)[None] * spec['embed_scale']
+
+
+@torch.no_grad()
+def block_output(model, block, **tokens):
+    # the residual stream [T, d] after a block; hidden_states would have the final norm on the last one
+    found = []
+    hook = blocks(model)[block].register_forward_hook(lambda *a: found.append(a[2]))
+    model(**tokens, use_cache=False)
+    hook.remove()
+    out = found[0][0] if isinstance(found[0], tuple) else found[0]
+    return out[0].float()
+
+
+@torch.no_grad()
+def explain(activation):
+    # activation [d] -> token ids of the most probable explanation
+    left, right = lens['decoder/prompt_left'], lens['decoder/prompt_right']
+    maps = torch.einsum('d,nde->ne', activation.float(), lens['decoder/maps_w']) + lens['decoder/maps_b']
+
+    def write(value):
+        def hook(block, args):
+            x = args[0].clone()
+            x[:, len(left)] = value.to(x.dtype)
+            return (x, *args[1:])
+
+        return hook
+
+    patched = list(blocks(decoder))[: spec['decoder']['patched_blocks']]
+    hooks = [b.register_forward_pre_hook(write(maps[min(k, len(maps) - 1)])) for k, b in enumerate(patched)]
+    out = decoder(inputs_embeds=inputs(decoder, torch.cat([left, maps[:1], right])), use_cache=True)
+    for hook in hooks:  # later tokens see the slot through the cache
+        hook.remove()
+    ids = [out.logits[0, -1].argmax()]
+    while len(ids) < spec['explanation_len']:
+        out = decoder(input_ids=ids[-1].view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+        ids.append(out.logits[0, -1].argmax())
+    return torch.stack(ids)
+
+
+@torch.no_grad()
+def reconstruct(ids):
+    # token ids of an explanation -> activation [d]
+    words = encoder.get_input_embeddings().weight[ids].float()
+    rows = torch.cat([lens['encoder/prompt_left'], words, lens['encoder/prompt_right']])
+    rows[-1] += lens['encoder/special_last']
+    x = block_output(encoder, spec['encoder']['output_layer'], inputs_embeds=inputs(encoder, rows))[-1]
+    return x @ lens['encoder/readout_w'] + lens['encoder/readout_b'] if spec['encoder']['readout'] else x
+
+
+# write out special tokens that the training texts began with and the tokenizer does not add
+text = 'The hidden state of the last token of this text is read.'
+tokens = tokenizer(text, return_tensors='pt').input_ids
+activation = block_output(subject, spec['layer'], input_ids=tokens)[-1]
+ids = explain(activation)
+reconstruction = reconstruct(ids)
+print(tokenizer.decode(ids), torch.cosine_similarity(activation, reconstruction, dim=0).item())
+"""
+
+
+def _code(text: str) -> str:
+    """Inline code of any text."""
+    fence = '``' if '`' in text else '`'
+    return f'{fence}{text}{fence}'
+
+
+def command(config: dict) -> str:
+    """The command that opens this lens again; --config.phases and a --workdir are the user's."""
+    keys = [k for k in KEYS if k != 'lora' or 'lora' in (config['decoder']['train'], config['encoder']['train'])]
+    flat = []
+    for key in keys:
+        values = config[key]
+        flat += [(f'{key}.{k}', v) for k, v in values.items()] if isinstance(values, dict) else [(key, values)]
+    overrides = [shlex.quote(f'--config.{k}={v}') for k, v in flat]
+    return ' \\\n    '.join(['python -m lens.main --config=configs/base.py', *overrides])
+
+
+def _side_line(spec: dict, side: str) -> str:
+    how = {
+        'maps': "the subject's weights, nothing of them trained",
+        'lora': "the subject's weights with the trained low-rank adapters merged in",
+        'full': 'weights trained in full',
+    }[spec['trained'][side]]
+    c = spec[side]
+    if side == 'decoder':
+        n = c['patched_blocks']
+        where = f'written into the slot at the entrance of blocks 0..{n - 1}' if n else 'put into the slot at the input'
+        maps = 'one map' if c['shared_map'] or n < 2 else 'one map per block'
+        return f'{how}; the activation is {where}, {maps}; prompt {_code(c["prompt"])}'
+    after = ' and an affine map' if c['readout'] else ''
+    return (
+        f'{how}; cut and read out after block {c["output_layer"]}{after}; prompt {_code(c["prompt"])}; its final norm and '
+        "head are the subject's, for completeness: nothing reads them"
+    )
+
+
+def _figures(summary: dict) -> str:
+    if not summary:
+        return 'Not evaluated yet.'
+    known = {k: meaning.replace('|', '\\|') for k, (_, meaning) in MEANINGS.items() if k in summary}
+    rows = [f'| `{k}` | {summary[k]:.3f} | {meaning} |' for k, meaning in known.items()]
+    counts = f'{summary["activations"]} activations of {summary["documents"]} held-out documents'
+    source = f'{counts}; {summary["device"]}, commit {summary["commit"]}, {_code(summary["command"])}.'
+    return '\n'.join(['| figure | value | meaning |', '|---|---|---|', *rows, '', source])
+
+
+def card(spec: dict, summary: dict) -> str:
+    """README.md of the folder. spec: lens.json; summary: summary.json of the run, {} where there is none."""
+    config, layer = spec['config'], spec['layer']
+    phases = ', '.join(f'{p} {config[p]["steps"]}' for p in config['phases']) or 'none'
+    merged = ''
+    if 'lora' in spec['trained'].values():
+        merged = (
+            'The adapters are merged into the models (in float32, then rounded to the dtype of the weights) and are in '
+            '`lens.safetensors` all the same, so that training can go on: do not add them a second time.\n\n'
+        )
+    return f"""# Lens: {spec['subject']}, block {layer}
+
+A consistency lens reads hidden states of a language model as text. The *decoder* writes an explanation of {spec['explanation_len']}
+tokens of one activation, the *encoder* turns the words alone back into the activation; they were trained together. An
+explanation says what the encoder can use: read it beside its controls below before you trust its words.
+
+- Subject: {_code(spec['subject'])} ({spec['family']}, width {spec['d_model']})
+- Activation: residual stream after block {layer} (0-based), `hidden_states[{layer + 1}]` of transformers but before any final norm
+- Decoder: {_side_line(spec, 'decoder')}
+- Encoder: {_side_line(spec, 'encoder')}
+- Trained: step {spec['step']} (steps of the phases: {phases})
+- Exported: {spec['exported']}, commit {spec['provenance']['commit']}
+
+## Figures
+
+{_figures(summary)}
+
+## Files
+
+- `decoder/`, `encoder/`: complete models for `AutoModelForCausalLM`, with tokenizer
+- `lens.safetensors`: maps, soft prompts, special vector, read-out and adapters; `lens.json` says what each of them is
+- `lens.json`: settings, shapes, meanings, figures and the configuration of the run
+
+{merged}## Use
+
+With torch, transformers and safetensors alone, in this folder:
+
+```python
+{CODE}```
+
+## Evaluate again, train on
+
+With the code that made it; `--config.phases='()'` evaluates only, without it training goes on from here:
+
+```sh
+{command(config)} \\
+    --config.init_from=DIR --config.phases='()' --workdir=runs/again
+```
+"""
+
+
+def describe(config: dict, run: build.Run, step: int, summary: dict) -> tuple[dict, dict]:
+    """(prompts, about) of lens_folder.write."""
+    ids = {'decoder': run.decoder_prompt, 'encoder': run.encoder_prompt}
+    prompts = {
+        side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
+        for side, (left, right) in ids.items()
+    }
+    adapted = 'lora' in (config['decoder']['train'], config['encoder']['train'])
+    about = {
+        'subject': config['subject']['path'],
+        'explanation_len': run.length,
+        'lora': config['lora'] if adapted else None,
+        'step': step,
+        'figures': {k: summary[k] for k in MEANINGS if k in summary},
+        'exported': time.strftime('%Y-%m-%d', time.gmtime()),
+        'provenance': metrics.provenance(),
+        'config': config,
+    }
+    return prompts, about
+
+
+def write_folder(out: pathlib.Path, lens: Lens, run: build.Run, config: dict, step: int, summary: dict) -> None:
+    """The whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh).
+
+    config: of the run; summary: its summary.json, {} where there is none.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
+    try:
+        lens_folder.write(tmp, lens, run.base, *describe(config, run, step, summary))
+        (tmp / 'README.md').write_text(card(json.loads((tmp / 'lens.json').read_text()), summary))
+        for side in lens_folder.SIDES:
+            model = lens_folder.model(lens, run.base, side)
+            print(f'Writing {side}: {model.config.n_layers} blocks, {model.embedding.dtype}', flush=True)
+            hf.save_model(model, tmp / side, source=config['subject']['path'])
+        tmp.chmod(0o755)
+        os.replace(tmp, out)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def _summary(workdir: pathlib.Path, step: int) -> dict:
+    """summary.json if it is about this checkpoint."""
+    file = workdir / 'summary.json'
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    return summary if summary.get('steps') == step else {}
+
+
+def export(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes the newest checkpoint of a run to `out`. Raises LensError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LensError(f'{out} holds something already: give an empty or a new folder as --out.')
+    again = reopen(workdir, data=1)  # there is no batch to split
+    with jax.set_mesh(again.run.mesh):
+        write_folder(out, again.params, again.run, again.config, again.step, _summary(workdir, again.step))
+
+
+def main(_):
+    out = pathlib.Path(OUT.value)
+    export(pathlib.Path(WORKDIR.value), out)
+    print(f'Exported to {out}: how to use it, with its figures, is in {out}/README.md')
+
+
+if __name__ == '__main__':
+    WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run of lens.main.')
+    OUT = flags.DEFINE_string('out', None, 'New folder for the lens.')
+    flags.mark_flags_as_required(['workdir', 'out'])
+    cli.run(main)
