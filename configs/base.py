@@ -17,7 +17,7 @@ def phases(recipe: str, recipes: dict[str, tuple[str, ...]] = RECIPES) -> tuple[
 def phase(objective: str) -> ml_collections.ConfigDict:
     """The keys of one training phase."""
     p = ml_collections.ConfigDict()
-    p.objective = objective  # sft (given explanations) | grpo (sampled groups)
+    p.objective = objective  # sft (given explanations) | grpo (sampled groups) | gumbel (straight through)
     p.steps = 1000  # optimizer steps
     p.documents = 8  # documents per step; a multiple of mesh.data
     p.vectors = 4  # activations read per document
@@ -28,9 +28,10 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.weight_decay = 0.0  # on matrices of trained bases and adapters
     p.grad_clip = 1.0  # global norm, decoder and encoder each
     p.group = 8  # grpo: explanations per activation
-    p.beta = 0.0  # grpo: weight of the KL to the natural prefix
-    p.kl_skip = 3  # grpo: first tokens left out of that KL
-    p.entropy_weight = 0.0  # grpo: weight of the entropy bonus
+    p.tau = 1.0  # gumbel: temperature of the relaxed tokens, at least 0.1
+    p.beta = 0.0  # grpo, gumbel: weight of the KL to the natural prefix
+    p.kl_skip = 3  # grpo, gumbel: first tokens left out of that KL
+    p.entropy_weight = 0.0  # grpo, gumbel: weight of the entropy bonus
     p.entropy_clamp = 1.0  # grpo: nats; no bonus for texts above it
     return p
 
@@ -75,6 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.phases = ('sft', 'grpo')  # run in this order; each names one of the blocks below
     c.sft = phase('sft')
     c.grpo = phase('grpo')
+    c.gumbel = phase('gumbel')
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = 1  # devices that split the batch; -1 = all that remain

@@ -5,6 +5,7 @@
     python -m lens.main --config=configs/gptoss.py --workdir=runs/gptoss
     python -m lens.main --config=configs/gptoss.py:sft --workdir=runs/gptoss_sft
     python -m lens.main --config=configs/gptoss.py:grpo --workdir=runs/gptoss_grpo
+    python -m lens.main --config=configs/gptoss.py:gumbel --workdir=runs/gptoss_gumbel
     python -m lens.main --config=configs/gptoss.py:120b --workdir=runs/gptoss_120b
 
 Prepare: the model in the folder openai/gpt-oss-20b (config.json, safetensors, tokenizer; elsewhere:
@@ -22,7 +23,8 @@ memory computed from shapes. Per device: base 41.8 GB in bfloat16 (41.8 / 8 = 5.
 Batches: sft 24 documents x 10 activations = 240, near the 256 of the original recipe and 3 documents
 a device. grpo 8 documents (one a device) x 2 activations x 8 explanations = 128 rollouts, the number that
 the original recipe of configs/gemma2_9b.py drew; none is known for this model. The entropy bonus acts below 0.1 nats
-only: where the original schedule (2.0 to 0.1 over 6000 steps) ends.
+only: where the original schedule (2.0 to 0.1 over 6000 steps) ends. gumbel has the batch of sft and a constant
+tau of 1 (original: 5 to 0.1).
 """
 
 import ml_collections
@@ -30,6 +32,7 @@ import ml_collections
 from configs import base
 
 RECIPES = base.RECIPES | {
+    'gumbel': ('gumbel',),
     '120b': ('sft', 'grpo'),
 }
 SYSTEM = '<|start|>system<|message|>{}<|end|>'
@@ -76,6 +79,12 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.grpo.warmup_steps = 100
     c.grpo.final_fraction = 0.01
     c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
+
+    c.gumbel.steps = 20000
+    c.gumbel.documents, c.gumbel.vectors = 24, 10
+    c.gumbel.learning_rate_decoder, c.gumbel.learning_rate_encoder = 1e-3, 1e-4
+    c.gumbel.warmup_steps = 100
+    c.gumbel.final_fraction = 0.01
 
     c.eval.batch = 96  # 24 documents, as in a training step
     c.eval.every_steps = c.checkpoint.every_steps = 500

@@ -245,12 +245,13 @@ def make_phases(cfg, natural_prefix: list[int]) -> tuple[Phase, ...]:
         hp = objectives.Hparams(
             layer=cfg.layer,
             length=cfg.explanation_len,
-            group=p.group,
+            group=p.group if p.objective == 'grpo' else 1,
             entropy_weight=p.entropy_weight,
             entropy_clamp=p.entropy_clamp,
             beta=p.beta,
             kl_skip=p.kl_skip,
             natural_prefix=tuple(natural_prefix),
+            tau=p.tau,
         )
         phases.append(
             Phase(

@@ -9,18 +9,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lens import losses, sampling
+from lens import losses, sampling, sharding
 from lens.models import decoder as dec
 from lens.models import subject
-from lens.models.encoder import encode
+from lens.models.encoder import encode, encode_rows, model_of
 from lens.models.lens import Lens
+
+MIN_TAU = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Hparams:
     """Constants of an objective.
 
-    group: samples per activation. beta: weight of the KL to the natural prefix, over tokens from
+    tau: temperature of the relaxed tokens of gumbel, not below MIN_TAU. group: samples per activation. beta: weight of the KL to the natural prefix, over tokens from
     kl_skip on. natural_prefix: token ids of the decoder prompt with the word for the activation.
     entropy_clamp in nats.
     """
@@ -33,6 +35,7 @@ class Hparams:
     beta: float = 0.0
     kl_skip: int = 0
     natural_prefix: tuple[int, ...] = ()
+    tau: float = 1.0
 
 
 def read_activations(base, batch, layer: int):
@@ -95,5 +98,42 @@ def grpo(lens: Lens, base, batch, key, hp: Hparams):
     return loss + mse, metrics
 
 
-OBJECTIVES = {'sft': sft, 'grpo': grpo}
+def straight_through(logits_NxTxV, noise_NxTxV, words_NxTxD, embedding_VxD, tau: float):
+    """Rows that are words in value and softmax((logits + noise) / tau) E in their gradient."""
+    vocabulary = sharding.like(embedding_VxD)
+    soft = jax.nn.softmax((logits_NxTxV + noise_NxTxV) / max(tau, MIN_TAU), axis=-1)
+    soft = sharding.reshard(soft, sharding.P('data', None, vocabulary[0] if vocabulary else None))
+    table = jax.lax.stop_gradient(embedding_VxD)
+    mixed = jnp.einsum('ntv,vd->ntd', soft.astype(table.dtype), table, out_sharding=sharding.out(sharding.ACT))
+    return words_NxTxD + (mixed - jax.lax.stop_gradient(mixed))
+
+
+def gumbel(lens: Lens, base, batch, key, hp: Hparams):
+    """Sampled explanations, one backward pass through the words: straight-through Gumbel, two passes.
+
+    The texts are drawn without gradient; one teacher-forced pass relaxes every token with the noise that
+    drew it, and the encoder reads the words with that gradient. The way from a token to later tokens
+    through the decoder is left out.
+    """
+    a_NxD = read_activations(base, batch, hp.layer)
+    ids = sampling.sample(jax.lax.stop_gradient(lens.decoder), base, a_NxD, key, length=hp.length).ids_NxT
+    logits = dec.teacher_forced_logits(lens.decoder, base, a_NxD, ids)
+    logits = sharding.reshard(logits, sharding.P('data', None, None))
+    noise = [sampling.noise(key, t, (logits.shape[0], logits.shape[2])) for t in range(hp.length)]
+    model = model_of(lens.encoder, base)
+    words = straight_through(logits, jnp.stack(noise, axis=1), model.lookup(ids), model.embedding[...], hp.tau)
+    pred = encode_rows(lens.encoder, base, words)
+    loss = losses.normalised_mse(pred, a_NxD)
+    entropy = losses.entropy(logits)
+    metrics = {'loss_encoder': loss, 'fve': losses.fve(pred, a_NxD), 'entropy_nats': jnp.mean(entropy)}
+    if hp.beta:
+        logq = dec.natural_log_probs(base, jnp.asarray(hp.natural_prefix), ids)
+        metrics['kl_natural_nats'] = losses.k3(losses.token_log_probs(logits, ids), logq, hp.kl_skip)
+        loss += hp.beta * metrics['kl_natural_nats']
+    if hp.entropy_weight:
+        loss -= hp.entropy_weight * jnp.mean(entropy)
+    return loss, metrics
+
+
+OBJECTIVES = {'sft': sft, 'grpo': grpo, 'gumbel': gumbel}
 NEEDS_EXPLANATIONS = frozenset({'sft'})

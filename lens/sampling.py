@@ -17,6 +17,12 @@ class Samples(NamedTuple):
     logp_NxT: jax.Array
 
 
+def noise(key, t, shape: tuple[int, int]):
+    """Standard Gumbel noise NxV of token t, the same on every mesh."""
+    place = sharding.out(sharding.P('data', None))
+    return jax.random.gumbel(jax.random.fold_in(key, t), shape, jnp.float32, out_sharding=place)
+
+
 def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, temperature=1.0) -> Samples:
     """Exactly `length` tokens for each activation, `group` times: N = B * group rows.
 
@@ -32,13 +38,8 @@ def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, t
     cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=spec), cache)
 
     def draw(logits_NxV, t):
-        noise = jax.random.gumbel(
-            jax.random.fold_in(key, t),
-            logits_NxV.shape,
-            jnp.float32,
-            out_sharding=sharding.out(sharding.P('data', None)),
-        )
-        ids = jnp.argmax(logits_NxV + temperature_Nx1 * noise, axis=-1).astype(jnp.int32)
+        perturbed = logits_NxV + temperature_Nx1 * noise(key, t, logits_NxV.shape)
+        ids = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
         return ids, losses.token_log_probs(logits_NxV, ids)
 
     def body(carry, t):

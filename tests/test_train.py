@@ -232,7 +232,7 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'decoder__train': 'all'}, r"decoder.train='all' is not one of maps, lora, full"),
         ({'decoder__prompt': 'no slot'}, r"decoder.prompt='no slot' must contain <embed> exactly once"),
         ({'grpo__group': 1}, r'grpo.group=1 must be at least 2'),
-        ({'grpo__objective': 'ppo'}, r"grpo.objective='ppo' is not one of sft, grpo"),
+        ({'grpo__objective': 'ppo'}, r"grpo.objective='ppo' is not one of sft, grpo, gumbel"),
         ({'phases': ('sft', 'rl')}, r"phases names 'rl', but there is no phase block of that name"),
         ({'sft__steps': 0}, r'sft.steps=0 must be positive'),
         ({'explanation_len': 7}, r'explanation_len=7, but the given explanations in .* have 12 tokens'),

@@ -104,13 +104,18 @@ def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple
     return model.logits(x)[:, 0], cache
 
 
-def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple[jax.Array, jax.Array]:
-    """Teacher forcing: log-probabilities of the given tokens BxT and the entropy at each, BxT (nats)."""
+def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> jax.Array:
+    """Logits BxTxV of every token of given explanations."""
     model = _model(decoder, base)
     x, hook = _prompt(decoder, model, activation_BxD)
     x = model.enter(jnp.concatenate([x, model.lookup(ids_BxT[:, :-1])], axis=1))
     x = model.run_layers(x, 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
-    logits = model.logits(x[:, decoder.prompt_len - 1 :])
+    return model.logits(x[:, decoder.prompt_len - 1 :])
+
+
+def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple[jax.Array, jax.Array]:
+    """Teacher forcing: log-probabilities of the given tokens BxT and the entropy at each, BxT (nats)."""
+    logits = teacher_forced_logits(decoder, base, activation_BxD, ids_BxT)
     return losses.token_log_probs(logits, ids_BxT), losses.entropy(logits)
 
 

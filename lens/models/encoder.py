@@ -37,22 +37,29 @@ class Encoder(nnx.Module):
         self.adapters = nnx.data(adapters)
 
 
+def model_of(encoder: Encoder, base: Transformer) -> Transformer:
+    return base if encoder.base is None else encoder.base
+
+
 def encode(encoder: Encoder, base: Transformer, ids_BxT):
-    """Reconstruction BxD (float32) of the activation from the token ids alone.
+    """Reconstruction BxD (float32) of the activation from the token ids alone."""
+    return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT))
+
+
+def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD):
+    """Reconstruction BxD (float32) from words given as rows of the encoder's embedding table.
 
     Input rows: [left, words, right], the special vector added to the last one, all in the units of the
     embedding table.
     """
-    model = base if encoder.base is None else encoder.base
+    model = model_of(encoder, base)
     dtype = model.embedding.dtype
 
     def rows(p_LxD):
-        shape = (ids_BxT.shape[0], *p_LxD.shape)
+        shape = (words_BxTxD.shape[0], *p_LxD.shape)
         return jnp.broadcast_to(p_LxD, shape, out_sharding=sharding.out(sharding.ACT)).astype(dtype)
 
-    x = jnp.concatenate(
-        [rows(encoder.prompt_left[...]), model.lookup(ids_BxT), rows(encoder.prompt_right[...])], axis=1
-    )
+    x = jnp.concatenate([rows(encoder.prompt_left[...]), words_BxTxD, rows(encoder.prompt_right[...])], axis=1)
     last = jnp.arange(x.shape[1]) == x.shape[1] - 1
     x = x + (last[:, None] * encoder.special_last[...]).astype(dtype)
     x = model.run_layers(model.enter(x), 0, encoder.config.output_layer + 1, adapters=encoder.adapters)
