@@ -1,0 +1,88 @@
+"""Attention and rotary tables alone, against numpy and published numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lens.models import attention, rope
+from lens.models.rope import Rope
+
+B, T, K, G, H = 2, 13, 2, 3, 4
+RNG = np.random.default_rng(0)
+Q = RNG.normal(size=(B, T, K, G, H)).astype(np.float32)
+KEYS, VALUES = RNG.normal(size=(2, B, T, K, H)).astype(np.float32)
+SINKS = 3 * RNG.normal(size=(K, G)).astype(np.float32)
+SINKS[1, 2] = 20.0  # a head that looks at nothing
+POSITIONS = np.arange(T)
+
+
+def in_numpy(window, cap, sinks, q=Q):
+    """One query at a time in float64."""
+    out = np.zeros(q.shape)
+    for b, t, k, g in np.ndindex(B, T, K, G):
+        seen = np.arange(max(0, t - window + 1) if window else 0, t + 1)
+        scores = 0.3 * KEYS[b, seen, k].astype(np.float64) @ q[b, t, k, g]
+        scores = cap * np.tanh(scores / cap) if cap else scores
+        weights = np.exp(scores)
+        weights /= weights.sum() + (np.exp(float(sinks[k, g])) if sinks is not None else 0)
+        out[b, t, k, g] = weights @ VALUES[b, seen, k]
+    return out
+
+
+def mask(at_T, window):
+    seen = np.arange(T) <= at_T[:, None]
+    return seen & (np.arange(T) > at_T[:, None] - window) if window else seen
+
+
+@pytest.mark.parametrize('window', [0, 4])
+@pytest.mark.parametrize('cap', [0.0, 0.7])
+@pytest.mark.parametrize('sinks', [None, SINKS])
+def test_against_numpy(window, cap, sinks):
+    got = attention.attend(Q, KEYS, VALUES, mask(POSITIONS, window), scale=0.3, cap=cap, sinks_KxG=sinks)
+    np.testing.assert_allclose(got, in_numpy(window, cap, sinks), atol=1e-6)
+
+
+def test_gradients_with_sinks_are_finite_differences():
+    """Against the float64 reference, along a random direction of the queries and of the sinks."""
+    weights = RNG.normal(size=Q.shape)
+
+    def loss(q, sinks):
+        return jnp.sum(weights * attention.attend(q, KEYS, VALUES, mask(POSITIONS, 4), scale=0.3, sinks_KxG=sinks))
+
+    grads = jax.grad(loss, argnums=(0, 1))(Q, SINKS)
+    for grad, (dq, ds) in zip(grads, ((1e-4, 0), (0, 1e-4)), strict=True):
+        step = RNG.normal(size=grad.shape)
+        up, down = (
+            np.sum(
+                weights * in_numpy(4, 0, SINKS + sign * ds * (step if ds else 0), Q + sign * dq * (step if dq else 0))
+            )
+            for sign in (1, -1)
+        )
+        np.testing.assert_allclose(np.sum(grad * step), (up - down) / 2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('chunk', [3, 4, 6])
+def test_queries_in_chunks_give_the_same(monkeypatch, chunk):
+    """13 queries in pieces that do and do not divide them; values and gradients."""
+
+    def run(q, keys):
+        def rows(q, at_T):
+            seen = (jnp.arange(T) <= at_T[:, None]) & (jnp.arange(T) > at_T[:, None] - 5)
+            return attention.attend(q, keys, VALUES, seen, scale=0.3, sinks_KxG=SINKS)
+
+        return jnp.sum(attention.in_chunks(rows, q, jnp.arange(T)) ** 2)
+
+    want = jax.value_and_grad(run, argnums=(0, 1))(Q, KEYS)
+    monkeypatch.setattr(attention, 'QUERY_CHUNK', chunk)
+    got = jax.value_and_grad(run, argnums=(0, 1))(Q, KEYS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_yarn_table_of_gpt_oss():
+    published = Rope(150000.0, 'yarn', 32.0, 4096, truncate=False, attention_factor=0.1 * np.log(32) + 1)
+    freq = rope.inverse_frequencies(published, 64)
+    np.testing.assert_allclose(freq[[0, 9, 31]], [1, 0.0317057, 3.0235e-7], rtol=2e-5)
+    sin, cos = rope.tables(jnp.arange(300), (published,), 0, 64)
+    np.testing.assert_allclose(sin[257], 1.346574 * np.sin(257 * freq), atol=2e-4)
+    np.testing.assert_allclose(cos[0], 1.346574, rtol=1e-6)
