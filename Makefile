@@ -36,4 +36,4 @@ lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv .venv-vllm runs exports data
