@@ -50,14 +50,8 @@ def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):
     def norm(x):
         return jnp.sum(jnp.linalg.norm(x.astype(jnp.float32), axis=-1) * mask) / jnp.maximum(mask.sum(), 1)
 
-    def layer(x, i):
-        return subject.run_layers(x, i, i + 1), norm(x)
-
-    x, norms = subject.embed(tokens_BxS), []
-    for i in range(subject.config.n_layers):
-        x, n = layer(x, i)
-        norms.append(n)
-    return jnp.stack([*norms, norm(x)])
+    x, norms = subject.collect(subject.embed(tokens_BxS), 0, subject.config.n_layers, norm)
+    return jnp.append(norms, norm(x))
 
 
 def tile_rows(x, group: int):

@@ -120,9 +120,9 @@ class Block(nnx.Module):
         return x_BxTxD + (self.mlp_post_norm(y, c.norm_eps) if c.post_norms else y), cache
 
 
-@functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block'))
-def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_block):
-    """Blocks lo..hi-1; returns (x_BxTxD, cache). Jitted so that calls outside jit compile once."""
+@functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block', 'collect'))
+def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_block=None, collect=None):
+    """Blocks lo..hi-1; returns ((x_BxTxD, cache), collected). Jitted so that calls outside jit compile once."""
     if not 0 <= lo <= hi <= c.n_layers:  # an index beyond the stack would silently repeat the last block
         raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
 
@@ -131,10 +131,10 @@ def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_bl
         block, adapter = jax.tree.map(lambda w: w[i], (blocks, adapters))
         if before_block is not None:
             x = before_block(x, i)
-        return block(x, i, start, c, cache, adapter), None
+        return block(x, i, start, c, cache, adapter), collect and collect(x)
 
     layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
-    return jax.lax.scan(layer, (x_BxTxD, cache), jnp.arange(lo, hi))[0]
+    return jax.lax.scan(layer, (x_BxTxD, cache), jnp.arange(lo, hi))
 
 
 class Transformer(nnx.Module):
@@ -187,9 +187,15 @@ class Transformer(nnx.Module):
 
         before_block(x_BxTxD, layer_index) -> x_BxTxD is applied at the entrance of every block.
         """
-        return _run_blocks(
+        (x, _), _ = _run_blocks(
             self.blocks, adapters, x_BxTxD, None, 0, lo=lo, hi=hi, c=self.config, before_block=before_block
-        )[0]
+        )
+        return x
+
+    def collect(self, x_BxTxD, lo: int, hi: int, of: Callable):
+        """(residual stream after blocks lo..hi-1, of(x_BxTxD) of the stream entering each, stacked)."""
+        (x, _), collected = _run_blocks(self.blocks, None, x_BxTxD, None, 0, lo=lo, hi=hi, c=self.config, collect=of)
+        return x, collected
 
     def run_layers_cached(
         self, x_BxTxD, lo: int, hi: int, cache: KVCache, start, *, adapters=None, before_block: Callable | None = None
@@ -198,9 +204,10 @@ class Transformer(nnx.Module):
 
         Returns (x_BxTxD, cache with the new positions written).
         """
-        return _run_blocks(
+        out, _ = _run_blocks(
             self.blocks, adapters, x_BxTxD, cache, start, lo=lo, hi=hi, c=self.config, before_block=before_block
         )
+        return out
 
     def logits(self, x_BxTxD):
         """Final norm and output head; BxTxV in float32."""
