@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.path = ''  # folder with train/ and validation/
     c.data.min_pos = 8  # first token position that is read
+    c.data.positions = 'any'  # tokens that may be read: any | assistant | thinking | final (needs roles in the data)
 
     c.explanation_len = 16  # tokens of an explanation
 

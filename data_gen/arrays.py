@@ -1,5 +1,10 @@
-"""Writing a data folder in the layout that lens/data.py reads; it appears at once, by rename."""
+"""Writing a data folder in the layout that lens/data.py reads; it appears at once, by rename.
 
+Large data sets come in shards: files of finished rows, unpadded, from which `merge` writes the arrays of
+a split block by block.
+"""
+
+import contextlib
 import json
 import os
 import pathlib
@@ -7,6 +12,9 @@ import shutil
 import tempfile
 
 import numpy as np
+
+BLOCK_BYTES = 1 << 23  # of padded token ids that are in memory at a time
+NO_ROLE = -1  # role of the padding
 
 
 def write_splits(out: str | os.PathLike[str], splits) -> None:
@@ -23,7 +31,92 @@ def write_splits(out: str | os.PathLike[str], splits) -> None:
             (temporary / name).mkdir()
             for stem, array in arrays.items():
                 np.save(temporary / name / f'{stem}.npy', array)
-            (temporary / name / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
+            write_json(temporary / name / 'meta.json', meta)
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1) + '\n')
+
+
+def replace_folder(new: pathlib.Path, out: pathlib.Path) -> None:
+    """`new` takes the place of `out`, which may exist."""
+    if out.exists():
+        old = new.with_name(f'{new.name}.old')
+        os.rename(out, old)
+        os.rename(new, out)
+        shutil.rmtree(old)
+    else:
+        os.rename(new, out)
+
+
+def first_of_each(digest_Nx2: np.ndarray) -> np.ndarray:
+    """[N] bool: whether a row is the first one with its digest."""
+    order = np.lexsort((digest_Nx2[:, 1], digest_Nx2[:, 0]))  # stable: equal digests stay in their order
+    ordered = digest_Nx2[order]
+    first = np.ones(len(order), bool)
+    first[order[1:]] = (ordered[1:] != ordered[:-1]).any(1)
+    return first
+
+
+@contextlib.contextmanager
+def open_npy(path: pathlib.Path, dtype, shape: tuple[int, ...]):
+    """A .npy file of known shape that is written front to back: a function that appends an array."""
+    with path.open('wb') as f:
+        header = {
+            'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            'fortran_order': False,
+            'shape': tuple(map(int, shape)),
+        }
+        np.lib.format.write_array_header_1_0(f, header)
+        yield lambda x: f.write(np.ascontiguousarray(x, dtype).data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def pad(flat: np.ndarray, lengths: np.ndarray, width: int, value: int) -> np.ndarray:
+    """Rows laid end to end -> [N, width], right padded."""
+    out = np.full((len(lengths), width), value, flat.dtype)
+    out[np.arange(width) < lengths[:, None]] = flat
+    return out
+
+
+def merge(
+    paths: list[pathlib.Path],
+    shard_N: np.ndarray,
+    keep_N: np.ndarray,
+    folder: pathlib.Path,
+    width: int,
+    pad_id: int,
+    roles: int,
+    on_rows=lambda n: None,
+) -> np.ndarray:
+    """Writes tokens.npy [kept, width] and role.npy of the kept rows; returns the tokens of every role code [roles].
+
+    shard_N: which of `paths` a row is in. keep_N: bool. on_rows is told how many rows were written.
+    """
+    shape, totals = (np.count_nonzero(keep_N), width), np.zeros(roles, np.int64)
+    step = max(BLOCK_BYTES // (4 * width), 1)
+    bounds = np.searchsorted(shard_N, np.arange(len(paths) + 1))
+    with (
+        open_npy(folder / 'tokens.npy', np.int32, shape) as add_tokens,
+        open_npy(folder / 'role.npy', np.int8, shape) as add_role,
+    ):
+        for path, lo, hi in zip(paths, bounds[:-1], bounds[1:], strict=True):
+            keep = keep_N[lo:hi]
+            if not keep.any():
+                continue
+            with np.load(path, allow_pickle=False) as shard:
+                lengths, tokens, role = shard['lengths'], shard['tokens'], shard['role']
+            ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            for i in range(0, hi - lo, step):
+                some, n = keep[i : i + step], lengths[i : i + step]
+                inside = np.repeat(some, n)
+                part = slice(ends[i], ends[i + len(n)])
+                add_tokens(pad(tokens[part][inside], n[some], width, pad_id))
+                add_role(pad(role[part][inside], n[some], width, NO_ROLE))
+                totals += np.bincount(role[part][inside], minlength=roles)
+                on_rows(int(np.count_nonzero(some)))
+    return totals

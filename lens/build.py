@@ -117,6 +117,7 @@ def open_run(cfg) -> Run:
     _require(
         cfg.eval.documents >= 2, f'eval.documents={cfg.eval.documents} must be at least 2: controls pair documents.'
     )
+    _choice(cfg.data.positions, data.POSITIONS, 'data.positions')
     _choice(cfg.subject.dtype, DTYPES, 'subject.dtype')
     _choice(cfg.subject.remat, REMAT_POLICIES, 'subject.remat')
     _choice(cfg.subject.experts, moe.IMPLEMENTATIONS, 'subject.experts')
@@ -153,6 +154,7 @@ def open_run(cfg) -> Run:
             f'{split.directory} was made with another tokenizer than that of {cfg.subject.path}: pretokenize again.',
         )
     data.check_disjoint(train, validation)
+    train, validation = (data.readable(x, cfg.data.positions, cfg.data.min_pos) for x in (train, validation))
     longest = max(train.tokens.shape[1], validation.tokens.shape[1])
     _require(
         longest <= c.max_positions,

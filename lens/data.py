@@ -7,6 +7,7 @@ of an explanation, F known facts):
     meta.json  {"format": "lens-tokens/1", "vocab_size", "pad_id", ...}
     positions.npy int32 [N, P], explanations.npy int32 [N, P, T]    optional: given explanations
     facts.npy int8 [N, S, F]                                        optional: known answers
+    role.npy int8 [N, S]                                            optional: whose words; meta.json's "roles" has the codes
 
 `facts.npy` holds, per token position, which value of each field the text has established (-1:
 none); meta.json's "facts" lists every field with its values and their token ids.
@@ -24,6 +25,9 @@ from lens.errors import LensError
 FORMAT = 'lens-tokens/1'
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
 ROWS_PER_CHECK = 65536
+BYTES_PER_SCAN = 1 << 24  # of role.npy
+# What data.positions may be -> the roles of the positions that are read.
+POSITIONS = {'any': (), 'assistant': ('thinking', 'final'), 'thinking': ('thinking',), 'final': ('final',)}
 
 
 class DataError(LensError):
@@ -32,7 +36,10 @@ class DataError(LensError):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split; see the module docstring for the arrays."""
+    """One split; see the module docstring for the arrays.
+
+    rows, codes: after `readable`, the documents that are read and the role codes of their positions.
+    """
 
     directory: pathlib.Path
     meta: dict
@@ -42,9 +49,17 @@ class Split:
     positions: np.ndarray | None
     explanations: np.ndarray | None
     facts: np.ndarray | None
+    role: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    codes: np.ndarray | None = None
 
     def __len__(self):
-        return len(self.tokens)
+        return len(self.tokens) if self.rows is None else len(self.rows)
+
+    @property
+    def left_out(self) -> int:
+        """Documents without a position that may be read."""
+        return len(self.tokens) - len(self)
 
 
 def _load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarray | None:
@@ -96,6 +111,7 @@ def open_split(path: str, split: str, *, vocab_size: int) -> Split:
         positions=positions,
         explanations=_load(d / 'explanations.npy', (n, positions.shape[1], None)) if labelled else None,
         facts=_load(d / 'facts.npy', (n, s, len(facts))) if facts else None,
+        role=_load(d / 'role.npy', (n, s), optional=True),
     )
     for name in ('tokens', 'explanations') if labelled else ('tokens',):
         _check_ids(getattr(out, name), d / f'{name}.npy', vocab_size)
@@ -141,26 +157,62 @@ def check_disjoint(train: Split, validation: Split) -> None:
             raise DataError(f'{train.directory}/tokens.npy row {i} is also a text of {validation.directory}.')
 
 
-def draw_positions(length: int, count: int, min_pos: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` positions uniform on min(min_pos, length-1)..length-1; distinct where possible."""
-    lo = min(min_pos, length - 1)
-    return np.sort(rng.choice(np.arange(lo, length), count, replace=length - lo < count)).astype(np.int32)
+def readable(split: Split, positions: str, min_pos: int) -> Split:
+    """`split` with only the positions of one kind (a key of POSITIONS), from min_pos on; documents that have
+    none are left out. Reads role.npy once. Raises DataError if it is not there or no document is left."""
+    if positions == 'any':
+        return split
+    d, names = split.directory, split.meta.get('roles')
+    if split.role is None or not isinstance(names, dict) or not set(POSITIONS[positions]) <= names.keys():
+        raise DataError(
+            f'{d} has no roles of its tokens (role.npy, and their names in meta.json), which '
+            f'data.positions={positions!r} needs: pretokenize chats again, or use data.positions=any.'
+        )
+    codes = np.array([names[k] for k in POSITIONS[positions]], np.int8)
+    n, width = split.tokens.shape
+    step, column, parts = max(BYTES_PER_SCAN // width, 1), np.arange(width), []
+    for i in range(0, n, step):
+        length = np.asarray(split.lengths[i : i + step])[:, None]
+        ok = np.isin(split.role[i : i + step], codes) & (column < length)
+        found = (ok & (column >= np.minimum(min_pos, length - 1))).any(1)
+        if split.positions is not None:  # a given explanation must be at such a position, too
+            given = np.asarray(split.positions[i : i + step])
+            found &= (np.take_along_axis(ok, np.maximum(given, 0), 1) & (given >= 0)).any(1)
+        parts.append(i + np.flatnonzero(found))
+    rows = np.concatenate(parts)
+    if not len(rows):
+        raise DataError(f'{d} has no document with a position for data.positions={positions!r} from {min_pos} on.')
+    return dataclasses.replace(split, rows=rows, codes=codes)
+
+
+def draw_positions(
+    length: int, count: int, min_pos: int, rng: np.random.Generator, allowed: np.ndarray | None = None
+) -> np.ndarray:
+    """`count` positions uniform on min(min_pos, length-1)..length-1; distinct where possible.
+
+    allowed: bool [length or more]; only positions where it holds.
+    """
+    choices = np.arange(min(min_pos, length - 1), length)
+    choices = choices if allowed is None else choices[allowed[choices]]
+    return np.sort(rng.choice(choices, count, replace=len(choices) < count)).astype(np.int32)
 
 
 def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rng) -> dict:
+    allowed = None if split.codes is None else np.isin(split.role[i], split.codes)
     row = {
         'tokens': np.asarray(split.tokens[i], np.int32),
         'doc_id': np.int64(split.doc_id[i]),
     }
     if labelled:
-        have = np.flatnonzero(np.asarray(split.positions[i]) >= 0)
+        given = np.asarray(split.positions[i])
+        have = np.flatnonzero((given >= 0) if allowed is None else (given >= 0) & allowed[given])
         if not len(have):
             raise DataError(f'{split.directory}/positions.npy row {i} has no labelled position.')
         pick = np.sort(rng.choice(have, vectors, replace=len(have) < vectors))
         row['positions'] = np.asarray(split.positions[i][pick], np.int32)
         row['explanations'] = np.asarray(split.explanations[i][pick], np.int32)
     else:
-        row['positions'] = draw_positions(int(split.lengths[i]), vectors, min_pos, rng)
+        row['positions'] = draw_positions(int(split.lengths[i]), vectors, min_pos, rng, allowed)
     return row
 
 
@@ -174,24 +226,26 @@ def train_batches(split: Split, *, documents: int, vectors: int, min_pos: int, l
         raise DataError(f'{split.directory}/positions.npy does not exist: the sft objective needs given explanations.')
     if len(split) < documents:
         raise DataError(f'{split.directory} holds {len(split)} documents, fewer than one batch of {documents}.')
+    documents_read = range(len(split)) if split.rows is None else split.rows
     return iter(
-        grain.MapDataset.source(range(len(split)))
+        grain.MapDataset.source(documents_read)
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(lambda i, rng: _row(split, i, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
+        .random_map(lambda i, rng: _row(split, int(i), vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
         .batch(documents)
         .to_iter_dataset(READ_OPTIONS)
     )
 
 
 def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: int) -> dict:
-    """The fixed held-out set: the first `documents` rows, positions drawn per document id.
+    """The fixed held-out set: the first `documents` rows that may be read, positions drawn per document id.
 
     Returns the arrays of a training batch plus `lengths` [R], and `facts` [R, V, F] and `explanations`
     [R, V, T] where the split has them at those positions.
     """
     n = min(documents, len(split))
+    which = np.arange(n) if split.rows is None else split.rows[:n]
     rows = [
         _row(
             split,
@@ -201,10 +255,10 @@ def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: 
             labelled=split.positions is not None,
             rng=np.random.default_rng([seed, int(split.doc_id[i]) % 2**64]),
         )
-        for i in range(n)
+        for i in which
     ]
     batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-    batch['lengths'] = np.asarray(split.lengths[:n])
+    batch['lengths'] = np.asarray(split.lengths[which])
     if split.facts is not None:
-        batch['facts'] = np.stack([split.facts[i][r['positions']] for i, r in enumerate(rows)])
+        batch['facts'] = np.stack([split.facts[i][r['positions']] for i, r in zip(which, rows, strict=True)])
     return batch

@@ -86,8 +86,12 @@ class Trainer:
             f'parameters, read after block {self.run.layer}\n'
             f'Trained: decoder {sizes["decoder"]}, encoder {sizes["encoder"]} parameters\n'
             f'Data {self.cfg.data.path}: {len(self.run.train)} training and {len(self.run.validation)} held-out documents, '
-            f'no document in both\nSteps: {phases}' + (f'; continuing at step {step}' if step else '')
+            f'no document in both{self._left_out()}\nSteps: {phases}' + (f'; continuing at step {step}' if step else '')
         )
+
+    def _left_out(self) -> str:
+        train, validation, kind = self.run.train.left_out, self.run.validation.left_out, self.cfg.data.positions
+        return f'; {train} and {validation} without {kind} tokens left out' if kind != 'any' else ''
 
     def _restore_or_init(self) -> tuple[State, dict | None]:
         """The newest checkpoint of this workdir, or step 0; and the data iterator's state."""

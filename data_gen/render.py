@@ -1,0 +1,249 @@
+"""Chats and texts to token ids with a role per token.
+
+gpt-oss (any tokenizer with the Harmony tokens) is rendered here, piece by piece: the control tokens and
+the words of the headers are `special`. Other chats go through the tokenizer's chat template, which is
+rendered twice: as it is, and with a mark in place of every text; the marks tell where each text lies. A
+token belongs to the text that holds its first character that is no white space.
+"""
+
+import datetime
+import functools
+import hashlib
+import itertools
+import re
+
+import numpy as np
+
+from data_gen import chat_data
+from data_gen.documents import EFFORT_LINE, BadRow, Chat
+from lens.errors import LensError
+
+ROLES = {'system': 0, 'user': 1, 'thinking': 2, 'final': 3, 'special': 4, 'text': 5}  # codes of role.npy
+SYSTEM, USER, THINKING, FINAL, SPECIAL, TEXT = ROLES.values()
+ROLE_OF = {'system': SYSTEM, 'developer': SYSTEM, 'user': USER, 'tool': USER, 'assistant': FINAL}
+DATE = '2025-06-28'  # what templates print for the current date
+# Flags of a document; final: the text of its last answer, of which truncation took a part or all.
+FLAGS = {'truncated': 1, 'final_cut': 2, 'final_lost': 4}
+TRUNCATED, FINAL_CUT, FINAL_LOST = FLAGS.values()
+CHARS_PER_TOKEN = 64  # a text is cut at so many characters for each token that is kept, before it is tokenised
+WHITE = np.isin(np.arange(0x3002), [ord(c) for c in ' \t\n\r\x0b\x0c\x85\xa0\u3000'])  # by character code
+MARK = re.compile('\ue000(\\d+)\ue001')
+START, CHANNEL, MESSAGE, END, RETURN = CONTROLS = ('<|start|>', '<|channel|>', '<|message|>', '<|end|>', '<|return|>')
+HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
+Knowledge cutoff: 2024-06
+Current date: {date}
+
+Reasoning: {effort}
+
+# Valid channels: analysis, commentary, final. Channel must be included for every message."""
+
+
+def has_harmony(tokenizer) -> bool:
+    return all(i is not None and i != tokenizer.unk_token_id for i in tokenizer.convert_tokens_to_ids(list(CONTROLS)))
+
+
+def harmony_pieces(chat: Chat, date: str) -> list[tuple[str, int | None]]:
+    """A chat in Harmony: (text, role code) in order; None: a control token.
+
+    Every assistant turn keeps its analysis and its final message; the last one ends with <|return|>.
+    """
+    out = []
+
+    def add(header, body, role, channel=None, end=END):
+        out.extend([(START, None), (header, SPECIAL)])
+        out.extend([(CHANNEL, None), (channel, SPECIAL)] if channel else [])
+        out.extend([(MESSAGE, None), (body, role), (end, None)])
+
+    add('system', HARMONY_SYSTEM.format(date=date, effort=chat.effort), SYSTEM)
+    for i, m in enumerate(chat.messages):
+        if m['role'] in ('system', 'developer'):
+            text = m['content'] if i else EFFORT_LINE.sub('', m['content'], count=1)  # that line is above already
+            if text:
+                add('developer', f'# Instructions\n\n{text}', SYSTEM)
+        elif m['role'] == 'user':
+            add('user', m['content'], USER)
+        elif m['role'] == 'assistant':
+            if 'thinking' in m:
+                add('assistant', m['thinking'], THINKING, 'analysis')
+            if m['content']:
+                add('assistant', m['content'], FINAL, 'final', RETURN if i == len(chat.messages) - 1 else END)
+        else:
+            raise BadRow('a tool message, which Harmony rendering does not take')
+    return out
+
+
+def align(rendered: str, skeleton: str, texts: dict[int, tuple[str, int]]) -> list[tuple[int, int, int]]:
+    """(start, end, role) of every text in `rendered`. skeleton: the same with marks. Raises BadRow.
+
+    texts: number of the mark -> (text, role). The template may have stripped a text of white space.
+    """
+    parts = MARK.split(skeleton)
+    at, out = len(parts[0]), []
+    ok = rendered.startswith(parts[0])
+    for number, literal in zip(parts[1::2], parts[2::2], strict=True):
+        text, role = texts[int(number)]
+        for form in (text, text.strip(), text.strip('\n'), text.lstrip(), text.rstrip(), text.lstrip('\n')):
+            end = at + len(form)
+            if rendered.startswith(form, at) and rendered.startswith(literal, end):
+                out.append((at, end, role))
+                at = end + len(literal)
+                break
+        else:
+            ok = False
+    if not ok or at != len(rendered):
+        raise BadRow('the chat template changes the text')
+    return out
+
+
+def token_roles(text: str, spans: list[tuple[int, int, int]], offsets_Nx2: np.ndarray) -> np.ndarray:
+    """Role codes [N] of tokens from their character ranges in `text`."""
+    role_C = np.full(len(text) + 1, SPECIAL, np.int8)
+    for start, end, role in spans:
+        role_C[start:end] = role
+    white = WHITE[np.minimum(np.frombuffer(text.encode('utf-32-le'), np.uint32), len(WHITE) - 1)]
+    ink = np.where(white, len(text), np.arange(len(text)))
+    ink = np.append(np.minimum.accumulate(ink[::-1])[::-1], len(text))  # the next character to be seen
+    start, end = offsets_Nx2.T
+    return role_C[np.where(ink[start] < end, ink[start], start)]
+
+
+def pin_date(template: str, date: str) -> tuple[str, dict]:
+    """(template, variables) that print `date` (YYYY-MM-DD) where a chat template prints the current date."""
+    day = datetime.date.fromisoformat(date)
+    formats = {f: day.strftime(f) for _, f in re.findall(r'strftime_now\((["\'])(.*?)\1\)', template)}
+    own = '{%- macro strftime_now(format) -%}{{ pinned_dates[format] }}{%- endmacro -%}'
+    return (own if formats else '') + template, {'pinned_dates': formats, 'date_string': day.strftime('%d %b %Y')}
+
+
+class Renderer:
+    """Documents to tokens, for one tokenizer; picklable. Raises LensError if chats are asked of a tokenizer
+    that has no format for them."""
+
+    def __init__(self, tokenizer, *, seq_len: int, truncate: str, date: str, chats: bool):
+        self.tokenizer, self.seq_len, self.truncate, self.date = tokenizer, seq_len, truncate, date
+        if not tokenizer.is_fast:
+            raise LensError('The tokenizer gives no character offsets: use a directory with tokenizer.json.')
+        tokenizer.model_max_length = int(1e30)  # rows are cut here
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        self.harmony = chats and has_harmony(tokenizer)
+        if chats and not self.harmony and not tokenizer.chat_template:
+            raise LensError('The tokenizer has no chat template, which chats need: use the directory of a chat model.')
+        self.kind = None if not chats else 'harmony' if self.harmony else 'chat_template'
+        self.template, self.dates = (
+            pin_date(tokenizer.get_chat_template(), date) if chats and not self.harmony else ('', {})
+        )
+        self.native = chats and not self.harmony and chat_data.native_thinking(tokenizer)
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+        self.special = np.zeros(max(len(tokenizer), *special, 0) + 1, bool)
+        self.special[list(special)] = True
+        one = np.array(tokenizer('a')['input_ids'])
+        plain = len(tokenizer('a', add_special_tokens=False)['input_ids'])
+        before = int(np.argmin(np.append(self.special[one], False)))
+        self.prefix, self.suffix = one[:before], one[before + plain :]  # what the tokenizer puts around a text
+
+    def template_sha256(self) -> str:
+        """Fingerprint of how chats become text."""
+        template = HARMONY_SYSTEM if self.harmony else self.tokenizer.get_chat_template()
+        return hashlib.sha256(f'{template}{self.date}'.encode()).hexdigest()
+
+    def encode(self, documents: list) -> list:
+        """Per document (ids int32 [n], roles int8 [n], flags) with n <= seq_len, or the BadRow that it raised."""
+        if not documents:
+            return []
+        if isinstance(documents[0], str):
+            return self._texts(documents)
+        return self._harmony(documents) if self.harmony else self._templated(documents)
+
+    def _texts(self, texts: list[str]) -> list:
+        cap = self.seq_len * CHARS_PER_TOKEN
+        texts = [t[:cap] if self.truncate == 'right' else t[-cap:] for t in texts]
+        out = []
+        for ids in self.tokenizer(texts, return_attention_mask=False)['input_ids']:
+            ids = np.array(ids, np.int32)
+            out.append(self._cut(ids, np.full(len(ids), TEXT, np.int8), self.prefix, self.suffix))
+        return out
+
+    def _cut(self, ids: np.ndarray, roles: np.ndarray, prefix=(), suffix=()) -> tuple:
+        n, size = len(ids), self.seq_len
+        roles[self.special[ids]] = SPECIAL
+        if n <= size:
+            return ids, roles, 0
+        if self.truncate == 'right':
+            keep = np.r_[0 : size - len(suffix), n - len(suffix) : n]
+        else:
+            keep = np.r_[0 : len(prefix), n - size + len(prefix) : n]
+        final = np.flatnonzero(roles == FINAL)
+        flags = TRUNCATED
+        if len(final):  # the last run of it: the last assistant message
+            run = np.arange(final[np.flatnonzero(np.diff(final, prepend=-2) > 1)[-1]], final[-1] + 1)
+            left = np.isin(run, keep).sum()
+            flags |= FINAL_LOST if left == 0 else FINAL_CUT if left < len(run) else 0
+        return ids[keep], roles[keep], flags
+
+    def _harmony(self, chats: list[Chat]) -> list:
+        rendered = [_or_bad_row(harmony_pieces, c, self.date) for c in chats]
+        texts = list(dict.fromkeys(t for r in rendered if isinstance(r, list) for t, role in r if role is not None))
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )
+        ids_of = {(t, True): np.array(i, np.int32) for t, i in zip(texts, encoded['input_ids'], strict=True)}
+        for token in CONTROLS:
+            ids_of[token, False] = np.array([self.tokenizer.convert_tokens_to_ids(token)], np.int32)
+        out = []
+        for r in rendered:
+            if isinstance(r, list):
+                ids = [ids_of[t, role is not None] for t, role in r]
+                codes = [SPECIAL if role is None else role for _, role in r]
+                r = self._cut(np.concatenate(ids), np.repeat(codes, list(map(len, ids))).astype(np.int8))
+            out.append(r)
+        return out
+
+    def _templated(self, chats: list[Chat]) -> list:
+        out = [_or_bad_row(self.render, c) for c in chats]
+        good = [i for i, r in enumerate(out) if isinstance(r, tuple)]
+        if not good:
+            return out
+        backend = self.tokenizer.backend_tokenizer
+        for i, e in zip(good, backend.encode_batch([out[i][0] for i in good], add_special_tokens=False), strict=True):
+            offsets = np.fromiter(itertools.chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2)
+            out[i] = self._cut(np.array(e.ids, np.int32), token_roles(*out[i], offsets))
+        return out
+
+    def render(self, chat: Chat) -> tuple[str, list[tuple[int, int, int]]]:
+        """The chat template's text of a chat and the (start, end, role) of its parts. Raises BadRow."""
+        texts, key = {}, []
+        for i, m in enumerate(chat.messages):
+            texts |= {2 * i: (m['content'], ROLE_OF[m['role']]), 2 * i + 1: (m.get('thinking', ''), THINKING)}
+            key.append((m['role'], bool(m['content']), 'thinking' in m))
+        return (rendered := self._apply(chat.messages, chat.effort)), align(
+            rendered, self._skeleton(tuple(key), chat.effort), texts
+        )
+
+    def _apply(self, messages: list[dict], effort: str) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages if self.native else chat_data.inline_thinking(messages),
+                chat_template=self.template,
+                tokenize=False,
+                reasoning_effort=effort,
+                **self.dates,
+            )
+        except Exception as e:  # a template raises what it likes
+            raise BadRow(f'the chat template refuses it: {(str(e).splitlines() or ["?"])[0][:100]}') from None
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (one renderer per process)
+    def _skeleton(self, key: tuple, effort: str) -> str:
+        """The rendering of chats of one shape, with marks in place of their texts."""
+        messages = []
+        for i, (role, content, thinking) in enumerate(key):
+            message = {'role': role, 'content': f'\ue000{2 * i}\ue001' if content else ''}
+            messages.append(message | ({'thinking': f'\ue000{2 * i + 1}\ue001'} if thinking else {}))
+        return self._apply(messages, effort)
+
+
+def _or_bad_row(f, *args):
+    try:
+        return f(*args)
+    except BadRow as e:
+        return e
