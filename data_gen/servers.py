@@ -1,0 +1,313 @@
+"""OpenAI-compatible servers: which of them are up, what an answer means, and how fast they are.
+
+A server that fails is left alone for a time that doubles, then tried with one request; an answer brings it back.
+A registry file with one URL per line adds and removes servers while requests run.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import email.utils
+import json
+import pathlib
+import time
+import urllib.parse
+
+import aiohttp
+
+from lens.errors import LensError
+
+BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
+START_S = 5.0  # how long servers given by URL may take to answer at the start
+NONE_LEFT_S = 1.0  # without a server for this long, the wait is said
+MODELS_TIMEOUT_S = 10.0
+SPEED_WINDOW_S = 30.0
+NO_REFUSAL = (401, 402, 403, 405, 408, 425, 429)  # a 4xx that says nothing about the one request
+
+
+class Refused(Exception):
+    """The server understood the request and will never answer it."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Failed(Exception):
+    """No answer. counts: whether this was an attempt at the row, and not a server that is busy or away.
+
+    pause: seconds after which the server wants to be asked again.
+    """
+
+    def __init__(self, reason: str, counts: bool = True, pause: float | None = None):
+        super().__init__(reason)
+        self.counts, self.pause = counts, pause
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    message: dict
+    finish_reason: str | None
+    tokens: int | None
+    raw: str
+    server: 'Server'
+    prompt_tokens: int | None = None
+
+
+class Server:
+    """One URL and what is known of it."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.label = urllib.parse.urlsplit(url).netloc
+        self.serves: bool | None = None  # the wanted model; None: not yet known
+        self.problem = 'not yet asked'
+        self.in_flight = self.failures = self.answers = 0
+        self.retry_at = self.failed_at = 0.0
+        self._recent: collections.deque[tuple[float, int]] = collections.deque()
+        self._since = time.monotonic()
+
+    def ready(self, now: float) -> bool:
+        return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
+
+    def succeed(self) -> None:
+        self.failures, self.answers = 0, self.answers + 1
+
+    def fail(self, started: float, failure: Failed) -> None:
+        """Requests that were under way when a failure was noticed do not add to it."""
+        now = time.monotonic()
+        self.problem = str(failure)
+        if failure.pause is not None:
+            self.retry_at = max(self.retry_at, now + failure.pause)
+        elif started >= self.failed_at:
+            self.failures, self.failed_at = self.failures + 1, now
+            pause = min(BACKOFF_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S)
+            self.retry_at = max(self.retry_at, now + pause)
+
+    def add_tokens(self, tokens: int) -> None:
+        self._recent.append((time.monotonic(), tokens))
+
+    def speed(self) -> float:
+        """Generated tokens per second of the last half minute."""
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - SPEED_WINDOW_S:
+            self._recent.popleft()
+        return sum(n for _, n in self._recent) / max(min(now - self._since, SPEED_WINDOW_S), 0.5)
+
+
+def normal_url(text: str) -> str | None:
+    """The base URL with its /v1, or None where `text` is no http URL."""
+    try:
+        parts = urllib.parse.urlsplit(text.strip().rstrip('/'))
+        valid = parts.scheme in ('http', 'https') and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return None
+    return urllib.parse.urlunsplit(parts if parts.path else parts._replace(path='/v1')) if valid else None
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header: a number or a date."""
+    if not value:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None
+
+
+def parse_answer(raw: str, server: Server) -> Answer:
+    """Raises Failed where `raw` is not the answer of a chat completion."""
+    try:
+        body = json.loads(raw)
+        choice = body['choices'][0]
+        message, usage = choice['message'], body.get('usage') or {}
+        if not isinstance(message, dict):
+            raise TypeError
+        tokens, prompt_tokens = usage.get('completion_tokens'), usage.get('prompt_tokens')
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise Failed(f'the answer is not a chat completion: {raw[:200]!r}') from None
+    tokens, prompt_tokens = (n if isinstance(n, int) else None for n in (tokens, prompt_tokens))
+    return Answer(message, choice.get('finish_reason'), tokens, raw, server, prompt_tokens)
+
+
+class Servers:
+    """All servers of a run. `say` prints a line. key: API key that all of them get."""
+
+    def __init__(
+        self,
+        urls: list[str],
+        registry: str | None,
+        interval: float,
+        model: str,
+        timeout: float,
+        say,
+        key: str | None = None,
+    ):
+        self._fixed = []
+        for text in urls:
+            if (url := normal_url(text)) is None:
+                raise LensError(f'{text!r} in --server_urls is no URL such as http://localhost:8000/v1.')
+            self._fixed.append(url)
+        self._registry = pathlib.Path(registry) if registry else None
+        self._interval, self._model, self._timeout, self._say = interval, model, timeout, say
+        self._headers = {'Authorization': f'Bearer {key}'} if key else {}
+        self._listed: list[str] = []
+        self._none_since: float | None = None
+        self._said_none = False
+        self.all: dict[str, Server] = {}
+
+    async def __aenter__(self):
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self._headers)
+        return self
+
+    async def __aexit__(self, *exc):
+        await self._session.close()
+
+    def read_registry(self) -> None:
+        """Brings `all` up to date; what cannot be read leaves the list as it was."""
+        if self._registry:
+            try:
+                lines = self._registry.read_text('utf-8', 'replace').splitlines()
+                self._listed = [u for line in lines if (u := normal_url(line.partition('#')[0]))]
+            except OSError:
+                pass
+        wanted = dict.fromkeys([*self._fixed, *self._listed])
+        for url in self.all.keys() - wanted.keys():
+            self._say(f'server {url} was removed from the registry')
+            del self.all[url]
+        for url in wanted:
+            if url not in self.all:
+                self.all[url] = Server(url)
+
+    async def _ask_models(self, server: Server) -> None:
+        """Finds out whether the server serves the model."""
+        try:
+            limit = aiohttp.ClientTimeout(total=min(MODELS_TIMEOUT_S, self._timeout))
+            async with self._session.get(server.url + '/models', timeout=limit) as response:
+                status, raw = response.status, await response.read()
+            if status != 200:
+                wants = ', it wants an API key or refuses the one given' if status in (401, 403) else ''
+                raise ValueError(f'HTTP {status} from /models{wants}')
+            names = [m['id'] for m in json.loads(raw)['data']]
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError) as e:
+            server.serves, server.problem = None, _reason(e)
+            return
+        problem = f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}'
+        if self._model in names:
+            server.serves = True
+        elif server.problem != problem:
+            self._say(f'server {server.url} is left out: it {problem}')
+        if self._model not in names:
+            server.serves, server.problem = False, problem
+
+    async def _admit(self) -> None:
+        self.read_registry()
+        await asyncio.gather(*(self._ask_models(s) for s in list(self.all.values()) if not s.serves))
+
+    async def start(self) -> None:
+        """Returns when one server is ready. Raises LensError where none can be: see the module's text."""
+        began, said = time.monotonic(), False
+        while True:
+            await self._admit()
+            known = list(self.all.values())
+            if any(s.serves for s in known):
+                return
+            late = not self._registry and time.monotonic() - began > START_S
+            wrong = [s for s in known if s.serves is False]
+            if wrong and (late or len(wrong) == len(known)):
+                raise LensError(f'{wrong[0].url} {wrong[0].problem}: give the name it serves as --model.')
+            if late:
+                raise LensError(
+                    f'No server answers at {", ".join(s.url for s in known)} ({known[0].problem}): start one, or name '
+                    'another by --server_urls.'
+                )
+            if self._registry and not said:
+                said = True
+                self._say(f'no server yet: waiting for one in {self._registry}')
+            await asyncio.sleep(self._interval if self._registry else 0.5)
+
+    async def watch(self) -> None:
+        """Runs until it is cancelled: the registry, and servers that were away when they were first asked."""
+        while True:
+            await asyncio.sleep(self._interval)
+            await self._admit()
+
+    async def pick(self, number: int) -> Server:
+        """The server whose turn it is; waits, and says so once, while there is none."""
+        while True:
+            now = time.monotonic()
+            ready = [s for s in self.all.values() if s.ready(now)]
+            if ready:
+                self._none_since = None
+                return ready[number % len(ready)]
+            if any(s.in_flight for s in self.all.values()):
+                self._none_since = None
+            else:
+                self._none_since = self._none_since or now
+                if not self._said_none and now - self._none_since > NONE_LEFT_S:
+                    self._said_none = True
+                    problems = '; '.join(f'{s.label}: {s.problem}' for s in self.all.values())
+                    self._say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
+            await asyncio.sleep(0.1)
+
+    async def complete(self, number: int, body: dict) -> Answer:
+        """One attempt. Raises Failed or Refused."""
+        server, started = await self.pick(number), time.monotonic()
+        server.in_flight += 1
+        try:
+            answer = await self._post(server, body)
+        except Failed as e:
+            server.fail(started, e)
+            raise
+        finally:
+            server.in_flight -= 1
+        server.succeed()
+        if self._said_none:
+            self._said_none = False
+            self._say(f'server {server.url} answers: going on')
+        return answer
+
+    async def _post(self, server: Server, body: dict) -> Answer:
+        limit = aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(MODELS_TIMEOUT_S, self._timeout))
+        try:
+            async with self._session.post(server.url + '/chat/completions', json=body, timeout=limit) as response:
+                raw = (await response.read()).decode('utf-8', 'replace')
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
+            raise Failed(_reason(e), counts=False) from None
+        except TimeoutError:
+            raise Failed(f'no answer within {self._timeout:g} s') from None
+        except (aiohttp.ClientError, OSError) as e:
+            raise Failed(_reason(e)) from None
+        if response.status == 200:
+            return parse_answer(raw, server)
+        reason = f'HTTP {response.status}: {_error_text(raw)}'
+        if 400 <= response.status < 500 and response.status not in NO_REFUSAL:
+            await self._ask_models(server)
+            if server.serves:
+                server.succeed()
+                raise Refused(response.status, reason)
+            raise Failed(reason, counts=server.serves is None)
+        pause = retry_after(response.headers.get('Retry-After')) if response.status in (429, 503) else None
+        raise Failed(reason, response.status not in (401, 402, 403, 429, 503), pause)
+
+
+def _error_text(raw: str) -> str:
+    """The message of an OpenAI-style error, or the text itself."""
+    try:
+        body = json.loads(raw)
+        error = body.get('error', body)
+        return str(error.get('message', error) if isinstance(error, dict) else error)[:1000]
+    except (ValueError, AttributeError, RecursionError):
+        return raw[:1000]
+
+
+def _reason(e: BaseException) -> str:
+    if isinstance(e, TimeoutError):
+        return 'no answer in time'
+    if isinstance(e, (KeyError, TypeError)):
+        return 'the answer of /models is not a list of models'
+    return ' '.join(str(e).split()) or type(e).__name__

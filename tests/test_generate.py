@@ -1,0 +1,580 @@
+"""Generation against scripted servers: turn choice, faults, kills, resume, and every error sentence."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip('aiohttp')
+pytest.importorskip('datasets')
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_gen import chat_data, rollouts, servers, turns
+from data_gen.generate import Options, generate
+from lens import hf
+from lens.errors import LensError
+from tests.fake_server import FakeServer, answer_to, faults_at_random
+
+SUBJECT = 'configs/tiny_subject'
+PRELOADED = [
+    'data_gen.generate',
+    'datasets',
+    'pyarrow.parquet',
+    'transformers.activations',
+    'transformers.models.auto.tokenization_auto',
+    'transformers.models.llama.configuration_llama',
+]
+
+
+def chat(i: int, pairs: int = 1, question: str = 'Tell me a story') -> list[dict]:
+    turn = [{'role': 'user', 'content': f'{question} {i}.'}, {'role': 'assistant', 'content': f'Old answer {i}.'}]
+    return turn * pairs
+
+
+def write_rows(path, rows) -> str:
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return str(path)
+
+
+def options(tmp_path, rows, *, urls=(), **more) -> Options:
+    source = rows if isinstance(rows, str) else write_rows(tmp_path / 'in.jsonl', rows)
+    given = {'input_dataset': source, 'output_path': str(tmp_path / 'out'), 'server_urls': ','.join(urls)}
+    given |= {'model': 'tiny', 'tokenizer': SUBJECT, 'timeout': 5.0, 'registry_refresh_interval': 1.0}
+    return Options(**given | more)
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return hf.load_tokenizer(SUBJECT)
+
+
+# --- the choice of the turn -----------------------------------------------------------------------------------
+
+
+def planner(tokenizer, **given):
+    return turns.Planner(tokenizer, Options(model='tiny', **given))
+
+
+def test_the_turn_nearest_to_the_anchor_is_chosen(tokenizer):
+    value = chat(0, pairs=8)
+    some = planner(tokenizer)
+    lengths = [some.count(value[:i]) for i in range(1, 16, 2)]
+    assert lengths == sorted(lengths) and len(set(lengths)) == 8
+    for anchor in (0, 30, 61, 75, 100, 10_000):
+        plan = planner(tokenizer, anchor_prompt_tokens=anchor).plan(3, value)
+        expected = min(range(8), key=lambda k: abs(lengths[k] - anchor))
+        assert plan.turns == value[: 2 * expected + 1] and plan.original_tokens == lengths[expected]
+        assert plan.messages == [{'role': 'system', 'content': 'Reasoning: high'}, *plan.turns]
+        assert plan.prompt_tokens == some.count(plan.messages) and plan.index == 3
+        assert plan.max_tokens == min(1536, 4000 - plan.prompt_tokens)
+
+
+def test_a_prompt_must_leave_the_margin_below_the_target(tokenizer):
+    value = chat(0, pairs=3)
+    lengths = [planner(tokenizer).count(value[:i]) for i in (1, 3, 5)]
+    for spare, kept in ((16, 3), (17, 5)):
+        plan = planner(tokenizer, target_total_tokens=lengths[2] + spare).plan(0, value)
+        assert len(plan.turns) == kept
+        assert plan.max_tokens == lengths[2] + spare - plan.prompt_tokens
+    with pytest.raises(turns.Skip, match='no prompt below'):
+        planner(tokenizer, target_total_tokens=lengths[0] + 16).plan(0, value)
+
+
+def test_a_long_system_line_backs_off_to_earlier_turns(tokenizer):
+    value, prompt = chat(0, pairs=12), 'Be kind. ' * 20
+    line = {'role': 'system', 'content': prompt}
+    some = planner(tokenizer)
+    lengths = [some.count(value[:i]) for i in range(1, 24, 2)]
+    target = lengths[11] + 17
+    room = [target - some.count([line, *value[:i]]) for i in range(1, 24, 2)]
+    expected = max(k for k in range(12) if room[k] >= 1)
+    assert 3 <= expected <= 9
+    plan = planner(tokenizer, system_prompt=prompt, target_total_tokens=target).plan(0, value)
+    assert plan.turns == value[: 2 * expected + 1] and plan.max_tokens == room[expected]
+    assert plan.messages[0] == {'role': 'system', 'content': prompt}
+    with pytest.raises(turns.Skip, match='with the system line'):
+        planner(tokenizer, system_prompt=prompt * 20, target_total_tokens=target).plan(0, value)
+
+
+def test_what_is_sent(tokenizer):
+    value = [{'role': 'system', 'content': 'Old.'}, *chat(0, pairs=2)]
+    value[2] = value[2] | {'thinking': 'Hm.', 'id': 7}
+    late = {'anchor_prompt_tokens': 1000}
+    sent = planner(tokenizer, **late).plan(0, value)
+    assert [m['role'] for m in sent.messages] == ['system', 'user', 'assistant', 'user']
+    assert sent.messages[0]['content'] == 'Reasoning: high' and sent.turns[0]['content'] == 'Old.'
+    assert all(set(m) == {'role', 'content'} for m in sent.messages) and sent.turns[2]['thinking'] == 'Hm.'
+    assert planner(tokenizer, reasoning_level='', **late).plan(0, value).messages[0]['content'] == 'Old.'
+    plain = planner(tokenizer, **late)
+    plain.native = False
+    assert plain.plan(0, value).messages[2]['content'] == '<think>Hm.</think>\nOld answer 0.'
+
+
+@pytest.mark.parametrize(
+    ('value', 'reason'),
+    [
+        (None, 'no list of messages'),
+        ([], 'no list of messages'),
+        ([{'role': 'user', 'content': 'Hi'}], 'no assistant turn after a user turn'),
+        ([{'role': 'assistant', 'content': 'Hi'}], 'no assistant turn after a user turn'),
+        ([{'role': 'user', 'content': None}], 'message 0 has no text'),
+        ([{'role': 'robot', 'content': 'Hi'}], "message 0 has the role 'robot'"),
+    ],
+)
+def test_rows_without_a_turn_are_skipped(tokenizer, value, reason):
+    with pytest.raises(turns.Skip, match=re.escape(reason)):
+        planner(tokenizer).plan(0, value)
+
+
+@pytest.mark.parametrize(
+    ('message', 'expected'),
+    [
+        ({'content': 'c', 'thinking': 't', 'reasoning': 'r'}, ('t', 'c')),
+        ({'content': 'c', 'reasoning_content': 't', 'reasoning': 'r'}, ('t', 'c')),
+        ({'content': 'c', 'reasoning': 't', 'thinking': None}, ('t', 'c')),
+        ({'content': None, 'reasoning': 't'}, ('t', '')),
+        ({'content': '<think>t</think>\nc'}, ('t', 'c')),
+        ({'content': '<think>\nt\n</think>\n\nc'}, ('\nt\n', '\nc')),
+        ({'content': ' \n<think>t</think>c'}, ('t', 'c')),
+        ({'content': 't</think>\nc'}, ('t', 'c')),
+        ({'content': '<think>cut off'}, ('cut off', '')),
+        ({'content': '<think></think>\nc'}, (None, 'c')),
+        ({'content': 'c', 'thinking': ''}, (None, 'c')),
+        ({'content': 'a\ud800'}, (None, 'a?')),
+    ],
+)
+def test_thinking_is_found(message, expected):
+    assert turns.extract(message) == expected
+
+
+# --- input ----------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_input_gives_the_same_rows(tmp_path):
+    rows = [{'id': i, 'talk': chat(i, pairs=1 + i % 3)} for i in range(700)]
+    write_rows(tmp_path / 'a.jsonl', rows)
+    (tmp_path / 'gaps.jsonl').write_text('\n'.join(json.dumps(r) + '\n' for r in rows))
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / 'a.parquet', row_group_size=90)
+    (tmp_path / 'parts').mkdir()
+    pq.write_table(table[:300], tmp_path / 'parts' / 'train-0.parquet')
+    pq.write_table(table[300:], tmp_path / 'parts' / 'train-1.parquet')
+    pq.write_table(table[:5], tmp_path / 'parts' / 'validation-0.parquet')
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / 'saved')
+    datasets.DatasetDict({'train': saved, 'test': saved.select(range(3))}).save_to_disk(tmp_path / 'dict')
+    for name in ('a.jsonl', 'gaps.jsonl', 'a.parquet', 'parts', 'saved', 'dict'):
+        opened = chat_data.open_table(str(tmp_path / name))
+        assert len(opened) == 700 and opened.columns == ['id', 'talk'] and chat_data.find_column(opened) == 'talk'
+        for start, stop in ((0, None), (255, 257), (299, 680), (650, 9999), (700, 800)):
+            got = list(opened.rows(start, stop))
+            assert got == list(enumerate(rows))[start:stop], name
+    assert len(chat_data.open_table(str(tmp_path / 'dict'), 'test')) == 3
+
+
+def test_messages_of_other_shapes():
+    plain = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    shapes = [
+        ['a', 'b'],
+        [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}],
+        {'role': ['user', 'assistant'], 'content': ['a', 'b']},
+        [{'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]}, plain[1] | {'thinking': None, 'extra': 1}],
+    ]
+    assert all(chat_data.messages_of(s) == plain for s in shapes)
+    thought = chat_data.messages_of([plain[0], plain[1] | {'reasoning_content': 't'}])
+    assert thought[1] == {'role': 'assistant', 'content': 'b', 'thinking': 't'}
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def record(i: int) -> dict:
+    return {'index': i, 'messages': chat(i), 'tokens': {'original_prompt_tokens': i}}
+
+
+@pytest.mark.parametrize('tail', [0, 1, 20, -2, -1])
+def test_a_torn_last_line_is_mended(tmp_path, tail):
+    lines = [(json.dumps(record(i)) + '\n').encode() for i in (4, 0, 2)]
+    (tmp_path / 'data.jsonl').write_bytes(b''.join(lines[:2]) + b'{broken\n' + lines[2][:tail])
+    (tmp_path / 'skipped.jsonl').write_text('{"index": 1, "reason": "x"}\n{"ind')
+    journal = rollouts.Journal(tmp_path, None, 6, {}, True)
+    whole = tail == -1  # only the end of the line was missing
+    assert journal.unfinished().tolist() == ([3, 5] if whole else [2, 3, 5])
+    journal.append([('data', record(5)), ('data', record(4)), ('data', record(3)), ('data', record(2))])
+    journal.close()
+    assert [r['index'] for r in journal.records()] == [0, 2, 3, 4, 5] and journal.counts['data'] == 5
+    text = (tmp_path / 'data.jsonl').read_text()
+    assert text.endswith('\n') and sorted(re.findall(r'{"index": (\d)', text)) == list('02345')
+    assert (tmp_path / 'skipped.jsonl').read_text() == '{"index": 1, "reason": "x"}\n'
+
+
+def test_two_generations_cannot_write_one_file(tmp_path):
+    first = rollouts.Journal(tmp_path, None, 3, {}, False)
+    first.open()
+    first.append([('data', record(0))])
+    with pytest.raises(LensError, match='Another generation is writing'):
+        rollouts.Journal(tmp_path, None, 3, {}, True)
+    first.close()
+
+
+def test_statistics_agree_with_numpy():
+    values = np.random.default_rng(0).integers(0, 4000, 1001)
+    got = rollouts.length_statistics(values)
+    assert list(got) == ['count', 'min', 'p50', 'p90', 'p95', 'p99', 'max', 'mean']
+    assert got['count'] == 1001 and got['min'] == values.min() and got['max'] == values.max()
+    assert all(got[f'p{q}'] == np.percentile(values, q) for q in (50, 90, 95, 99))
+    assert got['mean'] == pytest.approx(values.mean()) and rollouts.length_statistics([]) == {'count': 0}
+
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+def check_result(tmp_path, rows: int, missing: dict[str, list[int]]) -> None:
+    """Every index exactly once over all files, in order in the finished ones, and each answer its own."""
+    out = tmp_path / 'out'
+    expected = [i for i in range(rows) if not any(i in v for v in missing.values())]
+    lines = [json.loads(line) for line in (out / 'data.jsonl').read_text().splitlines()]
+    assert sorted(r['index'] for r in lines) == expected
+    for kind, indices in missing.items():
+        assert sorted(r['index'] for r in read(out / f'{kind}.jsonl')) == indices
+    saved = datasets.load_from_disk(str(out / 'dataset')).to_list()
+    assert [r['index'] for r in saved] == expected
+    assert saved == pq.read_table(out / 'parquet' / 'train.parquet').to_pylist()
+    by_index = {r['index']: r for r in lines}
+    for row in saved:
+        original = by_index[row['index']]
+        assert chat_data.messages_of(row['messages']) == original['messages']
+        *before, answer = original['messages']
+        sent = [{'role': 'system', 'content': 'Reasoning: high'}, *before]
+        budget = 4000 - original['tokens']['prompt_tokens_with_system']
+        assert (answer['thinking'], answer['content']) == answer_to(sent, min(1536, budget))
+        assert original['system'] == 'Reasoning: high' and original['finish_reason'] == 'stop'
+    assert not (out / '.unfinished').exists()
+
+
+def mixed_rows(n: int) -> tuple[list[dict], dict[str, list[int]]]:
+    """Rows with a refused one and one without an assistant turn among them."""
+    rows = [{'messages': chat(i, pairs=1 + i % 3)} for i in range(n)]
+    rows[7] = {'messages': chat(7, question='REFUSE')}
+    rows[11] = {'messages': chat(11)[:1]}
+    return rows, {'rejected': [7], 'skipped': [11], 'failed': []}
+
+
+def test_one_run(tmp_path, capsys, tokenizer):
+    rows, missing = mixed_rows(40)
+    with FakeServer(delay=0.02) as a, FakeServer(field='tags', delay=0.02) as b:
+        last = generate(options(tmp_path, rows, urls=(a.url, b.url), max_concurrency=6))
+    assert '38 done, 1 rejected, 0 failed, 1 skipped' in last and str(tmp_path / 'out' / 'dataset') in last
+    check_result(tmp_path, 40, missing)
+    assert len(a.requests) + len(b.requests) == 39 and min(len(a.requests), len(b.requests)) == 19
+    assert a.most_in_flight + b.most_in_flight >= 4 and max(a.most_in_flight, b.most_in_flight) <= 6
+    body = a.requests[0]
+    assert set(body) == {'model', 'messages', 'max_tokens', 'temperature', 'top_p'} and body['temperature'] == 0.2
+    out = capsys.readouterr().out
+    raw = json.loads(re.search(r'First raw response \(http[^)]+\):\n(.+)', out)[1])
+    example = json.JSONDecoder().raw_decode(out.split('First finished example:\n')[1])[0]
+    assert raw['choices'][0]['message']['content']
+    assert example in read(tmp_path / 'out' / 'data.jsonl') and out.count('First ') == 2
+    assert re.search(r'40/40 rows  127.0.0.1:\d+ \d+ tok/s, 127.0.0.1:\d+ \d+ tok/s .* ETA 0:00', out)
+    (reject,) = read(tmp_path / 'out' / 'rejected.jsonl')
+    assert reject['status'] == 400 and 'this request is refused' in reject['reason']
+    stats = json.loads((tmp_path / 'out' / 'stats.json').read_text())
+    assert stats['counts'] == {'done': 38, 'rejected': 1, 'failed': 0, 'skipped': 1}
+    thoughts = [r['messages'][-1]['thinking'] for r in read(tmp_path / 'out' / 'data.jsonl')]
+    counted = [len(tokenizer(t, add_special_tokens=False)['input_ids']) for t in thoughts]
+    assert stats['lengths']['thinking_tokens'] == rollouts.length_statistics(counted)
+    before = (tmp_path / 'out' / 'data.jsonl').read_bytes()
+    again = options(tmp_path, rows, urls=('http://127.0.0.1:1',))
+    with pytest.raises(LensError, match='exists: add --resume'):
+        generate(again)
+    with pytest.raises(LensError, match=r'says temperature 0\.2, this run 0\.7'):
+        generate(options(tmp_path, rows, resume=True, temperature=0.7))
+    assert generate(options(tmp_path, rows, resume=True)) == last  # nothing is left to ask for: no server is needed
+    assert (tmp_path / 'out' / 'data.jsonl').read_bytes() == before
+
+
+def test_max_samples_and_another_place_of_the_lines(tmp_path):
+    rows = [{'messages': chat(i)} for i in range(30)]
+    given = {'partial_jsonl': str(tmp_path / 'elsewhere' / 'lines.jsonl'), 'max_samples': 12}
+    with FakeServer() as a:
+        assert '12 done' in generate(options(tmp_path, rows, urls=[a.url], **given))
+        assert '30 done' in generate(options(tmp_path, rows, urls=[a.url], resume=True, **given | {'max_samples': 0}))
+        assert len(a.requests) == 30
+    assert len(read(tmp_path / 'elsewhere' / 'lines.jsonl')) == 30 and not (tmp_path / 'out' / 'data.jsonl').exists()
+
+
+def test_retry_after_is_honoured(tmp_path):
+    def once(number, body):
+        return '429' if number == 0 else None
+
+    rows = [{'messages': chat(i)} for i in range(3)]
+    with FakeServer(script=once, retry_after='2') as a:
+        generate(options(tmp_path, rows, urls=[a.url], max_concurrency=1))
+    assert len(a.times) == 4 and 1.9 < a.times[1] - a.times[0] < 4
+    assert servers.retry_after('Wed, 21 Oct 2015 07:28:00 GMT') == 0 and servers.retry_after('soon') is None
+
+
+def test_rows_whose_attempts_are_exhausted_are_listed_and_tried_again_on_resume(tmp_path):
+    def unlucky(number, body):
+        return '500' if body['messages'][-1]['content'].endswith(' 2.') else None
+
+    rows = [{'messages': chat(i)} for i in range(6)]
+    with FakeServer(script=unlucky) as a:
+        assert '5 done, 0 rejected, 1 failed' in generate(options(tmp_path, rows, urls=[a.url]))
+        assert sum(b['messages'][-1]['content'].endswith(' 2.') for b in a.requests) == 3
+        (failed,) = read(tmp_path / 'out' / 'failed.jsonl')
+        assert failed['index'] == 2 and failed['attempts'] == 3 and 'HTTP 500' in failed['reason']
+        a.script = None
+        assert '6 done, 0 rejected, 0 failed' in generate(options(tmp_path, rows, urls=[a.url], resume=True))
+    check_result(tmp_path, 6, {'failed': []})
+
+
+def test_with_no_server_left_it_waits_says_so_once_and_goes_on(tmp_path, capsys):
+    rows = [{'messages': chat(i)} for i in range(60)]
+    server = FakeServer(delay=0.05)
+    server.__enter__()
+
+    def interrupt():
+        while len(server.requests) < 10:
+            time.sleep(0.01)
+        server.__exit__()
+        time.sleep(4)
+        server.__enter__()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        assert '60 done, 0 rejected, 0 failed' in generate(
+            options(tmp_path, rows, urls=[server.url], max_concurrency=2)
+        )
+    finally:
+        thread.join()
+        server.__exit__()
+    out = capsys.readouterr().out
+    assert out.count('no server is left') == 1 and out.count('answers: going on') == 1
+
+
+def test_the_registry_adds_and_removes_servers_while_running(tmp_path, capsys):
+    rows = [{'messages': chat(i)} for i in range(80)]
+    registry = tmp_path / 'servers.txt'
+    with FakeServer(delay=0.1) as a, FakeServer(delay=0.1) as b, FakeServer(model='other') as wrong:
+
+        def rewrite():
+            time.sleep(1.2)  # no file at the start: it waits
+            registry.write_text(f'{a.url}\n')
+            while len(a.requests) < 10:
+                time.sleep(0.01)
+            registry.write_text(f'# two\n{b.url}/\n{wrong.url}\n')
+
+        thread = threading.Thread(target=rewrite)
+        thread.start()
+        last = generate(options(tmp_path, rows, server_registry=str(registry), max_concurrency=2))
+        thread.join()
+    assert '80 done, 0 rejected, 0 failed' in last and not wrong.requests
+    assert len(a.requests) + len(b.requests) == 80 and len(a.requests) >= 10 and len(b.requests) >= 10
+    out = capsys.readouterr().out
+    assert f'waiting for one in {registry}' in out and f'{a.url} was removed' in out
+    assert out.count(f'{wrong.url} is left out: it serves other, not tiny') == 1
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+
+
+def unused_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ('rows', 'given', 'message'),
+    [
+        ('missing.jsonl', {}, 'missing.jsonl does not exist'),
+        ([], {}, 'in.jsonl is empty: it has no rows'),
+        (
+            [{'text': 'a', 'tags': ['b', 'c']}],
+            {},
+            'has no column of chats (lists of {role, content}); its columns: text',
+        ),
+        ([{'messages': chat(0)}], {'input_column': 'chats'}, 'has no column chats; its columns: messages'),
+        ([{'messages': chat(0), 'n': 1}], {'input_column': 'n'}, 'Column n of'),
+        ([{'a': chat(0), 'b': chat(1)}], {}, 'has several columns of chats (a, b): name one'),
+        ([{'messages': chat(0)}], {'server_urls': 'localhost'}, "'localhost' in --server_urls is no URL"),
+        ([{'messages': chat(0)}], {'output_path': '/dev/null/out'}, '/dev/null/out cannot be written'),
+        ([{'messages': chat(0)}], {'tokenizer': 'configs'}, 'configs'),
+    ],
+)
+def test_errors_before_anything_is_asked(tmp_path, rows, given, message):
+    rows = str(tmp_path / rows) if isinstance(rows, str) else rows
+    with pytest.raises(LensError, match=re.escape(message)):
+        generate(options(tmp_path, rows, **given or {'urls': ['http://127.0.0.1:1']}))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_errors_of_servers(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, 'START_S', 0.5)
+    rows = [{'messages': chat(0)}]
+    with FakeServer(model='other') as a:
+        with pytest.raises(LensError, match='serves other, not tiny: give the name it serves as --model'):
+            generate(options(tmp_path, rows, urls=[a.url]))
+        with pytest.raises(LensError, match='HTTP 404 from /models'):
+            generate(options(tmp_path, rows, urls=[a.url + '/chat']))
+    with pytest.raises(LensError, match=r'No server answers at http.*: start one'):
+        generate(options(tmp_path, rows, urls=[f'http://127.0.0.1:{unused_port()}']))
+    assert not (tmp_path / 'out').exists()
+    with FakeServer(model='tiny') as a, pytest.raises(LensError, match=r'No row has an answer .*rejected.jsonl says'):
+        generate(options(tmp_path, [{'messages': chat(0, question='REFUSE')}], urls=[a.url]))
+    assert not (tmp_path / 'out' / 'dataset').exists() and not (tmp_path / 'out' / 'stats.json').exists()
+
+
+def arguments(o: Options) -> list[str]:
+    """The command line of some options, half of the names with dashes."""
+    given = {k: v for k, v in vars(o).items() if v != getattr(Options, k)}
+    names = [k.replace('_', '-') if i % 2 else k for i, k in enumerate(given)]
+    values = [f'--{n}' if v is True else f'--{n}={v}' for n, v in zip(names, given.values(), strict=True)]
+    return [sys.executable, '-m', 'data_gen.generate', *values]
+
+
+def test_a_full_disk_is_one_sentence_of_the_command_and_the_run_resumes(tmp_path):
+    rows = [{'messages': chat(i)} for i in range(60)]
+    with FakeServer() as a:
+        command = ['bash', '-c', 'ulimit -f 9; exec "$@"', 'bash', *arguments(options(tmp_path, rows, urls=[a.url]))]
+        full = subprocess.run(command, capture_output=True, text=True)
+        assert full.returncode == 1 and full.stderr.splitlines()[-1].startswith('error: '), full.stderr
+        assert 'data.jsonl cannot be written (File too large): free space' in full.stderr
+        assert 'Traceback' not in full.stderr
+        lines = (tmp_path / 'out' / 'data.jsonl').read_text()
+        assert lines.endswith('\n') and 5 < len(read(tmp_path / 'out' / 'data.jsonl')) < 60
+        last = generate(options(tmp_path, rows, urls=[a.url], resume=True))
+    assert last.endswith('60 done, 0 rejected, 0 failed, 0 skipped')
+    check_result(tmp_path, 60, {'failed': []})
+
+
+def test_sigterm_keeps_what_was_answered(tmp_path):
+    rows = [{'messages': chat(i)} for i in range(50)]
+    with FakeServer(delay=0.05) as a:
+
+        def stop():
+            while len(a.requests) < 10:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        with pytest.raises(LensError, match=r'Stopped by SIGTERM with \d+ rows done: --resume goes on'):
+            generate(options(tmp_path, rows, urls=[a.url], max_concurrency=2))
+        thread.join()
+        assert 5 <= len(read(tmp_path / 'out' / 'data.jsonl')) < 50
+        generate(options(tmp_path, rows, urls=[a.url], resume=True))
+    check_result(tmp_path, 50, {})
+
+
+# --- chaos ----------------------------------------------------------------------------------------------------
+
+
+def child(given: Options, log: str) -> None:
+    """One generation in a process of its own; exit code 0 when it came to its end."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    print(generate(given), flush=True)
+
+
+def chaos(tmp_path, n: int, kills: int, seed: int, start) -> None:
+    """Faults, a changing registry and kill -9 at random instants; the result is that of an undisturbed run."""
+    rows, missing = mixed_rows(n)
+    (tmp_path / 'calm').mkdir()
+    with FakeServer() as calm:
+        generate(options(tmp_path / 'calm', rows, urls=[calm.url]))
+    draw, registry, stop = random.Random(seed), tmp_path / 'servers.txt', threading.Event()
+    data = tmp_path / 'out' / 'data.jsonl'
+    a = FakeServer(script=faults_at_random(0.2, seed), delay=0.03, hang=1.5)
+    b = FakeServer(script=faults_at_random(0.2, seed + 1), delay=0.03, hang=1.5, field='reasoning_content')
+    with a, b:
+
+        def rewrite():
+            for urls in (lists for _ in iter(int, 1) for lists in ((a.url, b.url), (a.url,), (), (b.url,))):
+                registry.write_text('\n'.join(urls))
+                if stop.wait(0.6):
+                    return
+
+        thread = threading.Thread(target=rewrite)
+        thread.start()
+        given = {'server_registry': str(registry), 'timeout': 1.0, 'resume': True, 'max_concurrency': 8}
+        try:
+            killed = 0
+            for _ in range(kills + 20):
+                process = start(options(tmp_path, rows, **given))
+                if killed < kills:
+                    size = data.stat().st_size if data.exists() else 0
+                    while process.is_alive() and (data.stat().st_size if data.exists() else 0) == size:
+                        time.sleep(0.002)
+                    process.join(draw.uniform(0, 0.8))
+                    if process.is_alive():
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed += 1
+                process.join()
+                if process.exitcode == 0 and not (tmp_path / 'out' / 'failed.jsonl').read_text():
+                    break
+                assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / 'log').read_text()
+        finally:
+            stop.set()
+            thread.join()
+    assert killed == kills, f'the run ended after {killed} kills: more rows are needed'
+    check_result(tmp_path, n, missing)
+    calm_out = tmp_path / 'calm' / 'out'
+    assert (tmp_path / 'out' / 'stats.json').read_text() == (calm_out / 'stats.json').read_text()
+    assert pq.read_table(tmp_path / 'out' / 'parquet').equals(pq.read_table(calm_out / 'parquet'))
+
+
+def test_chaos_with_three_kills(tmp_path):
+    context = multiprocessing.get_context('forkserver')  # the imports are paid once
+    context.set_forkserver_preload(PRELOADED)
+
+    def start(given):
+        process = context.Process(target=child, args=(given, str(tmp_path / 'log')))
+        process.start()
+        return process
+
+    chaos(tmp_path, 120, 3, 0, start)
+
+
+class Command:
+    """The real command, with the methods of a process that chaos() uses."""
+
+    def __init__(self, given: Options, log):
+        with open(log, 'a') as f:
+            self._process = subprocess.Popen(arguments(given), stdout=f, stderr=f)
+        self.pid = self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def join(self, timeout: float | None = None) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.returncode
+
+
+@pytest.mark.slow
+def test_chaos_with_ten_kills_of_the_command(tmp_path):
+    chaos(tmp_path, 600, 10, 1, lambda given: Command(given, tmp_path / 'log'))
