@@ -1,0 +1,280 @@
+"""Explanations for the SFT warm-up: python -m data_gen.label --data=data/mine --tokenizer=MODEL_DIR --model=NAME
+
+Every document of the folder is cut at --positions sampled positions (label_prompts says by which rule); an
+OpenAI-compatible server, local or paid, is asked for 2-3 features of the text up to there. Answers stream to
+DATA-labels/labels.jsonl, those without a label to failures.jsonl; a command that was stopped, in whatever way,
+goes on when it is given again. --dry_run prints three prompts and what all would cost, and sends nothing.
+
+The result is positions.npy [N, V] and explanations.npy [N, V, T] as objectives.sft reads them, T =
+--explanation_len of the training configuration. Longer labels are cut at T tokens; shorter ones are filled with
+pad_id of meta.json, which the decoder so learns to write where a text has ended: every token counts there.
+Without --out they are added to the splits of DATA, in which every document must then have a label. --out makes
+a new folder that leaves out the documents without one.
+
+The ledger counts the tokens that the server reports. A request is sent only while its price cannot exceed
+--max_cost: no prompt has more tokens than bytes. Answers that were lost on their way are not counted.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+from absl import flags
+
+from data_gen import generate, label_files, label_prompts
+from data_gen.generate import LOCAL, option
+from data_gen.label_run import Job, Run, Tally
+from lens import cli, hf
+from lens.errors import LensError
+
+SHOWN = 3
+ANSWER_TOKENS_PER_WORD, ANSWER_TOKENS = 1.4, 16  # of an answer before there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    data: str = option('', 'Folder that data_gen.pretokenize wrote.')
+    tokenizer: str = option('', 'Directory or Hub id of the subject, whose tokenizer made the data.')
+    out: str = option('', 'New folder with the labelled documents alone; empty: the arrays go into --data.')
+    labels: str = option('', 'Folder for labels.jsonl and failures.jsonl; DATA-labels where not given.')
+    splits: str = option('train,validation', 'Splits that get labels.')
+    max_documents: int = option(0, 'Only the first documents of each split; 0: all.', 0)
+    positions: int = option(10, 'Positions of each document.', 1)
+    min_position: int = option(50, 'First position that may be sampled.', 0)
+    seed: int = option(42, 'Of the positions.', 0)
+    explanation_len: int = option(16, 'Tokens of an explanation, as in the training configuration.', 1)
+    words: int = option(0, 'Words that the instruction allows; 0: what fits into --explanation_len.', 0)
+    instruction: str = option('', 'File with another instruction; it holds {text} and may hold {words}.')
+    server_urls: str = option(LOCAL, 'Servers, separated by commas.')
+    model: str = option('', 'Name of the served model that writes the labels.')
+    api_key_env: str = option('', 'Environment variable that holds the API key, for servers that want one.')
+    temperature: float = option(1.0, 'Of sampling.', 0)
+    max_tokens: int = option(300, 'Most tokens of an answer, its thinking included.', 1)
+    attempts: int = option(2, 'Answers asked for until one holds a label.', 1)
+    max_concurrency: int = option(8, 'Requests at a time.', 1)
+    timeout: float = option(120.0, 'Seconds for one request.', 0.1)
+    price_in: float = option(0.0, 'Price of a million prompt tokens.', 0)
+    price_out: float = option(0.0, 'Price of a million answer tokens.', 0)
+    max_cost: float = option(0.0, 'Stop before this is exceeded, earlier commands included; 0: no limit.', 0)
+    dry_run: bool = option(False, 'Print three prompts and an estimate; send and write nothing.')
+    finish: bool = option(False, 'Send nothing, make the arrays from the labels that are there.')
+    retry_failures: bool = option(False, 'Ask again where an earlier command got no label.')
+    force: bool = option(False, 'Replace given explanations or a folder that this command did not make.')
+
+
+class Labelling:
+    """What a command works on. Raises LensError before anything is written."""
+
+    def __init__(self, o: Options):
+        self.o, self.data = o, pathlib.Path(o.data)
+        self.folder = pathlib.Path(o.labels or f'{o.data.rstrip("/")}-labels')
+        self.out = pathlib.Path(o.out) if o.out else None
+        names = [n.strip() for n in o.splits.split(',') if n.strip()]
+        if not names or len(set(names)) < len(names) or set(names) - {'train', 'validation'}:
+            raise LensError(f'--splits={o.splits!r} is not train, validation or train,validation.')
+        if o.max_cost and not (o.price_in or o.price_out):
+            raise LensError('--max_cost needs the prices: give --price_in and --price_out.')
+        self.template = label_prompts.instruction(_instruction(o.instruction), o.explanation_len, o.words)
+        self.tokenizer = hf.load_tokenizer(o.tokenizer)
+        drawn = {'seed': o.seed, 'count': o.positions, 'min_position': o.min_position, 'rows': o.max_documents}
+        self.parts = [label_prompts.open_part(o.data, n, self.tokenizer, **drawn) for n in names]
+        for part in self.parts:
+            self._check(part, hf.tokenizer_sha256(o.tokenizer))
+        self._check_places()
+        self.settings = {
+            'data': self._fingerprint(),
+            'seed': o.seed,
+            'positions': o.positions,
+            'min_position': o.min_position,
+            'model': o.model,
+            'temperature': o.temperature,
+            'instruction': self.template,
+        }
+        self._compare_settings()
+        self.tally = Tally(self.parts, self.folder, o)
+
+    def _check(self, part: label_prompts.Part, tokenizer_sha256: str) -> None:
+        folder = part.split.directory
+        if part.split.meta.get('tokenizer_sha256') not in (None, tokenizer_sha256):
+            raise LensError(f'{folder} was made with another tokenizer than that of {self.o.tokenizer}: give that one.')
+        without = int((part.positions < 0).all(1).sum())
+        if without == len(part.split):
+            raise LensError(f'{folder} has no document with a token from position {self.o.min_position} on.')
+        if self.out:
+            return
+        if without:
+            raise LensError(
+                f'{folder} has {without} documents that get no label (shorter than --min_position, or beyond '
+                '--max_documents): give --out=FOLDER for a copy without them.'
+            )
+        if (folder / 'positions.npy').exists() and not (folder / label_files.MADE).exists() and not self.o.force:
+            raise LensError(
+                f'{folder}/positions.npy exists and was not made by this command: --force replaces it, --out=FOLDER '
+                'leaves it.'
+            )
+
+    def _check_places(self) -> None:
+        labels = sum(p.positions.size for p in self.parts)
+        label_files.check_place(self.folder, 1000 * labels)
+        if not self.out:
+            for part in self.parts:
+                label_files.check_place(part.split.directory, 4 * part.positions.size * (self.o.explanation_len + 1))
+            return
+        if self.out.resolve() == self.data.resolve():
+            raise LensError('--out is --data: leave --out away to add the arrays there.')
+        if self.out.exists() and not any((self.out / p.name / 'meta.json').exists() for p in self.parts):
+            raise LensError(f'{self.out} exists and is no folder of tokens: choose another --out.')
+        made = all((self.out / p.name / label_files.MADE).exists() for p in self.parts)
+        if self.out.exists() and not made and not self.o.force:
+            raise LensError(f'{self.out} exists and was not made by this command: --force replaces it.')
+        label_files.check_place(self.out.parent, 4 * labels * (self.o.explanation_len + 1))
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(f'{part.name} {part.split.meta.get("tokenizer_sha256")} {len(part.split)}'.encode())
+            for x in (part.split.doc_id, part.split.lengths, part.split.tokens[0]):
+                digest.update(x.tobytes())
+        return digest.hexdigest()
+
+    def _compare_settings(self) -> None:
+        path = self.folder / 'settings.json'
+        if not path.exists():
+            return
+        try:
+            before = json.loads(path.read_text())
+            changed = next((k for k, v in self.settings.items() if before.get(k) != v), None)
+        except (ValueError, AttributeError):
+            raise LensError(f'{path} is damaged: choose another --labels.') from None
+        if changed:
+            raise LensError(
+                f'{path} has another {changed} than this command: give what it was begun with, or another --labels.'
+            )
+
+    def jobs(self):
+        """The labels that are to be made, document by document."""
+        for part in self.parts:
+            wanted = self.tally.wanted(part)
+            for row in wanted.any(1).nonzero()[0]:
+                for slot in wanted[row].nonzero()[0]:
+                    yield Job(part, int(row), int(slot))
+
+    def prompt(self, job: Job) -> str:
+        return self.template.replace('{text}', job.part.text(job.row, job.position, self.tokenizer))
+
+    def estimate(self) -> tuple[int, int, int]:
+        """(calls, prompt tokens, answer tokens) of what is to be made, by the tokenizer of the subject."""
+        overhead = len(self.tokenizer(self.template)['input_ids'])
+        wanted = [(p, self.tally.wanted(p)) for p in self.parts]
+        calls = sum(int(w.sum()) for _, w in wanted)
+        prompt = calls * overhead + sum(int((p.positions[w] + 1).sum()) for p, w in wanted)
+        words = self.o.words or max(
+            int(label_prompts.WORDS_PER_TOKEN * self.o.explanation_len), label_prompts.LEAST_WORDS
+        )
+        each = min(int(words * ANSWER_TOKENS_PER_WORD) + ANSWER_TOKENS, self.o.max_tokens)
+        return calls, prompt, calls * each
+
+    def dry_run(self) -> str:
+        last, shown = None, 0
+        for job in self.jobs():
+            if (job.part.name, job.row) != last and shown < SHOWN:
+                last, shown = (job.part.name, job.row), shown + 1
+                name = f'{job.part.name} document {job.doc_id}, position {job.position}'
+                print(f'--- prompt {shown}: {name}\n{self.prompt(job)}\n')
+            elif shown == SHOWN:
+                break
+        calls, prompt, answer = self.estimate()
+        likely, most = self.tally.price(prompt, answer), self.tally.price(prompt, calls * self.o.max_tokens)
+        cost = (
+            f'cost {likely:.2f}, with --max_tokens for every answer {most:.2f}' if most else 'cost unknown (no prices)'
+        )
+        return (
+            f'Estimate: {calls:,} calls, {prompt:,} prompt tokens, {answer:,} answer tokens (counted with the '
+            f'tokenizer of the subject), {cost}. So far: {self.tally.spent()}. Nothing was sent.'
+        )
+
+    def ask(self, key: str | None) -> None:
+        """Sends what is missing. Raises LensError; what was answered until then is on disk."""
+        total = sum(int((p.positions >= 0).sum()) for p in self.parts)
+        run = Run(self.o, self.settings, self.jobs(), self.prompt, self.tally, self.tokenizer, key)
+        with generate.Display(self.tally, total, 'labels') as display:
+            asyncio.run(run.main(display))
+
+    def write(self) -> str:
+        """Makes the arrays; returns where they are. Raises LensError."""
+        log = self.tally.paths['labels']
+        if not log.exists():
+            raise LensError(f'{log} does not exist: there are no labels yet, leave --finish away.')
+        self.tally.open(self.settings)
+        labelled = {p.name: self.tally.labelled(p) for p in self.parts}
+        for part in self.parts:
+            missing = int((~labelled[part.name].any(1)).sum())
+            if missing == len(part.split):
+                raise LensError(f'No document of {part.split.directory} has a label: {self.tally.why()}.')
+            if missing and not self.out:
+                raise LensError(
+                    f'{missing} documents of {part.split.directory} have no label ({self.tally.why()}): give --out=FOLDER '
+                    'for a copy without them, or --retry_failures.'
+                )
+        made = {k: v for k, v in self.settings.items() if k != 'data'}
+        made |= {'explanation_len': self.o.explanation_len, 'without_label': self.tally.reasons()}
+        labels = label_files.Labels(
+            log, labelled, self.tokenizer, self.o.explanation_len, made | {'ledger': self.tally.as_dict()}
+        )
+        try:
+            if self.out:
+                counts = label_files.write_folder(self.out, self.data, self.parts, labels)
+            else:
+                counts = {p.name: label_files.write_in_place(p, labels) for p in self.parts}
+        except OSError as e:
+            raise label_files.cannot_write(self.out or self.data, e) from None
+        return self._report(labelled, counts)
+
+    def _report(self, labelled: dict, counts: dict) -> str:
+        total = {k: sum(c[k] for c in counts.values()) for k in ('labels', 'cut', 'filled_tokens')}
+        filled = total['filled_tokens'] / (total['labels'] * self.o.explanation_len)
+        documents = ', '.join(f'{int(x.any(1).sum())} of {len(x)} {name}' for name, x in labelled.items())
+        return (
+            f'{total["labels"]} labels of {self.o.explanation_len} tokens: {total["cut"]} were cut to that, '
+            f'{filled:.0%} of the tokens are filling. Without a label: {self.tally.why()}. {self.tally.spent()}.\n'
+            f'{self.out or self.data}: {documents} documents have labels'
+        )
+
+
+def _instruction(path: str) -> str:
+    if not path:
+        return label_prompts.INSTRUCTION
+    try:
+        return pathlib.Path(path).read_text('utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise LensError(f'--instruction={path} cannot be read ({getattr(e, "strerror", None) or e}).') from None
+
+
+def label(o: Options) -> str:
+    """Runs to the end; the last line says where the result is. Raises LensError."""
+    for name in ('data', 'tokenizer', 'model'):
+        if not getattr(o, name):
+            raise LensError(f'--{name} is needed.')
+    key = os.environ.get(o.api_key_env, '').strip() if o.api_key_env else None
+    if o.api_key_env and not (key and key.isascii() and key.isprintable()) and not (o.dry_run or o.finish):
+        raise LensError(f'--api_key_env={o.api_key_env}: this environment variable holds no API key.')
+    work = Labelling(o)
+    if o.dry_run:
+        return work.dry_run()
+    with contextlib.closing(work.tally):
+        if not o.finish and work.estimate()[0]:
+            work.ask(key)
+        return work.write()
+
+
+def main(_):
+    print(label(Options(**{f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)})))
+
+
+if __name__ == '__main__':
+    generate.define_flags(Options)
+    cli.run(main)

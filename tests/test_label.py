@@ -1,0 +1,520 @@
+"""Labels against scripted servers: positions, parsing, the ledger, kills and resume, training on the result."""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip('aiohttp')
+
+from configs import tiny
+from data_gen import label_files, label_prompts, label_run, pretokenize, servers, storyworld
+from data_gen.label import Options, label
+from lens import data, hf
+from lens.errors import LensError
+from lens.metrics import read_jsonl
+from lens.models.rope import Rope
+from lens.models.transformer import TransformerConfig
+from lens.train import Trainer
+from tests.conftest import make_base
+from tests.fake_server import WORDS, FakeServer
+
+SUBJECT = 'configs/tiny_subject'
+TRAIN, VALIDATION, POSITIONS, LENGTH, FROM = 14, 5, 3, 11, 50
+JOBS = (TRAIN + VALIDATION) * POSITIONS
+
+
+@pytest.fixture(scope='module')
+def stories(tmp_path_factory):
+    """Storyworld without explanations, and a small random subject for it."""
+    root = tmp_path_factory.mktemp('stories')
+    settings = storyworld.Settings(train=TRAIN, validation=VALIDATION, positions=4)
+    storyworld.write_arrays(root / 'data', SUBJECT, settings)
+    for name in ('train', 'validation'):
+        for array in ('positions', 'explanations'):
+            (root / 'data' / name / f'{array}.npy').unlink()
+    vocab = len(hf.load_tokenizer(SUBJECT))
+    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(500.0),))
+    hf.save_model(make_base(config), root / 'subject', source=SUBJECT)
+    return root
+
+
+@pytest.fixture
+def world(stories, tmp_path):
+    shutil.copytree(stories / 'data', tmp_path / 'data')
+    return tmp_path
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return hf.load_tokenizer(SUBJECT)
+
+
+def text_of(body: dict) -> str:
+    return re.search(r'<text>\n(.*)\n</text>', body['messages'][0]['content'], re.DOTALL)[1]
+
+
+def words_for(text: str) -> list[str]:
+    digest = hashlib.sha256(text.encode()).digest()
+    return [WORDS[b % len(WORDS)] for b in digest[: 4 + digest[0] % 9]]
+
+
+def features(body: dict) -> str:
+    """A good answer that follows from the text alone."""
+    first, *rest = words_for(text_of(body))
+    return f'Here:\n<analysis>\n- {first}\n- **{rest[0]}** {" ".join(rest[1:])}\n</analysis>'
+
+
+def expected_label(text: str) -> str:
+    first, *rest = words_for(text)
+    return f'{first}\n\n{" ".join(rest)}'
+
+
+def options(root, *urls, **more) -> Options:
+    given = {'data': str(root / 'data'), 'tokenizer': SUBJECT, 'model': 'tiny', 'server_urls': ','.join(urls)}
+    given |= {'positions': POSITIONS, 'explanation_len': LENGTH, 'timeout': 5.0, 'price_in': 300.0, 'price_out': 2000.0}
+    return Options(**given | more)
+
+
+def arrays_of(folder) -> dict[str, np.ndarray]:
+    return {f'{p.parent.name}/{p.stem}': np.load(p) for p in sorted(folder.glob('*/*.npy'))}
+
+
+def tree(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+# --- positions and prompts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('name', 'tokens', 'expected'),
+    [
+        ('openbmb/Ultra-FineWeb:en:0', 2048, [859, 987, 2000, 1831, 866, 1209, 174, 523, 1788, 2001]),
+        ('openbmb/Ultra-FineWeb:en:0', 200, [151, 167, 152, 194, 65, 109, 144, 63, 106, 161]),
+        ('openbmb/Ultra-FineWeb:en:0', 60, [56, 57, 59, 54, 50, 51, 52, 53, 55, 58]),
+        ('openbmb/Ultra-FineWeb:en:0', 55, [53, 54, 51, 50, 52]),
+        ('HuggingFaceFW/fineweb:train:7', 300, [224, 221, 165, 278, 186, 225, 182, 184, 59, 297]),
+    ],
+)
+def test_published_position_vectors(name, tokens, expected):
+    assert label_prompts.draw(np.arange(50, tokens), name, 42, 10).tolist() == expected
+
+
+def by_the_rule(ids: np.ndarray, special: set[int], name: str, count: int) -> list[int]:
+    candidates = [i for i in range(FROM, len(ids)) if int(ids[i]) not in special]
+    key = hashlib.sha256(f'42|{name}'.encode()).digest()
+    return random.Random(key).sample(candidates, min(count, len(candidates)))
+
+
+def test_positions_follow_the_rule_and_texts_end_at_them(world, tokenizer):
+    folder = world / 'data' / 'train'
+    tokens, lengths = np.load(folder / 'tokens.npy'), np.load(folder / 'lengths.npy')
+    tokens[2, 55:60] = tokenizer.convert_tokens_to_ids(['<|bos|>', '<|eos|>', '<|pad|>', '<|eos|>', '<|bos|>'])
+    lengths[3] = FROM + 2  # fewer candidates than positions
+    np.save(folder / 'tokens.npy', tokens)
+    np.save(folder / 'lengths.npy', lengths)
+    count, ids = 40, np.load(folder / 'doc_id.npy')
+    part = label_prompts.open_part(
+        str(world / 'data'), 'train', tokenizer, seed=42, count=count, min_position=FROM, rows=9
+    )
+    special = set(tokenizer.convert_tokens_to_ids(['<|bos|>', '<|eos|>', '<|pad|>']))
+    for row in range(TRAIN):
+        expected = by_the_rule(tokens[row, : lengths[row]], special, f'data_gen.storyworld:train:{ids[row]}', count)
+        got = part.positions[row]
+        assert got.tolist() == ((expected if row < 9 else []) + [-1] * count)[:count]
+    assert (part.positions[3] >= 0).sum() == 2 and not set(part.positions[2]) & {55, 56, 57, 58, 59}
+    at = int(part.positions[2, 0])
+    words = [tokenizer.decode([i]) for i in tokens[2, : at + 1] if int(i) not in special]
+    assert part.text(2, at, tokenizer) == ''.join(words)
+
+
+def test_chats_show_whose_words_they_are(tmp_path, tokenizer):
+    chats = [
+        [{'role': 'user', 'content': f'Who had the {w}?'}, {'role': 'assistant', 'content': f'Mira had the {w}. ' * 9}]
+        for w in ('river', 'stew', 'button', 'rabbit')
+    ]
+    (tmp_path / 'in.jsonl').write_text(''.join(json.dumps({'messages': c}) + '\n' for c in chats))
+    settings = pretokenize.Settings(
+        input=str(tmp_path / 'in.jsonl'), tokenizer=SUBJECT, seq_len=96, validation_fraction=0.25
+    )
+    pretokenize.pretokenize(settings, tmp_path / 'data')
+    part = label_prompts.open_part(
+        str(tmp_path / 'data'), 'train', tokenizer, seed=42, count=999, min_position=0, rows=0
+    )
+    role = np.load(tmp_path / 'data' / 'train' / 'role.npy')
+    special, user = part.split.meta['roles']['special'], part.split.meta['roles']['user']
+    for row in range(len(part.split)):
+        drawn = sorted(p for p in part.positions[row] if p >= 0)
+        outside = {*np.flatnonzero(role[row, : part.split.lengths[row]] == special).tolist()}
+        assert drawn and not outside & set(drawn) and {*drawn} <= {*range(part.split.lengths[row])}
+        text = part.text(row, drawn[-1], tokenizer)
+        asked, answered = text.split('\n\n[final]\n')
+        assert asked.startswith('[user]\nWho had the ') and answered.startswith('Mira had the ') and '<|' not in text
+        inside = [p for p in drawn if role[row, p] == user]
+        assert '[final]' not in part.text(row, inside[-1], tokenizer)
+
+
+# --- parsing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('content', 'expected'),
+    [
+        ('<analysis>\na\nb\n</analysis>', 'a\n\nb'),
+        ('Sure.\n<analysis>a\n\n\n  b  </analysis> Done.', 'a\n\nb'),
+        ('<analysis>\n- a\n* b\n• c\n</analysis>', 'a\n\nb\n\nc'),
+        ('<analysis>\n1. a\n2) b\n(3) c\niv. d\n</analysis>', 'a\n\nb\n\nc\n\nd'),
+        ('<analysis>\n**Genre:** a story\n**b**\n</analysis>', 'Genre: a story\n\nb'),
+        ('<analysis>\n_a_\n*b*\n**\n</analysis>', 'a\n\nb'),
+        ('<analysis>\n3.5 apples\na-b\n</analysis>', '3.5 apples\n\na-b'),
+        ('<analysis>open <analysis>a\nb</analysis>', 'a\n\nb'),
+        ('<analysis>a\nb</analysis><analysis>c\nd</analysis>', 'a\n\nb'),
+        ('<think><analysis>x\ny</analysis></think>\n<analysis>a\nb</analysis>', 'a\n\nb'),
+    ],
+)
+def test_labels_are_found(content, expected):
+    assert label_prompts.parse({'content': content}, 'stop') == expected
+
+
+@pytest.mark.parametrize(
+    ('message', 'finish', 'reason'),
+    [
+        ({'content': None}, 'stop', 'empty answer'),
+        ({}, 'stop', 'empty answer'),
+        ({'content': ' \n'}, 'stop', 'empty answer'),
+        ({'content': 'a\nb'}, 'stop', 'no closed analysis tag'),
+        ({'content': '<analysis>a\nb'}, 'stop', 'no closed analysis tag'),
+        ({'content': '<analysis>a\nb'}, 'length', 'cut at max_tokens'),
+        ({'content': '<think><analysis>a\nb</analysis>'}, 'length', 'cut at max_tokens'),
+        ({'content': '<analysis>only one</analysis>'}, 'stop', 'fewer than 2 features'),
+        ({'content': '<analysis>\n- a\n- \n**\n</analysis>'}, 'stop', 'fewer than 2 features'),
+        ({'content': ['a']}, 'stop', 'content or thinking of the answer is no text'),
+        ({'content': None, 'reasoning': '<analysis>a\nb</analysis>'}, 'stop', 'empty answer'),
+    ],
+)
+def test_answers_without_a_label_have_a_reason(message, finish, reason):
+    with pytest.raises(label_prompts.BadAnswer, match=f'^{reason}$'):
+        label_prompts.parse(message, finish)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+def check_arrays(folder, tokenizer, documents: dict[str, int]) -> None:
+    """Every label is that of its own text, cut or filled at LENGTH tokens."""
+    for name, n in documents.items():
+        split = data.open_split(str(folder), name, vocab_size=len(tokenizer))
+        assert len(split) == n and split.explanations.shape == (n, POSITIONS, LENGTH)
+        assert split.meta['explanation_len'] == LENGTH
+        for row in range(n):
+            for slot, position in enumerate(split.positions[row]):
+                text = tokenizer.decode(split.tokens[row, : position + 1], skip_special_tokens=True)
+                ids = tokenizer(expected_label(text), add_special_tokens=False)['input_ids']
+                wanted = (ids + [split.meta['pad_id']] * LENGTH)[:LENGTH]
+                assert split.explanations[row, slot].tolist() == wanted
+
+
+def check_ledger(world, prompt_tokens: int, answer_tokens: int) -> None:
+    made = json.loads((world / 'data' / 'train' / 'labels.json').read_text())['ledger']
+    assert (made['prompt_tokens'], made['answer_tokens']) == (prompt_tokens, answer_tokens)
+    assert made['cost'] == pytest.approx((300 * prompt_tokens + 2000 * answer_tokens) / 1e6, rel=1e-9)
+    records = [r for k in ('labels', 'failures') for r in read_jsonl(world / 'data-labels' / f'{k}.jsonl')]
+    assert sum(r['cost'] for r in records) == pytest.approx(made['cost'], rel=1e-9)
+
+
+def used(server: FakeServer) -> tuple[int, int]:
+    """Prompt and answer tokens of all requests, counted as the server does."""
+    prompts = sum(len(b['messages'][0]['content'].split()) for b in server.requests)
+    return prompts, sum(len(server.answer(b).split()) for b in server.requests)
+
+
+def test_one_run_and_training_on_it(stories, world, tokenizer, capsys, monkeypatch):
+    before = arrays_of(world / 'data')
+    with FakeServer(answer=features, delay=0.02, key='secret') as a:
+        monkeypatch.setenv('LABEL_TEST_KEY', 'secret')
+        last = label(options(world, a.url, max_concurrency=6, api_key_env='LABEL_TEST_KEY'))
+    assert len(a.requests) == JOBS and 3 <= a.most_in_flight <= 6
+    assert len({text_of(b) for b in a.requests}) == JOBS
+    assert set(a.requests[0]) == {'model', 'messages', 'max_tokens', 'temperature'}
+    assert last.endswith(
+        f'{world / "data"}: {TRAIN} of {TRAIN} train, {VALIDATION} of {VALIDATION} validation documents have labels'
+    )
+    out = capsys.readouterr().out
+    assert re.search(rf'{JOBS}/{JOBS} labels  127.0.0.1:\d+ \d+ tok/s  ETA 0:00', out) and 'secret' not in out
+    check_arrays(world / 'data', tokenizer, {'train': TRAIN, 'validation': VALIDATION})
+    check_ledger(world, *used(a))
+    after = arrays_of(world / 'data')
+    assert all((after[k] == v).all() for k, v in before.items()) and len(after) == len(before) + 4
+    assert not list((world / 'data').rglob('.*')) and 'secret' not in str(tree(world))
+
+    written = tree(world)
+    assert label(options(world)) == last and tree(world) == written  # nothing is left to ask: no server is needed
+
+    c = tiny.get_config()
+    c.subject.path, c.data.path, c.layer = str(stories / 'subject'), str(world / 'data'), 1
+    c.decoder.patched_blocks, c.explanation_len = 2, LENGTH
+    c.phases, c.sft.steps, c.sft.warmup_steps, c.sft.documents, c.sft.vectors = ('sft',), 2, 1, 4, 2
+    c.eval.quick_documents, c.eval.documents, c.eval.vectors, c.eval.batch = 4, 4, 2, 8
+    trainer = Trainer(c, world / 'run')
+    with jax.set_mesh(trainer.run.mesh):
+        summary = trainer.train()
+    assert summary['steps'] == 2 and np.isfinite(summary['fve_sft'])
+
+
+def test_only_labelled_documents_go_into_a_new_folder(world, tokenizer, monkeypatch):
+    """Refused, unreadable and unanswered ones are counted; another command asks only where no server answered."""
+    monkeypatch.setattr(servers, 'BACKOFF_S', 0.02)
+    monkeypatch.setattr(label_run, 'PAUSE_S', 0.02)
+    folder = world / 'data' / 'train'
+    texts = {}
+
+    def fate(text: str) -> str:
+        """By the document: its first words are the same at every position."""
+        document = next(d for t, d in texts.items() if t.startswith(text))
+        return {3: 'refused', 7: 'one feature', 9: 'away'}.get(document, 'fine')
+
+    tokens, lengths = np.load(folder / 'tokens.npy'), np.load(folder / 'lengths.npy')
+    for row in range(TRAIN):
+        texts[tokenizer.decode(tokens[row, : lengths[row]], skip_special_tokens=True)] = row
+    validation = np.load(world / 'data/validation/tokens.npy')
+    texts |= {tokenizer.decode(v, skip_special_tokens=True): -1 for v in validation}
+
+    def answer(body):
+        one = '<analysis>\nonly one\n</analysis>'
+        return one if fate(text_of(body)) == 'one feature' else features(body)
+
+    def script(number, body):
+        return {'refused': 'refuse', 'away': '500'}.get(fate(text_of(body)))
+
+    given = {'out': str(world / 'new'), 'splits': 'train', 'attempts': 2, 'max_concurrency': 3}
+    with FakeServer(answer=answer, script=script) as a:
+        last = label(options(world, a.url, **given))
+        asked = [fate(text_of(b)) for b in a.requests]
+        counts = {k: asked.count(k) for k in ('refused', 'one feature', 'away', 'fine')}
+        assert counts == {'refused': 3, 'one feature': 6, 'away': 9, 'fine': 3 * (TRAIN - 3)}
+        assert f'{TRAIN - 3} of {TRAIN} train documents have labels' in last
+        for reason in ('3 fewer than 2 features', '3 HTTP 400: refused by script', '3 HTTP 500'):
+            assert reason in last
+        failures = read_jsonl(world / 'data-labels' / 'failures.jsonl')
+        assert sorted({(r['row'], r['kind']) for r in failures}) == [(3, 'refused'), (7, 'answer'), (9, 'failed')]
+        assert len(failures) == 3 + 6 + 3
+        a.script = None
+        label(options(world, a.url, **given))
+        assert len(a.requests) == len(asked) + 3  # those that no server had answered
+        last = label(options(world, a.url, **given, retry_failures=True))
+        assert len(a.requests) == len(asked) + 3 + 3 + 6
+    assert f'{TRAIN - 1} of {TRAIN} train' in last
+    check_arrays(world / 'new', tokenizer, {'train': TRAIN - 1})
+    new, old = arrays_of(world / 'new'), arrays_of(world / 'data')
+    kept = np.arange(TRAIN) != 7
+    for name in ('tokens', 'lengths', 'doc_id', 'facts'):
+        assert (new[f'train/{name}'] == old[f'train/{name}'][kept]).all()
+        assert (new[f'validation/{name}'] == old[f'validation/{name}']).all()
+    assert 'train/positions' not in old and 'validation/positions' not in new
+    assert data.open_split(str(world / 'new'), 'train', vocab_size=len(tokenizer)).meta['documents'] == TRAIN - 1
+    with pytest.raises(
+        LensError, match=r'1 documents of .*train have no label \(3 fewer than 2 features\): give --out'
+    ):
+        label(options(world, **given | {'out': '', 'finish': True}))
+
+
+def test_a_dry_run_sends_and_writes_nothing(world, tokenizer, capsys):
+    before = tree(world)
+    last = label(options(world, 'http://127.0.0.1:1', dry_run=True))
+    out = capsys.readouterr().out
+    shown = re.findall(r'--- prompt \d: train document (\d+), position (\d+)\n', out)
+    assert len({d for d, _ in shown}) == 3 and out.count('</text>') == 3
+    assert tree(world) == before
+    calls, prompt, answer = (int(n.replace(',', '')) for n in re.findall(r'([\d,]+) (?:calls|prompt|answer)', last)[:3])
+    with FakeServer(answer=features) as a:
+        label(options(world, a.url))
+    sent = [len(tokenizer(b['messages'][0]['content'])['input_ids']) for b in a.requests]
+    assert calls == JOBS and prompt == pytest.approx(sum(sent), rel=0.02)
+    cost = (300 * prompt + 2000 * answer) / 1e6
+    most = (300 * prompt + 2000 * 300 * calls) / 1e6
+    assert f'cost {cost:.2f}, with --max_tokens for every answer {most:.2f}.' in last
+
+
+def test_max_cost_is_never_exceeded_and_the_rest_is_done_later(world, tokenizer):
+    def long(body):  # as many tokens as are allowed
+        said = features(body)
+        return said + ' so' * (body['max_tokens'] - len(said.split()))
+
+    with FakeServer(answer=long, delay=0.1) as a:
+        limit = 3.0
+        with pytest.raises(LensError, match=r'--max_cost=3 is reached: \d+ labels, [\d,]+ prompt .*cost \d'):
+            label(options(world, a.url, max_cost=limit, max_tokens=200))
+        prompts, answers = used(a)
+        spent = (300 * prompts + 2000 * answers) / 1e6
+        longest = max(len(b['messages'][0]['content'].encode()) for b in a.requests)
+        most = (300 * (longest + label_run.TEMPLATE_TOKENS) + 2000 * 200) / 1e6
+        assert limit - 1.2 * most < spent <= limit and len(a.requests) < JOBS
+        assert not (world / 'data/train/positions.npy').exists()
+        asked = len(a.requests)
+        with pytest.raises(LensError, match='--max_cost=3 is reached'):
+            label(options(world, a.url, max_cost=limit, max_tokens=200))
+        prompts, answers = used(a)
+        assert (300 * prompts + 2000 * answers) / 1e6 <= limit and len(a.requests) < asked + 8
+        label(options(world, a.url, max_tokens=200))
+        assert len(a.requests) == JOBS
+    check_ledger(world, *used(a))
+
+
+def test_tokens_that_a_server_does_not_report_are_counted_here(world, tokenizer):
+    with FakeServer(answer=features, usage=False) as a:
+        last = label(options(world, a.url))
+    assert f'({JOBS} answers counted with the tokenizer of the subject)' in last
+    texts = [[b['messages'][0]['content'] for b in a.requests], [features(b) for b in a.requests]]
+    check_ledger(world, *(sum(len(tokenizer(t)['input_ids']) for t in some) for some in texts))
+
+
+def test_a_model_that_never_answers_well_is_stopped_early(world):
+    with FakeServer(answer=lambda body: 'I like stories.') as a:
+        with pytest.raises(LensError, match=r'20 answers and not one label \(.*10 no closed analysis tag.*add --retry'):
+            label(options(world, a.url, max_concurrency=1))
+        assert len(a.requests) == 20
+    assert read_jsonl(world / 'data-labels/failures.jsonl')[0]['content'] == 'I like stories.'
+
+
+# --- kills and disks ------------------------------------------------------------------------------------------
+
+
+def command(o: Options) -> list[str]:
+    given = {k: v for k, v in vars(o).items() if v != getattr(Options, k)}
+    return [sys.executable, '-m', 'data_gen.label', *(f'--{k}={v}' for k, v in given.items())]
+
+
+def test_killed_at_any_time_the_same_command_goes_on(stories, world, tokenizer):
+    o = options(world, 'URL', max_concurrency=3)
+    with FakeServer(answer=features, delay=0.15) as a:
+        arguments = [x.replace('URL', a.url) for x in command(o)]
+        for stop, signal_ in ((17, signal.SIGKILL), (34, signal.SIGTERM)):
+            process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and len(a.requests) < stop:
+                time.sleep(0.005)
+            process.send_signal(signal_)
+            _, err = process.communicate()
+            assert process.returncode == (-9 if signal_ == signal.SIGKILL else 1)
+        assert re.search(
+            r'error: Stopped by SIGTERM with \d+ labels \([\d,]+ prompt .*\): the same command goes on', err
+        )
+        log = world / 'data-labels' / 'labels.jsonl'
+        log.write_bytes(log.read_bytes() + b'{"split": "train", "row"')  # a kill in the middle of a line
+        kept = len(log.read_bytes().splitlines()) - 1
+        a.delay, asked = 0.0, len(a.requests)
+        label(options(world, a.url))
+        assert len(a.requests) == asked + JOBS - kept and len(a.requests) <= JOBS + 2 * 3
+    places = [(r['split'], r['row'], r['slot']) for r in read_jsonl(log)]
+    assert len(places) == len(set(places)) == JOBS
+    check_arrays(world / 'data', tokenizer, {'train': TRAIN, 'validation': VALIDATION})
+
+
+def test_a_full_disk_is_one_sentence_and_the_command_goes_on(world, tokenizer):
+    with FakeServer(answer=features) as a:
+        limited = ['bash', '-c', 'ulimit -f 6; exec "$@"', 'bash', *command(options(world, a.url))]
+        full = subprocess.run(limited, capture_output=True, text=True)
+        assert full.returncode == 1 and full.stderr.splitlines()[-1].startswith('error: '), full.stderr
+        assert 'labels.jsonl cannot be written (File too large)' in full.stderr and 'Traceback' not in full.stderr
+        log = world / 'data-labels' / 'labels.jsonl'
+        assert log.read_text().endswith('\n') and 5 < len(read_jsonl(log)) < JOBS
+        assert not (world / 'data/train/positions.npy').exists()
+        label(options(world, a.url))
+    check_arrays(world / 'data', tokenizer, {'train': TRAIN, 'validation': VALIDATION})
+
+
+def test_a_second_command_is_refused_while_the_first_writes(world):
+    (world / 'data-labels').mkdir()
+    first = label_files.Log(world / 'data-labels' / 'labels.jsonl')
+    with FakeServer(answer=features) as a:
+        with pytest.raises(LensError, match=r'Another command is writing .*labels\.jsonl'):
+            label(options(world, a.url))
+        assert not a.requests
+        first.close()
+        label(options(world, a.url))
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+
+
+def unused_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        ({'model': ''}, '--model is needed'),
+        ({'data': 'nowhere'}, 'nowhere/train/meta.json does not exist'),
+        ({'tokenizer': 'configs'}, 'configs/tokenizer.json does not exist'),
+        ({'splits': 'test'}, "--splits='test' is not train, validation or train,validation"),
+        ({'labels': '/dev/null/labels'}, '/dev/null/labels cannot be written'),
+        ({'out': '/dev/null/out'}, '/dev/null'),
+        ({'out': 'configs', 'force': True}, 'configs exists and is no folder of tokens'),
+        ({'min_position': 900}, 'has no document with a token from position 900 on'),
+        ({'max_documents': 4}, 'documents that get no label'),
+        ({'instruction': 'nowhere.txt'}, '--instruction=nowhere.txt cannot be read'),
+        ({'instruction': 'README.md'}, 'must contain {text} exactly once'),
+        ({'max_cost': 1.0, 'price_in': 0.0, 'price_out': 0.0}, '--max_cost needs the prices'),
+        ({'api_key_env': 'NO_SUCH_KEY'}, '--api_key_env=NO_SUCH_KEY: this environment variable holds no API key'),
+        ({'server_urls': 'localhost'}, "'localhost' in --server_urls is no URL"),
+        ({'finish': True}, 'there are no labels yet'),
+    ],
+)
+def test_errors_before_anything_is_asked(world, given, message):
+    before = tree(world)
+    with pytest.raises(LensError, match=re.escape(message)):
+        label(options(world, **{'server_urls': 'http://127.0.0.1:1'} | given))
+    assert tree(world) == before and not (world / 'data-labels').exists()
+
+
+def test_another_tokenizer_and_given_explanations_are_refused(stories, world):
+    other = world / 'tokenizer'
+    storyworld.train_tokenizer(other)
+    vocabulary = json.loads((other / 'tokenizer.json').read_text())
+    (other / 'tokenizer.json').write_text(json.dumps(vocabulary, indent=7))
+    with pytest.raises(LensError, match='was made with another tokenizer than that of'):
+        label(options(world, tokenizer=str(other)))
+    shape = (TRAIN, 2)
+    np.save(world / 'data/train/positions.npy', np.full(shape, 60, np.int32))
+    np.save(world / 'data/train/explanations.npy', np.zeros((*shape, 4), np.int32))
+    with pytest.raises(LensError, match=r'positions\.npy exists and was not made by this command: --force'):
+        label(options(world))
+    shutil.copytree(stories / 'data', world / 'other')
+    with pytest.raises(LensError, match='other exists and was not made by this command: --force'):
+        label(options(world, out=str(world / 'other')))
+
+
+def test_settings_that_differ_are_refused(world):
+    with FakeServer(answer=features) as a:
+        label(options(world, a.url))
+    for changed, given in (('seed', {'seed': 1}), ('positions', {'positions': 4}), ('instruction', {'words': 5})):
+        with pytest.raises(LensError, match=f'settings.json has another {changed} than this command'):
+            label(options(world, **given))
+    log = world / 'data-labels' / 'labels.jsonl'
+    log.write_text('{"split": "train"}\n')
+    with pytest.raises(LensError, match=r'labels.jsonl is damaged \(record 1'):
+        label(options(world))
+
+
+def test_errors_of_servers(world, monkeypatch):
+    monkeypatch.setattr(servers, 'START_S', 0.5)
+    with FakeServer(model='other') as a, pytest.raises(LensError, match='serves other, not tiny: give the name'):
+        label(options(world, a.url))
+    with FakeServer(key='secret') as a, pytest.raises(LensError, match='HTTP 401 from /models, it wants an API key'):
+        label(options(world, a.url))
+    with pytest.raises(LensError, match=r'No server answers at http.*: start one'):
+        label(options(world, f'http://127.0.0.1:{unused_port()}'))
+    assert not (world / 'data-labels').exists()
