@@ -1,0 +1,375 @@
+"""The launch scripts: against a scripted server (tests/fake_vllm.py), and Slurm and Ray played by tests/fake_slurm."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+pytest.importorskip('aiohttp')
+pytest.importorskip('datasets')
+import datasets
+
+ROOT = pathlib.Path(__file__).parents[1]
+FAKES = ROOT / 'tests' / 'fake_slurm'
+SUBJECT = 'configs/tiny_subject'
+MARK = 'LENS_LAUNCH_TEST'
+
+
+def marked(value: str) -> dict[int, str]:
+    """Running processes with the mark of a test in their environment: id and command line."""
+    found = {}
+    for folder in pathlib.Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            if f'{MARK}={value}'.encode() in (folder / 'environ').read_bytes().split(b'\0'):
+                found[int(folder.name)] = (folder / 'cmdline').read_text().replace('\0', ' ')
+    return found
+
+
+class Launch:
+    """Starts scripts whose processes are all known by a mark in the environment; what they print goes to `file`."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.file, self.value = folder, folder / 'printed', str(folder)
+        self.slurm = folder / 'slurm'
+        self.slurm.mkdir()
+        python = {'PYTHON': sys.executable, 'LENS_PYTHON': sys.executable}
+        self.env = os.environ | python | {'VLLM_COMMAND': f'{sys.executable} -m tests.fake_vllm', MARK: self.value}
+        self.env |= {'FAKE_SLURM': str(self.slurm), 'HOST': '127.0.0.1', 'HEAD_IP': '127.0.0.1', 'POLL_S': '1'}
+        self.env['PRETOKENIZE_ARGS'] = '--seq_len=256 --min_tokens=4 --num_proc=1'
+
+    def start(self, script: str, *args, fakes: bool = False, **env) -> subprocess.Popen:
+        env = self.env | env
+        if fakes:
+            env['PATH'] = f'{FAKES}:{env["PATH"]}'
+        # a shell that runs the tests in the background has SIGINT ignored
+        command = ['env', '--default-signal=INT', f'launch/{script}', *map(str, args)]
+        with self.file.open('w') as f:
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f)
+
+    def serve(self, *args, **env) -> subprocess.Popen:
+        return self.start('serve_vllm.sh', SUBJECT, '--log', self.folder / 'log', *args, **env)
+
+    def failure(self, script: str, *args, **env) -> str:
+        assert self.start(script, *args, **env).wait(30) == 1
+        self.none_left()
+        return self.printed()
+
+    def printed(self) -> str:
+        return self.file.read_text()
+
+    def until(self, condition, seconds: float = 30):
+        last = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < last, self.printed()
+            time.sleep(0.05)
+        return value
+
+    def ready(self) -> str:
+        """The URL, when it is printed."""
+        return self.until(lambda: re.search(r'^Ready after \d+ s: (http://.+/v1)$', self.printed(), re.M))[1]
+
+    def none_left(self) -> None:
+        """No process of the scripts remains; the system may need a moment."""
+        last = time.monotonic() + 2
+        while left := marked(self.value):
+            assert time.monotonic() < last, left
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    it = Launch(tmp_path)
+    yield it
+    for pid in marked(it.value):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_code(process: subprocess.Popen) -> int:
+    return process.wait(40)
+
+
+# --- one server -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
+def test_a_server_is_ready_and_ends_with_its_children(launch, name):
+    registry, number = launch.folder / 'servers.txt', signal.Signals[name]
+    registry.write_text('http://elsewhere:1/v1  # job 5\n')
+    arguments = ('--registry', registry, '--max-model-len=77', '--served-model-name', 'small')
+    process = launch.serve(*arguments, FAKE_VLLM='child' if name == 'SIGTERM' else '')
+    url = launch.ready()
+    others, ours = registry.read_text().splitlines()
+    assert others == 'http://elsewhere:1/v1  # job 5' and ours.split('#')[0].strip() == url
+    assert re.fullmatch(r'http://127\.0\.0\.1:\d+/v1', url)
+    with urllib.request.urlopen(url + '/models') as response:
+        assert json.load(response)['data'][0]['id'] == 'small'
+    assert (launch.folder / 'log').read_text() == 'options: --max-model-len=77\n'
+    assert any('sleep 1000' in c for c in marked(launch.value).values()) == (name == 'SIGTERM')
+    process.send_signal(number)
+    assert wait_code(process) == 128 + number
+    assert registry.read_text() == others + '\n'
+    launch.none_left()
+
+
+def test_a_signal_before_the_server_is_ready(launch):
+    process = launch.serve(FAKE_VLLM='loading')
+    launch.until(lambda: any('fake_vllm' in c for c in marked(launch.value).values()))
+    process.terminate()
+    assert wait_code(process) == 143
+    launch.none_left()
+
+
+def test_kill_of_the_script_ends_the_server(launch):
+    process = launch.serve()
+    launch.ready()
+    process.kill()
+    process.wait()
+    launch.none_left()
+
+
+@pytest.mark.parametrize(
+    ('mode', 'log', 'message'),
+    [
+        (
+            'die',
+            'RuntimeError: the engine could not start',
+            'ended before it was ready. The first error of its log: RuntimeError: a bad weight\n',
+        ),
+        ('first', 'head_dim 12 is not supported', 'ended before it was ready.'),
+        ('loading', 'options:', 'is not ready after 2 s (HTTP 503 from /health).'),
+        ('refusing', 'options:', 'refuses a completion (HTTP 400:'),
+    ],
+)
+def test_a_server_that_does_not_come_up(launch, mode, log, message):
+    registry = launch.folder / 'servers.txt'
+    began = time.monotonic()
+    arguments = (SUBJECT, '--log', launch.folder / 'log', '--registry', registry, '--ready-timeout', '2')
+    printed = launch.failure('serve_vllm.sh', *arguments, FAKE_VLLM=mode)
+    assert time.monotonic() - began < 10
+    assert log in printed.split('The last lines of')[1] and message in printed and 'nanobind' not in printed
+    assert printed.splitlines()[-1].startswith(f'error: The server of {SUBJECT} ') and not registry.read_text()
+
+
+def test_a_server_without_chats_is_asked_for_plain_text(launch):
+    process = launch.serve(FAKE_VLLM='base')
+    launch.ready()
+    assert 'chats are refused (HTTP 400: {"error": {"message": "no chat template"}})' in launch.printed()
+    process.terminate()
+    assert wait_code(process) == 143
+
+
+def test_a_server_that_dies_later(launch):
+    registry = launch.folder / 'servers.txt'
+    process = launch.serve('--registry', registry)
+    launch.ready()
+    assert registry.read_text()
+    (server,) = (pid for pid, c in marked(launch.value).items() if 'tests.fake_vllm' in c and 'bash' not in c)
+    os.kill(server, signal.SIGKILL)
+    assert wait_code(process) == 1 and not registry.read_text()
+    assert launch.printed().splitlines()[-1] == f'error: The server of {SUBJECT} ended.'
+    launch.none_left()
+
+
+def test_arguments_that_are_refused_before_anything_starts(launch, tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen()
+        port = s.getsockname()[1]
+        printed = launch.failure('serve_vllm.sh', SUBJECT, '--port', port)
+        assert printed.startswith(f'error: Port {port} of 127.0.0.1 cannot be used (Address already in use): give')
+    (tmp_path / 'empty').mkdir()
+    rows = ('--input_dataset=in.jsonl', '--output-path', tmp_path / 'out')
+    for script, arguments, message in (
+        ('serve_vllm.sh', [tmp_path / 'none'], f'{tmp_path}/none is no directory: give one'),
+        ('serve_vllm.sh', ['configs/none'], 'configs/none is no directory: give one'),
+        ('serve_vllm.sh', [tmp_path / 'empty'], f'{tmp_path}/empty has no config.json: give'),
+        ('serve_vllm.sh', ['--port=80'], 'The first argument is the model'),
+        ('serve_vllm.sh', [SUBJECT, '--port', 'x'], "'x' is no port: give"),
+        ('serve_vllm.sh', [SUBJECT, '--host'], '--host needs a value.'),
+        ('generate_local.sh', [SUBJECT, '--input-dataset', 'in.jsonl'], '--output_path is needed'),
+        ('generate_local.sh', ['configs/none', *rows], 'configs/none is no directory'),
+        ('generate_slurm.sh', [SUBJECT, *rows], 'sbatch is not on the PATH: generate_slurm.sh needs it.'),
+        ('generate_ray_slurm.sh', [SUBJECT, *rows], 'sbatch is not on the PATH'),
+        ('serve_ray.sh', [SUBJECT], 'serve_ray.sh runs in a Slurm job'),
+    ):
+        printed = launch.failure(script, *arguments)
+        assert printed.startswith(f'error: {message}') and printed.count('\n') == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['empty', 'printed', 'slurm']
+
+
+def test_the_registry_loses_no_line_of_servers_that_write_together(launch):
+    registry = launch.folder / 'servers.txt'
+
+    def together(*commands):
+        run = [sys.executable, ROOT / 'launch' / 'endpoint.py']
+        assert [p.wait(30) for p in [subprocess.Popen([*run, *c]) for c in commands]] == [0] * len(commands)
+        return sorted(registry.read_text().splitlines())
+
+    lines = together(*(('register', registry, f'http://n{i}:1/v1', f'job {i}') for i in range(8)))
+    assert lines == [f'http://n{i}:1/v1  # job {i}' for i in range(8)]
+    again = ('register', registry, 'http://n9:1/v1', 'job 7')
+    lines = together(again, *(('unregister', registry, f'job {i}') for i in range(6)))
+    assert lines == ['http://n6:1/v1  # job 6', 'http://n9:1/v1  # job 7']
+
+
+# --- generation -----------------------------------------------------------------------------------------------
+
+
+class Generation:
+    """`n` chats, and what a script makes of them."""
+
+    def __init__(self, launch: Launch, n: int):
+        self.launch, self.n, self.out = launch, n, launch.folder / 'out'
+        source = launch.folder / 'in.jsonl'
+        pairs = [
+            ({'role': 'user', 'content': f'Tell {i}.'}, {'role': 'assistant', 'content': 'Old.'}) for i in range(n)
+        ]
+        source.write_text(''.join(json.dumps({'messages': pair}) + '\n' for pair in pairs))
+        self.arguments = [SUBJECT, f'--input_dataset={source}', '--output-path', self.out, '--max_concurrency=4']
+        self.arguments += ['--registry_refresh_interval=1']
+        self.hold = launch.folder / 'hold'
+        self.hold.touch()
+        self.some = {'FAKE_VLLM': f'hold={self.hold}'}  # a server answers a few rows, the others when the file is gone
+
+    def rows(self) -> list[int]:
+        data = self.out / 'data.jsonl'
+        text = data.read_text() if data.exists() else ''
+        return [json.loads(line)['index'] for line in text[: text.rfind('\n') + 1].splitlines()]
+
+    def check(self) -> None:
+        assert sorted(self.rows()) == list(range(self.n)), 'every row exactly once'
+        assert len(datasets.load_from_disk(str(self.out / 'dataset'))) == self.n
+        metas = [json.loads((self.out / 'tokens' / s / 'meta.json').read_text()) for s in ('train', 'validation')]
+        assert sum(m['documents'] for m in metas) == self.n and {m['seq_len'] for m in metas} == {256}
+        assert all(m['role_tokens']['thinking'] for m in metas)
+
+
+def test_local_generation_stops_and_goes_on(launch):
+    generation, log = Generation(launch, 20), launch.folder / 'log'
+    env = {'VLLM_ARGS': f'--log {log} --max-model-len 77'} | generation.some
+    process = launch.start('generate_local.sh', *generation.arguments, **env)
+    launch.until(lambda: len(generation.rows()) >= 4)
+    process.send_signal(signal.SIGINT)
+    assert wait_code(process) == 130
+    launch.none_left()
+    assert 4 <= len(generation.rows()) < 20 and not (generation.out / 'tokens').exists()
+    generation.hold.unlink()
+    process = launch.start('generate_local.sh', *generation.arguments, **env)
+    assert wait_code(process) == 0, launch.printed()
+    generation.check()
+    assert log.read_text() == 'options: --max-model-len 77\n'
+    launch.none_left()
+
+
+def test_local_generation_without_a_server(launch):
+    generation = Generation(launch, 3)
+    arguments = {'VLLM_ARGS': f'--log {launch.folder}/log', 'FAKE_VLLM': 'die'}
+    printed = launch.failure('generate_local.sh', *generation.arguments, **arguments)
+    assert 'error: There is no server: what was answered is kept' in printed.splitlines()[-1]
+    assert f'error: The server of {SUBJECT} ended before it was ready.' in printed
+
+
+def calls(launch: Launch, name: str) -> list[str]:
+    file = launch.slurm / 'calls'
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line.partition(' ')[2] for line in lines if line.split()[0] == name]
+
+
+def lose(launch: Launch, job: str) -> None:
+    """The node of a job is lost."""
+    subprocess.run([FAKES / 'scancel', '--kill', job], env=launch.env, check=True)
+
+
+def registered(launch: Launch) -> list[str]:
+    file = launch.folder / 'out.slurm' / 'servers.txt'
+    return re.findall(r'# job (\d+)', file.read_text()) if file.exists() else []
+
+
+def test_slurm_jobs_that_are_lost_come_back(launch):
+    generation = Generation(launch, 20)
+    env = {'SERVERS': '2', 'GPUS_PER_SERVER': '3', 'SBATCH_ARGS': '--partition=gpu --time=9'} | generation.some
+    process = launch.start('generate_slurm.sh', *generation.arguments, fakes=True, VLLM_ARGS='--dtype auto', **env)
+    launch.until(lambda: registered(launch) and len(generation.rows()) >= 4)
+    lose(launch, '101')
+    launch.until(lambda: sorted(registered(launch)) == ['102', '103'])
+    assert len(generation.rows()) < 20
+    generation.hold.unlink()
+    assert wait_code(process) == 0, launch.printed()
+    generation.check()
+    launch.none_left()
+    assert 'Job 101 has ended' in launch.printed() and 'Job 102 has ended' not in launch.printed()
+    expected = (
+        f'--nodes=1 --ntasks-per-node=1 --output={generation.out}.slurm/server-%j.log --gres=gpu:3 --partition=gpu'
+    )
+    submitted = calls(launch, 'sbatch')
+    assert len(submitted) == 3 and all(expected in c for c in submitted)
+    assert (launch.folder / 'out.slurm' / 'vllm-103.log').read_text() == (
+        'options: --tensor-parallel-size=3 --dtype auto\n'
+    )
+    assert calls(launch, 'scancel') == ['--kill 101', '102 103'], 'each job once, no job of others'
+    assert not (launch.folder / 'out.slurm' / 'servers.txt').exists()
+
+
+def test_slurm_coordinator_that_is_stopped_cancels_its_jobs(launch):
+    generation = Generation(launch, 20)
+    env = {'SERVERS': '2', 'GPUS_PER_SERVER': '0'} | generation.some
+    process = launch.start('generate_slurm.sh', *generation.arguments, fakes=True, **env)
+    launch.until(lambda: sorted(registered(launch)) == ['101', '102'])
+    second = [ROOT / 'launch' / 'generate_slurm.sh', *generation.arguments]
+    path = {'PATH': f'{FAKES}:{launch.env["PATH"]}'}
+    beside = subprocess.run(second, cwd=ROOT, env=launch.env | path, capture_output=True, text=True)
+    assert beside.returncode == 1
+    assert beside.stderr.startswith(f'error: Another coordinator is writing {generation.out}: wait for it')
+    process.terminate()
+    assert wait_code(process) == 143
+    launch.none_left()
+    assert calls(launch, 'scancel') == ['101 102'] and not registered(launch)
+    assert all('--gres' not in c for c in calls(launch, 'sbatch'))
+
+
+def test_slurm_jobs_that_never_come_up_and_jobs_of_a_killed_run(launch):
+    generation, folder = Generation(launch, 3), launch.folder / 'out.slurm'
+    folder.mkdir()
+    before = subprocess.run(
+        [FAKES / 'sbatch', f'--output={launch.folder}/before'], input='sleep 1000', env=launch.env, text=True, stdout=-1
+    )
+    (folder / 'jobs.txt').write_text(before.stdout.split(';')[0] + '\n')
+    env = {'SERVERS': '2', 'MAX_RESUBMITS': '1', 'FAKE_VLLM': 'die'}
+    printed = launch.failure('generate_slurm.sh', *generation.arguments, fakes=True, **env)
+    assert calls(launch, 'scancel') == ['101'] and len(calls(launch, 'sbatch')) == 1 + 2 + 1
+    assert 'RuntimeError: the engine could not start' in printed
+    assert f'error: No server job is left, and MAX_RESUBMITS is used up; logs: {folder}.' in printed
+    (launch.slurm / 'closed').touch()
+    printed = launch.failure('generate_slurm.sh', *generation.arguments, fakes=True)
+    assert 'error: sbatch refuses the job: its options are in SBATCH_ARGS.' in printed
+
+
+def test_ray_spans_the_nodes_of_a_job(launch):
+    generation = Generation(launch, 20)
+    env = {'NODES': '3', 'GPUS_PER_NODE': '5'} | generation.some
+    process = launch.start('generate_ray_slurm.sh', *generation.arguments, fakes=True, **env)
+    launch.until(lambda: len(generation.rows()) >= 4)
+    log = launch.folder / 'out.slurm' / 'vllm-101.log'
+    assert log.read_text() == 'options: --tensor-parallel-size=15 --distributed-executor-backend=ray\n'
+    os.kill(int((launch.slurm / 'job-101' / 'ray' / 'node3').read_text()), signal.SIGKILL)
+    launch.until(lambda: registered(launch) == ['102'])
+    generation.hold.unlink()
+    assert wait_code(process) == 0, launch.printed()
+    generation.check()
+    launch.none_left()
+    assert all('--nodes=3 ' in c and '--gres=gpu:5' in c for c in calls(launch, 'sbatch'))
+    head, workers = calls(launch, 'srun')[:2]
+    assert '--nodes=1 --nodelist=node1 env' in head and 'ray start --head --node-ip-address=127.0.0.1 --port=' in head
+    assert '--nodes=2 --nodelist=node2,node3 ray start --address=127.0.0.1:' in workers
+    assert len([c for c in calls(launch, 'ray') if c.startswith('start')]) == 2 * 3
+    assert not list((launch.slurm / 'job-102' / 'ray').iterdir())
