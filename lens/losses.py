@@ -14,6 +14,22 @@ def normalised_mse_rows(pred_NxD, target_NxD):
     return jnp.mean((pred - target) ** 2, -1) / jnp.maximum(jnp.mean(target**2, -1), 1e-12)
 
 
+def direction_mse_rows(pred_NxD, target_NxD):
+    """mean_d of the squared difference when both have norm sqrt(d): 2 (1 - cos), the error of NLA lenses.
+
+    The floor is inside the square root: a zero vector has a finite gradient and the error 2.
+    """
+    pred, target = pred_NxD.astype(jnp.float32), target_NxD.astype(jnp.float32)
+    size = jnp.sqrt(jnp.maximum(jnp.sum(pred**2, -1) * jnp.sum(target**2, -1), 1e-24))
+    return 2 * (1 - jnp.sum(pred * target, -1) / size)
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask, which broadcasts against it, is 1; 0 where it is nowhere."""
+    mask = jnp.broadcast_to(mask, x.shape)
+    return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
 def fve(pred_NxD, target_NxD, group: int = 1):
     """Fraction of variance explained, bias penalised: 1 - mean_n |target - pred|^2 / sum_d Var_d(target).
 
@@ -45,37 +61,60 @@ def cross_entropy(logp_BxT, mask_BxT):
     return -jnp.sum(logp_BxT * mask_BxT) / jnp.maximum(jnp.sum(mask_BxT), 1)
 
 
-def clamped_entropy(entropy_BxT, clamp: float):
+def clamped_entropy(entropy_BxT, mask_BxT, clamp):
     """mean_b min(mean_t H, clamp): above the clamp a sequence gets no bonus gradient."""
-    return jnp.mean(jnp.minimum(jnp.mean(entropy_BxT, -1), clamp))
+    mean_B = jnp.sum(entropy_BxT * mask_BxT, -1) / jnp.maximum(jnp.sum(mask_BxT, -1), 1)
+    return jnp.mean(jnp.minimum(mean_B, clamp))
 
 
-def rewards(pred_NxD, target_NxD):
-    """- mean_d (target - pred)^2, raw, without gradient."""
-    return jax.lax.stop_gradient(-jnp.mean((target_NxD.astype(jnp.float32) - pred_NxD.astype(jnp.float32)) ** 2, -1))
+def advantages(rewards_N, group: int, kind: str = 'grpo'):
+    """What a sample's reward is worth within its group of contiguous rows, one of ADVANTAGES.
 
-
-def group_advantages(rewards_N, group: int):
-    """(r - group mean) / max(group std, 1e-8), std unbiased; groups are contiguous rows of `group`."""
+    grpo: (r - mean) / max(std, 1e-8), std unbiased. rloo: r - mean of the others (Ahmadian et al. 2024).
+    dr_grpo: r - mean, no division by the spread (Liu et al. 2025).
+    """
     r = rewards_N.reshape(-1, group)
     r = r - r[:, :1]  # equal rewards give exact zeros: the rounding of their mean would become an advantage
-    std = jnp.std(r, axis=1, ddof=1, keepdims=True)
-    return ((r - r.mean(1, keepdims=True)) / jnp.maximum(std, 1e-8)).reshape(-1)
+    a = r - r.mean(1, keepdims=True)
+    if kind == 'grpo':
+        a = a / jnp.maximum(jnp.std(r, axis=1, ddof=1, keepdims=True), 1e-8)
+    elif kind == 'rloo':
+        a = a * (group / (group - 1))
+    return a.reshape(-1)
 
 
-def policy_gradient(logp_NxT, advantages_N):
-    """- mean_{n,t} [ pi / sg(pi) * a ]: the value is -mean(a), the gradient is REINFORCE's.
+ADVANTAGES = ('grpo', 'rloo', 'dr_grpo')
 
-    One on-policy update: the ratio is 1 by construction, so there is nothing to clip.
+
+def policy_gradient(logp_NxT, advantages_N, mask_NxT, old_logp_NxT=None, clip: float = 0.0):
+    """- mean over tokens of ratio * a, ratio = pi / pi_old; a token mean, without correction for length.
+
+    Without old log-probabilities the update is on-policy: the ratio is 1 in value, the gradient REINFORCE's.
+    With them the ratio is clipped to 1 - clip .. 1 + clip (PPO).
     """
-    ratio = jnp.exp(logp_NxT - jax.lax.stop_gradient(logp_NxT))
-    return -jnp.mean(ratio * jax.lax.stop_gradient(advantages_N)[:, None])
+    a = jax.lax.stop_gradient(advantages_N)[:, None]
+    old = logp_NxT if old_logp_NxT is None else old_logp_NxT
+    ratio = jnp.exp(logp_NxT - jax.lax.stop_gradient(old))
+    gain = ratio * a
+    if old_logp_NxT is not None:
+        gain = jnp.minimum(gain, jnp.clip(ratio, 1 - clip, 1 + clip) * a)
+    return -masked_mean(gain, mask_NxT)
 
 
-def k3(logp_NxT, logq_NxT, skip: int):
-    """mean over tokens t >= skip of q/pi - log(q/pi) - 1, the k3 estimator of KL(pi || q).
+K3_CLAMP = 12.0  # of the log-ratio; e^12 tokens of weight would be one token's noise
 
-    The gradient goes through pi; q is constant.
+
+def k3(logp_NxT, logq_NxT, mask_NxT):
+    """mean over tokens of q/pi - log(q/pi) - 1, the k3 estimator of KL(pi || q).
+
+    The gradient goes through pi; q is constant. The log-ratio is clamped to +-K3_CLAMP.
     """
-    diff = jax.lax.stop_gradient(logq_NxT)[:, skip:] - logp_NxT[:, skip:]
-    return jnp.mean(jnp.expm1(diff) - diff)
+    diff = jnp.clip(jax.lax.stop_gradient(logq_NxT) - logp_NxT, -K3_CLAMP, K3_CLAMP)
+    return masked_mean(jnp.expm1(diff) - diff, mask_NxT)
+
+
+def kl(logits_p, logits_q):
+    """KL(P || Q) in nats of the distributions over the last axis, [...]; P is constant."""
+    logp = jax.nn.log_softmax(jax.lax.stop_gradient(logits_p).astype(jnp.float32), axis=-1)
+    logq = jax.nn.log_softmax(logits_q.astype(jnp.float32), axis=-1)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), -1)

@@ -117,22 +117,39 @@ def test_cross_entropy_leaves_masked_tokens_out():
 def test_clamped_entropy_has_no_gradient_above_the_clamp():
     h = np.asarray([[0.1, 0.3, 0.2, 0.2], [2.0, 0.1, 0.1, 0.2], [1.0, 3.0, 2.0, 0.8]], np.float32)
     clamp = 1.0  # the mean of a row counts: row 1 has one token above it and stays below
-    value, grad = jax.value_and_grad(losses.clamped_entropy)(jnp.asarray(h), clamp)
+    value, grad = jax.value_and_grad(losses.clamped_entropy)(jnp.asarray(h), np.ones_like(h), clamp)
     close(value, (0.2 + 0.6 + 1.0) / 3)
     close(grad, [[1 / 12] * 4, [1 / 12] * 4, [0] * 4])
     assert not np.asarray(grad)[2].any()
 
 
-def test_rewards_are_raw_and_without_gradient():
-    pred, target = normal(9, N, D, scale=10), normal(10, N, D, scale=10)
-    close(losses.rewards(pred, target), -np.mean((pred.astype(float) - target) ** 2, axis=1))
-    grads = jax.grad(lambda p, t: losses.rewards(p, t).sum(), argnums=(0, 1))(jnp.asarray(pred), jnp.asarray(target))
-    assert not any(np.asarray(g).any() for g in grads)
+def test_clamped_entropy_is_a_mean_over_the_tokens_of_each_text():
+    h = np.abs(normal(9, 3, T))
+    mask = np.arange(T) < np.array([[1], [3], [T]])
+    rows = [row[m].astype(float).mean() for row, m in zip(h, mask, strict=True)]
+    close(losses.clamped_entropy(h, mask, 0.7), np.mean(np.minimum(rows, 0.7)))
+
+
+def test_direction_error_is_the_squared_distance_at_norm_sqrt_d():
+    pred, target = normal(9, N, D, scale=10), normal(10, N, D, scale=3)
+    unit = [x.astype(float) * np.sqrt(D) / np.linalg.norm(x, axis=1, keepdims=True) for x in (pred, target)]
+    close(losses.direction_mse_rows(pred, target), np.mean((unit[0] - unit[1]) ** 2, axis=1))
+    close(losses.direction_mse_rows(pred, -7 * pred), np.full(N, 4.0))
+    tiny = jnp.asarray(pred) * np.float32(1e-20)
+    grads = jax.grad(lambda p: losses.direction_mse_rows(p, target).sum())(tiny)
+    assert np.isfinite(np.asarray(grads)).all() and losses.direction_mse_rows(0 * tiny, target).tolist() == [2.0] * N
+
+
+def test_rloo_compares_with_the_mean_of_the_others_and_dr_grpo_with_the_mean_of_all():
+    r = normal(11, 4, 3, scale=5)
+    rloo = [[row[i] - np.delete(row, i).astype(float).mean() for i in range(3)] for row in r]
+    close(losses.advantages(jnp.asarray(r).ravel(), 3, 'rloo'), np.ravel(rloo))
+    close(losses.advantages(jnp.asarray(r).ravel(), 3, 'dr_grpo'), (r - r.astype(float).mean(1, keepdims=True)).ravel())
 
 
 def test_group_advantages_standardise_contiguous_groups():
     groups = [[-1.0, -2.0, -6.0], [-40.0, -10.0, -10.0]]
-    got = losses.group_advantages(jnp.asarray(groups).ravel(), 3)
+    got = losses.advantages(jnp.asarray(groups).ravel(), 3)
     close(got, np.concatenate([(np.array(g) - np.mean(g)) / np.std(g, ddof=1) for g in groups]))
     # by hand, group 1: mean -3, unbiased variance (4 + 1 + 9) / 2 = 7
     close(got[:3], np.array([2, 1, -3]) / np.sqrt(7))
@@ -140,7 +157,7 @@ def test_group_advantages_standardise_contiguous_groups():
 
 def test_group_advantages_sum_to_zero_and_have_unit_variance():
     group = 8
-    a = np.asarray(losses.group_advantages(jnp.asarray(normal(11, 6 * group, scale=3, shift=-20)), group), np.float64)
+    a = np.asarray(losses.advantages(jnp.asarray(normal(11, 6 * group, scale=3, shift=-20)), group), np.float64)
     a = a.reshape(-1, group)
     # absolute 1e-5: float32 rounding of values near 20, divided by a standard deviation near 3
     np.testing.assert_allclose(a.sum(1), 0, atol=1e-5)
@@ -152,8 +169,8 @@ def test_group_advantages_ignore_the_scale_and_the_offset_of_each_group():
     scaled = r * np.asarray([[3.0], [50.0]]) + np.asarray([[2.0], [-9.0]])
     # rtol 1e-4: the offset costs two digits of float32
     close(
-        losses.group_advantages(jnp.asarray(scaled).ravel(), 4),
-        losses.group_advantages(jnp.asarray(r).ravel(), 4),
+        losses.advantages(jnp.asarray(scaled).ravel(), 4),
+        losses.advantages(jnp.asarray(r).ravel(), 4),
         1e-4,
     )
 
@@ -162,16 +179,37 @@ def test_group_advantages_ignore_the_scale_and_the_offset_of_each_group():
 def test_group_advantages_of_equal_rewards_are_exactly_zero(group):
     """Identical explanations teach nothing. The rounding of the mean must not become an advantage."""
     values = np.asarray([0.0, -0.1, -0.7, -1 / 3, -333.3, -1.2345e7], np.float32)
-    got = jax.jit(losses.group_advantages, static_argnums=1)(np.repeat(values, group), group)
+    got = jax.jit(losses.advantages, static_argnums=1)(np.repeat(values, group), group)
     np.testing.assert_array_equal(np.asarray(got).reshape(-1, group), np.zeros((len(values), group)))
 
 
 def test_policy_gradient_value_and_gradient():
     logp, a = -np.abs(normal(13, N, T)), normal(14, N)
-    value, (d_logp, d_a) = jax.value_and_grad(losses.policy_gradient, argnums=(0, 1))(jnp.asarray(logp), jnp.asarray(a))
+    ones = np.ones_like(logp)
+    both = jax.value_and_grad(losses.policy_gradient, argnums=(0, 1))
+    value, (d_logp, d_a) = both(jnp.asarray(logp), jnp.asarray(a), ones)
     close(value, -a.astype(float).mean())
     close(d_logp, np.repeat(-a[:, None].astype(float) / (N * T), T, axis=1))
     assert not np.asarray(d_a).any()
+
+
+def test_policy_gradient_counts_the_tokens_of_the_mask_alone():
+    logp, a, mask = -np.abs(normal(13, N, T)), normal(14, N), np.random.default_rng(8).integers(2, size=(N, T))
+    value, grad = jax.value_and_grad(losses.policy_gradient)(jnp.asarray(logp), jnp.asarray(a), mask)
+    close(value, -(a[:, None].astype(float) * mask).sum() / mask.sum())
+    close(grad, -a[:, None].astype(float) * mask / mask.sum())
+
+
+def test_clipped_policy_gradient_against_numpy():
+    """PPO: no gradient where the ratio has left the interval on the side that the advantage asks for."""
+    old, a, ones = -np.abs(normal(13, N, T)), normal(14, N), np.ones((N, T))
+    logp = old + normal(22, N, T, scale=0.4)
+    value, grad = jax.value_and_grad(losses.policy_gradient)(jnp.asarray(logp), jnp.asarray(a), ones, old, 0.2)
+    ratio, up = np.exp(logp.astype(float) - old), a[:, None].astype(float)
+    close(value, -np.mean(np.minimum(ratio * up, np.clip(ratio, 0.8, 1.2) * up)))
+    free = np.where(up > 0, ratio < 1.2, ratio > 0.8)
+    assert 0 < free.sum() < free.size
+    close(grad, -np.where(free, ratio * up, 0) / (N * T))
 
 
 # A policy over V3**T2 = 9 texts, small enough to take every expectation exactly.
@@ -204,7 +242,7 @@ def expected_gradient(term, *per_text):
 
 
 def test_policy_gradient_is_minus_the_gradient_of_the_expected_reward():
-    got = expected_gradient(losses.policy_gradient, REWARD[:, None])
+    got = expected_gradient(lambda x, r: losses.policy_gradient(x, r, np.ones((1, T2))), REWARD[:, None])
 
     def expected_reward(theta):
         return sum(probability(theta, w) * r for w, r in zip(TEXTS, REWARD, strict=True))
@@ -218,34 +256,42 @@ def test_k3_against_numpy_and_its_skip():
     logp, logq = -np.abs(normal(18, N, T)), -np.abs(normal(19, N, T))
     for skip in (0, 1, 3):
         ratio = np.exp(logq.astype(float) - logp)[:, skip:]
-        close(losses.k3(logp, logq, skip), np.mean(ratio - np.log(ratio) - 1))
+        close(losses.k3(logp, logq, np.arange(T) >= skip), np.mean(ratio - np.log(ratio) - 1))
 
 
 def test_k3_is_zero_where_both_agree_and_precise_close_to_it():
     logp = -np.abs(normal(18, N, T))
-    assert losses.k3(logp, logp, 0) == 0
+    assert losses.k3(logp, logp, np.ones((N, T))) == 0
     zero, near = np.zeros((1, 1), np.float32), np.full((1, 1), 2e-3, np.float32)
     # d^2/2 + d^3/6: the plain formula q/pi - log(q/pi) - 1 has lost most digits here.
     # rtol 1e-3: of expm1(d) - d in float32, whose two terms agree to three digits
-    np.testing.assert_allclose(losses.k3(zero, near, 0), 2e-6 + 8e-9 / 6, rtol=1e-3)
+    np.testing.assert_allclose(losses.k3(zero, near, np.ones((1, 1))), 2e-6 + 8e-9 / 6, rtol=1e-3)
 
 
 def test_k3_gradient_is_one_minus_q_over_pi_and_stops_at_q():
     logp, logq, skip = -np.abs(normal(18, N, T)), -np.abs(normal(19, N, T)), 1
-    d_p, d_q = jax.grad(losses.k3, argnums=(0, 1))(jnp.asarray(logp), jnp.asarray(logq), skip)
+    d_p, d_q = jax.grad(losses.k3, argnums=(0, 1))(
+        jnp.asarray(logp), jnp.asarray(logq), jnp.tile(jnp.arange(T) >= skip, (N, 1))
+    )
     want = (1 - np.exp(logq.astype(float) - logp)) / (N * (T - skip))
     want[:, :skip] = 0
     close(d_p, want)
     assert not np.asarray(d_q).any()
 
 
+def test_k3_of_a_hopeless_token_is_clamped():
+    far = losses.k3(np.full((1, 1), -40.0, np.float32), np.zeros((1, 1), np.float32), np.ones((1, 1)))
+    close(far, np.exp(12) - 13)
+
+
 def test_k3_estimates_kl_pi_q_and_its_gradient_is_that_of_kl_q_pi():
     logp = log_softmax(THETA)
     log_p, log_q = (np.asarray([[text_log_probs(x, w)] for w in TEXTS], np.float32) for x in (THETA, LOG_Q))
-    value = sum(probability(THETA, w) * losses.k3(log_p[i], log_q[i], 0) for i, w in enumerate(TEXTS))
+    value = sum(probability(THETA, w) * losses.k3(log_p[i], log_q[i], np.ones((1, T2))) for i, w in enumerate(TEXTS))
     close(value, np.mean(np.sum(np.exp(logp) * (logp - LOG_Q), -1)))
 
-    got = expected_gradient(lambda logp, logq: losses.k3(logp, logq, 0), [[text_log_probs(LOG_Q, w)] for w in TEXTS])
+    ones = np.ones((1, T2))
+    got = expected_gradient(lambda logp, logq: losses.k3(logp, logq, ones), [[text_log_probs(LOG_Q, w)] for w in TEXTS])
     kl_q_pi = finite_differences(lambda x: np.mean(np.sum(np.exp(LOG_Q) * (LOG_Q - log_softmax(x)), -1)), THETA)
     close(got, kl_q_pi)
 
@@ -256,3 +302,21 @@ def test_fve_of_repeated_rows_counts_each_target_once_in_the_variance():
     repeated = np.repeat(target, 3, axis=0)
     expected = 1 - (noise**2).sum() / 12 / target.var(0, ddof=1).sum()
     np.testing.assert_allclose(losses.fve(repeated + noise, repeated, group=3), expected, rtol=1e-5)
+
+
+def test_kl_against_numpy_with_a_constant_first_argument():
+    logits_p, logits_q = normal(20, B, T, V, scale=3), normal(21, B, T, V, scale=3)
+    logp, logq = log_softmax(logits_p), log_softmax(logits_q)
+    close(losses.kl(logits_p, logits_q), np.sum(np.exp(logp) * (logp - logq), -1))
+    d_p, d_q = jax.grad(lambda p, q: losses.kl(p, q).sum(), argnums=(0, 1))(jnp.asarray(logits_p), logits_q)
+    assert not np.asarray(d_p).any()
+    close(d_q, np.exp(logq) - np.exp(logp))
+
+
+def test_kl_is_0_of_equal_distributions_and_in_float32_on_bfloat16_logits():
+    p, q = (jnp.asarray(normal(seed, B, V, scale=20)).astype(jnp.bfloat16) for seed in (22, 23))
+    np.testing.assert_array_equal(losses.kl(p, p), np.zeros(B))
+    logp, logq = log_softmax(np.asarray(p, np.float64)), log_softmax(np.asarray(q, np.float64))
+    got = losses.kl(p, q)
+    assert got.dtype == jnp.float32
+    close(got, np.sum(np.exp(logp) * (logp - logq), -1))

@@ -24,18 +24,26 @@ class KVCache(NamedTuple):
     v_LxBxSxKxh: jax.Array
 
 
+class Stream(NamedTuple):
+    """Keys and values of one layer for the tokens at positions 0..S-1."""
+
+    k_BxSxKxh: jax.Array
+    v_BxSxKxh: jax.Array
+
+
 def softcap(x, cap: float):
     """cap * tanh(x / cap), or x where cap is 0 (Gemma-2)."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask_TxS, *, scale: float, cap: float = 0.0, sinks_KxG=None):
+def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask, *, scale: float, cap: float = 0.0, sinks_KxG=None):
     """softmax(scale q k) v under a boolean mask (True = may look); softmax in float32.
 
+    mask: TxS, or Bx1x1xTxS where rows differ.
     sinks: one learned logit per query head that takes part in the softmax and carries no value.
     """
     scores = jnp.einsum('btkgh,bskh->bkgts', q_BxTxKxGxh, k_BxSxKxh, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_TxS, softcap(scores * scale, cap), -jnp.inf)
+    scores = jnp.where(mask, softcap(scores * scale, cap), -jnp.inf)
     if sinks_KxG is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
@@ -46,17 +54,33 @@ def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask_TxS, *, scale: float, cap: fl
     return jnp.einsum('bkgts,bskh->btkgh', weights.astype(v_BxSxKxh.dtype), v_BxSxKxh)
 
 
-def in_chunks(attend_rows, q_BxTxKxGxh, positions_T):
-    """attend_rows(q, positions) over QUERY_CHUNK queries at a time, recomputed in the backward pass."""
+def visible(slots_S, at, own, window):
+    """Which of the key slots a query sees, [..., S]: those before its position `at`, and its own.
+
+    at, own: [...]. window: it sees so many, itself included; 0 = all; None where no layer has a window.
+    """
+    at, own = at[..., None], own[..., None]
+    seen = slots_S < at
+    if window is not None:
+        seen &= (window == 0) | (slots_S > at - window)
+    return seen | (slots_S == own)
+
+
+def in_chunks(attend_rows, q_BxTxKxGxh, *places):
+    """attend_rows(q, *places) over QUERY_CHUNK queries at a time, recomputed in the backward pass.
+
+    places: what else differs between queries, [T] or [B, T] each.
+    """
     b, t, *heads = q_BxTxKxGxh.shape
     if t <= 2 * QUERY_CHUNK:
-        return attend_rows(q_BxTxKxGxh, positions_T)
+        return attend_rows(q_BxTxKxGxh, *places)
     n = -(-t // QUERY_CHUNK)
     pad = n * QUERY_CHUNK - t
     q = jnp.pad(q_BxTxKxGxh, ((0, 0), (0, pad), (0, 0), (0, 0), (0, 0)))
     q = jnp.moveaxis(q.reshape(b, n, QUERY_CHUNK, *heads), 1, 0)
-    positions = jnp.pad(positions_T, (0, pad)).reshape(n, QUERY_CHUNK)
-    mixed = jax.lax.map(lambda rows: jax.checkpoint(attend_rows)(*rows), (q, positions))
+    places = [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]) for x in places]
+    places = [jnp.moveaxis(x.reshape(*x.shape[:-1], n, QUERY_CHUNK), -2, 0) for x in places]
+    mixed = jax.lax.map(lambda rows: jax.checkpoint(attend_rows)(*rows), (q, *places))
     return jnp.moveaxis(mixed, 0, 1).reshape(b, n * QUERY_CHUNK, *heads)[:, :t]
 
 
@@ -82,39 +106,48 @@ class Attention(nnx.Module):
         self.k_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
         self.sinks = zeros(c.sinks, (k, g))
 
-    def __call__(self, x_BxTxD, layer, start, c, cache: KVCache | None, adapters):
-        """Positions start..start+T-1. With a cache, writes them into layer `layer` of it and looks at
-        all earlier slots. Returns (output BxTxD, cache)."""
-        t = x_BxTxD.shape[1]
+    def __call__(self, x_BxTxD, layer, positions, c, past: KVCache | Stream | None, adapters):
+        """Tokens at `positions`, and what they look at besides themselves.
+
+        None: each other, positions_T from 0 on. KVCache: layer `layer` of it, after they are written at the
+        slots positions_T. Stream: each of them stands for the stream's token at its place in positions_BxT
+        and sees the stream before it, not the others.
+        Returns (output BxTxD, the cache as written or the keys and values of x as a Stream).
+        """
+        q, k, v = self._project(x_BxTxD, layer, positions, c, adapters)
+        own, out = positions, Stream(k, v)
+        if isinstance(past, KVCache):
+            at = (layer, 0, positions[0], 0, 0)
+            out = KVCache(
+                jax.lax.dynamic_update_slice(past.k_LxBxSxKxh, k[None], at),
+                jax.lax.dynamic_update_slice(past.v_LxBxSxKxh, v[None], at),
+            )
+            k, v = out.k_LxBxSxKxh[layer], out.v_LxBxSxKxh[layer]
+        elif isinstance(past, Stream):
+            own = past.k_BxSxKxh.shape[1] + jnp.arange(x_BxTxD.shape[1])
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True))
+        slots_S = jnp.arange(k.shape[1])
+        window = c.of_layer(c.windows, layer) if any(c.windows) else None
+        sinks = None if self.sinks is None else self.sinks[...]
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+
+        def attend_rows(q, at, own_T):
+            mask = visible(slots_S, at, own_T, window)
+            mask = mask if mask.ndim == 2 else mask[:, None, None]
+            return attend(q, k, v, mask, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
+
+        mixed = in_chunks(attend_rows, q, positions, own)
+        y = lora.project('btkgh,kghd->btd', mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
+        return y, out
+
+    def _project(self, x_BxTxD, layer, positions, c, adapters):
+        """Queries BxTxKxGxh, keys and values BxTxKxh; queries and keys normed and rotated."""
         q = lora.project('btd,dkgh->btkgh', x_BxTxD, self.q, adapters, 'q', bias=self.q_bias)
         k = lora.project('btd,dkh->btkh', x_BxTxD, self.k, adapters, 'k', bias=self.k_bias)
         v = lora.project('btd,dkh->btkh', x_BxTxD, self.v, adapters, 'v', bias=self.v_bias)
         if c.qk_norm:
             q, k = self.q_norm(q, c.norm_eps), self.k_norm(k, c.norm_eps)
-        positions_T = start + jnp.arange(t)
         if c.ropes:
-            sin, cos = rope.tables(positions_T, c.ropes, c.of_layer(c.layer_rope, layer), c.head_dim)
+            sin, cos = rope.tables(positions, c.ropes, c.of_layer(c.layer_rope, layer), c.head_dim)
             q, k = rope.rotate(q, sin, cos), rope.rotate(k, sin, cos)
-        if cache is not None:
-            at = (layer, 0, start, 0, 0)
-            cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.k_LxBxSxKxh, k[None], at),
-                jax.lax.dynamic_update_slice(cache.v_LxBxSxKxh, v[None], at),
-            )
-            k, v = cache.k_LxBxSxKxh[layer], cache.v_LxBxSxKxh[layer]
-            keys_S = jnp.arange(k.shape[1])
-        else:
-            keys_S = positions_T
-        window = c.of_layer(c.windows, layer)
-        sinks = None if self.sinks is None else self.sinks[...]
-        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-
-        def attend_rows(q, at_T):
-            mask = keys_S <= at_T[:, None]
-            if any(c.windows):
-                mask &= (window == 0) | (keys_S > at_T[:, None] - window)
-            return attend(q, k, v, mask, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
-
-        mixed = in_chunks(attend_rows, q, positions_T)
-        y = lora.project('btkgh,kghd->btd', mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
-        return y, cache
+        return q, k, v

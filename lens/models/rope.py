@@ -52,17 +52,23 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return freq
 
 
-def tables(positions_T: jax.Array, ropes: tuple[Rope, ...], which, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """(sin, cos) of ropes[which], each [T, head_dim/2] in float32; `which` may be traced."""
+def tables(positions: jax.Array, ropes: tuple[Rope, ...], which, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """(sin, cos) of ropes[which] at positions [T] or, per row, [B, T]: each [..., head_dim/2] in float32.
+
+    `which` may be traced.
+    """
     freq_Rxi = jnp.asarray(np.stack([inverse_frequencies(r, head_dim) for r in ropes]), jnp.float32)
     scale_R = jnp.asarray([r.attention_factor for r in ropes], jnp.float32)
-    angles = positions_T.astype(jnp.float32)[:, None] * freq_Rxi[which]
+    angles = positions.astype(jnp.float32)[..., None] * freq_Rxi[which]
     return jnp.sin(angles) * scale_R[which], jnp.cos(angles) * scale_R[which]
 
 
-def rotate(x_BxTxNxh: jax.Array, sin_Txi: jax.Array, cos_Txi: jax.Array) -> jax.Array:
-    """Half-split layout (dimension i pairs with i + h/2); any head axes between T and h."""
+def rotate(x_BxTxNxh: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Half-split layout (dimension i pairs with i + h/2); any head axes between T and h.
+
+    sin, cos: [T, h/2] or, per row, [B, T, h/2].
+    """
     extra = (1,) * (x_BxTxNxh.ndim - 3)
-    sin, cos = (t.reshape(t.shape[0], *extra, t.shape[1]) for t in (sin_Txi, cos_Txi))
+    sin, cos = (t.reshape(*t.shape[:-1], *extra, t.shape[-1]) for t in (sin, cos))
     a, b = jnp.split(x_BxTxNxh.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxh.dtype)

@@ -39,6 +39,21 @@ def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
     return subject.logits(subject.run_layers(x, layer + 1, c.n_layers))
 
 
+def logits_at(subject: Transformer, tokens_BxS, positions_BxV, values_BxVxD, layer: int):
+    """Next-token logits BxVxVocab at each position when the output of block `layer` there is replaced by its value.
+
+    Row v is patch(...)[b, positions_BxV[b, v]] with that one value put in: replacements do not see each
+    other, so a position may come twice, say with the activation and with a reconstruction of it. The
+    natural stream runs once for all of them and the gradient passes through V tokens a row, not S;
+    it reaches values_BxVxD alone, the subject is a constant. Positions are 0..S-1, not checked. Raises
+    ValueError for a layer that the subject does not have.
+    """
+    subject = jax.lax.stop_gradient(subject)
+    x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
+    y = subject.run_beside(x, values_BxVxD.astype(x.dtype), positions_BxV, layer + 1, subject.config.n_layers)
+    return subject.logits(y)
+
+
 def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):
     """Mean norm of the stream entering each block and leaving the last one, [n_layers + 1].
 

@@ -112,29 +112,63 @@ class Block(nnx.Module):
         self.mlp = nnx.data(None if c.n_experts else MLP(c, rngs=rngs, dtype=dtype))
         self.moe = nnx.data(MoE(c, rngs=rngs, dtype=dtype) if c.n_experts else None)
 
-    def __call__(self, x_BxTxD, layer, start, c, cache, adapters):
-        y, cache = self.attn(self.attn_norm(x_BxTxD, c.norm_eps), layer, start, c, cache, adapters)
+    def __call__(self, x_BxTxD, layer, positions, c, past, adapters):
+        """(stream after the block, keys and values), with the arguments of Attention."""
+        y, out = self.attn(self.attn_norm(x_BxTxD, c.norm_eps), layer, positions, c, past, adapters)
         x_BxTxD = x_BxTxD + (self.attn_post_norm(y, c.norm_eps) if c.post_norms else y)
         y = self.mlp_norm(x_BxTxD, c.norm_eps)
         y = self.moe(y, c) if c.n_experts else self.mlp(y, c, adapters)
-        return x_BxTxD + (self.mlp_post_norm(y, c.norm_eps) if c.post_norms else y), cache
+        return x_BxTxD + (self.mlp_post_norm(y, c.norm_eps) if c.post_norms else y), out
 
 
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block', 'collect'))
 def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_block=None, collect=None):
     """Blocks lo..hi-1; returns ((x_BxTxD, cache), collected). Jitted so that calls outside jit compile once."""
-    if not 0 <= lo <= hi <= c.n_layers:  # an index beyond the stack would silently repeat the last block
-        raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
+    _check_range(lo, hi, c)
+    positions_T = start + jnp.arange(x_BxTxD.shape[1])
 
     def layer(carry, i):
         x, cache = carry
         block, adapter = jax.tree.map(lambda w: w[i], (blocks, adapters))
         if before_block is not None:
             x = before_block(x, i)
-        return block(x, i, start, c, cache, adapter), collect and collect(x)
+        y, keys_values = block(x, i, positions_T, c, cache, adapter)
+        return (y, None if cache is None else keys_values), collect and collect(x)
 
     layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
     return jax.lax.scan(layer, (x_BxTxD, cache), jnp.arange(lo, hi))
+
+
+@functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c'))
+def _run_beside(blocks, x_BxSxD, y_BxVxD, positions_BxV, *, lo, hi, c):
+    """Blocks lo..hi-1 of y beside x, see Transformer.run_beside."""
+    _check_range(lo, hi, c)
+    if lo == hi:
+        return y_BxVxD
+    positions_S = jnp.arange(x_BxSxD.shape[1])
+
+    def block(i):
+        return jax.tree.map(lambda w: w[i], blocks)
+
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[c.remat])
+    def beside(y, stream, i):
+        return block(i)(y, i, positions_BxV, c, stream, None)[0]
+
+    def layer(carry, i):
+        x, y = carry
+        # Not under the checkpoint: x has no gradient, and of it the backward pass needs only `stream`.
+        x, stream = block(i)(x, i, positions_S, c, None, None)
+        return (x, beside(y, stream, i)), None
+
+    carry, _ = jax.lax.scan(layer, (x_BxSxD, y_BxVxD), jnp.arange(lo, hi - 1))
+    # Outside the scan: of the last block, only keys and values of x are needed.
+    (_, y), _ = layer(carry, hi - 1)
+    return y
+
+
+def _check_range(lo: int, hi: int, c: TransformerConfig):
+    if not 0 <= lo <= hi <= c.n_layers:  # an index beyond the stack would silently repeat the last block
+        raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
 
 
 class Transformer(nnx.Module):
@@ -208,6 +242,16 @@ class Transformer(nnx.Module):
             self.blocks, adapters, x_BxTxD, cache, start, lo=lo, hi=hi, c=self.config, before_block=before_block
         )
         return out
+
+    def run_beside(self, x_BxSxD, y_BxVxD, positions_BxV, lo: int, hi: int):
+        """Residual stream BxVxD after blocks lo..hi-1 of tokens that each replace one of x, alone.
+
+        y_BxVxD[b, v] enters block lo at positions_BxV[b, v] (below S) instead of x_BxSxD[b] there. It sees the
+        tokens of x before that position, and itself: what run_layers gives there for x with this one
+        token replaced. x and the weights are constants: the gradient reaches y alone.
+        """
+        blocks, x = jax.lax.stop_gradient((self.blocks, x_BxSxD))
+        return _run_beside(blocks, x, y_BxVxD, positions_BxV, lo=lo, hi=hi, c=self.config)
 
     def logits(self, x_BxTxD):
         """Final norm and output head; BxTxV in float32."""
