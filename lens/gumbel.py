@@ -1,0 +1,231 @@
+"""Straight-through Gumbel rollouts: sampled words in value, relaxed tokens in the gradient.
+
+Token t is argmax z_t with z_t = logits_t + temperature * Gumbel noise, an exact draw. Where a table row of it
+is read, the row's gradient is that of softmax(z_t / max(tau, MIN_TAU)) times the table: tau changes the
+gradient, never the token. Three gradients of one rollout:
+
+full       exact: through the rows that the decoder is fed back, and the keys and values of its own tokens.
+truncated  neither of the two; every token keeps its way to the prompt's keys and values, and to the maps.
+two_pass   no sampled history either: the tokens are given, as in teacher forcing, and relaxed on the way out.
+
+Reverse mode through the sampling loop would store a cache per token. At step t the cache is the final one before
+position t, so the loop backwards linearises each step anew at the final cache and carries one cotangent of
+it: memory grows linearly with the length. The layers of a step are scanned beside the cache, not with
+it as their carry, which would store a cache per layer.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lens import sampling, sharding
+from lens.models import decoder as dec
+from lens.models.attention import KVCache, Stream
+from lens.models.transformer import REMAT_POLICIES
+
+FORMS = ('full', 'truncated', 'two_pass')
+MIN_TAU = 0.1
+ROWS = sharding.P('data', None)
+
+
+class Rollout(NamedTuple):
+    """Tokens of N explanations. logits: float32, of the draw of each token, differentiable in every form.
+
+    words: rows of the given table, exactly table[ids] in value.
+    """
+
+    ids_NxT: jax.Array
+    words_NxTxE: jax.Array
+    logits_NxTxV: jax.Array
+
+
+def rollout(
+    decoder, base, activation_NxD, table_VxE, key, *, length: int, tau, temperature=1.0, form: str = 'full'
+) -> Rollout:
+    """One explanation of `length` tokens per activation: the tokens of sampling.sample for the same key.
+
+    table_VxE: whose rows the reader of the words takes in, a constant. tau: may be traced. temperature: a
+    number, or one per activation [N]. Gradients reach the decoder and the activations; base, table, tau and
+    temperature are constants. Of the decoder's own embedding table, too, the relaxation is a constant function;
+    a row that it feeds back has a lookup's gradient ('full' and 'two_pass').
+    """
+    if form not in FORMS:
+        raise ValueError(f'form={form!r} is none of {", ".join(FORMS)}')
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), activation_NxD.shape[:1])
+    arguments = decoder, base, activation_NxD, table_VxE, key, jnp.asarray(tau, jnp.float32), temperature
+    return _two_pass(length, *arguments) if form == 'two_pass' else _rollout(form, length, *arguments)
+
+
+def _perturbed(logits_NxV, key, t, temperature_N):
+    """z of token t: what its id is the argmax of."""
+    temperature_N = sharding.reshard(temperature_N, sharding.P('data'))
+    logits_NxV = sharding.reshard(logits_NxV, ROWS)
+    return logits_NxV + temperature_N[:, None] * sampling.noise(key, t, logits_NxV.shape)
+
+
+def _relaxed_rows(perturbed_NxV, tau, tables):
+    """softmax(z / max(tau, MIN_TAU)) times each of the tables."""
+    soft = jax.nn.softmax(perturbed_NxV / jnp.maximum(tau, MIN_TAU), axis=-1)
+
+    def rows(table_VxE):
+        vocabulary = sharding.like(table_VxE)
+        placed = sharding.reshard(soft.astype(table_VxE.dtype), sharding.P('data', vocabulary and vocabulary[0]))
+        return jnp.einsum('nv,ve->ne', placed, table_VxE, out_sharding=sharding.out(ROWS))
+
+    return jax.tree.map(rows, jax.lax.stop_gradient(tables))
+
+
+def _lookup(table_VxE, ids_NxT):
+    return table_VxE.at[ids_NxT].get(out_sharding=sharding.out(sharding.ACT))
+
+
+def _two_pass(length: int, decoder, base, activation_NxD, table_VxE, key, tau, temperature_N) -> Rollout:
+    base, table_VxE = jax.lax.stop_gradient((base, table_VxE))
+    frozen = jax.lax.stop_gradient(decoder)
+    ids = sampling.sample(frozen, base, activation_NxD, key, length=length, temperature=temperature_N).ids_NxT
+    logits = dec.teacher_forced_logits(decoder, base, activation_NxD, ids)
+    logits = sharding.reshard(logits, sharding.P('data', None, None))
+
+    @jax.checkpoint
+    def relaxed(logits_NxV, t):
+        return _relaxed_rows(_perturbed(logits_NxV, key, t, temperature_N), tau, table_VxE)
+
+    def body(_, at):
+        mixed = relaxed(*at)
+        return None, mixed - jax.lax.stop_gradient(mixed)  # zero, with a gradient
+
+    _, push_TxNxE = jax.lax.scan(body, None, (jnp.moveaxis(logits, 1, 0), jnp.arange(length)))
+    return Rollout(ids, _lookup(table_VxE, ids) + jnp.moveaxis(push_TxNxE, 0, 1), logits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rollout(form: str, length: int, decoder, base, activation_NxD, table_VxE, key, tau, temperature_N) -> Rollout:
+    del form, tau  # of the gradient
+    return _draw(length, decoder, base, activation_NxD, table_VxE, key, temperature_N)[0]
+
+
+def _draw(length: int, decoder, base, activation_NxD, table_VxE, key, temperature_N) -> tuple[Rollout, KVCache]:
+    """The loop of sampling.sample; also its logits and the final cache, which lacks the last token."""
+    logits, cache = dec.prefill(decoder, base, activation_NxD, length)
+    logits = sharding.reshard(logits, ROWS)
+    n, vocabulary = logits.shape
+    kept_NxTxV = jnp.zeros((n, length, vocabulary), out_sharding=sharding.out(sharding.P('data', None, None)))
+
+    def draw(logits_NxV, kept_NxTxV, t):
+        ids = jnp.argmax(_perturbed(logits_NxV, key, t, temperature_N), axis=-1).astype(jnp.int32)
+        return ids, jax.lax.dynamic_update_index_in_dim(kept_NxTxV, logits_NxV, t, 1)
+
+    def body(carry, t):
+        logits, cache, kept = carry
+        ids, kept = draw(logits, kept, t)
+        logits, cache = dec.step(decoder, base, ids, cache, t)
+        return (sharding.reshard(logits, ROWS), cache, kept), ids
+
+    (logits, cache, kept), ids_TxN = jax.lax.scan(body, (logits, cache, kept_NxTxV), jnp.arange(length - 1))
+    last, kept = draw(logits, kept, length - 1)
+    ids = jnp.concatenate([ids_TxN.T, last[:, None]], axis=1)
+    return Rollout(ids, _lookup(table_VxE, ids), kept), cache
+
+
+def _forward(form, length, decoder, base, activation_NxD, table_VxE, key, tau, temperature_N):
+    del form
+    out, cache = _draw(length, decoder, base, activation_NxD, table_VxE, key, temperature_N)
+    return out, (decoder, base, activation_NxD, table_VxE, key, tau, temperature_N, out.ids_NxT, cache)
+
+
+def _backward(form, length, residuals, cotangents):
+    """Cotangents of _rollout's arguments: the steps in reverse, each linearised at the final cache."""
+    decoder, base, activation_NxD, table_VxE, key, tau, temperature_N, ids_NxT, cache = residuals
+    _, d_words_NxTxE, d_logits_NxTxV = cotangents
+    own_table_VxD = dec._model(decoder, base).embedding[...]
+    full = form == 'full'
+    tables = (table_VxE, own_table_VxD) if full else (table_VxE,)
+
+    def logits_cotangent(logits_NxV, t, d_row_NxD):
+        """Of the logits of token t: their own, and that of the rows made of them, read and fed back."""
+
+        def relaxed(logits_NxV):
+            return _relaxed_rows(_perturbed(logits_NxV, key, t, temperature_N), tau, tables)
+
+        d_word = _token(d_words_NxTxE, t)
+        (through_rows,) = jax.vjp(relaxed, logits_NxV)[1]((d_word, d_row_NxD) if full else (d_word,))
+        return _token(d_logits_NxTxV, t) + through_rows
+
+    def body(carry, t):
+        d_decoder, d_cache, d_row = carry
+        step = functools.partial(_step, base=base, t=t)
+        (logits, _), transpose = jax.vjp(step, decoder, _lookup(own_table_VxD, _token(ids_NxT, t)[:, None]), cache)
+        start = decoder.prompt_len + t
+        d_kv = jax.tree.map(lambda d, x: _slots(d, start, 1, x.dtype), d_cache, cache)
+        d_kv = d_kv if full else jax.tree.map(jnp.zeros_like, d_kv)
+        d_step, d_rows_Nx1xD, d_read = transpose((logits_cotangent(logits, t + 1, d_row), d_kv))
+        d_row = d_rows_Nx1xD[:, 0] if full else d_row
+        return (_add(d_decoder, d_step), _add(d_cache, d_read), d_row), d_row
+
+    d_decoder, d_cache = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (decoder, cache))
+    d_row = jnp.zeros_like(_lookup(own_table_VxD, ids_NxT[:, -1:])[:, 0])  # the last token is fed to nobody
+    (d_decoder, d_cache, d_row), d_rows_TxNxD = jax.lax.scan(
+        body, (d_decoder, d_cache, d_row), jnp.arange(length - 1), reverse=True
+    )
+    start = functools.partial(_start, base=base, ids_NxT=ids_NxT[:, :-1])
+    (logits, _, _), transpose = jax.vjp(start, decoder, activation_NxD)
+    d_kv = jax.tree.map(lambda d, x: _slots(d, 0, decoder.prompt_len, x.dtype), d_cache, cache)
+    d_logits = logits_cotangent(logits, 0, d_row)
+    d_start, d_activation = transpose((d_logits, d_kv, jnp.moveaxis(d_rows_TxNxD, 0, 1)))
+    d_decoder = jax.tree.map(lambda d, x: d.astype(x.dtype), _add(d_decoder, d_start), decoder)
+    return d_decoder, None, d_activation, None, None, None, None
+
+
+_rollout.defvjp(_forward, _backward)
+
+
+def _token(x_NxTx, t):
+    return jax.lax.dynamic_index_in_dim(x_NxTx, t, 1, keepdims=False)
+
+
+def _slots(x_LxNxSxKxh, start, n: int, dtype):
+    return jax.lax.dynamic_slice_in_dim(x_LxNxSxKxh, start, n, 2).astype(dtype)
+
+
+def _add(sums, terms):
+    """sums + terms, leaf by leaf in the dtype of the sums."""
+    return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, terms)
+
+
+def _start(decoder, activation_NxD, *, base, ids_NxT):
+    """dec.prefill to differentiate: logits NxV of the first token, the prompt's keys and values, the
+    decoder's rows of the tokens that it is fed back."""
+    model = dec._model(decoder, base)
+    x, hook = dec._prompt(decoder, model, activation_NxD)
+    x, prompt = _run_layers(model, decoder.adapters, model.enter(x), 0, None, hook)
+    return sharding.reshard(model.logits(x[:, -1:])[:, 0], ROWS), prompt, model.lookup(ids_NxT)
+
+
+def _step(decoder, row_Nx1xD, cache, *, base, t):
+    """dec.step to differentiate: logits NxV of token t+1 after `row` of token t, and its keys and values."""
+    model = dec._model(decoder, base)
+    start = decoder.prompt_len + t
+    x, written = _run_layers(model, decoder.adapters, model.enter(row_Nx1xD, start), start, cache)
+    return sharding.reshard(model.logits(x)[:, 0], ROWS), written
+
+
+def _run_layers(model, adapters, x_NxTxD, start, cache: KVCache | None, before_block=None):
+    """Stream after all blocks of tokens at start..start+T-1, and their keys and values as a cache of T slots.
+
+    cache: what they look at besides themselves, slots before `start`; T is 1 where there is one.
+    """
+    c = model.config
+    positions_T = start + jnp.arange(x_NxTxD.shape[1])
+
+    def layer(x, at):
+        i, past = at
+        block, adapter = jax.tree.map(lambda w: w[i], (model.blocks, adapters))
+        if before_block is not None:
+            x = before_block(x, i)
+        return block(x, i, positions_T, c, past and Stream(*past), adapter)
+
+    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
+    x, written = jax.lax.scan(layer, x_NxTxD, (jnp.arange(c.n_layers), cache))
+    return x, KVCache(*written)

@@ -1,0 +1,35 @@
+"""The straight-through rollout as a plain scan that JAX differentiates: the oracle of lens.gumbel."""
+
+import jax
+import jax.numpy as jnp
+
+from lens import gumbel, sampling
+from lens.models import decoder as dec
+
+
+def rollout(decoder, base, activation_NxD, table_VxE, key, *, length, tau, temperature=1.0, form='full'):
+    """gumbel.rollout of form 'full' or 'truncated'; reverse mode stores a cache per token and layer."""
+    model = base if decoder.base is None else decoder.base
+    start = decoder.prompt_len
+
+    def straight_through(table, z, ids):
+        mixed = jax.nn.softmax(z / jnp.maximum(tau, gumbel.MIN_TAU)).astype(table.dtype) @ jax.lax.stop_gradient(table)
+        return table[ids] + (mixed - jax.lax.stop_gradient(mixed))
+
+    def body(carry, t):
+        logits, cache = carry
+        z = logits + temperature * sampling.noise(key, t, logits.shape)
+        ids = jnp.argmax(z, axis=-1)
+        row = straight_through(model.embedding[...], z, ids)
+        if form == 'truncated':
+            row = jax.lax.stop_gradient(row)
+            generated = (jnp.arange(start + length) >= start)[:, None, None]
+            cache = jax.tree.map(lambda x: jnp.where(generated, jax.lax.stop_gradient(x), x), cache)
+        x, cache = model.run_layers_cached(
+            model.enter(row[:, None], start + t), 0, model.config.n_layers, cache, start + t, adapters=decoder.adapters
+        )
+        word = straight_through(jax.lax.stop_gradient(table_VxE), z, ids)
+        return (model.logits(x)[:, 0], cache), gumbel.Rollout(ids, word, logits)
+
+    _, out = jax.lax.scan(body, dec.prefill(decoder, base, activation_NxD, length), jnp.arange(length))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
