@@ -1,60 +1,279 @@
-"""Learning rates by step."""
+"""Durations and schedules against plain numpy formulas at every step; a configuration drawn."""
 
+import json
 import math
+import subprocess
+import sys
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from lens.schedules import warmup_cosine
+from configs import base, tiny
+from lens import schedules
+from lens.schedules import Clock, ScheduleError, constant, duration, parse
 
-PEAK, STEPS, WARMUP, FINAL = 3e-3, 50, 7, 0.1
-
-
-def rates(steps=STEPS, warmup=WARMUP, final=FINAL):
-    return np.asarray(warmup_cosine(PEAK, steps, warmup, final)(np.arange(steps + 1)))
-
-
-def test_end_value_is_exact():
-    assert rates()[-1] == np.float32(PEAK * FINAL)
-    assert rates(final=0.0)[-1] == 0
-    assert warmup_cosine(PEAK, STEPS, WARMUP, FINAL)(STEPS + 1000) == np.float32(PEAK * FINAL)
+CLOCK = Clock(accumulation=3, steps_per_epoch=14, total=90)
+STEPS = np.arange(120)
 
 
-def test_peak_is_at_the_end_of_the_warm_up_and_nowhere_else():
-    r = rates()
-    assert r[WARMUP] == np.float32(PEAK)
-    assert np.delete(r, WARMUP).max() < np.float32(PEAK)
+def values(text, clock=CLOCK, steps=STEPS):
+    return np.asarray(jax.vmap(parse(text, clock, 'sft.tau'))(steps))
 
 
-def test_warm_up_is_linear_and_its_first_step_is_not_lost():
-    want = [PEAK * (i + 1) / (WARMUP + 1) for i in range(WARMUP + 1)]
-    np.testing.assert_allclose(rates()[: WARMUP + 1], want, rtol=1e-6)
+def check(text, want, clock=CLOCK):
+    """`want`: numpy values by step up to the end of the phase."""
+    np.testing.assert_allclose(values(text, clock, np.arange(clock.total)), want, rtol=2e-6, atol=1e-7)
 
 
-def test_monotone_up_then_down():
-    r = rates()
-    assert (np.diff(r[: WARMUP + 1]) > 0).all()
-    assert (np.diff(r[WARMUP:]) < 0).all()
+def fraction(first, last):
+    """0 up to `first`, 1 from `last` on, linear between."""
+    return np.clip((np.arange(CLOCK.total) - first) / (last - first), 0, 1)
 
 
-def test_cosine_between():
-    floor = PEAK * FINAL
-    for step in (WARMUP, 20, 33, STEPS):
-        angle = math.pi * (step - WARMUP) / (STEPS - WARMUP)
-        want = floor + (PEAK - floor) * math.cos(angle / 2) ** 2  # (1 + cos x) / 2
-        np.testing.assert_allclose(rates()[step], want, rtol=1e-5)
+@pytest.mark.parametrize(
+    ('value', 'steps'),
+    [
+        (600, 600),
+        ('600', 600),
+        ('600s', 600),
+        ('1steps', 1),
+        ('7os', 21),
+        ('5e', 70),
+        ('0.5e', 7),
+        ('1.25epochs', 18),  # 17.5 rounded to even
+        ('0.01e', 1),  # never rounded down to off
+        (-1, 90),
+        ('-1', 90),
+        (0, 0),
+        ('0', 0),
+        ('0e', 0),
+        (' 4s ', 4),
+    ],
+)
+def test_durations(value, steps):
+    assert duration(value, CLOCK, 'eval.every') == steps
 
 
-def test_no_warm_up_starts_at_the_peak():
-    assert rates(warmup=0)[0] == np.float32(PEAK)
+def test_never():
+    assert duration(None, CLOCK, 'eval.every') is None
 
 
-def test_final_fraction_1_is_constant_after_the_warm_up():
-    np.testing.assert_array_equal(rates(final=1.0)[WARMUP:], np.float32(PEAK))
+@pytest.mark.parametrize(
+    'value', ['', 's', '5x', '1.5s', '0.5os', '-2', '-1s', '1e-3', '1e5', 2.5, True, '5 e', 'None']
+)
+def test_bad_durations_name_the_key_and_the_forms(value):
+    with pytest.raises(ScheduleError, match=r'eval.every=.* is not a duration; accepted: 600, "600s" .*"0.5e"') as e:
+        duration(value, CLOCK, 'eval.every')
+    assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('step', [0, 3, 7, 30, 50])
-def test_same_under_jit(step):
-    f = warmup_cosine(PEAK, STEPS, WARMUP, FINAL)
-    np.testing.assert_allclose(jax.jit(f)(step), f(step), rtol=1e-6)
+def test_units_that_are_not_known_here():
+    with pytest.raises(ScheduleError, match=r"sft.steps='5e' counts epochs, but the data is not known here"):
+        duration('5e', Clock(), 'sft.steps')
+    with pytest.raises(ScheduleError, match=r'sft.steps=-1 has no phase to fill'):
+        duration(-1, Clock(steps_per_epoch=3), 'sft.steps')
+
+
+def test_a_number_is_constant():
+    for text in (0.3, '0.3', 'constant 0.3', '3e-1'):
+        assert (values(text) == np.float32(0.3)).all()
+
+
+def test_linear():
+    check('linear 2 0.5', 2 + fraction(0, 87) * (0.5 - 2))  # 87: the last optimizer step of 90 micro-steps
+
+
+def test_cosine():
+    check('cosine 2 0.5', 0.5 + 0.75 * (1 + np.cos(np.pi * fraction(0, 87))))
+
+
+def test_exponential():
+    check('exponential 2 0.02', 2 * 0.01 ** fraction(0, 87))
+    check('exponential -2 -0.02', -2 * 0.01 ** fraction(0, 87))
+
+
+def test_polynomial():
+    check('polynomial 2 0.5 power 3', 0.5 + 1.5 * (1 - fraction(0, 87)) ** 3)
+    check('polynomial 2 0.5', 2 + fraction(0, 87) * (0.5 - 2))
+
+
+def test_after_and_over_and_the_order_of_clauses():
+    want = 0.5 + 0.75 * (1 + np.cos(np.pi * fraction(21, 21 + 30 - 3)))
+    for text in ('cosine 2 0.5 after 7os over 30s', 'cosine 2 0.5 over 10os after 21'):
+        check(text, want)
+
+
+def test_restarts_grow():
+    t, want = np.arange(90), np.zeros(90)
+    for first, length in ((0, 12), (12, 24), (36, 48), (84, 96)):
+        u = np.clip((t - first) / (length - 3), 0, 1)
+        want = np.where(t >= first, 0.5 + 0.75 * (1 + np.cos(np.pi * u)), want)
+    check('restarts 2 0.5 every 12s growing 2', want)
+
+
+def test_restarts_of_equal_length():
+    t = np.arange(90)
+    u = np.clip(t % 30 / 27, 0, 1)
+    check('restarts 2 0.5 every 10os', 0.5 + 0.75 * (1 + np.cos(np.pi * u)))
+
+
+@pytest.mark.parametrize(
+    'text', ['constant 2', 'linear 2 0.5', 'cosine 2 0.5', 'exponential 2 0.5', 'polynomial 2 0.5']
+)
+def test_warm_up_of_every_kind(text):
+    got = values(f'{text} warmup 6os')
+    want = 2 * (1e-7 + (1 - 1e-7) * np.arange(18) / 18)
+    np.testing.assert_allclose(got[:18], want, rtol=1e-6)
+    assert got[18] == 2
+    if text != 'constant 2':
+        assert got[87] == np.float32(0.5) and (np.diff(got[18:88]) < 0).all()
+
+
+def test_warm_up_comes_before_the_constant_part():
+    got = values('linear 2 0.5 after 12s over 30s warmup 9s')
+    assert (got[9:22] == 2).all() and got[22] < 2 and got[48] == np.float32(0.5)
+
+
+@pytest.mark.parametrize('accumulation', [1, 3, 4, 7])
+@pytest.mark.parametrize('kind', ['linear', 'cosine', 'exponential', 'polynomial'])
+def test_the_floor_is_exact_at_the_last_optimizer_step_and_not_before(kind, accumulation):
+    clock = Clock(accumulation, None, 12 * accumulation)
+    at = np.arange(12) * accumulation  # where optimizer steps begin
+    floor = np.float32(0.07)
+    whole = values(f'{kind} 0.3 0.07', clock, at)
+    assert whole[-1] == floor and (whole[:-1] > floor).all() and whole[0] == np.float32(0.3)
+    part = values(f'{kind} 0.3 0.07 after 2os over 5os', clock, at)
+    assert part[6] == floor and part[5] > floor and (part[6:] == floor).all() and (part[:3] == np.float32(0.3)).all()
+
+
+def test_a_warm_up_longer_than_the_phase_is_cut_off():
+    got = values('cosine 2 0.5 warmup 100s', Clock(1, None, 5), np.arange(5))
+    np.testing.assert_allclose(got, 2 * np.arange(5) / 100, rtol=1e-5, atol=3e-7)
+
+
+def test_one_step_phases():
+    assert values('cosine 2 0.5', Clock(1, None, 1), np.arange(1)) == np.float32(0.5)
+
+
+@pytest.mark.parametrize('text', ['cosine 2 0.5 warmup 6s', 'restarts 2 0.5 every 12s growing 1.5', '3'])
+def test_jit_static_and_traced(text):
+    s = parse(text, CLOCK, 'sft.tau')
+    traces = []
+
+    def f(schedule, t):
+        traces.append(t)
+        return schedule(t)
+
+    jitted = jax.jit(f, static_argnums=0)
+    for t in (0, 5, 40):
+        got = jitted(parse(text, CLOCK, 'other.key'), t)  # an equal schedule: compiled once
+        assert got.dtype == np.float32 and got.shape == ()
+        np.testing.assert_allclose(got, s(t), rtol=1e-6)
+    assert len(traces) == 1 and hash(s) == hash(parse(text, CLOCK, 'k')) and s != parse('4', CLOCK, 'k')
+
+
+def test_always_zero_and_floats():
+    zero = parse('linear 0 0', CLOCK, 'k')
+    assert zero.always_zero and not zero and float(zero) == 0
+    ramp = parse('linear 0 1', CLOCK, 'k')
+    assert ramp and not ramp.always_zero
+    assert float(parse('2.5', CLOCK, 'k')) == 2.5 == float(constant(2.5))
+    for s in (ramp, parse('constant 1 warmup 3s', CLOCK, 'k')):
+        with pytest.raises(TypeError):
+            float(s)
+
+
+@pytest.mark.parametrize(
+    ('value', 'problem'),
+    [
+        ('', 'is not a value'),
+        (None, 'is not a value'),
+        (True, 'is not a value'),
+        ('quadratic 1 0', 'is not a value'),
+        ('cosine 1', 'is not a value'),
+        ('cosine one 0', 'is not a value'),
+        ('1 2', 'is not a value'),
+        ('nan', 'is not a value'),
+        ('cosine 1 0 warmup', 'is not a value'),
+        ('cosine 1 0 power 2', "has a clause 'power' that cosine does not take"),
+        ('constant 1 over 5s', "has a clause 'over'"),
+        ('linear 1 0 over 5s over 6s', "has a clause 'over'"),
+        ('polynomial 1 0 power two', "has a 'power' that is not a number"),
+        ('polynomial 1 0 power 0', 'needs power above 0'),
+        ('exponential 1 0', 'goes through zero'),
+        ('restarts 1 0', 'needs the length of the first cycle'),
+        ('restarts 1 0 every 9s growing 0.5', 'growing of at least 1'),
+    ],
+)
+def test_bad_values_name_the_key_and_the_forms(value, problem):
+    with pytest.raises(
+        ScheduleError, match=r'^grpo.tau=.*accepted: a number, "constant 1", "linear 1 0.1".*"0.5e"'
+    ) as e:
+        parse(value, CLOCK, 'grpo.tau')
+    assert problem in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_bad_duration_inside_a_value_names_its_clause():
+    with pytest.raises(ScheduleError, match=r"grpo.tau: over='5x' is not a duration; accepted"):
+        parse('cosine 1 0 over 5x', CLOCK, 'grpo.tau')
+
+
+def test_clocks_of_phases():
+    c = base.get_config()
+    c.sft.documents, c.sft.steps, c.sft.accumulate = 8, '2e', 4
+    c.grpo.documents, c.grpo.steps = 3, 11
+    sft, grpo = schedules.clocks(c, 50)
+    assert sft == Clock(4, 7, 16)  # 14 micro-steps, rounded up to whole optimizer steps
+    assert grpo == Clock(1, 17, 11)
+    c.grpo.steps = 0
+    with pytest.raises(ScheduleError, match=r'grpo.steps=0 must be positive; drop the phase'):
+        schedules.clocks(c, 50)
+
+
+def test_the_drawing_has_a_panel_for_every_value_of_every_phase(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
+    c = tiny.get_config()
+    c.grpo.tau = 'cosine 5 0.1 after 100s'
+    c.grpo.table = (('^encoder/base/', None), ('^encoder/', 0.5, 0.0, 'encoder', '90s'), ('.', 1.0, 0.0, 'all', '0'))
+    schedules.draw(c, None, tmp_path / 'new/s.png')
+    assert (tmp_path / 'new/s.png').read_bytes().startswith(b'\x89PNG')
+    axes = {a.get_title().split(' = ')[0]: a for a in seen[0].axes}
+    shown = {v for v in schedules.VALUES if any(c[p][v] != 0 for p in c.phases)}
+    assert set(axes) == {f'{p}.{v}' for p in c.phases for v in shown} and len(shown) < len(schedules.VALUES)
+    t, tau = axes['grpo.tau'].lines[0].get_data()
+    want = np.where(t < 100, 5, 0.1 + 2.45 * (1 + np.cos(math.pi * np.clip((t - 100) / 349, 0, 1))))
+    np.testing.assert_allclose(tau, want, rtol=1e-4)
+    rates = {line.get_label(): line.get_data() for line in axes['grpo.learning_rate_encoder'].lines}
+    assert set(rates) == {'x 0.5 from 90 on: ^encoder/', 'x 1 from 0 on: .'}
+    (t, half), (_, whole) = rates['x 0.5 from 90 on: ^encoder/'], rates['x 1 from 0 on: .']
+    np.testing.assert_allclose(half, np.where(t < 90, 0, whole / 2), rtol=1e-6)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, '-m', 'lens.schedules', *arguments], capture_output=True, text=True)
+
+
+def test_command(tmp_path):
+    done = run(
+        '--config=configs/tiny.py', f'--out={tmp_path}/s.png', '--config.sft.tau=linear 1 0.1', '--config.sft.steps=40'
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith(f'{tmp_path}/s.png') and (tmp_path / 's.png').exists()
+    bad = run('--config=configs/tiny.py', f'--out={tmp_path}/t.png', '--config.sft.tau=linear 1')
+    assert bad.returncode == 1 and "sft.tau='linear 1' is not a value" in bad.stderr and 'Traceback' not in bad.stderr
+    assert not (tmp_path / 't.png').exists()
+
+
+@pytest.mark.parametrize('value', [600, '600s', '5e', -1, None, 0.5])
+def test_keys_take_numbers_and_strings_and_survive_json(value):
+    c = base.get_config()
+    c.sft.steps = value
+    assert ml_collections.ConfigDict(c.to_dict()).sft.steps == value
+    again = ml_collections.ConfigDict(json.loads(c.to_json()))
+    assert again.sft.steps == value and type(again.sft.steps) is type(value)

@@ -44,10 +44,11 @@ def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
     return y + jnp.einsum(f'btr,r{outer}->{y_axes}', low, b, out_sharding=sharding.like(y))
 
 
-def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key) -> dict:
+def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key, *, rs: bool = False) -> dict:
     """Zero-effect adapters for the first `n_layers` blocks, on every matrix whose name fully matches `pattern`.
 
-    blocks: the stacked blocks of the base (leaves [L, ...]). The scale alpha/rank is folded into A.
+    blocks: the stacked blocks of the base (leaves [L, ...]). The scale alpha/rank, or alpha/sqrt(rank) with `rs`
+    (rsLoRA, Kalajdzievski 2023), is folded into A.
     Raises LensError when the pattern matches nothing that the model has; experts take no adapter.
     """
     have = [n for n, (group, _) in MATRICES.items() if getattr(getattr(blocks, group), n, None) is not None]
@@ -62,7 +63,7 @@ def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, 
         fan_in = 1
         for n in inner:
             fan_in *= n
-        scale = alpha / rank * fan_in**-0.5
+        scale = alpha / (rank**0.5 if rs else rank) * fan_in**-0.5
         adapters[name] = {
             'a': scale * jax.random.normal(k, (n_layers, *inner, rank), jnp.float32),
             'b': jnp.zeros((n_layers, rank, *outer), jnp.float32),
