@@ -14,25 +14,60 @@ def phases(recipe: str, recipes: dict[str, tuple[str, ...]] = RECIPES) -> tuple[
     return recipes[recipe]
 
 
+def free(value) -> ml_collections.FieldReference:
+    """A key that takes a number or a string, in the notation of lens/schedules.py."""
+    return ml_collections.FieldReference(value, field_type=object)
+
+
+# Matrices of a trained base, and adapters.
+MATRICES = r'/(base/blocks/(attn/[qkvo]|mlp/(gate|up|down)|moe/(router|gate_up|down))$|adapters/)'
+
+
+def table(weight_decay: float = 0.0, encoder_unfreeze: int | str = '0') -> tuple[tuple, ...]:
+    """Rows (regex over parameter paths, learning rate multiplier, weight decay, clip group, unfreeze time D); the
+    first that matches counts, (regex, None) freezes. This one trains all that exists and decays matrices alone."""
+    return (
+        ('^decoder' + MATRICES, 1.0, weight_decay, 'decoder', '0'),
+        ('^decoder/', 1.0, 0.0, 'decoder', '0'),
+        ('^encoder' + MATRICES, 1.0, weight_decay, 'encoder', encoder_unfreeze),
+        ('^encoder/', 1.0, 0.0, 'encoder', encoder_unfreeze),
+    )
+
+
 def phase(objective: str) -> ml_collections.ConfigDict:
-    """The keys of one training phase."""
+    """The keys of one training phase. D: a duration ("1000s", "100os", "5e", "-1", "0"), V: a value (a number,
+    "constant 1", "linear 1 0.1", "cosine 1 0.1", … with "warmup D", "after D", "over D"); lens/schedules.py."""
     p = ml_collections.ConfigDict()
     p.objective = objective  # sft (given explanations) | grpo (sampled groups) | gumbel (straight through)
-    p.steps = 1000  # optimizer steps
-    p.documents = 8  # documents per step; a multiple of mesh.data
+    p.steps = free(1000)  # D, micro-steps: one batch each; an epoch is one pass over the training documents
+    p.accumulate = 1  # micro-steps whose mean gradient makes one optimizer step
+    p.documents = 8  # documents per micro-step; a multiple of mesh.data
     p.vectors = 4  # activations read per document
-    p.learning_rate_decoder = 1e-3  # peak
-    p.learning_rate_encoder = 1e-3  # peak
-    p.warmup_steps = 20  # linear, from 0
-    p.final_fraction = 0.1  # learning rate at the last step / peak; cosine in between
-    p.weight_decay = 0.0  # on matrices of trained bases and adapters
-    p.grad_clip = 1.0  # global norm, decoder and encoder each
+    p.learning_rate_decoder = free('cosine 1e-3 1e-4 warmup 20s')  # V
+    p.learning_rate_encoder = free('cosine 1e-3 1e-4 warmup 20s')  # V
+    p.table = table()  # which parameters train and how
+    p.grad_clip = free(1.0)  # global norm of every clip group, or (('decoder', 0.05), ('encoder', 1.0))
+    p.mse_weight = free(1.0)  # V: weight of the encoder's error (encoder.error)
+    p.kl_weight = free(
+        0.0
+    )  # V: weight of the functional KL: the subject's next token from A against its reconstruction
+    p.resample = False  # those two on reconstruction + (A' - its reconstruction), A' of the next document
+    p.resample_stop_grad = True  # that difference is a constant
     p.group = 8  # grpo: explanations per activation
-    p.tau = 1.0  # gumbel: temperature of the relaxed tokens, at least 0.1
-    p.beta = 0.0  # grpo, gumbel: weight of the KL to the natural prefix
+    p.mean_of = 1  # grpo: explanations whose reconstructions are averaged; they share reward and advantage
+    p.advantage = 'grpo'  # grpo | rloo | dr_grpo
+    p.updates = 1  # grpo: optimizer steps on the same explanations; above 1 the probability ratio is clipped
+    p.clip = 0.2  # grpo: that ratio stays in 1 - clip .. 1 + clip
+    p.form = 'two_pass'  # gumbel: full (exact gradient) | truncated (prompt's cache only) | two_pass (teacher forced)
+    p.tau = free(1.0)  # V, gumbel: temperature of the relaxed tokens, at least 0.1
+    p.lm_weight = free(
+        0.0
+    )  # V, grpo, gumbel: weight of the KL of the natural prefix to the decoder, whole distribution
+    p.beta = free(0.0)  # V, grpo, gumbel: weight of the KL of the decoder's tokens to kl_to
+    p.kl_to = 'natural'  # natural (base with a word for the activation) | start (decoder at the start of the phase)
     p.kl_skip = 3  # grpo, gumbel: first tokens left out of that KL
-    p.entropy_weight = 0.0  # grpo, gumbel: weight of the entropy bonus
-    p.entropy_clamp = 1.0  # grpo: nats; no bonus for texts above it
+    p.entropy_weight = free(0.0)  # V, grpo, gumbel: weight of the entropy bonus
+    p.entropy_clamp = free(1.0)  # V, grpo: nats; no bonus for texts above it
     return p
 
 
@@ -53,24 +88,36 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.min_pos = 8  # first token position that is read
     c.data.positions = 'any'  # tokens that may be read: any | assistant | thinking | final (needs roles in the data)
 
-    c.explanation_len = 16  # tokens of an explanation
+    c.explanation_len = 16  # tokens of a response: the explanation and its tags
+    c.explanation_open = ''  # what opens an explanation, tokens of the subject; empty: its first token does
+    c.explanation_close = ''  # what closes it; empty: every token of a response is explanation
+    c.position_vectors = False  # decoder reads A minus, encoder writes plus a trained vector of the position (GPT-2)
+    c.tuned_lens = ''  # folder of lens.tuned_lens, for init=tuned_lens
 
     c.decoder = ml_collections.ConfigDict()
     c.decoder.prompt = 'Short explanation of <embed>:'  # soft prompt starts from this text
-    c.decoder.patched_blocks = 1  # first N blocks whose slot is overwritten; 0 = input only
+    c.decoder.injection = 'affine'  # affine (trained maps) | replace (A at a fixed norm) | add (norm-matched, block 1)
+    c.decoder.norm = 0.0  # replace: norm of the row in the slot; 0 = sqrt(d)
+    c.decoder.marker = ''  # replace, add: a text of one token that stands in the slots
+    c.decoder.patched_blocks = 1  # affine: first N blocks whose slot is overwritten; 0 = input only, -1 = all
     c.decoder.shared_map = False  # one map for all of them
+    c.decoder.init = 'scale'  # of the maps: identity | scale (ratio of norms) | tuned_lens (composition)
     c.decoder.train = 'maps'  # maps (base frozen) | lora | full
 
     c.encoder = ml_collections.ConfigDict()
     c.encoder.prompt = '<text>'  # soft prompt around the explanation
     c.encoder.output_layer = -1  # 0-based block that is read out; -1 = layer
-    c.encoder.readout = True  # affine map after it, identity at the start
+    c.encoder.readout = 'affine'  # affine | linear | none: what follows it, identity at the start
+    c.encoder.current_token = False  # show the token that was read after the prompt
+    c.encoder.error = 'nmse'  # nmse (|A - reconstruction|^2 / |A|^2) | direction (2 - 2 cosine)
+    c.encoder.init = 'identity'  # of the read-out: identity | scale (ratio of norms) | tuned_lens
     c.encoder.train = 'maps'  # maps (base frozen) | lora | full
 
     c.lora = ml_collections.ConfigDict()
     c.lora.pattern = 'q|k|v|o'  # regex over block matrices: q k v o gate up down
     c.lora.rank = 16  # columns of A, rows of B
     c.lora.alpha = 16.0  # scale alpha / rank
+    c.lora.rs = False  # rank-stabilised: scale alpha / sqrt(rank)
 
     c.init_from = ''  # folder of lens.export whose lens training starts from; empty = fresh
 
@@ -84,7 +131,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.model = 1  # devices that split heads, feed-forward and vocabulary
 
     c.eval = ml_collections.ConfigDict()
-    c.eval.every_steps = 200  # quick held-out figures; 0 = only at the end of a phase
+    c.eval.every = free('200s')  # D; quick held-out figures; 0 = only at the end of a phase
     c.eval.quick_documents = 64  # documents of the quick figures
     c.eval.documents = 300  # documents at the end of a phase
     c.eval.vectors = 4  # activations per document
@@ -92,11 +139,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.samples = 10  # explanations shown in the report
 
     c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every_steps = 200  # optimizer steps between two saves
+    c.checkpoint.every = free('200s')  # D; 0 = only at the end of a phase
     c.checkpoint.keep = 2  # newest
 
     c.log = ml_collections.ConfigDict()
-    c.log.every_steps = 10  # lines of metrics.jsonl
+    c.log.every = free('10s')  # D; lines of metrics.jsonl
+    c.log.drift = free('0')  # D; how far the parameters have moved since the start of the run
     c.log.tensorboard = False  # also write workdir/tensorboard (extra [tensorboard])
     c.log.wandb_project = ''  # empty = off
     return c

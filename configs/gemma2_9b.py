@@ -38,20 +38,18 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.decoder.prompt = '<bos>Short explanation of <embed>. Language, topic, sentiment, claims, speaker, style, etc:'
     c.decoder.patched_blocks = 5
     c.encoder.prompt = '<bos>Summary of the text, encapsulating the main points and message, style and details:<text>'
-    c.encoder.readout = False
+    c.encoder.readout = 'none'
 
     c.sft.documents, c.sft.vectors = 32, 8
-    c.sft.learning_rate_decoder, c.sft.learning_rate_encoder = 1e-3, 1e-4
-    c.sft.warmup_steps = 10
-    c.sft.final_fraction = 0.01
+    c.sft.learning_rate_decoder = 'cosine 1e-3 1e-5 warmup 10s'
+    c.sft.learning_rate_encoder = 'cosine 1e-4 1e-6 warmup 10s'
 
     c.grpo.steps = 20000
     c.grpo.documents, c.grpo.vectors, c.grpo.group = 16, 1, 8
-    c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 3e-4, 6e-5
-    c.grpo.warmup_steps = 1000
-    c.grpo.final_fraction = 0.03  # to 1e-5
+    c.grpo.learning_rate_decoder = 'cosine 3e-4 9e-6 warmup 1000s'
+    c.grpo.learning_rate_encoder = 'cosine 6e-5 1.8e-6 warmup 1000s'
     c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
 
     c.eval.batch = 128  # 32 documents, as in a training step
-    c.eval.every_steps = c.checkpoint.every_steps = 500
+    c.eval.every = c.checkpoint.every = '500s'
     return c

@@ -42,16 +42,16 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
         '<|endoftext|>Summary of the text, encapsulating the main points and message, style and details:<text>'
     )
     c.encoder.output_layer = 11
-    c.encoder.readout = True
+    c.encoder.readout = 'affine'
 
     c.sft.steps = 5000
     c.sft.documents, c.sft.vectors = 32, 4
-    c.sft.warmup_steps = 100
+    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-3 1e-4 warmup 100s'
 
     c.grpo.steps = 10000
     c.grpo.documents, c.grpo.vectors, c.grpo.group = 16, 1, 8
-    c.grpo.warmup_steps = 100
+    c.grpo.learning_rate_decoder = c.grpo.learning_rate_encoder = 'cosine 1e-3 1e-4 warmup 100s'
     c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
 
-    c.eval.every_steps = c.checkpoint.every_steps = 500
+    c.eval.every = c.checkpoint.every = '500s'
     return c

@@ -66,26 +66,23 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
         + ANALYSIS.format('points message style details')
         + FINAL
     )
-    c.encoder.readout = False
+    c.encoder.readout = 'none'
 
     c.sft.documents, c.sft.vectors = 24, 10
-    c.sft.learning_rate_decoder, c.sft.learning_rate_encoder = 1e-3, 1e-4
-    c.sft.warmup_steps = 10
-    c.sft.final_fraction = 0.01
+    c.sft.learning_rate_decoder = 'cosine 1e-3 1e-5 warmup 10s'
+    c.sft.learning_rate_encoder = 'cosine 1e-4 1e-6 warmup 10s'
 
     c.grpo.steps = 20000
     c.grpo.documents, c.grpo.vectors, c.grpo.group = 8, 2, 8
-    c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 1e-3, 1e-4
-    c.grpo.warmup_steps = 100
-    c.grpo.final_fraction = 0.01
+    c.grpo.learning_rate_decoder = 'cosine 1e-3 1e-5 warmup 100s'
+    c.grpo.learning_rate_encoder = 'cosine 1e-4 1e-6 warmup 100s'
     c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
 
     c.gumbel.steps = 20000
     c.gumbel.documents, c.gumbel.vectors = 24, 10
-    c.gumbel.learning_rate_decoder, c.gumbel.learning_rate_encoder = 1e-3, 1e-4
-    c.gumbel.warmup_steps = 100
-    c.gumbel.final_fraction = 0.01
+    c.gumbel.learning_rate_decoder = 'cosine 1e-3 1e-5 warmup 100s'
+    c.gumbel.learning_rate_encoder = 'cosine 1e-4 1e-6 warmup 100s'
 
     c.eval.batch = 96  # 24 documents, as in a training step
-    c.eval.every_steps = c.checkpoint.every_steps = 500
+    c.eval.every = c.checkpoint.every = '500s'
     return c

@@ -36,21 +36,19 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.decoder.prompt = '[EOS]short explanation of <embed>, main character, setting, mood, mission, etc:'
     c.decoder.patched_blocks = 12
     c.encoder.prompt = '[EOS]summary of the text, main character, setting, mood, mission, etc:<text>'
-    c.encoder.readout = False
+    c.encoder.readout = 'none'
     c.encoder.train = 'full'
 
     c.sft.steps = 5000
     c.sft.documents, c.sft.vectors = 16, 4
-    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 2e-3
-    c.sft.warmup_steps = 100
-    c.sft.weight_decay = 0.01
+    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 2e-3 2e-4 warmup 100s'
+    c.sft.table = base.table(weight_decay=0.01)
 
     c.grpo.steps = 10000
     c.grpo.documents, c.grpo.vectors, c.grpo.group = 16, 1, 8
-    c.grpo.learning_rate_decoder = c.grpo.learning_rate_encoder = 2e-3
-    c.grpo.warmup_steps = 100
-    c.grpo.weight_decay = 0.01
+    c.grpo.learning_rate_decoder = c.grpo.learning_rate_encoder = 'cosine 2e-3 2e-4 warmup 100s'
+    c.grpo.table = base.table(weight_decay=0.01)
     c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
 
-    c.eval.every_steps = c.checkpoint.every_steps = 500
+    c.eval.every = c.checkpoint.every = '500s'
     return c

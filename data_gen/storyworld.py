@@ -329,6 +329,7 @@ def _meta(
             'grammar_sha256': _grammar_sha256(),
         },
         'explanation_len': EXPLANATION_LEN,
+        'filler_id': _single_token(tokenizer, BAR),
         'facts': [
             {'field': field, 'values': list(values), 'token_ids': ids}
             for (field, values), ids in zip(FIELDS.items(), token_ids, strict=True)

@@ -4,22 +4,21 @@ The ConfigDict stops here: what leaves is frozen dataclasses, arrays and functio
 """
 
 import dataclasses
-import re
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from lens import data, hf, objectives, optimizer, sharding
+from lens import data, extraction, gumbel, hf, losses, objectives, optimizer, prompts, schedules, sharding
 from lens.errors import LensError
-from lens.models import moe
-from lens.models.transformer import REMAT_POLICIES, Transformer
+from lens.models import injection, moe
+from lens.models.decoder import Prompt
+from lens.models.encoder import READOUTS
+from lens.models.transformer import REMAT_POLICIES, Transformer, TransformerConfig
 
-EMBED, TEXT = '<embed>', '<text>'
-# What a special token looks like in a prompt: <|im_start|>, <bos>, <start_of_turn>, [EOS].
-SPECIAL_LITERAL = r'<\|[^|<>]+\|>|</?\w+>|\[[A-Z]+\]'
 TRAIN_CHOICES = ('maps', 'lora', 'full')
+INITS = ('identity', 'scale', 'tuned_lens')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 POSITIVE = (
     'explanation_len',
@@ -28,9 +27,7 @@ POSITIVE = (
     'eval.quick_documents',
     'eval.vectors',
     'eval.batch',
-    'checkpoint.every_steps',
     'checkpoint.keep',
-    'log.every_steps',
 )
 
 
@@ -39,18 +36,29 @@ class ConfigError(LensError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Intervals:
+    """Micro-steps of the run between two evaluations, checkpoints, lines of metrics, drifts; 0 or None: never."""
+
+    evaluate: int | None = None
+    save: int | None = None
+    log: int | None = None
+    drift: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Phase:
-    """One stretch of training with one objective: global steps start..end-1."""
+    """One stretch of training with one objective: micro-steps start..end-1 of the run."""
 
     name: str
     start: int
     end: int
     objective: Callable
     hparams: objectives.Hparams
-    tx: optax.GradientTransformation
+    tx: optimizer.Optimizer
     documents: int
     vectors: int
     labelled: bool
+    every: Intervals = Intervals()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,9 @@ class Run:
     length: int
     min_pos: int
     seed: int
-    decoder_prompt: tuple[list[int], list[int]]  # token ids left and right of the slot
+    tags: extraction.Tags
+    error: str  # one of objectives.ERRORS
+    decoder_prompt: Prompt
     encoder_prompt: tuple[list[int], list[int]]  # token ids before and after the words
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
@@ -96,17 +106,6 @@ def _choice(value, choices, key: str) -> None:
     _require(value in choices, f'{key}={value!r} is not one of {", ".join(choices)}.')
 
 
-def _split_prompt(tokenizer, text: str, mark: str, key: str) -> tuple[list[int], list[int]]:
-    """Token ids left and right of `mark`. Special tokens are written out, and each must be one token."""
-    _require(text.count(mark) == 1, f'{key}={text!r} must contain {mark} exactly once.')
-    for literal in re.findall(SPECIAL_LITERAL, text.replace(mark, '')):
-        _require(
-            len(tokenizer(literal, add_special_tokens=False)['input_ids']) == 1,
-            f'{key} holds {literal}, which is no token of the subject: write a special token that its tokenizer has.',
-        )
-    return tuple(tokenizer(part, add_special_tokens=False)['input_ids'] for part in text.split(mark))
-
-
 def open_run(cfg) -> Run:
     """Checks `cfg`, loads the frozen base and opens the data. Raises LensError."""
     for key in POSITIVE:
@@ -121,6 +120,8 @@ def open_run(cfg) -> Run:
     _choice(cfg.subject.dtype, DTYPES, 'subject.dtype')
     _choice(cfg.subject.remat, REMAT_POLICIES, 'subject.remat')
     _choice(cfg.subject.experts, moe.IMPLEMENTATIONS, 'subject.experts')
+    _choice(cfg.encoder.readout, READOUTS, 'encoder.readout')
+    _choice(cfg.encoder.error, objectives.ERRORS, 'encoder.error')
     _choice(cfg.decoder.train, TRAIN_CHOICES, 'decoder.train')
     _choice(cfg.encoder.train, TRAIN_CHOICES, 'encoder.train')
     _require(
@@ -144,8 +145,13 @@ def open_run(cfg) -> Run:
     _require(
         -1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject (0..{last}, or -1 for layer).'
     )
-    n = cfg.decoder.patched_blocks
-    _require(0 <= n <= c.n_layers, f'decoder.patched_blocks={n} is not in 0..{c.n_layers}, the blocks of the subject.')
+    _check_decoder(cfg.decoder, c)
+    _require(
+        not cfg.position_vectors or not c.ropes,
+        f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.',
+    )
+    _check_starts(cfg, c)
+    tags = prompts.tags(tokenizer, cfg.explanation_open, cfg.explanation_close)
     train, validation = (data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
     for split in (train, validation):
         made_with = split.meta.get('tokenizer_sha256')
@@ -164,9 +170,10 @@ def open_run(cfg) -> Run:
         len(cfg.phases) > 0 or bool(cfg.init_from),
         'phases is empty: name at least one phase, e.g. sft, or give init_from to evaluate an exported lens.',
     )
+    train, validation = (_responding(x, tags, cfg.explanation_len) for x in (train, validation))
     for name in cfg.phases:
-        _check_phase(cfg, name, mesh, train)
-    prefix = tokenizer(cfg.decoder.prompt.replace(EMBED, 'something'), add_special_tokens=False)['input_ids']
+        _check_phase(cfg, name, mesh, train, tags)
+    prefix = tokenizer(cfg.decoder.prompt.replace(prompts.EMBED, 'something'), add_special_tokens=False)['input_ids']
     return Run(
         mesh=mesh,
         tokenizer=tokenizer,
@@ -177,10 +184,12 @@ def open_run(cfg) -> Run:
         length=cfg.explanation_len,
         min_pos=cfg.data.min_pos,
         seed=cfg.seed,
-        decoder_prompt=_split_prompt(tokenizer, cfg.decoder.prompt, EMBED, 'decoder.prompt'),
-        encoder_prompt=_split_prompt(tokenizer, cfg.encoder.prompt, TEXT, 'encoder.prompt'),
+        tags=tags,
+        error=cfg.encoder.error,
+        decoder_prompt=prompts.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
+        encoder_prompt=prompts.encoder_prompt(tokenizer, cfg.encoder.prompt),
         evaluation=from_block(EvalSettings, cfg.eval),
-        phases=make_phases(cfg, prefix),
+        phases=make_phases(cfg, prefix, tags, len(train)),
     )
 
 
@@ -189,27 +198,70 @@ def from_block(kind, block):
     return kind(**{f.name: block[f.name] for f in dataclasses.fields(kind)})
 
 
-def _check_phase(cfg, name: str, mesh, train: data.Split) -> None:
+def _check_decoder(d, c: TransformerConfig) -> None:
+    _choice(d.injection, injection.FAMILIES, 'decoder.injection')
+    n = d.patched_blocks
+    _require(
+        -1 <= n <= c.n_layers, f'decoder.patched_blocks={n} is not in -1..{c.n_layers}, the blocks of the subject.'
+    )
+    _require(d.norm >= 0, f'decoder.norm={d.norm} must not be negative.')
+    if d.injection == 'add':
+        _require(
+            c.n_layers > injection.ADD_BLOCK,
+            f'decoder.injection=add writes at block {injection.ADD_BLOCK}, the subject has {c.n_layers} blocks.',
+        )
+        _require(bool(d.marker), 'decoder.injection=add needs decoder.marker, a text of one token for the slot.')
+
+
+def _check_starts(cfg, c: TransformerConfig) -> None:
+    if cfg.init_from:
+        return
+    _choice(cfg.decoder.init, INITS, 'decoder.init')
+    _choice(cfg.encoder.init, INITS, 'encoder.init')
+    _require(
+        'tuned_lens' not in (cfg.decoder.init, cfg.encoder.init) or bool(cfg.tuned_lens),
+        'init=tuned_lens needs tuned_lens, a folder that lens.tuned_lens has written.',
+    )
+
+
+def _responding(split: data.Split, tags: extraction.Tags, length: int) -> data.Split:
+    """The split whose given explanations are responses of this run."""
+    filler = split.meta.get('filler_id', split.meta.get('pad_id') or 0)
+    return dataclasses.replace(
+        split, respond=functools.partial(extraction.respond, tags=tags, filler=filler, length=length)
+    )
+
+
+def _check_phase(cfg, name: str, mesh, train: data.Split, tags: extraction.Tags) -> None:
     """Raises LensError for impossible values of the phase block `name`."""
     _require(
         name in cfg and 'objective' in cfg[name], f'phases names {name!r}, but there is no phase block of that name.'
     )
     p = cfg[name]
     _choice(p.objective, objectives.OBJECTIVES, f'{name}.objective')
-    _require(p.steps > 0, f'{name}.steps={p.steps} must be positive; drop the phase from phases instead.')
     _require(
         p.objective != 'grpo' or p.group >= 2,
         f'{name}.group={p.group} must be at least 2: advantages compare the group.',
     )
     _require(
-        0 <= p.warmup_steps < p.steps, f'{name}.warmup_steps={p.warmup_steps} is not below {name}.steps={p.steps}.'
-    )
-    _require(
         p.documents * p.vectors >= 2,
         f'{name}: one activation per step has no variance; raise documents or vectors.',
     )
+    _choice(p.advantage, losses.ADVANTAGES, f'{name}.advantage')
+    _choice(p.kl_to, objectives.REFERENCES, f'{name}.kl_to')
+    _choice(p.form, gumbel.FORMS, f'{name}.form')
+    for key in ('group', 'mean_of', 'updates'):
+        _require(p[key] > 0, f'{name}.{key}={p[key]} must be positive.')
     _require(
-        not p.beta or 0 <= p.kl_skip < cfg.explanation_len,
+        p.updates == 1 or p.accumulate == 1,
+        f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.',
+    )
+    _require(p.clip > 0, f'{name}.clip={p.clip} must be positive.')
+    _require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
+    together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
+    _require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')
+    _require(
+        p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len,
         f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={cfg.explanation_len}.',
     )
     sharding.check_divides(p.documents, f'{name}.documents', mesh)
@@ -219,10 +271,10 @@ def _check_phase(cfg, name: str, mesh, train: data.Split) -> None:
         f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',
     )
     if p.objective in objectives.NEEDS_EXPLANATIONS:
-        _check_explanations(cfg, name, p.objective, train)
+        _check_explanations(cfg, name, p.objective, train, tags)
 
 
-def _check_explanations(cfg, name: str, objective: str, train: data.Split) -> None:
+def _check_explanations(cfg, name: str, objective: str, train: data.Split, tags: extraction.Tags) -> None:
     _require(
         train.explanations is not None,
         f'{train.directory}/explanations.npy does not exist: the {objective} objective of {name} needs given explanations.',
@@ -233,40 +285,75 @@ def _check_explanations(cfg, name: str, objective: str, train: data.Split) -> No
     )
     have = train.explanations.shape[2]
     _require(
-        have == cfg.explanation_len,
+        have == cfg.explanation_len or bool(tags),
         f'explanation_len={cfg.explanation_len}, but the given explanations in {train.directory} have {have} tokens.',
+    )
+    around = len(tags.opening) + len(tags.closing)
+    _require(
+        around < cfg.explanation_len,
+        f'explanation_len={cfg.explanation_len} leaves no room between tags of {around} tokens.',
     )
 
 
-def make_phases(cfg, natural_prefix: list[int]) -> tuple[Phase, ...]:
+def make_phases(
+    cfg, natural_prefix: list[int], tags: extraction.Tags, documents: int | None = None
+) -> tuple[Phase, ...]:
     """The phases of a configuration in their order. natural_prefix: ids of the decoder prompt with a word
-    in place of the activation."""
-    phases, start = [], 0
-    for name in cfg.phases:
+    in place of the activation. documents: of the training split; where not given, no duration may count epochs."""
+    clocks = schedules.clocks(cfg, documents)
+    run_steps, phases, start = sum(c.total for c in clocks), [], 0
+    for name, clock in zip(cfg.phases, clocks, strict=True):
         p = cfg[name]
+        values = {k: schedules.parse(p[k], clock, f'{name}.{k}') for k in schedules.VALUES}
+        rates = {s: values.pop(f'learning_rate_{s}') for s in optimizer.SIDES}
+        table = optimizer.parse_table(p.table, clock, f'{name}.table')
         hp = objectives.Hparams(
             layer=cfg.layer,
             length=cfg.explanation_len,
+            tags=tags,
+            error=cfg.encoder.error,
             group=p.group if p.objective == 'grpo' else 1,
-            entropy_weight=p.entropy_weight,
-            entropy_clamp=p.entropy_clamp,
-            beta=p.beta,
+            mean_of=p.mean_of if p.objective == 'grpo' else 1,
+            advantage=p.advantage,
+            updates=p.updates if p.objective == 'grpo' else 1,
+            clip=p.clip,
+            kl_to=p.kl_to,
+            form=p.form,
+            resample=p.resample,
+            resample_stop_grad=p.resample_stop_grad,
             kl_skip=p.kl_skip,
             natural_prefix=tuple(natural_prefix),
-            tau=p.tau,
+            **values,
         )
         phases.append(
             Phase(
                 name=name,
                 start=start,
-                end=start + p.steps,
+                end=start + clock.total,
                 objective=objectives.OBJECTIVES[p.objective],
                 hparams=hp,
-                tx=optimizer.make(from_block(optimizer.OptimizerConfig, p)),
+                tx=optimizer.make(table, rates, _clip(p.grad_clip, f'{name}.grad_clip'), p.accumulate, hp.updates),
                 documents=p.documents,
                 vectors=p.vectors,
                 labelled=p.objective in objectives.NEEDS_EXPLANATIONS,
+                every=_intervals(cfg, dataclasses.replace(clock, total=run_steps)),
             )
         )
-        start += p.steps
+        start += clock.total
     return tuple(phases)
+
+
+def _intervals(cfg, clock: schedules.Clock) -> Intervals:
+    """clock: of a phase, with the length of the whole run, which is what "-1" means here."""
+    keys = {'evaluate': 'eval.every', 'save': 'checkpoint.every', 'log': 'log.every', 'drift': 'log.drift'}
+    return Intervals(**{k: schedules.duration(cfg[key], clock, key) for k, key in keys.items()})
+
+
+def _clip(value, key: str) -> float | dict[str, float]:
+    """One norm, or a norm by clip group from pairs."""
+    try:
+        return {str(k): float(v) for k, v in value} if isinstance(value, (tuple, list)) else float(value)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(
+            f"{key}={value!r} is neither a norm nor pairs of a clip group and its norm, (('decoder', 0.05), …)."
+        ) from e

@@ -16,6 +16,7 @@ none); meta.json's "facts" lists every field with its values and their token ids
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -39,6 +40,7 @@ class Split:
     """One split; see the module docstring for the arrays.
 
     rows, codes: after `readable`, the documents that are read and the role codes of their positions.
+    respond: what makes responses of given explanations, [..., T] -> [..., T'].
     """
 
     directory: pathlib.Path
@@ -52,6 +54,7 @@ class Split:
     role: np.ndarray | None = None
     rows: np.ndarray | None = None
     codes: np.ndarray | None = None
+    respond: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __len__(self):
         return len(self.tokens) if self.rows is None else len(self.rows)
@@ -210,7 +213,8 @@ def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rn
             raise DataError(f'{split.directory}/positions.npy row {i} has no labelled position.')
         pick = np.sort(rng.choice(have, vectors, replace=len(have) < vectors))
         row['positions'] = np.asarray(split.positions[i][pick], np.int32)
-        row['explanations'] = np.asarray(split.explanations[i][pick], np.int32)
+        given = np.asarray(split.explanations[i][pick], np.int32)
+        row['explanations'] = given if split.respond is None else split.respond(given)
     else:
         row['positions'] = draw_positions(int(split.lengths[i]), vectors, min_pos, rng, allowed)
     return row

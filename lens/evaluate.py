@@ -14,9 +14,11 @@ from absl import flags
 
 from lens import build, cli, data, metrics, report, sampling, sharding, statistics
 from lens.errors import LensError
+from lens.extraction import NO_TAGS, extract
+from lens.models.decoder import centred
 from lens.models.encoder import encode
 from lens.models.lens import Lens
-from lens.objectives import read_activations
+from lens.objectives import comparable, read
 from lens.state import reopen
 
 MEANINGS = {
@@ -29,6 +31,9 @@ MEANINGS = {
     'nmse': ('lens', 'mean of |A - reconstruction|^2 / |A|^2, temperature 1'),
     'cosine': ('lens', 'mean cosine of A and its reconstruction, temperature 1'),
     'cosine_greedy': ('lens', 'the same with the most probable explanation'),
+    'fve_direction': ('lens', 'FVE at temperature 1 when both are rescaled to norm sqrt(d): only directions count'),
+    'extracted': ('lens', 'responses that hold an explanation, temperature 1; the others count as the zero vector'),
+    'extracted_greedy': ('lens', 'the same of the most probable responses'),
     'fve_sft': ('lens', 'FVE at temperature 1 at the end of the SFT phase'),
     'fve_given': ('lens', 'FVE when the encoder reads the given explanation: the ceiling of the text format'),
     'fve_shuffled': ('controls', 'FVE when each explanation is paired with the activation of another document'),
@@ -71,13 +76,15 @@ class Evaluation:
         }
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'length', 'controls'))
-def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, controls):
-    """Arrays for the rows of one batch: activations, texts, reconstructions.
+@functools.partial(jax.jit, static_argnames=('layer', 'length', 'tags', 'error', 'controls'))
+def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, tags, error, controls):
+    """Arrays for the rows of one batch: activations, texts, reconstructions, both as `error` compares them.
 
-    All texts are drawn in one call and encoded in one call: one program each to compile.
+    All texts are drawn in one call and encoded in one call: one program each to compile. Tokens outside of an
+    explanation are -1; a response without one is reconstructed as the zero vector.
     """
-    a = read_activations(base, batch, layer)
+    roll = read(base, batch, layer)
+    a = centred(lens.decoder, roll.a_NxD, roll.source.position_N)
     draw_key, permute_key = jax.random.split(key)
     vectors, temperatures = {'': a, '_greedy': a}, [1.0, 0.0]
     if controls:
@@ -87,21 +94,36 @@ def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, controls):
         lens.decoder, base, _interleave(vectors.values()), draw_key, length=length, temperature=tile
     ).ids_NxT
     texts = _separate(ids, vectors)
-    out = {'a': a, 'ids': texts[''], 'ids_greedy': texts['_greedy']}
     if controls:
         noise = jax.random.uniform(permute_key, texts[''].shape, out_sharding=sharding.out(sharding.P('data', None)))
-        texts['_words_permuted'] = jnp.take_along_axis(texts[''], jnp.argsort(noise, axis=1), axis=1)
+        inside, at = _inside(extract(texts[''], tags), length), jnp.arange(length)
+        start = jnp.argmax(inside, axis=1, keepdims=True)
+        order = jnp.argsort(jnp.where(inside, start + noise, at + (at > start)), axis=1)
+        texts['_words_permuted'] = jnp.take_along_axis(texts[''], order, axis=1)
         texts['_previous_tokens'] = batch['previous'].reshape(-1, length)
         if 'explanations' in batch:
             texts['_given'] = batch['explanations'].reshape(-1, length)
-    pred = _separate(encode(lens.encoder, base, _interleave(texts.values())), texts)
+    found = {k: extract(ids, NO_TAGS if k == '_previous_tokens' else tags) for k, ids in texts.items()}
+    span = tuple(_interleave(x) for x in zip(*(f.span for f in found.values()), strict=True)) if tags else None
+    source = jax.tree.map(lambda x: _interleave([x] * len(texts)), roll.source)
+    pred = _separate(encode(lens.encoder, base, _interleave(texts.values()), source, span), texts)
+    pred = {k: jnp.where(found[k].found_N[:, None], comparable(v, error), 0) for k, v in pred.items()}
+    out = {'a': comparable(roll.a_NxD, error), 'found': found[''].found_N, 'found_greedy': found['_greedy'].found_N}
+    for name in texts.keys() & {'', '_greedy', '_given'}:
+        out[f'ids{name}'] = jnp.where(_inside(found[name], length), texts[name], -1)
     return out | {f'pred{k}': v for k, v in pred.items()}
 
 
+def _inside(found, length: int):
+    """Which tokens of the responses are explanation, NxT."""
+    start, at = found.start_N[:, None], jnp.arange(length)
+    return (at >= start) & (at < start + found.length_N[:, None])
+
+
 def _interleave(parts):
-    """K arrays NxD as one (N*K)xD, rows of one n contiguous: a shard keeps its rows."""
+    """K arrays Nx… as one (N*K)x…, rows of one n contiguous: a shard keeps its rows."""
     x = jnp.stack(list(parts), axis=1)
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _separate(x_MxD, names) -> dict:
@@ -117,6 +139,7 @@ class Evaluator:
         e = run.evaluation
         self.base, self.tokenizer, self.mesh, self.seed = run.base, run.tokenizer, run.mesh, run.seed
         self.layer, self.length, self.settings = run.layer, run.length, e
+        self.tags, self.error = run.tags, run.error
         self.fields = run.validation.meta.get('facts') or []
         self.held = data.held_out(
             run.validation, documents=e.documents, vectors=e.vectors, min_pos=run.min_pos, seed=run.seed
@@ -151,6 +174,8 @@ class Evaluator:
                 jax.random.fold_in(key, i),
                 layer=self.layer,
                 length=self.length,
+                tags=self.tags,
+                error=self.error,
                 controls=controls,
             )
             keep = min(self.rows, documents - i) * vectors
@@ -184,6 +209,11 @@ class Evaluator:
         for name, pred in controls.items():
             if pred is not None:
                 figures[name] = statistics.reconstruction(pred, c['a'], doc)['fve']
+        if self.error != 'direction':
+            directions = (np.asarray(comparable(c[k], 'direction')) for k in ('pred', 'a'))
+            figures['fve_direction'] = statistics.reconstruction(*directions, doc)['fve']
+        if self.tags:
+            figures |= {f'extracted{k}': statistics.fraction(c[f'found{k}'], doc) for k in ('', '_greedy')}
         facts, by_field = self._fact_figures(c, doc)
         return Evaluation(n, len(doc), figures | facts, by_field, self._samples(c, self.settings.samples))
 
@@ -226,7 +256,7 @@ class Evaluator:
                     'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
                     'greedy': self._text(c['ids_greedy'][i], truth, c['pred_greedy'][i], c['a'][i]),
                     'sampled': self._text(c['ids'][i], truth, c['pred'][i], c['a'][i]),
-                    'given': self._text(self.held['explanations'][d, v], truth, c['pred_given'][i], c['a'][i])
+                    'given': self._text(c['ids_given'][i], truth, c['pred_given'][i], c['a'][i])
                     if 'pred_given' in c
                     else None,
                 }
@@ -237,11 +267,10 @@ class Evaluator:
         """Tokens with status right | wrong | plain, and the normalised error of the reconstruction."""
         right = {f['token_ids'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0}
         values = {t for f in self.fields for t in f['token_ids']}
-        status = ['right' if t in right else 'wrong' if t in values else 'plain' for t in ids.tolist()]
+        words = ids[ids >= 0].tolist()
+        status = ['right' if t in right else 'wrong' if t in values else 'plain' for t in words]
         return {
-            'tokens': [
-                {'text': self.tokenizer.decode([t]), 'status': s} for t, s in zip(ids.tolist(), status, strict=True)
-            ],
+            'tokens': [{'text': self.tokenizer.decode([t]), 'status': s} for t, s in zip(words, status, strict=True)],
             'nmse': float(((pred - a) ** 2).sum() / max((a**2).sum(), 1e-12)),
         }
 

@@ -23,7 +23,8 @@ from lens.models.lens import Lens
 from lens.state import reopen
 
 # Configuration that a lens depends on; the rest is how it was trained.
-KEYS = ('seed', 'subject', 'layer', 'data', 'explanation_len', 'decoder', 'encoder', 'lora')
+TAGS = ('explanation_open', 'explanation_close')
+KEYS = ('seed', 'subject', 'layer', 'data', 'explanation_len', *TAGS, 'position_vectors', 'decoder', 'encoder', 'lora')
 
 # Reads everything from the folder, so that it is the same in every card.
 CODE = """\
@@ -69,47 +70,74 @@ def block_output(model, block, **tokens):
 
 
 @torch.no_grad()
-def explain(activation):
-    # activation [d] -> token ids of the most probable explanation
-    left, right = lens['decoder/prompt_left'], lens['decoder/prompt_right']
-    maps = torch.einsum('d,nde->ne', activation.float(), lens['decoder/maps_w']) + lens['decoder/maps_b']
+def explain(activation, position=0):
+    # activation [d] at a position -> token ids of the most probable explanation
+    c, left, right, a = spec['decoder'], lens['decoder/prompt_left'], lens['decoder/prompt_right'], activation.float()
+    slots = [len(left), *(len(left) + 1 + i for i in c['more_slots'])]
+    if spec['position_vectors']:
+        a = a - lens['decoder/positions'][position]
+    if c['injection'] == 'affine':
+        maps = torch.einsum('d,nde->ne', a, lens['decoder/maps_w']) + lens['decoder/maps_b']
+        entry, at = maps[0], {k: maps[min(k, len(maps) - 1)] for k in range(c['patched_blocks'])}
+    elif c['injection'] == 'replace':
+        entry, at = a / a.norm() * c['norm'] / spec['embed_scale'], {}
+    else:
+        entry, at = decoder.get_input_embeddings().weight[c['marker_id']].float(), {2: None}
 
     def write(value):
         def hook(block, args):
             x = args[0].clone()
-            x[:, len(left)] = value.to(x.dtype)
+            h = x[:, slots].float()
+            new = h + h.norm(dim=-1, keepdim=True) * a / a.norm() if value is None else value.expand_as(h)
+            x[:, slots] = new.to(x.dtype)
             return (x, *args[1:])
 
         return hook
 
-    patched = list(blocks(decoder))[: spec['decoder']['patched_blocks']]
-    hooks = [b.register_forward_pre_hook(write(maps[min(k, len(maps) - 1)])) for k, b in enumerate(patched)]
-    out = decoder(inputs_embeds=inputs(decoder, torch.cat([left, maps[:1], right])), use_cache=True)
+    rows = torch.cat([left, entry[None], right])
+    rows[slots] = entry
+    hooks = [blocks(decoder)[k].register_forward_pre_hook(write(value)) for k, value in at.items()]
+    out = decoder(inputs_embeds=inputs(decoder, rows), use_cache=True)
     for hook in hooks:  # later tokens see the slot through the cache
         hook.remove()
     ids = [out.logits[0, -1].argmax()]
     while len(ids) < spec['explanation_len']:
         out = decoder(input_ids=ids[-1].view(1, 1), past_key_values=out.past_key_values, use_cache=True)
         ids.append(out.logits[0, -1].argmax())
-    return torch.stack(ids)
+    return within(torch.stack(ids))
+
+
+def within(ids):
+    # what a response has between its tags; all of it where it has no closed pair
+    opening, closing = (spec['tags'][k] for k in ('opening', 'closing'))
+    find = lambda tag, i: next((k for k in range(i, len(ids) - len(tag) + 1) if ids[k : k + len(tag)].tolist() == tag), -1)
+    start = find(opening, 0) + len(opening)
+    end = find(closing, max(start, 0)) if closing else len(ids)
+    return ids[max(start, 0) : end] if end > start >= len(opening) else ids
 
 
 @torch.no_grad()
-def reconstruct(ids):
-    # token ids of an explanation -> activation [d]
-    words = encoder.get_input_embeddings().weight[ids].float()
-    rows = torch.cat([lens['encoder/prompt_left'], words, lens['encoder/prompt_right']])
+def reconstruct(ids, token=0, position=0):
+    # token ids of an explanation of that token at that position -> activation [d]
+    c, table = spec['encoder'], encoder.get_input_embeddings().weight
+    current = table[token].float()[None] if c['current_token'] else lens['encoder/prompt_right'][:0]
+    rows = torch.cat([lens['encoder/prompt_left'], table[ids].float(), lens['encoder/prompt_right'], current])
     rows[-1] += lens['encoder/special_last']
-    x = block_output(encoder, spec['encoder']['output_layer'], inputs_embeds=inputs(encoder, rows))[-1]
-    return x @ lens['encoder/readout_w'] + lens['encoder/readout_b'] if spec['encoder']['readout'] else x
+    x = block_output(encoder, c['output_layer'], inputs_embeds=inputs(encoder, rows))[-1]
+    if c['readout'] != 'none':
+        x = x @ lens['encoder/readout_w']
+    if c['readout'] == 'affine':
+        x = x + lens['encoder/readout_b']
+    return x + lens['encoder/positions'][position] if spec['position_vectors'] else x
 
 
 # write out special tokens that the training texts began with and the tokenizer does not add
 text = 'The hidden state of the last token of this text is read.'
 tokens = tokenizer(text, return_tensors='pt').input_ids
 activation = block_output(subject, spec['layer'], input_ids=tokens)[-1]
-ids = explain(activation)
-reconstruction = reconstruct(ids)
+position = tokens.shape[1] - 1
+ids = explain(activation, position)
+reconstruction = reconstruct(ids, tokens[0, -1], position)
 print(tokenizer.decode(ids), torch.cosine_similarity(activation, reconstruction, dim=0).item())
 """
 
@@ -140,10 +168,13 @@ def _side_line(spec: dict, side: str) -> str:
     c = spec[side]
     if side == 'decoder':
         n = c['patched_blocks']
+        if c['injection'] != 'affine':
+            act = {'replace': f'put into the slot at norm {c["norm"]:g}', 'add': 'added to the slot after block 1'}
+            return f'{how}; the activation is {act[c["injection"]]}; prompt {_code(c["prompt"])}'
         where = f'written into the slot at the entrance of blocks 0..{n - 1}' if n else 'put into the slot at the input'
         maps = 'one map' if c['shared_map'] or n < 2 else 'one map per block'
         return f'{how}; the activation is {where}, {maps}; prompt {_code(c["prompt"])}'
-    after = ' and an affine map' if c['readout'] else ''
+    after = '' if c['readout'] == 'none' else f' and {"an" if c["readout"] == "affine" else "a"} {c["readout"]} map'
     return (
         f'{how}; cut and read out after block {c["output_layer"]}{after}; prompt {_code(c["prompt"])}; its final norm and '
         "head are the subject's, for completeness: nothing reads them"
@@ -213,7 +244,7 @@ With the code that made it; `--config.phases='()'` evaluates only, without it tr
 
 def describe(config: dict, run: build.Run, step: int, summary: dict) -> tuple[dict, dict]:
     """(prompts, about) of lens_folder.write."""
-    ids = {'decoder': run.decoder_prompt, 'encoder': run.encoder_prompt}
+    ids = {'decoder': run.decoder_prompt[:2], 'encoder': run.encoder_prompt}
     prompts = {
         side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
         for side, (left, right) in ids.items()
@@ -222,6 +253,7 @@ def describe(config: dict, run: build.Run, step: int, summary: dict) -> tuple[di
     about = {
         'subject': config['subject']['path'],
         'explanation_len': run.length,
+        'tags': {'opening': list(run.tags.opening), 'closing': list(run.tags.closing)},
         'lora': config['lora'] if adapted else None,
         'step': step,
         'figures': {k: summary[k] for k in MEANINGS if k in summary},

@@ -42,9 +42,15 @@ def settings(lens: Lens) -> dict:
         'decoder.train': trained(d),
         'decoder.patched_blocks': d.config.patched_blocks,
         'decoder.shared_map': d.config.shared_map,
+        'decoder.injection': d.config.injection,
+        'decoder.norm': d.config.norm,
+        'decoder.more_slots': list(d.config.more_slots),
+        'decoder.marker_id': d.config.marker,
         'encoder.train': trained(e),
         'encoder.output_layer': e.config.output_layer,
         'encoder.readout': e.config.readout,
+        'encoder.current_token': e.config.current_token,
+        'position_vectors': e.positions is not None,
     }
 
 
@@ -74,6 +80,7 @@ def _meaning(name: str, lens: Lens) -> str:
         where = f'overwrites the slot in the residual stream that enters each of blocks 0..{n - 1}'
     else:
         where = f'number k overwrites the slot in the residual stream that enters block k, for k = 0..{n - 1}'
+    position = 'Vectors [positions, d], in units of the residual stream, that are {} at the position that was read.'
     rows = 'Soft prompt [tokens, d] {} the {}, in units of the embedding table (times embed_scale = inputs_embeds).'
     return {
         'decoder/maps_w': f'W [maps, d_in, d_out] of y = a @ W + b, the activation a a row vector (transpose it for '
@@ -83,6 +90,8 @@ def _meaning(name: str, lens: Lens) -> str:
         'decoder/prompt_right': rows.format('after', 'slot'),
         'encoder/prompt_left': rows.format('before', 'words'),
         'encoder/prompt_right': rows.format('after', 'words'),
+        'decoder/positions': position.format('taken off the activation before it enters the prompt'),
+        'encoder/positions': position.format('added to the reconstruction'),
         'encoder/special_last': 'Vector [d] added to the last input row, in units of the embedding table.',
         'encoder/readout_w': f'W [d_in, d_out] of reconstruction = x @ W + b, the row vector x being the residual stream '
         f'after block {e.output_layer} at the last position (before any final norm; transpose it for torch.nn.Linear).',
@@ -127,6 +136,7 @@ def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[
     content = {
         'format': FORMAT,
         'layer': keys['layer'],
+        'position_vectors': keys['position_vectors'],
         'trained': {side: sides[side].pop('train') for side in SIDES},
         'family': base.config.family,
         'd_model': base.config.d_model,
@@ -151,7 +161,8 @@ def _read_settings(directory: pathlib.Path) -> dict:
         raise LensFolderError(f'{file} is not of format {FORMAT}: export the lens again with this version.')
     try:
         sides = {f'{side}.{k}': v for side in SIDES for k, v in spec[side].items()}
-        return sides | {f'{side}.train': spec['trained'][side] for side in SIDES} | {'layer': spec['layer']}
+        shared = {k: spec[k] for k in ('layer', 'position_vectors')}
+        return sides | {f'{side}.train': spec['trained'][side] for side in SIDES} | shared
     except (KeyError, TypeError, AttributeError):
         raise LensFolderError(f'{file} lacks layer, trained, decoder or encoder: export the lens again.') from None
 

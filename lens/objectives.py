@@ -1,139 +1,282 @@
-"""What is minimised: pure functions (trainable, base, batch, key, hparams) -> (loss, metrics).
+"""What is minimised: an objective is a rollout without gradient and a loss, both pure.
 
-batch: tokens [R, S], positions [R, V] and, for sft, explanations [R, V, T]. The activations are
-read inside, A = subject stream after block `layer`, N = R * V of them.
+rollout(lens, base, batch, key, hp) -> Rollout; loss(lens, base, rollout, key, hp, t, reference) -> (loss, metrics),
+t being the micro-step within the phase and `reference` the decoder at the start of the phase, where hp needs it.
+
+batch: tokens [R, S], positions [R, V] and, for sft, responses `explanations` [R, V, T]. The activations are
+read inside, A = subject stream after block `layer`, N = R * V of them. Formulas: losses.py.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lens import losses, sampling, sharding
+from lens import gumbel as relaxed
+from lens import losses, sampling, schedules
+from lens.extraction import NO_TAGS, Extraction, Tags, extract
 from lens.models import decoder as dec
 from lens.models import subject
-from lens.models.encoder import encode, encode_rows, model_of
+from lens.models.encoder import Source, encode, encode_rows, model_of
 from lens.models.lens import Lens
+from lens.schedules import Schedule
 
-MIN_TAU = 0.1
+FAILED = -2.0  # reward of a response without an explanation
+ERRORS = ('nmse', 'direction')  # what the encoder minimises: losses.normalised_mse_rows, losses.direction_mse_rows
+REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
+ZERO, ONE, NO_CLAMP = (schedules.constant(x) for x in (0.0, 1.0, 1e9))
 
 
 @dataclasses.dataclass(frozen=True)
 class Hparams:
-    """Constants of an objective.
+    """Constants and schedules of an objective; a weight that is not always zero enables its term.
 
-    tau: temperature of the relaxed tokens of gumbel, not below MIN_TAU. group: samples per activation. beta: weight of the KL to the natural prefix, over tokens from
-    kl_skip on. natural_prefix: token ids of the decoder prompt with the word for the activation.
-    entropy_clamp in nats.
+    Schedules are functions of the micro-step within the phase. group: samples per activation; mean_of: samples
+    whose reconstructions are averaged before they are compared. beta: weight of the KL to `kl_to`, over tokens
+    from kl_skip on. natural_prefix: token ids of the decoder prompt with a word for the activation.
+    entropy_clamp in nats, per text. updates: of one rollout, with the ratio clipped where there are several.
     """
 
     layer: int
     length: int
-    group: int = 2
-    entropy_weight: float = 0.0
-    entropy_clamp: float = 0.0
-    beta: float = 0.0
+    tags: Tags = NO_TAGS
+    error: str = 'nmse'
+    group: int = 1
+    mean_of: int = 1
+    advantage: str = 'grpo'
+    updates: int = 1
+    clip: float = 0.0
+    kl_to: str = 'natural'
     kl_skip: int = 0
     natural_prefix: tuple[int, ...] = ()
-    tau: float = 1.0
+    form: str = 'full'
+    resample: bool = False
+    resample_stop_grad: bool = True
+    tau: Schedule = ONE
+    mse_weight: Schedule = ONE
+    kl_weight: Schedule = ZERO
+    lm_weight: Schedule = ZERO
+    beta: Schedule = ZERO
+    entropy_weight: Schedule = ZERO
+    entropy_clamp: Schedule = NO_CLAMP
+
+    @property
+    def needs_reference(self) -> bool:
+        return bool(self.beta) and self.kl_to == 'start'
 
 
-def read_activations(base, batch, layer: int):
-    """Activations NxD in float32."""
+class Rollout(NamedTuple):
+    """What a step works on, all constants. N rows; rows of one activation are contiguous."""
+
+    a_NxD: jax.Array
+    source: Source
+    batch: dict
+    ids_NxT: jax.Array | None = None
+    logp_NxT: jax.Array | None = None
+
+
+def read(base, batch, layer: int) -> Rollout:
+    """The activations NxD in float32 and where they are from."""
     a = subject.read(base, batch['tokens'], batch['positions'], layer)
-    return a.reshape(-1, a.shape[-1]).astype(jnp.float32)
+    positions = batch['positions']
+    token = jnp.take_along_axis(batch['tokens'], positions, axis=1)
+    source = Source(token.reshape(-1), positions.reshape(-1))
+    return Rollout(a.reshape(-1, a.shape[-1]).astype(jnp.float32), source, batch)
 
 
-def sft(lens: Lens, base, batch, key, hp: Hparams):
-    """Given explanations: decoder cross-entropy plus encoder normalised MSE on the same texts."""
-    del key
-    a_NxD = read_activations(base, batch, hp.layer)
-    ids_NxT = batch['explanations'].reshape(-1, hp.length)
-    logp, entropy = dec.score(lens.decoder, base, a_NxD, ids_NxT)
-    ce = losses.cross_entropy(logp, jnp.ones_like(logp))
-    pred = encode(lens.encoder, base, ids_NxT)
-    mse = losses.normalised_mse(pred, a_NxD)
-    metrics = {
-        'loss_decoder': ce,
-        'loss_encoder': mse,
-        'fve': losses.fve(pred, a_NxD),
-        'entropy_nats': jnp.mean(entropy),
-    }
-    return ce + mse, metrics
+def read_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
+    del lens, key
+    return read(base, batch, hp.layer)
 
 
-def grpo(lens: Lens, base, batch, key, hp: Hparams):
-    """Sampled explanations: decoder by policy gradient, encoder by normalised MSE on the same samples.
+def given_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
+    """The given responses as if they had been sampled."""
+    del lens, key
+    return read(base, batch, hp.layer)._replace(ids_NxT=batch['explanations'].reshape(-1, hp.length))
 
-    The samples are constants for both sides, so decoder parameters get gradient from the policy
-    gradient, the KL and the entropy bonus only, encoder parameters from the MSE only.
-    """
-    a_BxD = read_activations(base, batch, hp.layer)
+
+def sampled_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
+    """group * mean_of responses of every activation."""
+    roll, n = read(base, batch, hp.layer), hp.group * hp.mean_of
     frozen = jax.lax.stop_gradient(lens.decoder)
-    samples = sampling.sample(frozen, base, a_BxD, key, length=hp.length, group=hp.group)
-    ids, a_NxD = samples.ids_NxT, subject.tile_rows(a_BxD, hp.group)
-
-    pred = encode(lens.encoder, base, ids)
-    mse = losses.normalised_mse(pred, a_NxD)
-    reward = losses.rewards(pred, a_NxD)
-    advantage = losses.group_advantages(reward, hp.group)
-
-    logp, entropy = dec.score(lens.decoder, base, a_NxD, ids)
-    loss = losses.policy_gradient(logp, advantage)
-    metrics = {
-        'loss_decoder': loss,
-        'loss_encoder': mse,
-        'fve': losses.fve(pred, a_NxD, group=hp.group),
-        'reward': jnp.mean(reward),
-        'entropy_nats': jnp.mean(entropy),
-        'zero_advantage_fraction': jnp.mean(jnp.abs(advantage) < 1e-6),
-        'logp_diff_max': jnp.max(jnp.abs(logp - samples.logp_NxT)),
-    }
-    if hp.beta:
-        logq = dec.natural_log_probs(base, jnp.asarray(hp.natural_prefix), ids)
-        metrics['kl_natural_nats'] = losses.k3(logp, logq, hp.kl_skip)
-        loss += hp.beta * metrics['kl_natural_nats']
-    if hp.entropy_weight:
-        loss -= hp.entropy_weight * losses.clamped_entropy(entropy, hp.entropy_clamp)
-    return loss + mse, metrics
+    a = dec.centred(frozen, roll.a_NxD, roll.source.position_N)
+    s = sampling.sample(frozen, base, a, key, length=hp.length, group=n)
+    tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
+    return Rollout(*tiled, batch, s.ids_NxT, s.logp_NxT)
 
 
-def straight_through(logits_NxTxV, noise_NxTxV, words_NxTxD, embedding_VxD, tau: float):
-    """Rows that are words in value and softmax((logits + noise) / tau) E in their gradient."""
-    vocabulary = sharding.like(embedding_VxD)
-    soft = jax.nn.softmax((logits_NxTxV + noise_NxTxV) / max(tau, MIN_TAU), axis=-1)
-    soft = sharding.reshard(soft, sharding.P('data', None, vocabulary[0] if vocabulary else None))
-    table = jax.lax.stop_gradient(embedding_VxD)
-    mixed = jnp.einsum('ntv,vd->ntd', soft.astype(table.dtype), table, out_sharding=sharding.out(sharding.ACT))
-    return words_NxTxD + (mixed - jax.lax.stop_gradient(mixed))
+def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
+    """Given explanations: decoder cross-entropy plus the encoder's error on the same texts."""
+    del key, reference
+    found = extract(roll.ids_NxT, hp.tags)
+    mask = found.mask(hp.length)
+    logp, entropy = dec.score(lens.decoder, base, _centred(lens, roll), roll.ids_NxT)
+    ce = losses.cross_entropy(logp, mask)
+    pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, found.span if hp.tags else None)
+    loss, metrics = _reconstruction(base, roll, pred, found, hp, t)
+    return ce + loss, {'loss_decoder': ce, 'entropy_nats': losses.masked_mean(entropy, mask)} | metrics
 
 
-def gumbel(lens: Lens, base, batch, key, hp: Hparams):
-    """Sampled explanations, one backward pass through the words: straight-through Gumbel, two passes.
+def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
+    """Sampled explanations: decoder by policy gradient, encoder by its error on the same samples.
 
-    The texts are drawn without gradient; one teacher-forced pass relaxes every token with the noise that
-    drew it, and the encoder reads the words with that gradient. The way from a token to later tokens
-    through the decoder is left out.
+    The samples are constants for both sides, so decoder parameters get gradient from the policy gradient,
+    the KLs and the entropy bonus only, encoder parameters from the error alone.
     """
-    a_NxD = read_activations(base, batch, hp.layer)
-    ids = sampling.sample(jax.lax.stop_gradient(lens.decoder), base, a_NxD, key, length=hp.length).ids_NxT
-    logits = dec.teacher_forced_logits(lens.decoder, base, a_NxD, ids)
-    logits = sharding.reshard(logits, sharding.P('data', None, None))
-    noise = [sampling.noise(key, t, (logits.shape[0], logits.shape[2])) for t in range(hp.length)]
-    model = model_of(lens.encoder, base)
-    words = straight_through(logits, jnp.stack(noise, axis=1), model.lookup(ids), model.embedding[...], hp.tau)
-    pred = encode_rows(lens.encoder, base, words)
-    loss = losses.normalised_mse(pred, a_NxD)
-    entropy = losses.entropy(logits)
-    metrics = {'loss_encoder': loss, 'fve': losses.fve(pred, a_NxD), 'entropy_nats': jnp.mean(entropy)}
-    if hp.beta:
-        logq = dec.natural_log_probs(base, jnp.asarray(hp.natural_prefix), ids)
-        metrics['kl_natural_nats'] = losses.k3(losses.token_log_probs(logits, ids), logq, hp.kl_skip)
-        loss += hp.beta * metrics['kl_natural_nats']
+    del key
+    ids, found = roll.ids_NxT, extract(roll.ids_NxT, hp.tags)
+    mask = found.mask(hp.length)
+    pred = encode(lens.encoder, base, ids, roll.source, found.span if hp.tags else None)
+    if hp.mean_of > 1:
+        pred = _mean_of(pred, hp.mean_of)
+    loss, metrics = _reconstruction(base, roll, pred, found, hp, t)
+    reward = jnp.where(found.found_N, -error_rows(pred, roll.a_NxD, hp.error), FAILED)
+    advantage = _advantages(jax.lax.stop_gradient(reward), hp)
+
+    logits = dec.teacher_forced_logits(lens.decoder, base, _centred(lens, roll), ids)
+    logp = losses.token_log_probs(logits, ids)
+    old = roll.logp_NxT if hp.updates > 1 else None
+    policy = losses.policy_gradient(logp, advantage, mask, old, hp.clip)
+    language, more = _language(lens, base, roll, logits, logp, mask, hp, t, reference)
     if hp.entropy_weight:
-        loss -= hp.entropy_weight * jnp.mean(entropy)
+        entropy = losses.clamped_entropy(losses.entropy(logits), mask, hp.entropy_clamp(t))
+        language -= hp.entropy_weight(t) * entropy
+    metrics |= more | {
+        'loss_decoder': policy,
+        'reward': jnp.mean(reward),
+        'reward_std': jnp.std(reward),
+        'zero_advantage_fraction': jnp.mean(jnp.abs(advantage) < 1e-6),
+    }
+    return loss + policy + language, metrics
+
+
+def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
+    """Sampled explanations and one backward pass through the words, straight-through (gumbel.py)."""
+    model = model_of(lens.encoder, base)
+    words = relaxed.rollout(
+        lens.decoder,
+        base,
+        _centred(lens, roll),
+        jax.lax.stop_gradient(model.embedding[...]),
+        key,
+        length=hp.length,
+        tau=hp.tau(t),
+        form=hp.form,
+    )
+    roll = roll._replace(ids_NxT=words.ids_NxT)
+    found = extract(words.ids_NxT, hp.tags)
+    mask = found.mask(hp.length)
+    rows = model.lookup(words.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
+    rows = words.words_NxTxE + rows - jax.lax.stop_gradient(rows)
+    pred = encode_rows(lens.encoder, base, rows, roll.source, found.span if hp.tags else None)
+    loss, metrics = _reconstruction(base, roll, pred, found, hp, t)
+    logp = losses.token_log_probs(words.logits_NxTxV, words.ids_NxT)
+    language, more = _language(lens, base, roll, words.logits_NxTxV, logp, mask, hp, t, reference)
+    if hp.entropy_weight:
+        language -= hp.entropy_weight(t) * losses.masked_mean(losses.entropy(words.logits_NxTxV), mask)
+    return loss + language, metrics | more | {'tau': jnp.maximum(hp.tau(t), relaxed.MIN_TAU)}
+
+
+class Objective(NamedTuple):
+    rollout: Callable
+    loss: Callable
+
+
+OBJECTIVES = {
+    'sft': Objective(given_rollout, sft),
+    'grpo': Objective(sampled_rollout, grpo),
+    'gumbel': Objective(read_rollout, gumbel),
+}
+NEEDS_EXPLANATIONS = frozenset({'sft'})
+
+
+def error_rows(pred_NxD, target_NxD, error: str):
+    """The encoder's error of every row, one of ERRORS."""
+    return (losses.direction_mse_rows if error == 'direction' else losses.normalised_mse_rows)(pred_NxD, target_NxD)
+
+
+def comparable(x_NxD, error: str):
+    """Rows as figures compare them: as they are, or rescaled to norm sqrt(d) where only directions count."""
+    if error != 'direction':
+        return x_NxD
+    x = x_NxD.astype(jnp.float32)
+    return x * jnp.sqrt(x.shape[-1] / jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
+
+
+def _centred(lens: Lens, roll: Rollout):
+    return dec.centred(lens.decoder, roll.a_NxD, roll.source.position_N)
+
+
+def _mean_of(pred_NxD, m: int):
+    """The mean of every m contiguous rows, in each of them."""
+    return subject.tile_rows(pred_NxD.reshape(-1, m, pred_NxD.shape[-1]).mean(1), m)
+
+
+def _advantages(reward_N, hp: Hparams):
+    """Samples that are averaged share the worst reward among them: a failed one fails them all."""
+    if hp.mean_of == 1:
+        return losses.advantages(reward_N, hp.group, hp.advantage)
+    shared = losses.advantages(reward_N.reshape(-1, hp.mean_of).min(1), hp.group, hp.advantage)
+    return subject.tile_rows(shared, hp.mean_of)
+
+
+def _reconstruction(base, roll: Rollout, pred, found: Extraction, hp: Hparams, t):
+    """The encoder's terms: its error and the functional KL, over the responses that hold an explanation."""
+    kept, a = found.found_N.astype(jnp.float32), roll.a_NxD
+    per_activation = len(a) // roll.batch['positions'].size
+    changed = pred
+    if hp.resample:
+        vectors = roll.batch['positions'].shape[1] * per_activation
+        delta = jnp.roll(a - pred, vectors, axis=0)  # the partner is the next document
+        changed = pred + (jax.lax.stop_gradient(delta) if hp.resample_stop_grad else delta)
+    mse = losses.masked_mean(error_rows(changed, a, hp.error), kept)
+    shown = jax.lax.stop_gradient(comparable(pred, hp.error))
+    metrics = {'loss_encoder': mse, 'fve': losses.fve(shown, comparable(a, hp.error), group=per_activation)}
+    if hp.tags:
+        metrics |= {'extracted': jnp.mean(kept), 'response_tokens': jnp.mean(found.end_N.astype(jnp.float32))}
+    loss = hp.mse_weight(t) * mse if hp.mse_weight else 0.0
+    if hp.kl_weight:
+        kl = losses.masked_mean(_functional_kl(base, roll, changed, per_activation, hp), kept)
+        metrics['kl_functional_nats'] = kl
+        loss += hp.kl_weight(t) * kl
     return loss, metrics
 
 
-OBJECTIVES = {'sft': sft, 'grpo': grpo, 'gumbel': gumbel}
-NEEDS_EXPLANATIONS = frozenset({'sft'})
+def _functional_kl(base, roll: Rollout, pred, per_activation: int, hp: Hparams):
+    """KL of the subject's next-token distributions at the position itself, A against its reconstruction [N]."""
+    if hp.error == 'direction':  # only the direction was learnt
+        size = jnp.linalg.norm(roll.a_NxD, axis=-1, keepdims=True)
+        pred = pred * size / jnp.maximum(jnp.linalg.norm(pred, axis=-1, keepdims=True), 1e-12)
+    tokens, positions = roll.batch['tokens'], jnp.repeat(roll.batch['positions'], per_activation, axis=1)
+    shape = (*positions.shape, pred.shape[-1])
+    natural, replaced = (
+        subject.logits_at(base, tokens, positions, x.reshape(shape), hp.layer) for x in (roll.a_NxD, pred)
+    )
+    return losses.kl(natural, replaced).reshape(-1)
+
+
+def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, t, reference):
+    """What keeps the words language: KL to a reference, LM KL to the natural prefix."""
+    metrics = {'entropy_nats': losses.masked_mean(losses.entropy(jax.lax.stop_gradient(logits)), mask)}
+    if roll.logp_NxT is not None:
+        gap = jnp.abs(logp - roll.logp_NxT)
+        metrics |= {'logp_diff_max': jnp.max(gap * mask), 'logp_diff_mean': losses.masked_mean(gap, mask)}
+    loss = 0.0
+    natural = None
+    if hp.lm_weight or (hp.beta and hp.kl_to == 'natural'):
+        natural = dec.natural_logits(base, jnp.asarray(hp.natural_prefix), roll.ids_NxT)
+    if hp.beta:
+        if hp.kl_to == 'start':
+            fixed = jax.lax.stop_gradient(reference)
+            a = dec.centred(fixed, roll.a_NxD, roll.source.position_N)
+            logq = dec.score(fixed, base, a, roll.ids_NxT)[0]
+        else:
+            logq = losses.token_log_probs(natural, roll.ids_NxT)
+        metrics[f'kl_{hp.kl_to}_nats'] = losses.k3(logp, logq, mask * (jnp.arange(hp.length) >= hp.kl_skip))
+        loss += hp.beta(t) * metrics[f'kl_{hp.kl_to}_nats']
+    if hp.lm_weight:
+        metrics['kl_lm_nats'] = losses.masked_mean(losses.kl(natural, logits), mask)
+        loss += hp.lm_weight(t) * metrics['kl_lm_nats']
+    return loss, metrics

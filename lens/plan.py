@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lens import build, sharding
+from lens.extraction import NO_TAGS
 from lens.models.transformer import Transformer, TransformerConfig
 from lens.state import abstract_lens, abstract_state, with_placement
 from lens.train import train_step
@@ -50,7 +51,7 @@ def abstract_batch(phase: build.Phase, seq_len: int, mesh) -> dict[str, jax.Shap
 def plan(cfg, c: TransformerConfig, mesh, prompts, seq_len: int) -> dict[str, Needs]:
     """Needs of every phase; each phase's train step is traced, so that what cannot run raises here.
 
-    c: of the subject. prompts: token ids ((left, right) of the decoder, (left, right) of the encoder).
+    c: of the subject. prompts: a decoder.Prompt and the token ids (left, right) of the encoder.
     seq_len: tokens of a row of the data folder.
     """
     out = {}
@@ -58,11 +59,13 @@ def plan(cfg, c: TransformerConfig, mesh, prompts, seq_len: int) -> dict[str, Ne
         base = abstract_base(cfg, c, mesh)
         lens = abstract_lens(cfg, prompts, base, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        for phase in build.make_phases(cfg, [*prompts[0][0], 0, *prompts[0][1]]):
+        for phase in build.make_phases(cfg, [*prompts[0].left, 0, *prompts[0].right], NO_TAGS):
             state = abstract_state(lens, phase, mesh)
             step = functools.partial(train_step, objective=phase.objective, hparams=phase.hparams, tx=phase.tx)
             jax.eval_shape(step, state, base, abstract_batch(phase, seq_len, mesh), key)
-            texts = 0 if phase.labelled else phase.documents * phase.vectors * phase.hparams.group
+            texts = (
+                0 if phase.labelled else phase.documents * phase.vectors * phase.hparams.group * phase.hparams.mean_of
+            )
             length = lens.decoder.prompt_len + phase.hparams.length
             cache = jax.eval_shape(lambda b, n=texts, t=length: b.empty_cache(n, t), base)
             out[phase.name] = Needs(

@@ -36,7 +36,7 @@ RULES = (
     (r'norm/(scale|bias)$', P()),
     (r'adapters/', P()),
     (r'(maps|prompt|readout|special)_\w+$', P()),
-    (r'(^|/)(step|count)$', P()),
+    (r'(^|/)(\w*step|count)$', P()),
 )
 
 

@@ -6,6 +6,7 @@ Shapes and placements come from `abstract`; nothing is made only to know them.
 import dataclasses
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,45 +15,82 @@ import numpy as np
 import optax
 from flax import struct
 
-from lens import lens_folder, sharding
+from lens import lens_folder, sharding, translators
 from lens.build import Phase, Run, open_run
 from lens.checkpoint import Checkpoints
 from lens.errors import LensError
 from lens.models import lora, subject
-from lens.models.decoder import Decoder, DecoderConfig
+from lens.models.decoder import Decoder, DecoderConfig, Prompt, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
 from lens.models.lens import Lens
+from lens.models.transformer import TransformerConfig
 
 NORM_DOCUMENTS = 10  # texts that the scale of the maps is measured on
 
 
 class State(struct.PyTreeNode):
-    """What a step changes: optimizer step count, trainable tree, optimizer state."""
+    """What a step changes: count of micro-steps, trainable tree, optimizer state.
+
+    reference: the decoder at the start of the phase, where its objective compares with it; otherwise ().
+    """
 
     step: jax.Array
     params: Lens
     opt: optax.OptState
+    reference: Decoder | tuple = ()
 
 
-def make_lens(cfg, prompts, base, norms, key) -> Lens:
-    """The trainable tree at step 0, a pure function. prompts: (decoder, encoder), each the token ids (left,
-    right). norms: subject.stream_norms."""
-    output_layer = cfg.layer if cfg.encoder.output_layer == -1 else cfg.encoder.output_layer
-    dec_config = DecoderConfig(cfg.decoder.patched_blocks, cfg.decoder.shared_map, cfg.layer)
-    enc_config = EncoderConfig(output_layer, cfg.encoder.readout)
+class Start(NamedTuple):
+    """Where the affine parts begin: maps ([n, d, d], [n, d]) of the decoder, read-out ([d, d], [d]) of the encoder."""
+
+    maps: tuple[jax.Array, jax.Array]
+    readout: tuple[jax.Array, jax.Array]
+
+
+def configs(cfg, prompt: Prompt, base: TransformerConfig) -> tuple[DecoderConfig, EncoderConfig]:
+    """Of the decoder and of the encoder on a base."""
+    d, e = cfg.decoder, cfg.encoder
+    output_layer = cfg.layer if e.output_layer == -1 else e.output_layer
+    blocks = base.n_layers if d.patched_blocks == -1 else d.patched_blocks
+    norm = float(d.norm) or base.d_model**0.5
+    where = {'more_slots': prompt.more_slots, 'marker': prompt.marker}
+    return (
+        DecoderConfig(blocks, d.shared_map, cfg.layer, d.injection, norm, **where),
+        EncoderConfig(output_layer, e.readout, e.current_token),
+    )
+
+
+def make_lens(cfg, prompts, base, start: Start, key) -> Lens:
+    """The trainable tree at step 0, a pure function. prompts: a decoder.Prompt and the encoder's token ids (left,
+    right)."""
+    dec_config, enc_config = configs(cfg, prompts[0], base.config)
+    output_layer = enc_config.output_layer
 
     def trained(side, n_layers, key):
-        own = {'own_base': side.train == 'full', 'adapters': None}
+        own = {'own_base': side.train == 'full', 'adapters': None, 'positions': cfg.position_vectors}
         if side.train == 'lora':
             own['adapters'] = lora.init_adapters(
-                base.blocks, n_layers, cfg.lora.pattern, cfg.lora.rank, cfg.lora.alpha, key
+                base.blocks, n_layers, cfg.lora.pattern, cfg.lora.rank, cfg.lora.alpha, key, rs=cfg.lora.rs
             )
         return own
 
     dec_key, enc_key = jax.random.split(key)
     return Lens(
-        Decoder(dec_config, *prompts[0], base, norms, **trained(cfg.decoder, base.config.n_layers, dec_key)),
-        Encoder(enc_config, *prompts[1], base, **trained(cfg.encoder, output_layer + 1, enc_key)),
+        Decoder(
+            dec_config,
+            prompts[0].left,
+            prompts[0].right,
+            base,
+            start.maps if dec_config.injection == 'affine' else None,
+            **trained(cfg.decoder, base.config.n_layers, dec_key),
+        ),
+        Encoder(
+            enc_config,
+            *prompts[1],
+            base,
+            readout=start.readout,
+            **trained(cfg.encoder, output_layer + 1, enc_key),
+        ),
     )
 
 
@@ -64,16 +102,22 @@ def with_placement(tree, mesh):
 
 def abstract_lens(cfg, prompts, base, mesh) -> Lens:
     """Shapes and placements of make_lens. `base` may be abstract itself. Call under jax.set_mesh(mesh)."""
-    norms = jax.ShapeDtypeStruct((base.config.n_layers + 1,), jnp.float32)
+    d = base.config.d_model
+    c, _ = configs(cfg, prompts[0], base.config)
+    shapes = Start(((c.n_maps, d, d), (c.n_maps, d)), ((d, d), (d,)))
+    start = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s[0], int)
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return with_placement(jax.eval_shape(lambda *a: make_lens(cfg, prompts, *a), base, norms, key), mesh)
+    return with_placement(jax.eval_shape(lambda *a: make_lens(cfg, prompts, *a), base, start, key), mesh)
 
 
 def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
     """Shapes and placements of the state in `phase`, of an abstract lens."""
     opt = jax.eval_shape(phase.tx.init, params) if phase else ()
     step = with_placement({'step': jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
-    return State(params=params, opt=with_placement(opt, mesh), **step)
+    reference = params.decoder if phase and phase.hparams.needs_reference else ()
+    return State(params=params, opt=with_placement(opt, mesh), reference=reference, **step)
 
 
 def _stream_norms(run: Run) -> jax.Array:
@@ -86,6 +130,30 @@ def _stream_norms(run: Run) -> jax.Array:
     return jax.jit(subject.stream_norms)(run.base, batch['tokens'], batch['lengths'])
 
 
+def _start(cfg, run: Run) -> Start:
+    """Maps and read-out by cfg.decoder.init and cfg.encoder.init. Raises LensError."""
+    c_base = run.base.config
+    (c, e), d = configs(cfg, run.decoder_prompt, c_base), c_base.d_model
+    maps = jnp.tile(jnp.eye(d, dtype=jnp.float32), (c.n_maps, 1, 1)), jnp.zeros((c.n_maps, d), jnp.float32)
+    readout = jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32)
+    inits = {cfg.decoder.init, cfg.encoder.init}
+    if 'scale' in inits:
+        norms = _stream_norms(run)
+        if cfg.decoder.init == 'scale':
+            maps = scaled_identity(c, c_base.embed_scale, d, norms)
+        if cfg.encoder.init == 'scale':
+            readout = readout[0] * (norms[cfg.layer + 1] / norms[e.output_layer + 1]), readout[1]
+    if 'tuned_lens' in inits:
+        lens = translators.read(cfg.tuned_lens, c_base)
+        if cfg.decoder.init == 'tuned_lens':
+            w, b = zip(*(translators.compose(*lens, cfg.layer + 1, k)[:2] for k in range(c.n_maps)), strict=True)
+            scale = 1.0 if c.patched_blocks else c_base.embed_scale
+            maps = np.stack(w) / scale, np.stack(b) / scale
+        if cfg.encoder.init == 'tuned_lens':
+            readout = translators.compose(*lens, e.output_layer + 1, cfg.layer + 1)[:2]
+    return Start(tuple(map(jnp.asarray, maps)), tuple(map(jnp.asarray, readout)))
+
+
 def init_lens(cfg, run: Run) -> Lens:
     """The lens that training starts from, made in its place on the mesh: fresh and reproducible from
     cfg.seed, or that of cfg.init_from. Call under jax.set_mesh(run.mesh)."""
@@ -95,7 +163,7 @@ def init_lens(cfg, run: Run) -> Lens:
         return lens_folder.read(cfg.init_from, abstract)
     place = jax.tree.map(lambda x: x.sharding, abstract)
     make = jax.jit(lambda *a: make_lens(cfg, prompts, *a), out_shardings=place)
-    return make(run.base, _stream_norms(run), jax.random.key(run.seed))
+    return make(run.base, _start(cfg, run), jax.random.key(run.seed))
 
 
 def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
@@ -104,7 +172,10 @@ def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
     if phase:
         place = sharding.shardings(jax.eval_shape(phase.tx.init, params), mesh)
         opt = jax.jit(phase.tx.init, out_shardings=place)(params)
-    return State(params=params, opt=opt, **sharding.place({'step': jnp.asarray(step, jnp.int32)}, mesh))
+    needed = phase and phase.hparams.needs_reference
+    reference = jax.tree.map(jnp.copy, params.decoder) if needed else ()  # a step donates params
+    count = sharding.place({'step': jnp.asarray(step, jnp.int32)}, mesh)
+    return State(params=params, opt=opt, reference=reference, **count)
 
 
 def phase_at(run: Run, step: int) -> Phase | None:

@@ -65,6 +65,12 @@ def reconstruction(pred_NxD, target_NxD, doc_N) -> dict[str, dict]:
     }
 
 
+def fraction(hit_N, doc_N) -> dict:
+    """Mean of a yes or no per activation."""
+    draws = _draws(doc_N.max() + 1)
+    return _figure(draws @ _by_document(np.asarray(hit_N, np.float64), doc_N) / (draws @ np.bincount(doc_N)))
+
+
 def other_document(doc_N) -> np.ndarray:
     """For every activation the index of one of another document; each is used once.
 

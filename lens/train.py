@@ -26,15 +26,26 @@ class NonFiniteError(LensError):
     """The loss is NaN or infinite; nothing was saved after the last good checkpoint."""
 
 
-@functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx'), donate_argnames=('state',))
-def train_step(state: State, base, batch, key, *, objective, hparams, tx) -> tuple[State, dict]:
-    """One update. `base` is an argument, never donated; the randomness is fold_in(key, step)."""
+@functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx', 'start'), donate_argnames=('state',))
+def train_step(state: State, base, batch, key, *, objective, hparams, tx, start=0) -> tuple[State, dict]:
+    """One micro-step of a phase that began at micro-step `start` of the run. `base` is an argument, never
+    donated; the randomness is fold_in(key, step)."""
     key = jax.random.fold_in(key, state.step)
-    grads, out = jax.grad(objective, has_aux=True)(state.params, base, batch, key, hparams)
-    updates, opt = tx.update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    out |= {f'grad_norm_{k}': v for k, v in optimizer.norms_by_side(grads).items()}
-    return State(state.step + 1, params, opt), out
+    roll = objective.rollout(state.params, base, batch, key, hparams)
+    params, opt, metrics = state.params, state.opt, {}
+    for _ in range(hparams.updates):
+        loss = jax.grad(objective.loss, has_aux=True)
+        grads, out = loss(params, base, roll, key, hparams, state.step - start, state.reference)
+        updates, opt = tx.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        # figures of the first update: later ones are off-policy
+        metrics = metrics or out | optimizer.step_norms(grads, updates, params, tx.trained)
+    return State(state.step + 1, params, opt, state.reference), metrics
+
+
+def fires(every: int | None, step: int) -> bool:
+    """Whether an interval of micro-steps falls on `step`."""
+    return bool(every) and step % every == 0
 
 
 def fingerprint(config: dict) -> str:
@@ -60,10 +71,12 @@ class Trainer:
         with Checkpoints(self.workdir / 'checkpoints', cfg.checkpoint.keep) as self.checkpoints:
             state, iterator_state = self._restore_or_init()
             step = int(state.step)
+            for phase in run.phases:  # a table that leaves a parameter out stops here: nothing is written yet
+                jax.eval_shape(phase.tx.init, state.params)
             metrics.write_json(self.workdir / 'config.json', self.config)
             self.writer = metrics.Writer(self.workdir, step, cfg.log.tensorboard, cfg.log.wandb_project, self.config)
             self.begin = time.monotonic() - self.writer.elapsed_s
-            with metrics.ProgressBar(run.steps, 5 * cfg.log.every_steps) as self.bar:
+            with metrics.ProgressBar(run.steps, run.steps) as self.bar:
                 self._announce(state, step)
                 for phase in run.phases:
                     if step < phase.end:
@@ -105,6 +118,12 @@ class Trainer:
                 f'{self.workdir} holds a run with another configuration (differing keys: '
                 f'{", ".join(_differing(info["config"], self.config))}): use that configuration or another --workdir.'
             )
+        ends = [p.end for p in run.phases]
+        if info['phase_ends'] != ends:
+            raise CheckpointError(
+                f'{self.workdir} holds a run whose phases end at steps {info["phase_ends"]}, now {ends}: epochs are '
+                'counted on the training documents, so restore data.path or use another --workdir.'
+            )
         state = restore(self.cfg, run, self.checkpoints, step)
         return state, None if phase and step == phase.start else info['data']
 
@@ -120,8 +139,11 @@ class Trainer:
         )
         if iterator_state is not None:
             batches.set_state(iterator_state)
-        do = functools.partial(train_step, objective=phase.objective, hparams=phase.hparams, tx=phase.tx)
-        pending, clock = None, metrics.StepClock()
+        do = functools.partial(
+            train_step, objective=phase.objective, hparams=phase.hparams, tx=phase.tx, start=phase.start
+        )
+        every, pending, clock = phase.every, None, metrics.StepClock()
+        self.bar.every = 5 * every.log if every.log else run.steps
         for step in range(int(state.step) + 1, phase.end + 1):
             rows = next(batches)
             doc_ids = rows.pop('doc_id')
@@ -129,8 +151,7 @@ class Trainer:
             if pending:
                 self._record(phase, *pending, clock)
             pending = (step, out, doc_ids)
-            evaluate = cfg.eval.every_steps and step % cfg.eval.every_steps == 0
-            save = step % cfg.checkpoint.every_steps == 0
+            evaluate, save = fires(every.evaluate, step), fires(every.save, step)
             if evaluate or save or step == phase.end:
                 self._record(phase, *pending, clock)
                 pending = None
@@ -139,13 +160,16 @@ class Trainer:
                 self._evaluate(phase, step, state, full=True)
             elif evaluate:
                 self._evaluate(phase, step, state, full=False)
+            if fires(every.drift, step):
+                self._drift(phase, step, state)
             if save or step == phase.end:
                 self.checkpoints.save(step, state, {'data': batches.get_state()} | self._identity())
         return state
 
     def _identity(self) -> dict:
         """What a checkpoint says of the run that it belongs to."""
-        return {'config': self.config, 'fingerprint': fingerprint(self.config)}
+        ends = [p.end for p in self.run.phases]  # epochs depend on the data as well
+        return {'config': self.config, 'fingerprint': fingerprint(self.config), 'phase_ends': ends}
 
     def _record(self, phase: Phase, step: int, out: dict, doc_ids, clock: metrics.StepClock) -> None:
         """Metrics of a step that has been dispatched before."""
@@ -158,13 +182,22 @@ class Trainer:
                 f'checkpoint is {f"step {last}" if last else "none"} in {self.workdir}: lower the learning rates.'
             )
         step_s = clock.lap()
-        if step % self.cfg.log.every_steps == 0 or step == phase.end:
+        if fires(phase.every.log, step) or step == phase.end:
             self.writer.write(
                 {'step': step, 'phase': phase.name, 'kind': 'train'}
                 | values
                 | {'step_s': step_s, 'wall_s': time.monotonic() - self.begin}
             )
         self.bar.update(step, phase.name, values, step_s * (self.run.steps - step))
+
+    def _drift(self, phase: Phase, step: int, state: State) -> None:
+        """How far the parameters are from where the run started; that state is made again when first asked for."""
+        if not hasattr(self, 'initial'):
+            self.initial = init_lens(self.cfg, self.run)
+        values = jax.device_get(jax.jit(optimizer.drift)(state.params, self.initial))
+        row = {f'drift_{k}': float(v) for k, v in values.items()}
+        wall_s = time.monotonic() - self.begin
+        self.writer.write({'step': step, 'phase': phase.name, 'kind': 'drift'} | row | {'wall_s': wall_s})
 
     def _evaluate(self, phase: Phase, step: int, state: State, full: bool) -> None:
         if full:

@@ -28,7 +28,7 @@ import pytest
 from flax import nnx
 
 from lens import sharding
-from lens.models.decoder import Decoder, DecoderConfig
+from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
 from lens.models.lens import Lens
 from lens.models.rope import Rope
@@ -76,16 +76,17 @@ def tokens():
 
 def make_lens(base, *, own_base=False, patched=2, shared=False, adapters=(None, None), seed=2):
     """A lens with random maps, prompts and read-out: nothing is at its initial value."""
+    c = DecoderConfig(patched, shared, LAYER)
     decoder = Decoder(
-        DecoderConfig(patched, shared, LAYER),
+        c,
         [3, 7],
         [9],
         base,
-        np.arange(1, 5, dtype=np.float32),
+        scaled_identity(c, 1.0, TINY.d_model, np.arange(1, 5, dtype=np.float32)),
         own_base=own_base,
         adapters=adapters[0],
     )
-    encoder = Encoder(EncoderConfig(LAYER, True), [5], [6, 8], base, own_base=own_base, adapters=adapters[1])
+    encoder = Encoder(EncoderConfig(LAYER, 'affine'), [5], [6, 8], base, own_base=own_base, adapters=adapters[1])
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), Lens(decoder, encoder))
 

@@ -16,17 +16,19 @@ LEVELS = {
     'lens.losses': 1,
     'lens.sharding': 1,
     'lens.charts': 1,
-    'lens.schedules': 1,
+    'lens.schedules': 3,  # its command reads data
     'lens.statistics': 1,
+    'lens.extraction': 1,
     'lens.data': 2,
     'lens.checkpoint': 2,
-    'lens.optimizer': 2,
+    'lens.optimizer': 4,
     'lens.metrics': 2,
     'lens.models': 2,
     'lens.models.lora': 2,
     'lens.models.rope': 2,
     'lens.models.norm': 2,
     'lens.models.mxfp4': 2,
+    'lens.models.injection': 2,
     'lens.models.attention': 3,
     'lens.models.moe': 3,
     'lens.models.transformer': 4,
@@ -36,10 +38,13 @@ LEVELS = {
     'lens.models.decoder': 6,
     'lens.models.encoder': 6,
     'lens.models.lens': 7,
+    'lens.prompts': 8,
     'lens.hf': 8,
     'lens.sampling': 8,
+    'lens.gumbel': 8.5,  # above sampling, below objectives
     'lens.objectives': 9,
     'lens.lens_folder': 9,
+    'lens.translators': 9,
     'lens.build': 10,
     'lens.state': 11,
     'lens.plan': 14,
@@ -51,11 +56,12 @@ LEVELS = {
     'lens.train': 13,
     'lens.pretrain': 13,
     'lens.probe': 13,
+    'lens.tuned_lens': 13,
     'lens.main': 14,
 }
-NOBODY_IMPORTS = ('lens.main', 'lens.pretrain', 'lens.probe', 'lens.serve')
+NOBODY_IMPORTS = ('lens.main', 'lens.probe', 'lens.serve', 'lens.tuned_lens')
 KNOW_NO_MODEL = ('lens.data', 'lens.checkpoint', 'lens.optimizer', 'lens.schedules', 'lens.metrics')
-MODEL_SIDE = ('lens.models', 'lens.hf', 'lens.sampling', 'lens.objectives')
+MODEL_SIDE = ('lens.models', 'lens.hf', 'lens.sampling', 'lens.gumbel', 'lens.objectives')
 # package -> who may import it; data_gen as a whole where named
 ONLY = {
     'transformers': ('lens.hf', 'data_gen'),

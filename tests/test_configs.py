@@ -125,15 +125,17 @@ def test_unknown_recipe_argument_names_the_accepted_ones(name):
 @pytest.mark.parametrize(('name', 'argument'), CASES)
 def test_recipe_fits_its_model(name, argument):
     c = load(name).get_config(argument)
-    hf = json.loads((HF_CONFIGS / f'{pathlib.Path(c.subject.path).name}.json').read_text())
+    shipped = ROOT / c.subject.path / 'config.json'
+    file = shipped if shipped.exists() else HF_CONFIGS / f'{pathlib.Path(c.subject.path).name}.json'
+    hf = json.loads(file.read_text())
     hf = hf.get('text_config', hf)
     layers, heads = hf.get('num_hidden_layers', hf.get('n_layer')), hf.get('num_key_value_heads', hf.get('n_head'))
     assert 0 <= c.layer < layers and -1 <= c.encoder.output_layer < layers
-    assert 0 <= c.decoder.patched_blocks <= layers
+    assert -1 <= c.decoder.patched_blocks <= layers
     assert heads % c.mesh.model == 0
-    assert c.decoder.prompt.count('<embed>') == 1 and c.encoder.prompt.count('<text>') == 1
+    assert c.decoder.prompt.count('<embed>') == 1 and '<text>' in c.encoder.prompt
     for p in c.phases:
-        assert c[p].documents % c.mesh.data == 0 and c[p].warmup_steps < c[p].steps
+        assert c[p].documents % c.mesh.data == 0
     assert c.eval.batch // c.eval.vectors % c.mesh.data == 0  # documents of an evaluation step
 
 

@@ -12,6 +12,7 @@ import pytest
 from data_gen import storyworld
 from lens import build, data, hf, sampling, sharding, statistics
 from lens.evaluate import Evaluator
+from lens.extraction import NO_TAGS
 from lens.models import subject
 from lens.models.encoder import encode
 from tests.conftest import LAYER, LENGTH, TINY, make_base, make_lens
@@ -55,6 +56,8 @@ def evaluator(split, base, mesh):
             seed=0,
             layer=LAYER,
             length=LENGTH,
+            tags=NO_TAGS,
+            error='nmse',
             min_pos=2,
             validation=split,
         )

@@ -22,8 +22,9 @@ from safetensors.numpy import load_file
 from lens import build, export, hf, lens_folder, sampling, sharding, state
 from lens.checkpoint import Checkpoints
 from lens.errors import LensError
+from lens.extraction import NO_TAGS
 from lens.models import lora
-from lens.models.decoder import Decoder, DecoderConfig
+from lens.models.decoder import Decoder, DecoderConfig, Prompt, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig, encode
 from lens.models.lens import Lens
 from tests import hf_models, test_train
@@ -38,7 +39,7 @@ def config(world, kind, **changes):
         'sft__steps': 2,
         'sft__learning_rate_decoder': 3e-2,
         'sft__learning_rate_encoder': 3e-2,
-        'eval__every_steps': 0,
+        'eval__every': 0,
         'lora__pattern': 'q|v|down',
         'lora__rank': 3,
     }
@@ -134,7 +135,7 @@ def test_training_goes_on_from_an_export(runs, world, tmp_path):
         ({'decoder__train': 'full'}, r'decoder.train=lora, this configuration says decoder.train=full'),
         ({'encoder__train': 'maps'}, r'encoder.train=lora, this configuration says encoder.train=maps'),
         ({'encoder__output_layer': 2}, r'encoder.output_layer=1, this configuration says encoder.output_layer=2'),
-        ({'encoder__readout': False}, r'encoder.readout=True, '),
+        ({'encoder__readout': 'none'}, r'encoder.readout=affine, '),
         ({'layer': 2, 'encoder__output_layer': 1}, r'a lens with layer=1, this configuration says layer=2'),
         (
             {'lora__rank': 4},
@@ -180,7 +181,7 @@ def test_the_folder_holds_what_its_sidecar_says(runs, world, kind):
     assert ('encoder/adapters/down/b' in tensors) == (kind == 'lora') and not any('base' in k for k in tensors)
     assert spec['trained'] == {'decoder': kind, 'encoder': kind} and spec['layer'] == 1 and spec['step'] == 2
     assert spec['decoder'].items() >= {'patched_blocks': 2, 'shared_map': False, 'prompt': '<|bos|><embed>:'}.items()
-    assert spec['encoder'].items() >= {'output_layer': 1, 'readout': True, 'prompt_ids_right': []}.items()
+    assert spec['encoder'].items() >= {'output_layer': 1, 'readout': 'affine', 'prompt_ids_right': []}.items()
     assert spec['config'] == json.loads((workdir / 'config.json').read_text())
     assert spec['figures'].items() <= summary.items() and spec['figures']['fve'] == summary['fve']
     card = (out / 'README.md').read_text()
@@ -208,33 +209,38 @@ def test_the_card_reads_and_reconstructs_like_the_lens(runs, world, monkeypatch)
     check_card(run_card(out, monkeypatch), lens, base, 12)
 
 
-def handmade(base, n, shared, own_base, readout):
+def handmade(base, n, shared, own_base, readout, injection):
     """A lens of block 2 of six, nothing of it at its initial value."""
     norms = np.linspace(1, 2, base.config.n_layers + 1, dtype=np.float32)
     own = {'own_base': own_base, 'adapters': None}
-    decoder = Decoder(DecoderConfig(n, shared, 2), [3, 7], [9] if n else [], base, norms, **own)
+    c = DecoderConfig(n, shared, 2, injection, 7.0, 4, () if injection == 'affine' else (1,))
+    maps = scaled_identity(c, base.config.embed_scale, base.config.d_model, norms) if injection == 'affine' else None
+    decoder = Decoder(c, [3, 7], [9, 4, 6] if n else [], base, maps, **own)
     encoder = Encoder(EncoderConfig(3, readout), [5], [6, 8], base, **own)
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), Lens(decoder, encoder))
 
 
 @pytest.mark.parametrize(
-    ('family', 'n', 'shared', 'own_base', 'readout'),
+    ('family', 'n', 'shared', 'own_base', 'readout', 'injection'),
     [
-        ('gemma3_text', 0, False, False, True),
-        ('gpt2', 3, True, True, False),
-        pytest.param('gemma2', 2, False, False, True, marks=pytest.mark.slow),
+        ('gemma3_text', 0, False, False, 'affine', 'affine'),
+        ('gpt2', 3, True, True, 'none', 'affine'),
+        ('qwen2', 1, True, False, 'linear', 'add'),
+        pytest.param('gemma2', 2, False, False, 'linear', 'replace', marks=pytest.mark.slow),
     ],
 )
-def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shared, own_base, readout):
+def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shared, own_base, readout, injection):
     hf_models.build(family, tmp_path / 'subject', vocab_size=len(hf.load_tokenizer(test_train.TOKENIZER)))
     for name in {p.name for p in pathlib.Path(test_train.TOKENIZER).iterdir()} & set(hf.TOKENIZER_FILES):
         shutil.copy(pathlib.Path(test_train.TOKENIZER) / name, tmp_path / 'subject')
     base = hf.load_model(tmp_path / 'subject')
-    lens = handmade(base, n, shared, own_base, readout)
+    lens = handmade(base, n, shared, own_base, readout, injection)
     cfg = test_train.config(tmp_path, explanation_len=6)
     cfg.decoder.train = cfg.encoder.train = 'full' if own_base else 'maps'
-    run = types.SimpleNamespace(base=base, length=6, decoder_prompt=([3, 7], [9]), encoder_prompt=([5], [6, 8]))
+    run = types.SimpleNamespace(
+        base=base, length=6, tags=NO_TAGS, decoder_prompt=Prompt([3, 7], [9]), encoder_prompt=([5], [6, 8])
+    )
     export.write_folder(tmp_path / 'out', lens, run, json.loads(cfg.to_json()), 0, {})
     assert 'Not evaluated yet.' in (tmp_path / 'out/README.md').read_text()
     check_card(run_card(tmp_path / 'out', monkeypatch), lens, base, 6)

@@ -264,7 +264,7 @@ def test_one_run_and_training_on_it(stories, world, tokenizer, capsys, monkeypat
     c = tiny.get_config()
     c.subject.path, c.data.path, c.layer = str(stories / 'subject'), str(world / 'data'), 1
     c.decoder.patched_blocks, c.explanation_len = 2, LENGTH
-    c.phases, c.sft.steps, c.sft.warmup_steps, c.sft.documents, c.sft.vectors = ('sft',), 2, 1, 4, 2
+    c.phases, c.sft.steps, c.sft.documents, c.sft.vectors = ('sft',), 2, 4, 2
     c.eval.quick_documents, c.eval.documents, c.eval.vectors, c.eval.batch = 4, 4, 2, 8
     trainer = Trainer(c, world / 'run')
     with jax.set_mesh(trainer.run.mesh):

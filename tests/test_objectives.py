@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens import losses, objectives, optimizer, sampling
+from lens import extraction, losses, objectives, optimizer, sampling, schedules
 from lens.build import Phase
 from lens.models import decoder as dec
 from lens.models import subject
@@ -19,15 +19,8 @@ from tests.conftest import LAYER, LENGTH, make_base, make_lens
 
 HP = objectives.Hparams(layer=LAYER, length=LENGTH, group=4)
 KEY = jax.random.key(7)
-OPT = optimizer.OptimizerConfig(
-    steps=10,
-    warmup_steps=0,
-    final_fraction=0.1,
-    learning_rate_decoder=1e-2,
-    learning_rate_encoder=2e-2,
-    weight_decay=0.1,
-    grad_clip=1.0,
-)
+RATES = {'decoder': schedules.constant(1e-2), 'encoder': schedules.constant(2e-2)}
+TABLE = (optimizer.Row('.*', 1.0, 0.1, 'all'),)
 
 
 def size(tree):
@@ -39,22 +32,28 @@ def full(base):
     return make_lens(base, own_base=True)
 
 
-def gradient(objective, lens, base, batch, hp=HP):
-    return jax.jit(jax.grad(objective, has_aux=True), static_argnums=4)(lens, base, batch, KEY, hp)
+def gradient(objective, lens, base, batch, hp=HP, reference=()):
+    objective = objectives.OBJECTIVES[objective]
+
+    def both(lens, base, batch, reference):
+        roll = objective.rollout(lens, base, batch, KEY, hp)
+        return jax.grad(objective.loss, has_aux=True)(lens, base, roll, KEY, hp, 0, reference)
+
+    return jax.jit(both)(lens, base, batch, reference)
 
 
 def test_grpo_gradients_are_strictly_separated(base, full, batch):
     """The decoder's gradient does not change with the encoder's weights except through the reward, and
     the encoder's is the MSE's alone."""
-    grads, _ = gradient(objectives.grpo, full, base, batch)
-    a = objectives.read_activations(base, batch, LAYER)
+    grads, _ = gradient('grpo', full, base, batch)
+    a = objectives.read(base, batch, LAYER).a_NxD
     s = jax.jit(lambda d: sampling.sample(d, base, a, KEY, length=LENGTH, group=4))(full.decoder)
     a4 = jnp.repeat(a, 4, axis=0)
 
     mse = jax.jit(jax.grad(lambda e: losses.normalised_mse(encode(e, base, s.ids_NxT), a4)))(full.encoder)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads.encoder, mse)
 
-    adv = losses.group_advantages(losses.rewards(encode(full.encoder, base, s.ids_NxT), a4), 4)
+    adv = losses.advantages(-losses.normalised_mse_rows(encode(full.encoder, base, s.ids_NxT), a4), 4)
 
     def reinforce(d):
         return -jnp.mean(dec.score(d, base, a4, s.ids_NxT)[0] * adv[:, None])
@@ -68,25 +67,149 @@ def test_equal_rewards_give_the_decoder_no_gradient(base, full, batch):
     """An encoder that ignores the words rewards every text alike."""
     deaf = jax.tree.map(lambda x: x, full)
     deaf.encoder.readout_w[...] = jnp.zeros_like(deaf.encoder.readout_w[...])
-    grads, metrics = gradient(objectives.grpo, deaf, base, batch)
+    grads, metrics = gradient('grpo', deaf, base, batch)
     assert size(grads.decoder) == 0 and metrics['zero_advantage_fraction'] == 1
     assert size(grads.encoder) > 0
 
 
-@pytest.mark.parametrize(
-    'change', [{'beta': 0.1, 'natural_prefix': (3, 1)}, {'entropy_weight': 0.1, 'entropy_clamp': 9.0}]
-)
-def test_a_positive_weight_enables_its_term_for_the_decoder_only(base, full, batch, change):
-    plain, _ = gradient(objectives.grpo, full, base, batch)
-    other, _ = gradient(objectives.grpo, full, base, batch, dataclasses.replace(HP, **change))
+ON = schedules.constant(0.1)
+FOR_THE_DECODER = {
+    'beta': {'beta': ON, 'natural_prefix': (3, 1)},
+    'entropy': {'entropy_weight': ON, 'entropy_clamp': schedules.constant(9.0)},
+    'lm': {'lm_weight': ON, 'natural_prefix': (3, 1)},
+}
+
+
+@pytest.mark.parametrize('term', FOR_THE_DECODER)
+def test_a_positive_weight_enables_its_term_for_the_decoder_only(base, full, batch, term):
+    plain, _ = gradient('grpo', full, base, batch)
+    other, _ = gradient('grpo', full, base, batch, dataclasses.replace(HP, **FOR_THE_DECODER[term]))
     diff = jax.tree.map(lambda x, y: x - y, plain, other)
     assert size(diff.decoder) > 1e-3
     np.testing.assert_allclose(size(diff.encoder), 0, atol=1e-5)
 
 
+@pytest.mark.parametrize('resample', [False, True])
+def test_functional_kl_is_the_encoders_and_equals_patching_one_position_at_a_time(base, full, batch, resample):
+    hp = dataclasses.replace(HP, kl_weight=ON, resample=resample)
+    plain, _ = gradient('sft', full, base, batch)
+    grads, metrics = gradient('sft', full, base, batch, hp)
+    np.testing.assert_allclose(size(jax.tree.map(lambda x, y: x - y, plain, grads).decoder), 0, atol=1e-5)
+
+    def expected(e):
+        a = objectives.read(base, batch, LAYER).a_NxD
+        pred = encode(e, base, batch['explanations'].reshape(-1, LENGTH))
+        if resample:  # plus what the next document's reconstruction lacks
+            pred += jax.lax.stop_gradient(jnp.roll(a.reshape(8, 2, -1) - pred.reshape(8, 2, -1), 1, 0).reshape(16, -1))
+        kl = []
+        for v in range(2):
+            p = batch['positions'][:, v]
+            both = (subject.patch(base, batch['tokens'], p, x.reshape(8, 2, -1)[:, v], LAYER) for x in (a, pred))
+            natural, replaced = (jax.nn.log_softmax(z[jnp.arange(8), p]) for z in both)
+            kl.append(jnp.sum(jnp.exp(natural) * (natural - replaced), -1))
+        return 0.1 * jnp.mean(jnp.stack(kl)) + losses.normalised_mse(pred, a)
+
+    value, want = jax.jit(jax.value_and_grad(expected))(full.encoder)
+    np.testing.assert_allclose(0.1 * metrics['kl_functional_nats'] + metrics['loss_encoder'], value, rtol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), grads.encoder, want)
+
+
+def test_kl_to_the_start_compares_with_the_reference(base, full, batch):
+    hp = dataclasses.replace(HP, beta=ON, kl_to='start')
+    assert hp.needs_reference and not HP.needs_reference
+    plain, _ = gradient('grpo', full, base, batch)
+    same, metrics = gradient('grpo', full, base, batch, hp, full.decoder)
+    assert metrics['kl_start_nats'] == 0
+    np.testing.assert_allclose(size(jax.tree.map(lambda x, y: x - y, plain, same)), 0, atol=1e-4)
+    moved = make_lens(base, own_base=True, seed=9).decoder
+    grads, metrics = gradient('grpo', full, base, batch, hp, moved)
+    ids = objectives.sampled_rollout(full, base, batch, KEY, hp).ids_NxT
+    a4 = jnp.repeat(objectives.read(base, batch, LAYER).a_NxD, 4, axis=0)
+    p, q = (np.asarray(dec.score(d, base, a4, ids)[0], np.float64) for d in (full.decoder, moved))
+    np.testing.assert_allclose(metrics['kl_start_nats'], np.mean(np.exp(q - p) - (q - p) - 1), rtol=1e-3)
+    assert size(jax.tree.map(lambda x, y: x - y, plain, grads).decoder) > 1e-3
+
+
+def test_averaged_samples_share_their_reward(base, full, batch):
+    hp = dataclasses.replace(HP, group=3, mean_of=2)
+    grads, metrics = gradient('grpo', full, base, batch, hp)
+    roll = objectives.sampled_rollout(full, base, batch, KEY, hp)
+    assert roll.ids_NxT.shape == (16 * 6, LENGTH)
+    pred = np.asarray(encode(full.encoder, base, roll.ids_NxT)).reshape(16, 3, 2, -1).mean(2)
+    a = np.asarray(objectives.read(base, batch, LAYER).a_NxD)[:, None]
+    reward = -((pred - a) ** 2).mean(-1) / (a**2).mean(-1)
+    np.testing.assert_allclose(metrics['reward'], reward.mean(), rtol=1e-4)
+    advantage = (reward - reward.mean(1, keepdims=True)) / reward.std(1, ddof=1, keepdims=True)
+
+    def reinforce(d):
+        logp, _ = dec.score(d, base, roll.a_NxD, roll.ids_NxT)
+        return -jnp.mean(logp * np.repeat(advantage.ravel(), 2)[:, None])
+
+    want = jax.jit(jax.grad(reinforce))(full.decoder)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=3e-6), grads.decoder, want)
+
+
+def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_nothing(base, full, batch):
+    """Closed by one of many tokens, so that some responses are and some are not."""
+    tags = extraction.Tags((), (17,))
+    hp = dataclasses.replace(HP, group=12, tags=tags, error='direction')
+    roll = objectives.sampled_rollout(full, base, batch, KEY, hp)
+    ids = np.array(roll.ids_NxT)
+    ids[::5, 2] = 17
+    roll = roll._replace(ids_NxT=jnp.asarray(ids))
+    loss = jax.jit(jax.grad(objectives.grpo, has_aux=True), static_argnums=4)
+    grads, metrics = loss(full, base, roll, KEY, hp, 0, ())
+    hits = [np.flatnonzero(row == 17) for row in ids]
+    texts = [row[: h[0]] if len(h) and h[0] else None for row, h in zip(ids, hits, strict=True)]
+    kept = [i for i, t in enumerate(texts) if t is not None]
+    assert 0.1 < len(kept) / len(ids) < 0.9
+    np.testing.assert_allclose(metrics['extracted'], len(kept) / len(ids), rtol=1e-5)
+    a = np.asarray(roll.a_NxD)
+
+    def error(e):
+        rows = [losses.direction_mse_rows(encode(e, base, texts[i][None]), a[i : i + 1])[0] for i in kept]
+        return jnp.mean(jnp.stack(rows)), rows
+
+    (value, rows), want = jax.value_and_grad(error, has_aux=True)(full.encoder)
+    np.testing.assert_allclose(metrics['loss_encoder'], value, rtol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), grads.encoder, want)
+    reward = np.full(len(ids), -2.0)
+    reward[kept] = -np.asarray(rows)
+    np.testing.assert_allclose(metrics['reward'], reward.mean(), rtol=1e-4)
+    ends = np.array([h[0] + 1 if t is not None else LENGTH for t, h in zip(texts, hits, strict=True)])
+    mask = np.arange(LENGTH) < ends[:, None]
+    adv = losses.advantages(jnp.asarray(reward), 12)
+
+    def reinforce(d):
+        return -jnp.sum(dec.score(d, base, a, ids)[0] * adv[:, None] * mask) / mask.sum()
+
+    want = jax.jit(jax.grad(reinforce))(full.decoder)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), grads.decoder, want)
+
+
+@pytest.mark.parametrize('form', ['full', 'truncated', 'two_pass'])
+def test_gumbel_reaches_both_sides_through_the_words(base, full, batch, form):
+    hp = dataclasses.replace(HP, group=1, form=form, tau=schedules.constant(0.7))
+    grads, metrics = gradient('gumbel', full, base, batch, hp)
+    a = objectives.read(base, batch, LAYER).a_NxD
+    ids = sampling.sample(full.decoder, base, a, KEY, length=LENGTH).ids_NxT
+    np.testing.assert_allclose(
+        metrics['loss_encoder'], losses.normalised_mse(encode(full.encoder, base, ids), a), rtol=1e-5
+    )
+    plain = jax.jit(jax.grad(lambda e: losses.normalised_mse(encode(e, base, ids), a)))(full.encoder)
+    for name in ('prompt_left', 'special_last', 'readout_w'):
+        x, y = (getattr(t, name)[...] for t in (grads.encoder, plain))
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)
+    for name in ('maps_w', 'prompt_left', 'prompt_right'):
+        assert size(getattr(grads.decoder, name)) > 1e-4, name
+    deaf = jax.tree.map(lambda x: x, full)
+    deaf.encoder.readout_w[...] = jnp.zeros_like(deaf.encoder.readout_w[...])
+    assert size(gradient('gumbel', deaf, base, batch, hp)[0].decoder) == 0
+
+
 def test_sft_trains_the_decoder_by_cross_entropy_and_the_encoder_by_mse(base, full, batch):
-    grads, metrics = gradient(objectives.sft, full, base, batch)
-    a = objectives.read_activations(base, batch, LAYER)
+    grads, metrics = gradient('sft', full, base, batch)
+    a = objectives.read(base, batch, LAYER).a_NxD
     ids = batch['explanations'].reshape(-1, LENGTH)
     np.testing.assert_allclose(metrics['loss_decoder'], -jnp.mean(dec.score(full.decoder, base, a, ids)[0]), rtol=1e-5)
     np.testing.assert_allclose(
@@ -99,23 +222,24 @@ def test_sft_trains_the_decoder_by_cross_entropy_and_the_encoder_by_mse(base, fu
 
 def test_activations_are_those_of_the_configured_layer(base, batch):
     for layer in range(3):
-        a = objectives.read_activations(base, batch, layer)
+        a = objectives.read(base, batch, layer).a_NxD
         expected = subject.read(base, batch['tokens'], batch['positions'], layer)
         np.testing.assert_array_equal(a, np.asarray(expected).reshape(-1, 24))
 
 
-@pytest.mark.parametrize(('objective', 'own_base'), [(objectives.sft, False), (objectives.grpo, True)])
+@pytest.mark.parametrize(('objective', 'own_base'), [('sft', False), ('grpo', True)])
 def test_training_leaves_the_base_byte_identical_and_moves_every_trainable_leaf(batch, objective, own_base):
+    chosen, hp = objectives.OBJECTIVES[objective], dataclasses.replace(HP, updates=1 + own_base, clip=0.2)
     base = make_base()
     before = [np.asarray(x).tobytes() for x in jax.tree.leaves(base)]
     mesh = make_mesh(1, 1)
     with jax.set_mesh(mesh):
         lens = make_lens(base, own_base=own_base)
         start = jax.tree.map(np.asarray, lens)
-        phase = Phase('p', 0, 10, objective, HP, optimizer.make(OPT), 8, 2, True)
+        phase = Phase('p', 0, 10, chosen, hp, optimizer.make(TABLE, RATES, 1.0, updates=hp.updates), 8, 2, True)
         state = init_state(lens, phase, mesh)
         for _ in range(2):
-            state, _ = train_step(state, base, batch, KEY, objective=objective, hparams=HP, tx=phase.tx)
+            state, _ = train_step(state, base, batch, KEY, objective=chosen, hparams=hp, tx=phase.tx)
     assert [np.asarray(x).tobytes() for x in jax.tree.leaves(base)] == before
     moved = {
         path(kp): not np.array_equal(x, y)

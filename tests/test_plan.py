@@ -10,6 +10,7 @@ import pytest
 
 from lens import sharding
 from lens.models import families
+from lens.models.decoder import Prompt
 from lens.plan import abstract_base, per_device, plan
 
 MODELS = pathlib.Path(__file__).parent / 'hf_configs'
@@ -24,6 +25,7 @@ RECIPES = {
     'gemma2_9b': (9.242, 1024),
     'qwen2_5_14b': (14.770, 1024),
     'qwen2_5_7b': (7.616, 1024),
+    'nla_qwen2_5_7b': (7.616, 2048),
     'gpt2': (0.1244, 128),
     'simplestories': (None, 64),
 }
@@ -41,11 +43,11 @@ def open_recipe(recipe):
 
 def prompt_ids(text, mark):
     """As many ids as the text has words, signs and special tokens, without any tokenizer."""
-    return tuple([1] * len(re.findall(r'<[^>]+>|\w+|[^\w\s]', part)) for part in text.split(mark))
+    return tuple([1] * len(re.findall(r'<[^>]+>|\w+|[^\w\s]', part)) for part in text.rsplit(mark, 1))
 
 
 def needs(cfg, c, mesh, seq_len):
-    prompts = prompt_ids(cfg.decoder.prompt, '<embed>'), prompt_ids(cfg.encoder.prompt, '<text>')
+    prompts = Prompt(*prompt_ids(cfg.decoder.prompt, '<embed>')), prompt_ids(cfg.encoder.prompt, '<text>')
     return plan(cfg, c, mesh, prompts, seq_len)
 
 

@@ -157,7 +157,7 @@ def test_samples_repeat_with_the_key_and_change_with_it(base, lens, activations)
 
 def test_natural_log_probs_are_the_untouched_base(base):
     ids = np.random.default_rng(5).integers(0, TINY.vocab_size, (2, LENGTH))
-    got = dec.natural_log_probs(base, jnp.asarray([3, 1, 9]), ids)
+    got = losses.token_log_probs(dec.natural_logits(base, jnp.asarray([3, 1, 9]), ids), ids)
     full = np.concatenate([np.tile([3, 1, 9], (2, 1)), ids], axis=1)
     logp = np.asarray(jax.nn.log_softmax(base(full), -1))
     for b in range(2):

@@ -9,7 +9,7 @@ import torch
 from lens import sampling
 from lens.models import decoder as dec
 from lens.models import subject
-from lens.models.decoder import Decoder, DecoderConfig
+from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig, encode
 from tests import hf_models
 
@@ -38,7 +38,8 @@ def shaken(module):
 def make_decoder(base, patched):
     norms = np.linspace(1, 2, base.config.n_layers + 1, dtype=np.float32)
     c = DecoderConfig(patched, False, LAYER)
-    return shaken(Decoder(c, LEFT, RIGHT, base, norms, own_base=False, adapters=None))
+    maps = scaled_identity(c, base.config.embed_scale, base.config.d_model, norms)
+    return shaken(Decoder(c, LEFT, RIGHT, base, maps, own_base=False, adapters=None))
 
 
 def inputs_embeds(model, rows):
@@ -107,7 +108,7 @@ def test_decoder_equals_hooks_at_the_entrance_of_the_blocks(pair, family, patche
 @families
 def test_encoder_equals_the_block_output_at_the_last_position(pair, family):
     p = pair(family)
-    e = shaken(Encoder(EncoderConfig(LAYER, True), [5], [6, 8], p.jax, own_base=False, adapters=None))
+    e = shaken(Encoder(EncoderConfig(LAYER, 'affine'), [5], [6, 8], p.jax, own_base=False, adapters=None))
     left, right = (np.tile(x[...], (2, 1, 1)) for x in (e.prompt_left, e.prompt_right))
     rows = np.concatenate([left, table(p)[WORDS], right], axis=1)
     rows[:, -1] += e.special_last[...]

@@ -4,33 +4,39 @@ import jax
 import numpy as np
 import pytest
 
+from configs.base import table
 from lens import objectives, optimizer, sampling, sharding
 from lens.build import Phase
 from lens.models import lora
+from lens.schedules import Clock, constant
 from lens.state import init_state
 from lens.train import train_step
 from tests.conftest import LAYER, LENGTH, make_base, make_lens
 
-OPT = optimizer.OptimizerConfig(
-    steps=10,
-    warmup_steps=0,
-    final_fraction=0.1,
-    learning_rate_decoder=1e-3,
-    learning_rate_encoder=2e-3,
-    weight_decay=0.01,
-    grad_clip=1.0,
-)
 HP = objectives.Hparams(
-    layer=LAYER, length=LENGTH, group=4, beta=0.1, natural_prefix=(3, 1), entropy_weight=0.1, entropy_clamp=9.0
+    layer=LAYER,
+    length=LENGTH,
+    group=4,
+    beta=constant(0.1),
+    natural_prefix=(3, 1),
+    entropy_weight=constant(0.1),
+    entropy_clamp=constant(9.0),
 )
-TX = optimizer.make(OPT)
+RATES = {'decoder': constant(1e-3), 'encoder': constant(2e-3)}
+TX = optimizer.make(optimizer.parse_table(table(weight_decay=0.01), Clock(), 'table'), RATES, 1.0)
 
 
-def both(lens, base, batch, key, hp):
-    """SFT and GRPO in one program: half the compilations."""
-    a, sft = objectives.sft(lens, base, batch, key, hp)
-    b, grpo = objectives.grpo(lens, base, batch, key, hp)
+SFT, GRPO = objectives.OBJECTIVES['sft'], objectives.OBJECTIVES['grpo']
+
+
+def both_losses(lens, base, rolls, *rest):
+    a, sft = SFT.loss(lens, base, rolls[0], *rest)
+    b, grpo = GRPO.loss(lens, base, rolls[1], *rest)
     return a + b, {f'sft_{k}': v for k, v in sft.items()} | {f'grpo_{k}': v for k, v in grpo.items()}
+
+
+# SFT and GRPO in one program: half the compilations
+BOTH = objectives.Objective(lambda *a: (SFT.rollout(*a), GRPO.rollout(*a)), both_losses)
 
 
 def two_steps(batch, data, model):
@@ -47,10 +53,10 @@ def two_steps(batch, data, model):
     lens = make_lens(base, own_base=True, adapters=adapters)
     with jax.set_mesh(mesh):
         base, lens = sharding.place(base, mesh), sharding.place(lens, mesh)
-        state = init_state(lens, Phase('p', 0, 10, both, HP, TX, 8, 2, True), mesh)
+        state = init_state(lens, Phase('p', 0, 10, BOTH, HP, TX, 8, 2, True), mesh)
         rows, out = sharding.put_batch(batch, mesh), []
         for _ in range(2):
-            state, metrics = train_step(state, base, rows, jax.random.key(7), objective=both, hparams=HP, tx=TX)
+            state, metrics = train_step(state, base, rows, jax.random.key(7), objective=BOTH, hparams=HP, tx=TX)
             out.append(jax.device_get(metrics))
     return out, state.params
 
@@ -102,7 +108,7 @@ def test_the_same_key_draws_the_same_tokens_on_every_mesh(batch):
         lens = make_lens(base)
         with jax.set_mesh(mesh):
             base, lens = sharding.place(base, mesh), sharding.place(lens, mesh)
-            a = objectives.read_activations(base, sharding.put_batch(batch, mesh), LAYER)
+            a = objectives.read(base, sharding.put_batch(batch, mesh), LAYER).a_NxD
             draw = jax.jit(lambda d, b, a: sampling.sample(d, b, a, jax.random.key(0), length=LENGTH, group=4).ids_NxT)
             texts.append(np.asarray(draw(lens.decoder, base, a)))
     assert all((t == texts[0]).mean() > 0.999 for t in texts)

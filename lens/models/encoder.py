@@ -1,6 +1,7 @@
 """text -> activation: soft prompt around the words, read-out after one block at the last position."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +10,54 @@ from flax import nnx
 from lens import sharding
 from lens.models.transformer import Transformer
 
+READOUTS = ('affine', 'linear', 'none')
+
+
+class Source(NamedTuple):
+    """Where an activation is from: the token that was read and its position. Rows of activations NxD."""
+
+    token_N: jax.Array
+    position_N: jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """output_layer: 0-based block whose output is read; nothing after it runs. readout: whether an
-    affine map follows."""
+    """output_layer: 0-based block whose output is read; nothing after it runs. readout: what follows it,
+    one of READOUTS. current_token: whether the token that was read is shown after the prompt."""
 
     output_layer: int
-    readout: bool
+    readout: str
+    current_token: bool = False
 
 
 class Encoder(nnx.Module):
-    """What the encoder trains: soft prompt, special last vector, read-out map, own base or adapters."""
+    """What the encoder trains: soft prompt, special last vector, read-out, own base or adapters.
+
+    positions: whether the reconstruction gets a position vector, of a trained copy of the table (GPT-2).
+    """
 
     def __init__(
-        self, c: EncoderConfig, left_ids, right_ids, base: Transformer, *, own_base: bool, adapters: dict | None
+        self,
+        c: EncoderConfig,
+        left_ids,
+        right_ids,
+        base: Transformer,
+        *,
+        own_base: bool,
+        adapters: dict | None,
+        readout=None,
+        positions: bool = False,
     ):
+        """readout: (W [d, d], b [d]) at the start; the identity where not given."""
         self.config = c
         d = base.config.d_model
+        w, b = readout or (jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32))
         self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
         self.prompt_right = nnx.Param(base.embedding_rows(right_ids).astype(jnp.float32))
         self.special_last = nnx.Param(jnp.zeros(d, jnp.float32))
-        self.readout_w = nnx.Param(jnp.eye(d, dtype=jnp.float32)) if c.readout else None
-        self.readout_b = nnx.Param(jnp.zeros(d, jnp.float32)) if c.readout else None
+        self.readout_w = nnx.data(nnx.Param(w) if c.readout != 'none' else None)
+        self.readout_b = nnx.data(nnx.Param(b) if c.readout == 'affine' else None)
+        self.positions = nnx.data(nnx.Param(base.positions[...].astype(jnp.float32)) if positions else None)
         own = base.truncated(c.output_layer + 1) if own_base else None
         self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), own))
         self.adapters = nnx.data(adapters)
@@ -41,29 +67,51 @@ def model_of(encoder: Encoder, base: Transformer) -> Transformer:
     return base if encoder.base is None else encoder.base
 
 
-def encode(encoder: Encoder, base: Transformer, ids_BxT):
-    """Reconstruction BxD (float32) of the activation from the token ids alone."""
-    return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT))
+def encode(encoder: Encoder, base: Transformer, ids_BxT, source: Source | None = None, span=None):
+    """Reconstruction BxD (float32) of the activation from the token ids alone; arguments of encode_rows."""
+    return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT), source, span)
 
 
-def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD):
+def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source | None = None, span=None):
     """Reconstruction BxD (float32) from words given as rows of the encoder's embedding table.
 
-    Input rows: [left, words, right], the special vector added to the last one, all in the units of the
-    embedding table.
+    Input rows: [left, words, right, current token], the special vector added to the last one, all in the units
+    of the embedding table. source: needed by an encoder with a current token or positions. span: (start_B, length_B) of the words that are read; None: all. What is right of a
+    row's last position is never seen by it, so rows of any length run together.
     """
     model = model_of(encoder, base)
-    dtype = model.embedding.dtype
+    left, dtype = len(encoder.prompt_left), model.embedding.dtype
 
     def rows(p_LxD):
         shape = (words_BxTxD.shape[0], *p_LxD.shape)
         return jnp.broadcast_to(p_LxD, shape, out_sharding=sharding.out(sharding.ACT)).astype(dtype)
 
-    x = jnp.concatenate([rows(encoder.prompt_left[...]), words_BxTxD, rows(encoder.prompt_right[...])], axis=1)
-    last = jnp.arange(x.shape[1]) == x.shape[1] - 1
-    x = x + (last[:, None] * encoder.special_last[...]).astype(dtype)
+    tail = rows(encoder.prompt_right[...])
+    if encoder.config.current_token:
+        tail = jnp.concatenate([tail, model.lookup(source.token_N[:, None])], axis=1)
+    x = jnp.concatenate([rows(encoder.prompt_left[...]), words_BxTxD, tail], axis=1)
+    last = jnp.full(len(x), x.shape[1] - 1)
+    if span is not None:
+        x, last = _close_up(x, left, words_BxTxD.shape[1], *span)
+    hit_BxT = jnp.arange(x.shape[1]) == last[:, None]
+    x = x + (hit_BxT[..., None] * encoder.special_last[...]).astype(dtype)
     x = model.run_layers(model.enter(x), 0, encoder.config.output_layer + 1, adapters=encoder.adapters)
-    y = x[:, -1].astype(jnp.float32)
+    y = jnp.sum(jnp.where(hit_BxT[..., None], x.astype(jnp.float32), 0), axis=1) if span is not None else x[:, -1]
+    y = y.astype(jnp.float32)
     if encoder.readout_w is not None:
-        y = jnp.einsum('bd,de->be', y, encoder.readout_w[...]) + encoder.readout_b[...]
+        y = jnp.einsum('bd,de->be', y, encoder.readout_w[...])
+    if encoder.readout_b is not None:
+        y = y + encoder.readout_b[...]
+    if encoder.positions is not None:
+        y = y + encoder.positions[...].at[source.position_N].get(out_sharding=sharding.like(y))
     return y
+
+
+def _close_up(x_BxLxD, left: int, words: int, start_B, length_B):
+    """Rows [left, words[start : start + length], tail] of each row, and the index of its last one."""
+    at_L, tail = jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[1] - left - words
+    start, length = start_B[:, None], length_B[:, None]
+    from_BxL = jnp.where(at_L < left, at_L, at_L + start)
+    from_BxL = jnp.where(at_L < left + length, from_BxL, at_L - length + words)
+    x = jnp.take_along_axis(x_BxLxD, jnp.minimum(from_BxL, x_BxLxD.shape[1] - 1)[..., None], axis=1)
+    return x, left + length_B + tail - 1

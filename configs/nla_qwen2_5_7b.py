@@ -1,0 +1,75 @@
+"""Natural language autoencoder of Qwen2.5-7B-Instruct, block 20 of 28: the recipe of kitft/nla-qwen2.5-7b-L20-av.
+
+    python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=Qwen/Qwen2.5-7B-Instruct \
+        --out=data/nla-qwen2.5-7b --seq_len=2048
+    python -m data_gen.label --data=data/nla-qwen2.5-7b --tokenizer=Qwen/Qwen2.5-7B-Instruct --model=NAME \
+        --explanation_len=122 --words=100
+    python -m lens.main --config=configs/nla_qwen2_5_7b.py --workdir=runs/nla_qwen2_5_7b
+    python -m lens.main --config=configs/nla_qwen2_5_7b.py:sft --workdir=runs/nla_qwen2_5_7b_sft
+    python -m lens.main --config=configs/nla_qwen2_5_7b.py:grpo --workdir=runs/nla_qwen2_5_7b_grpo
+
+Prepare: the model in the folder Qwen/Qwen2.5-7B-Instruct (elsewhere: --config.subject.path), texts in
+texts.jsonl (the released run: Ultra-FineWeb, then WildChat as well), and labels of 2-3 features for the sft phase.
+
+From the released run: templates, marker, norm 150, positions from 50 on, head without bias on 21 blocks,
+2 - 2 cosine, SFT of 1000 steps of 256 (2e-5 to 2e-6), then 4200 steps of 128 x 8 responses of at most 150 tokens with
+KL 0.01 to the decoder that SFT has made, failed responses at -2.
+
+Different: adapters of rank 128 (rank-stabilised, alpha 16, of all matrices) in place of training in full, and the
+rates that such adapters take (1e-4, 8e-5). In full, at the released rates of 1.41e-5 and 7.07e-5
+(--config.decoder.train=full --config.encoder.train=full and the learning rates of both phases), weights, the copy
+that the KL needs, gradient, its sum and Adam take 79 GB a device on a mesh of 2 x 4: more devices must
+split it than the 4 that the key/value heads allow.
+
+Hardware: meant for 8 GPUs of 80 GB. Not yet run on this hardware; memory computed from shapes: base 15.2 GB in
+bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 11 GB.
+"""
+
+import ml_collections
+
+from configs import base
+
+SYSTEM = '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n'
+EXPLAIN = """You are a meticulous AI researcher conducting an important investigation into activation vectors from a \
+language model. Your overall task is to describe the semantic content of that activation vector.
+
+We will pass the vector enclosed in <concept> tags into your context. You must then produce an explanation for the \
+vector, enclosed within <explanation> tags. The explanation consists of 2-3 text snippets describing that vector.
+
+Here is the vector:
+
+<concept><embed></concept>
+
+Please provide an explanation."""
+
+
+def get_config(recipe: str = '') -> ml_collections.ConfigDict:
+    c = base.get_config()
+    c.phases = base.phases(recipe)
+    c.subject.path = 'Qwen/Qwen2.5-7B-Instruct'
+    c.subject.dtype = 'bfloat16'
+    c.layer = 20
+    c.data.path = 'data/nla-qwen2.5-7b'
+    c.data.min_pos = 50
+    c.explanation_len = 150
+    c.explanation_open, c.explanation_close = '<explanation>\n', '\n</explanation>'
+    c.mesh.data = 8
+
+    c.decoder.prompt = f'{SYSTEM}<|im_start|>user\n{EXPLAIN}<|im_end|>\n<|im_start|>assistant\n'
+    c.decoder.injection, c.decoder.marker, c.decoder.norm = 'replace', '㈎', 150.0
+    c.encoder.prompt = 'Summary of the following text: <text><text></text> <summary>'
+    c.encoder.readout, c.encoder.error = 'linear', 'direction'
+    c.decoder.train = c.encoder.train = 'lora'
+    c.lora.pattern, c.lora.rank, c.lora.alpha, c.lora.rs = '.*', 128, 16.0, True
+
+    fixed = (('^decoder/prompt_', None), ('^encoder/(prompt_|special_last)', None))
+    c.sft.table = c.grpo.table = fixed + base.table()
+    c.sft.documents, c.sft.vectors, c.sft.accumulate, c.sft.steps = 8, 8, 4, '1000os'
+    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-4 1e-5 warmup 50os'
+    c.grpo.documents, c.grpo.vectors, c.grpo.group, c.grpo.accumulate, c.grpo.steps = 8, 4, 8, 4, '4200os'
+    c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 'constant 1e-4', 'constant 8e-5'
+    c.grpo.beta, c.grpo.kl_to, c.grpo.kl_skip = 0.01, 'start', 0
+
+    c.eval.documents, c.eval.vectors, c.eval.batch = 200, 4, 128
+    c.eval.every = c.checkpoint.every = '100os'
+    return c
