@@ -1,14 +1,23 @@
 # make            .venv ready
 # make demo       train a lens on the embedded subject and write runs/tiny/report.html
-# make test       the test suite (minutes); make test-slow: end-to-end checks as well
+# make demo-data  a tiny chat model served by vLLM: chats with thinking, their tokens, a lens on them
+# make test       the test suite (minutes); make test-slow: end-to-end checks as well; make test-vllm: with the real engine
+# make vllm-env   .venv-vllm ready, the environment of the vLLM server
 # make lint       ruff
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/tiny
 export HF_HUB_OFFLINE := 1
 export JAX_PLATFORMS ?= cpu
+CHAT := data/demo_chats
+# a few steps, read from the thinking of the tiny gpt-oss
+TINY_LENS := --config.subject.path=data/tiny_chat/gpt_oss --config.layer=1 --config.phases="('grpo',)" \
+  --config.data.path=$(CHAT)/tokens --config.data.positions=thinking --config.grpo.steps=40 --config.grpo.documents=2 \
+  --config.grpo.group=4 --config.decoder.prompt='Explanation of <embed>:' --config.encoder.prompt='Text:<text>' \
+  --config.decoder.patched_blocks=2 --config.decoder.train=maps --config.encoder.train=maps \
+  --config.eval.vectors=2 --config.eval.batch=8
 
-.PHONY: all demo test test-slow lint clean
+.PHONY: all demo demo-data test test-slow test-vllm vllm-env lint clean
 all: .venv/ready
 
 .venv/ready: setup.cfg pyproject.toml
@@ -20,17 +29,41 @@ all: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
+.venv/ready-datagen: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[datagen]'
+	touch $@
+
+.venv-vllm/ready:
+	PYTHON=$(PYTHON) launch/vllm_env.sh
+
+vllm-env: .venv-vllm/ready
+
 data/storyworld/train/meta.json: | .venv/ready
 	$(BIN)/python -m data_gen.storyworld --tokenizer=configs/tiny_subject --out=data/storyworld
 
+data/tiny_chat/%/config.json: data_gen/tiny_chat.py data_gen/story_chats.py | .venv/ready-datagen
+	rm -rf $(@D)
+	$(BIN)/python -m data_gen.tiny_chat --family=$* --out=$(@D)
+
 demo: .venv/ready data/storyworld/train/meta.json
 	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=$(WORKDIR)
+
+demo-data: data/tiny_chat/gpt_oss/config.json .venv-vllm/ready
+	$(BIN)/python -m data_gen.story_chats --rows=64 --out=$(CHAT)/questions.jsonl
+	VLLM_ARGS='--dtype float32 --max-model-len 1024' PRETOKENIZE_ARGS='--seq_len=256 --validation_fraction=0.25' \
+	  launch/generate_local.sh data/tiny_chat/gpt_oss --input_dataset=$(CHAT)/questions.jsonl --output_path=$(CHAT) \
+	  --max_completion_tokens=128
+	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=runs/demo_data $(TINY_LENS)
+	@echo 'Chats: $(CHAT)/dataset  Tokens with roles: $(CHAT)/tokens  Lens: runs/demo_data/report.html'
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: .venv/ready-test data/storyworld/train/meta.json
 	$(BIN)/python -m pytest -m slow
+
+test-vllm: .venv/ready-test .venv-vllm/ready data/tiny_chat/gpt_oss/config.json data/tiny_chat/llama/config.json
+	$(BIN)/python -m pytest --numprocesses=0 --durations=0 tests/vllm
 
 lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

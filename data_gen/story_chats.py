@@ -1,0 +1,86 @@
+"""Questions about Storyworld stories: python -m data_gen.story_chats --out=data/story_chats.jsonl --rows=64
+
+Every row is {"messages": [user, assistant]}: the beginning of a story with a question, and its answer with
+thinking. data_gen.tiny_chat fits its models on such chats; this file has stories that they have not seen.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from absl import flags
+
+from data_gen import storyworld
+from lens import cli
+
+SENTENCES = 6  # of a story
+QUESTIONS = {  # question -> fields that the story must tell, thinking, answer
+    'Who is the story about?': (
+        ('name', 'kind'),
+        'The user asks who it is about. The text names {name}, a {kind}.',
+        'It is about {name} the {kind}.',
+    ),
+    'What is eaten, and when?': (
+        ('food', 'time'),
+        'The user asks about food and time. The text says {food}, at {time}.',
+        'There was {food} at {time}.',
+    ),
+    'What was found, and where?': (
+        ('object', 'place'),
+        'The user asks for a thing and a place. The text has a {object} and the {place}.',
+        'It was the {object}, near the {place}.',
+    ),
+}
+
+
+class StoryChat(NamedTuple):
+    """A question about a story, and its answer."""
+
+    prompt: str
+    thinking: str
+    content: str
+
+
+def of_story(seed: int, index: int) -> list[StoryChat]:
+    """The questions that the beginning of story `index` of the world `seed` answers; may be none."""
+    story = storyworld.generate(seed, index)
+    text = ' '.join(re.findall(r'\S[^.]*\.', story.text)[:SENTENCES])
+    told = set(storyworld.split_words(text))
+    return [
+        StoryChat(f'{text}\n\n{question}', thinking.format_map(story.scene), content.format_map(story.scene))
+        for question, (fields, thinking, content) in QUESTIONS.items()
+        if all(story.scene[f] in told for f in fields)
+    ]
+
+
+def first_chats(count: int, *, seed: int = 0, index: int = 0) -> list[StoryChat]:
+    """The first `count` chats of the stories from number `index` on."""
+    of_all = (chat for i in itertools.count(index) for chat in of_story(seed, i))
+    return list(itertools.islice(of_all, count))
+
+
+def row(chat: StoryChat) -> dict:
+    """The chat as a row of JSON lines."""
+    answer = {'role': 'assistant', 'content': chat.content, 'thinking': chat.thinking}
+    return {'messages': [{'role': 'user', 'content': chat.prompt}, answer]}
+
+
+def main(_):
+    path = pathlib.Path(flags.FLAGS.out)
+    chats = first_chats(flags.FLAGS.rows, seed=flags.FLAGS.seed, index=storyworld.FIRST_VALIDATION_INDEX)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f'.{path.name}.new')
+    new.write_text(''.join(json.dumps(row(c)) + '\n' for c in chats))
+    os.replace(new, path)
+    print(f'{len(chats)} chats: {path}')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('out', None, 'File of JSON lines.')
+    flags.DEFINE_integer('rows', 64, 'Chats.', lower_bound=1)
+    flags.DEFINE_integer('seed', 0, 'Of the stories.', lower_bound=0)
+    flags.mark_flags_as_required(['out'])
+    cli.run(main)
