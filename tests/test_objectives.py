@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lens import extraction, losses, objectives, optimizer, sampling, schedules
 from lens.build import Phase
@@ -218,6 +219,45 @@ def test_sft_trains_the_decoder_by_cross_entropy_and_the_encoder_by_mse(base, fu
     expected = jax.jit(jax.grad(lambda d: -jnp.mean(dec.score(d, base, a, ids)[0])))(full.decoder)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-6), grads.decoder, expected)
     assert size(grads.encoder) > 0
+
+
+def test_position_vectors_leave_the_activation_and_come_back(base, batch):
+    """A decoder that takes e(p) off and an encoder that adds it, as if the activation had been read without."""
+    table = np.random.default_rng(8).normal(size=(11, 24)).astype(np.float32)
+    lens = make_lens(base)
+    lens.decoder.positions = lens.encoder.positions = nnx.data(nnx.Param(jnp.asarray(table)))
+    roll = objectives.read(base, batch, LAYER)
+    e = table[batch['positions'].ravel()]
+    without = dec.centred(lens.decoder, roll.a_NxD, roll.source.position_N)
+    np.testing.assert_allclose(without, roll.a_NxD - e, atol=1e-5)
+    ids = batch['explanations'].reshape(-1, LENGTH)
+    plain = encode(make_lens(base).encoder, base, ids)
+    np.testing.assert_allclose(encode(lens.encoder, base, ids, roll.source), plain + e, atol=1e-5)
+    logp, _ = dec.score(make_lens(base).decoder, base, roll.a_NxD - e, ids)
+    _, metrics = gradient('sft', lens, base, batch)
+    np.testing.assert_allclose(metrics['loss_decoder'], -jnp.mean(logp), rtol=1e-5)
+
+
+def test_the_current_token_is_read_after_the_prompt(base, batch):
+    lens = make_lens(base)
+    source = objectives.read(base, batch, LAYER).source
+    token = np.take_along_axis(batch['tokens'], batch['positions'], 1).ravel()
+    np.testing.assert_array_equal(source.token_N, token)
+    ids, e = batch['explanations'].reshape(-1, LENGTH), lens.encoder
+    e.config = dataclasses.replace(e.config, current_token=True)
+    left, right = (np.tile(x[...], (16, 1, 1)) for x in (e.prompt_left, e.prompt_right))
+    rows = np.concatenate([left, base.embedding[...][ids], right, base.embedding[...][token][:, None]], axis=1)
+    rows[:, -1] += e.special_last[...]
+    expected = base.run_layers(jnp.asarray(rows), 0, LAYER + 1)[:, -1] @ e.readout_w[...] + e.readout_b[...]
+    np.testing.assert_allclose(encode(e, base, ids, source), expected, atol=1e-5)
+
+
+def test_sampler_and_scorer_agree_in_bfloat16(base, full, batch):
+    """The mean gap of log-probabilities that grpo logs, with base and lens in half precision."""
+    half, lens = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), t) for t in (base, full))
+    _, metrics = gradient('grpo', lens, half, batch)
+    assert 0 < metrics['logp_diff_mean'] < 1e-2
+    assert gradient('grpo', full, base, batch)[1]['logp_diff_max'] < 1e-4
 
 
 def test_activations_are_those_of_the_configured_layer(base, batch):
