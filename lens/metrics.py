@@ -140,9 +140,8 @@ class ProgressBar:
 
     def update(self, step: int, phase: str, metrics: dict, eta_s: float) -> None:
         # the policy-gradient loss is 0 by construction: show what it maximises
-        first = (
-            f'reward {metrics["reward"]:.3f}' if 'reward' in metrics else f'decoder loss {metrics["loss_decoder"]:.3f}'
-        )
+        names = {'reward': 'reward', 'loss_decoder': 'decoder loss', 'entropy_nats': 'entropy'}
+        first = next(f'{text} {metrics[k]:.3f}' for k, text in names.items() if k in metrics)
         text = f'{first}  encoder loss {metrics["loss_encoder"]:.3f}  FVE {metrics["fve"]:.3f}  ETA {clock(eta_s)}'
         self._bar.update(self._task, completed=step, description=phase, text=text)
         if not self.console.is_terminal and (step % self.every == 0 or step == self.total):

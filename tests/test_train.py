@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from lens import hf
+from lens import hf, metrics
 from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
 from lens.metrics import read_jsonl
@@ -238,6 +238,23 @@ def test_another_configuration_in_the_same_workdir_is_refused(world, finished):
     with pytest.raises(CheckpointError, match=r'differing keys: decoder.patched_blocks'):
         train(config(world, decoder__patched_blocks=1), finished[0])
     assert curve(finished[0]) == before
+
+
+def test_the_pieces_of_the_other_recipes_train_together(world, tmp_path, capsys):
+    """Marker and closing token, direction error, KL to the start, clipped updates, straight-through words."""
+    c = config(world, explanation_len=13, explanation_close='<|end|>', phases=('sft', 'grpo', 'gumbel'))
+    c.decoder.prompt, c.decoder.injection, c.decoder.marker = '<|bos|><|user|><embed><|end|>', 'replace', '#'
+    c.encoder.readout, c.encoder.error = 'linear', 'direction'
+    c.sft.table = (('^decoder/prompt_', None), *c.sft.table)
+    c.grpo.beta, c.grpo.kl_to, c.grpo.updates = 'linear 0 0.1', 'start', 2
+    c.gumbel.steps, c.gumbel.documents, c.gumbel.vectors, c.gumbel.kl_weight = 2, 2, 2, 0.1
+    summary = train(c, tmp_path / 'w')
+    assert {'extracted', 'extracted_greedy', 'fve', 'fve_shuffled'} <= summary.keys()
+    assert 'fve_direction' not in summary  # fve is of directions
+    rows = {r['phase']: r for r in metrics.read_jsonl(tmp_path / 'w/metrics.jsonl') if r['kind'] == 'train'}
+    assert rows['grpo'].keys() >= {'kl_start_nats', 'logp_diff_max', 'extracted', 'reward'}
+    assert rows['gumbel'].keys() >= {'kl_functional_nats', 'tau', 'extracted'}
+    assert 'entropy' in capsys.readouterr().out
 
 
 def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
