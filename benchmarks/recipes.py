@@ -50,13 +50,14 @@ def step_times(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def main(_):
-    out, results = pathlib.Path(OUT.value), []
-    for recipe in RECIPES:
-        trial = tiny.get_config(recipe)
-        run(recipe, 0, dict.fromkeys(trial.phases, TRIAL_STEPS), out / f'{recipe}_trial')
+    out, results, plans = pathlib.Path(OUT.value), [], {}
+    for recipe in RECIPES:  # all measured before the first long run, under the same conditions
+        run(recipe, 0, dict.fromkeys(tiny.get_config(recipe).phases, TRIAL_STEPS), out / f'{recipe}_trial')
         times = step_times(out / f'{recipe}_trial')
         shares = (1.0,) if len(times) == 1 else (WARM.value, 1 - WARM.value)
-        steps = {n: round(SECONDS.value * share / times[n]) for n, share in zip(times, shares, strict=True)}
+        plans[recipe] = {n: round(SECONDS.value * share / times[n]) for n, share in zip(times, shares, strict=True)}
+        print(f'{recipe}: {times}, steps {plans[recipe]}', flush=True)
+    for recipe, steps in plans.items():
         for seed in range(SEEDS.value):
             workdir = out / f'{recipe}_{seed}'
             summary = run(recipe, seed, steps, workdir)

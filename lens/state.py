@@ -178,10 +178,9 @@ def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
     return State(params=params, opt=opt, reference=reference, **count)
 
 
-def phase_at(run: Run, step: int) -> Phase | None:
-    """The phase that goes on from global step `step`; the last one when all are done."""
-    last = run.phases[-1] if run.phases else None
-    return next((p for p in run.phases if step < p.end), last)
+def phase_of(run: Run, step: int) -> Phase | None:
+    """The phase that a checkpoint after micro-step `step` was made in; at a boundary the one that ends there."""
+    return next((p for p in run.phases if step <= p.end), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,4 +216,4 @@ def reopen(workdir: pathlib.Path, **mesh: int) -> Reopened:
 def restore(cfg, run: Run, checkpoints: Checkpoints, step: int) -> State:
     """The state of a checkpoint. Call under jax.set_mesh(run.mesh). Raises CheckpointError."""
     lens = abstract_lens(cfg, (run.decoder_prompt, run.encoder_prompt), run.base, run.mesh)
-    return checkpoints.restore(step, abstract_state(lens, phase_at(run, step), run.mesh))
+    return checkpoints.restore(step, abstract_state(lens, phase_of(run, step), run.mesh))

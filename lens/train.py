@@ -16,7 +16,7 @@ from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
 from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
 from lens.models.lens import parameter_count
-from lens.state import State, init_lens, init_state, phase_at, restore
+from lens.state import State, init_lens, init_state, phase_of, restore
 
 # What may differ between a run and its continuation: how often, where; never what is computed.
 FREE_KEYS = ('checkpoint', 'log', 'mesh')
@@ -112,7 +112,7 @@ class Trainer:
         if self.checkpoints.latest_step is None:
             return init_state(init_lens(self.cfg, run), None, run.mesh), None
         step = self.checkpoints.latest_step
-        phase, info = phase_at(run, step), self.checkpoints.info(step)
+        phase, info = phase_of(run, step), self.checkpoints.info(step)
         if info['fingerprint'] != here:
             raise CheckpointError(
                 f'{self.workdir} holds a run with another configuration (differing keys: '
@@ -125,7 +125,7 @@ class Trainer:
                 'counted on the training documents, so restore data.path or use another --workdir.'
             )
         state = restore(self.cfg, run, self.checkpoints, step)
-        return state, None if phase and step == phase.start else info['data']
+        return state, None if phase and step == phase.end else info['data']
 
     def _phase(self, phase: Phase, state: State, iterator_state: dict | None) -> State:
         cfg, run = self.cfg, self.run

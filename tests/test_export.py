@@ -29,7 +29,7 @@ from lens.models.encoder import Encoder, EncoderConfig, encode
 from lens.models.lens import Lens
 from tests import hf_models, test_train
 
-KINDS = ('maps', 'lora', 'full')
+KINDS = ('lora', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('maps', 'full')))
 world = test_train.world  # a random llama of 3 blocks with the shipped tokenizer, and stories for it
 
 

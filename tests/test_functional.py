@@ -119,6 +119,7 @@ def test_many_positions_go_in_chunks(pair, monkeypatch):
 
 
 # Over two devices kv heads (2) and experts (4) are split; over four the heads do not divide and are replicated.
+@pytest.mark.slow
 @pytest.mark.parametrize(('family', 'data', 'model'), [('gpt_oss', 2, 2), ('gemma2', 2, 4)])
 def test_on_a_mesh_as_on_one_device(tmp_path, family, data, model):
     hf_models.build(family, tmp_path / family, **({'num_local_experts': 4} if family == 'gpt_oss' else {}))

@@ -82,7 +82,20 @@ def assert_close(got, want, rtol, zero=()):
 
 @pytest.mark.parametrize(
     ('case', 'form'),
-    [(case, 'full') for case in CASES] + [('llama_own_base_lora', 'truncated'), ('gemma_lora', 'truncated')],
+    [
+        ('llama', 'full'),
+        ('gemma_lora', 'full'),
+        ('llama_own_base_lora', 'truncated'),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ('llama_own_base_lora', 'full'),
+                ('gpt2_own_base', 'full'),
+                ('gpt_oss', 'full'),
+                ('gemma_lora', 'truncated'),
+            )
+        ),
+    ],
 )
 def test_gradient_equals_that_of_the_plain_scan(case, form):
     decoder, base = CASES[case]()
@@ -175,6 +188,7 @@ def test_one_token_needs_no_step():
     assert_close(full, two_pass, 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_base_with_float32_sums():
     """Rounding of the base's dtype in every product; sums over tokens are not rounded to it."""
     decoder, base = CASES['gemma_lora']()
@@ -188,39 +202,32 @@ def test_bfloat16_base_with_float32_sums():
         assert np.linalg.norm(x - y) < 0.03 * np.linalg.norm(y)
 
 
-@pytest.fixture(scope='module')
-def all_forms():
-    """Gradient of the sum of the losses of the three forms: one program per mesh."""
-
+@pytest.mark.slow
+@pytest.mark.parametrize('form', gumbel.FORMS)
+def test_on_a_mesh_as_on_one_device(form):
     @jax.jit
     def run(decoder, base, a, table, *up):
         def loss(decoder, a):
-            outs = [
-                gumbel.rollout(decoder, base, a, table, KEY, length=LENGTH, tau=TAU, form=form) for form in gumbel.FORMS
-            ]
-            return sum(loss_of(out, *up) for out in outs), [out.ids_NxT for out in outs]
+            out = gumbel.rollout(decoder, base, a, table, KEY, length=LENGTH, tau=TAU, form=form)
+            return loss_of(out, *up), out.ids_NxT
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(decoder, a)
 
     decoder, base = CASES['llama_own_base_lora']()
     a, _, up_words, up_logits = inputs()
-    table = base.embedding[...]  # split over `model`, as a reader's table is
+    # a table that is split over `model`, as a reader's is
     up_words = jnp.concatenate([up_words, up_words[..., :4]], axis=-1)
-    arguments = decoder, base, a, table, up_words, up_logits
-    return run, arguments, run(*arguments)
-
-
-@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
-def test_on_a_mesh_as_on_one_device(all_forms, shape):
-    run, (decoder, base, a, _, *up), (grads, ids) = all_forms
-    mesh = sharding.make_mesh(*shape)
-    with jax.set_mesh(mesh):
-        a, up_words, up_logits = sharding.put_batch(dict(enumerate((a, *up))), mesh).values()
-        decoder, base = sharding.place(decoder, mesh), sharding.place(base, mesh)
-        got_grads, got_ids = run(decoder, base, a, base.embedding[...], up_words, up_logits)
-    jax.tree.map(np.testing.assert_array_equal, got_ids, ids)
-    assert_close(got_grads, grads, 1e-4)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.shape, y.shape), got_grads[0], decoder)
+    grads, ids = run(decoder, base, a, base.embedding[...], up_words, up_logits)
+    for shape in ((8, 1), (2, 4)):
+        mesh = sharding.make_mesh(*shape)
+        with jax.set_mesh(mesh):
+            placed = sharding.put_batch(dict(enumerate((a, up_words, up_logits))), mesh).values()
+            there, up = next(iter(placed)), list(placed)[1:]
+            d, m = sharding.place(decoder, mesh), sharding.place(base, mesh)
+            got_grads, got_ids = run(d, m, there, m.embedding[...], *up)
+        jax.tree.map(np.testing.assert_array_equal, got_ids, ids)
+        assert_close(got_grads, grads, 1e-4)
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.shape, y.shape), got_grads[0], decoder)
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():

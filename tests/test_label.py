@@ -395,6 +395,7 @@ def command(o: Options) -> list[str]:
     return [sys.executable, '-m', 'data_gen.label', *(f'--{k}={v}' for k, v in given.items())]
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_the_same_command_goes_on(stories, world, tokenizer):
     o = options(world, 'URL', max_concurrency=3)
     with FakeServer(answer=features, delay=0.15) as a:

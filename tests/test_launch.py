@@ -254,6 +254,7 @@ class Generation:
         assert all(m['role_tokens']['thinking'] for m in metas)
 
 
+@pytest.mark.slow
 def test_local_generation_stops_and_goes_on(launch):
     generation, log = Generation(launch, 20), launch.folder / 'log'
     env = {'VLLM_ARGS': f'--log {log} --max-model-len 77'} | generation.some
@@ -295,6 +296,7 @@ def registered(launch: Launch) -> list[str]:
     return re.findall(r'# job (\d+)', file.read_text()) if file.exists() else []
 
 
+@pytest.mark.slow
 def test_slurm_jobs_that_are_lost_come_back(launch):
     generation = Generation(launch, 20)
     env = {'SERVERS': '2', 'GPUS_PER_SERVER': '3', 'SBATCH_ARGS': '--partition=gpu --time=9'} | generation.some
@@ -354,6 +356,7 @@ def test_slurm_jobs_that_never_come_up_and_jobs_of_a_killed_run(launch):
     assert 'error: sbatch refuses the job: its options are in SBATCH_ARGS.' in printed
 
 
+@pytest.mark.slow
 def test_ray_spans_the_nodes_of_a_job(launch):
     generation = Generation(launch, 20)
     env = {'NODES': '3', 'GPUS_PER_NODE': '5'} | generation.some

@@ -248,6 +248,7 @@ def test_the_table_of_the_recipes_trains_everything_and_decays_matrices_alone():
         assert row_of(rows, path).weight_decay == want, path
 
 
+@pytest.mark.slow
 def test_on_a_mesh_as_on_one_device():
     """Unfreezing and accumulation over sharded parameters, in Explicit mode."""
     rows = parse_table(base.table(0.1, '3s'), Clock(), 'sft.table')

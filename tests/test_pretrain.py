@@ -59,6 +59,7 @@ def config(tmp_path):
     return c
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_bit_identically_and_ships_a_hugging_face_model(config, tmp_path, monkeypatch):
     figures = pretrain.Pretrainer(config, tmp_path / 'calm').run()
     save = Checkpoints.save

@@ -67,7 +67,10 @@ def unsharded(batch):
     return metrics, jax.tree.map(np.asarray, params)
 
 
-@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize('shape', [(4, 2), pytest.param((8, 1), marks=SLOW), pytest.param((2, 4), marks=SLOW)])
 def test_sharded_step_equals_the_unsharded_step(shape, unsharded, batch):
     metrics, params = two_steps(batch, *shape)
     for a, b in zip(metrics, unsharded[0], strict=True):

@@ -92,6 +92,7 @@ def test_answers_alone_are_learned(family, tmp_path):
     assert sum('Reasoning: low' in t for t in texts) == len(given) / 2
 
 
+@pytest.mark.slow
 def test_a_llama_of_few_steps_is_a_whole_chat_model(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_chat, 'CHATS', 2 * len(tiny_chat.DATES))
     monkeypatch.setattr(tiny_chat, 'HELD_OUT', len(tiny_chat.DATES))

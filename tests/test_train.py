@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny
+from configs import base, tiny
 from lens import hf, metrics
 from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
@@ -162,7 +163,7 @@ def train_until(stop, cfg, workdir, monkeypatch):
         train(cfg, workdir)
 
 
-@pytest.mark.parametrize('stop', [3, 4, 6])
+@pytest.mark.parametrize('stop', [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_resume_is_bit_identical(world, finished, tmp_path, monkeypatch, stop):
     """Stopped after step `stop` (inside sft, at its end, inside grpo) and continued by the same command."""
     train_until(stop, config(world), tmp_path / 'w', monkeypatch)
@@ -211,6 +212,7 @@ def test_checkpoints_hold_no_base_weights(finished):
     assert {k.split('/')[0] for k in state} == {'step', 'params', 'opt'}
 
 
+@pytest.mark.slow
 def test_resume_onto_another_mesh(world, finished, tmp_path, monkeypatch):
     """Checkpoint of 1x1 continued on 2x2: the same losses up to float reordering."""
     half = config(world)
@@ -240,6 +242,7 @@ def test_another_configuration_in_the_same_workdir_is_refused(world, finished):
     assert curve(finished[0]) == before
 
 
+@pytest.mark.slow
 def test_the_pieces_of_the_other_recipes_train_together(world, tmp_path, capsys):
     """Marker and closing token, direction error, KL to the start, clipped updates, straight-through words."""
     c = config(world, explanation_len=13, explanation_close='<|end|>', phases=('sft', 'grpo', 'gumbel'))
@@ -255,6 +258,21 @@ def test_the_pieces_of_the_other_recipes_train_together(world, tmp_path, capsys)
     assert rows['grpo'].keys() >= {'kl_start_nats', 'logp_diff_max', 'extracted', 'reward'}
     assert rows['gumbel'].keys() >= {'kl_functional_nats', 'tau', 'extracted'}
     assert 'entropy' in capsys.readouterr().out
+
+
+def test_a_run_that_ended_with_a_phase_goes_on_into_one_with_another_optimizer(world, tmp_path):
+    """Killed between the checkpoint at the end of SFT and the next: the state on disk is that of SFT."""
+    c = config(world)
+    c.checkpoint.keep = 9
+    c.grpo.beta, c.grpo.kl_to, c.grpo.table = 0.1, 'start', base.table(encoder_unfreeze='2s')
+    calm = train(c, tmp_path / 'calm')
+    train(c, tmp_path / 'w')
+    for step in (tmp_path / 'w/checkpoints').iterdir():
+        if int(step.name) > 4:
+            shutil.rmtree(step)
+    again = train(c, tmp_path / 'w')
+    assert figures(again) == figures(calm)
+    assert curve(tmp_path / 'w') == curve(tmp_path / 'calm')
 
 
 def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
