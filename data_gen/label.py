@@ -19,13 +19,12 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 
 from absl import flags
 
-from data_gen import generate, label_files, label_prompts
+from data_gen import generate, label_files, label_prompts, rollouts
 from data_gen.generate import LOCAL, option
 from data_gen.label_run import Job, Run, Tally
 from lens import cli, hf
@@ -143,16 +142,10 @@ class Labelling:
 
     def _compare_settings(self) -> None:
         path = self.folder / 'settings.json'
-        if not path.exists():
-            return
-        try:
-            before = json.loads(path.read_text())
-            changed = next((k for k, v in self.settings.items() if before.get(k) != v), None)
-        except (ValueError, AttributeError):
-            raise LensError(f'{path} is damaged: choose another --labels.') from None
+        changed = rollouts.changed_setting(path, self.settings, 'choose another --labels')
         if changed:
             raise LensError(
-                f'{path} has another {changed} than this command: give what it was begun with, or another --labels.'
+                f'{path} has another {changed[0]} than this command: give what it was begun with, or another --labels.'
             )
 
     def jobs(self):

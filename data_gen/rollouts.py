@@ -37,6 +37,20 @@ def check_folder(folder: pathlib.Path) -> None:
         raise LensError(f'{folder} cannot be written: {at} is {"not writable" if at.is_dir() else "no folder"}.')
 
 
+def changed_setting(path: pathlib.Path, settings: dict, remedy: str) -> tuple[str, object] | None:
+    """(key, value in the file) of the first of `settings` that the JSON file at `path` has otherwise.
+
+    None where all agree or there is no file. Raises LensError, with the remedy, where it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(path.read_text())
+        return next(((k, before.get(k)) for k, v in settings.items() if before.get(k) != v), None)
+    except (ValueError, AttributeError):
+        raise LensError(f'{path} is damaged: {remedy}.') from None
+
+
 class Journal:
     """Appends records; knows which of `rows` input rows are finished. One process at a time may hold it.
 
@@ -62,18 +76,13 @@ class Journal:
 
     def _compare_settings(self) -> None:
         path = self.folder / 'settings.json'
-        if not path.exists():
-            return
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            raise LensError(f'{path} is damaged: remove it to continue with the options given now.') from None
-        for key, value in self._settings.items():
-            if before.get(key) != value:
-                raise LensError(
-                    f'{path} says {key} {before.get(key)!r}, this run {value!r}: resume with what it was begun with, or '
-                    'choose another --output_path.'
-                )
+        changed = changed_setting(path, self._settings, 'remove it to continue with the options given now')
+        if changed:
+            key, before = changed
+            raise LensError(
+                f'{path} says {key} {before!r}, this run {self._settings[key]!r}: resume with what it was begun with, or '
+                'choose another --output_path.'
+            )
 
     def open(self) -> None:
         """Makes or takes over the files; mends torn last lines. Raises LensError."""

@@ -60,6 +60,11 @@ class Split:
         return len(self.tokens) if self.rows is None else len(self.rows)
 
     @property
+    def read_rows(self) -> np.ndarray:
+        """Indices of the documents that are read."""
+        return np.arange(len(self.tokens)) if self.rows is None else self.rows
+
+    @property
     def left_out(self) -> int:
         """Documents without a position that may be read."""
         return len(self.tokens) - len(self)
@@ -230,9 +235,8 @@ def train_batches(split: Split, *, documents: int, vectors: int, min_pos: int, l
         raise DataError(f'{split.directory}/positions.npy does not exist: the sft objective needs given explanations.')
     if len(split) < documents:
         raise DataError(f'{split.directory} holds {len(split)} documents, fewer than one batch of {documents}.')
-    documents_read = range(len(split)) if split.rows is None else split.rows
     return iter(
-        grain.MapDataset.source(documents_read)
+        grain.MapDataset.source(split.read_rows)
         .seed(seed)
         .shuffle()
         .repeat()
@@ -249,7 +253,7 @@ def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: 
     [R, V, T] where the split has them at those positions.
     """
     n = min(documents, len(split))
-    which = np.arange(n) if split.rows is None else split.rows[:n]
+    which = split.read_rows[:n]
     rows = [
         _row(
             split,

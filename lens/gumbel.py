@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from lens import sampling, sharding
 from lens.models import decoder as dec
 from lens.models.attention import KVCache, Stream
-from lens.models.transformer import REMAT_POLICIES
+from lens.models.transformer import REMAT_POLICIES, model_of
 
 FORMS = ('full', 'truncated', 'two_pass')
 MIN_TAU = 0.1
@@ -139,7 +139,7 @@ def _backward(form, length, residuals, cotangents):
     """Cotangents of _rollout's arguments: the steps in reverse, each linearised at the final cache."""
     decoder, base, activation_NxD, table_VxE, key, tau, temperature_N, ids_NxT, cache = residuals
     _, d_words_NxTxE, d_logits_NxTxV = cotangents
-    own_table_VxD = dec._model(decoder, base).embedding[...]
+    own_table_VxD = model_of(decoder, base).embedding[...]
     full = form == 'full'
     tables = (table_VxE, own_table_VxD) if full else (table_VxE,)
 
@@ -197,15 +197,15 @@ def _add(sums, terms):
 def _start(decoder, activation_NxD, *, base, ids_NxT):
     """dec.prefill to differentiate: logits NxV of the first token, the prompt's keys and values, the
     decoder's rows of the tokens that it is fed back."""
-    model = dec._model(decoder, base)
-    x, hook = dec._prompt(decoder, model, activation_NxD)
+    model = model_of(decoder, base)
+    x, hook = dec.prompt_rows(decoder, model, activation_NxD)
     x, prompt = _run_layers(model, decoder.adapters, model.enter(x), 0, None, hook)
     return sharding.reshard(model.logits(x[:, -1:])[:, 0], ROWS), prompt, model.lookup(ids_NxT)
 
 
 def _step(decoder, row_Nx1xD, cache, *, base, t):
     """dec.step to differentiate: logits NxV of token t+1 after `row` of token t, and its keys and values."""
-    model = dec._model(decoder, base)
+    model = model_of(decoder, base)
     start = decoder.prompt_len + t
     x, written = _run_layers(model, decoder.adapters, model.enter(row_Nx1xD, start), start, cache)
     return sharding.reshard(model.logits(x)[:, 0], ROWS), written

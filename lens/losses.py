@@ -58,7 +58,7 @@ def entropy(logits_BxTxV):
 
 def cross_entropy(logp_BxT, mask_BxT):
     """Mean negative log-probability over the tokens where mask is 1."""
-    return -jnp.sum(logp_BxT * mask_BxT) / jnp.maximum(jnp.sum(mask_BxT), 1)
+    return -masked_mean(logp_BxT, mask_BxT)
 
 
 def clamped_entropy(entropy_BxT, mask_BxT, clamp):

@@ -218,6 +218,8 @@ def test_on_a_mesh_as_on_one_device(form):
     # a table that is split over `model`, as a reader's is
     up_words = jnp.concatenate([up_words, up_words[..., :4]], axis=-1)
     grads, ids = run(decoder, base, a, base.embedding[...], up_words, up_logits)
+    # where nothing flows through the tokens that are fed back, nothing reaches the table they are looked up in
+    zero = ['0/base/embedding'] * (form == 'truncated')
     for shape in ((8, 1), (2, 4)):
         mesh = sharding.make_mesh(*shape)
         with jax.set_mesh(mesh):
@@ -226,7 +228,7 @@ def test_on_a_mesh_as_on_one_device(form):
             d, m = sharding.place(decoder, mesh), sharding.place(base, mesh)
             got_grads, got_ids = run(d, m, there, m.embedding[...], *up)
         jax.tree.map(np.testing.assert_array_equal, got_ids, ids)
-        assert_close(got_grads, grads, 1e-4)
+        assert_close(got_grads, grads, 1e-4, zero)
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.shape, y.shape), got_grads[0], decoder)
 
 

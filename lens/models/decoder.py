@@ -18,7 +18,7 @@ from flax import nnx
 from lens import losses, sharding
 from lens.models import injection
 from lens.models.attention import KVCache
-from lens.models.transformer import Transformer
+from lens.models.transformer import Transformer, model_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,7 @@ def centred(decoder: Decoder, activation_NxD, position_N):
     return activation_NxD - decoder.positions[...].at[position_N].get(out_sharding=sharding.like(activation_NxD))
 
 
-def _model(decoder: Decoder, base: Transformer) -> Transformer:
-    return base if decoder.base is None else decoder.base
-
-
-def _prompt(decoder: Decoder, model: Transformer, activation_BxD):
+def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
     """(prompt rows BxPxD in the units of the embedding table, before_block hook)."""
     c, slots = decoder.config, decoder.slots
     dtype = model.embedding.dtype
@@ -153,8 +149,8 @@ def _prompt(decoder: Decoder, model: Transformer, activation_BxD):
 
 def prefill(decoder: Decoder, base: Transformer, activation_BxD, length: int) -> tuple[jax.Array, KVCache]:
     """Runs the prompt. Returns next-token logits BxV and a cache with room for `length` more tokens."""
-    model = _model(decoder, base)
-    x, hook = _prompt(decoder, model, activation_BxD)
+    model = model_of(decoder, base)
+    x, hook = prompt_rows(decoder, model, activation_BxD)
     cache = model.empty_cache(len(x), x.shape[1] + length)
     x, cache = model.run_layers_cached(
         model.enter(x), 0, model.config.n_layers, cache, 0, adapters=decoder.adapters, before_block=hook
@@ -164,7 +160,7 @@ def prefill(decoder: Decoder, base: Transformer, activation_BxD, length: int) ->
 
 def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple[jax.Array, KVCache]:
     """One generated token at index t. Returns the logits of the next one, BxV, and the cache."""
-    model = _model(decoder, base)
+    model = model_of(decoder, base)
     start = decoder.prompt_len + t
     x, cache = model.run_layers_cached(
         model.embed(ids_B[:, None], start), 0, model.config.n_layers, cache, start, adapters=decoder.adapters
@@ -174,8 +170,8 @@ def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple
 
 def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> jax.Array:
     """Logits BxTxV of every token of given explanations."""
-    model = _model(decoder, base)
-    x, hook = _prompt(decoder, model, activation_BxD)
+    model = model_of(decoder, base)
+    x, hook = prompt_rows(decoder, model, activation_BxD)
     x = model.enter(jnp.concatenate([x, model.lookup(ids_BxT[:, :-1])], axis=1))
     x = model.run_layers(x, 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
     return model.logits(x[:, decoder.prompt_len - 1 :])

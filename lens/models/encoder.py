@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lens import sharding
-from lens.models.transformer import Transformer
+from lens.models.transformer import Transformer, model_of
 
 READOUTS = ('affine', 'linear', 'none')
 
@@ -61,10 +61,6 @@ class Encoder(nnx.Module):
         own = base.truncated(c.output_layer + 1) if own_base else None
         self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), own))
         self.adapters = nnx.data(adapters)
-
-
-def model_of(encoder: Encoder, base: Transformer) -> Transformer:
-    return base if encoder.base is None else encoder.base
 
 
 def encode(encoder: Encoder, base: Transformer, ids_BxT, source: Source | None = None, span=None):

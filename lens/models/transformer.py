@@ -171,6 +171,11 @@ def _check_range(lo: int, hi: int, c: TransformerConfig):
         raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
 
 
+def model_of(side, base: 'Transformer') -> 'Transformer':
+    """The model that a decoder or an encoder runs: its own base where it trains one, else the frozen one."""
+    return base if side.base is None else side.base
+
+
 class Transformer(nnx.Module):
     """A causal language model as a pytree of stacked arrays."""
 
