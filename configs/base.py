@@ -119,7 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.lora.alpha = 16.0  # scale alpha / rank
     c.lora.rs = False  # rank-stabilised: scale alpha / sqrt(rank)
 
-    c.init_from = ''  # folder of lens.export whose lens training starts from; empty = fresh
+    c.init_from = ''  # folder of lens.export, or workdir of another run, whose lens training starts from; empty = fresh
 
     c.phases = ('sft', 'grpo')  # run in this order; each names one of the blocks below
     c.sft = phase('sft')
@@ -129,6 +129,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = 1  # devices that split the batch; -1 = all that remain
     c.mesh.model = 1  # devices that split heads, feed-forward and vocabulary
+    c.mesh.replica = 1  # groups of data x model devices, say hosts, that split the batch as well
+    c.mesh.shard_base = False  # split the frozen base over data too; each layer is put together when it runs
 
     c.eval = ml_collections.ConfigDict()
     c.eval.every = free('200s')  # D; quick held-out figures; 0 = only at the end of a phase
@@ -141,6 +143,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = free('200s')  # D; 0 = only at the end of a phase
     c.checkpoint.keep = 2  # newest
+    c.checkpoint.best = 1  # and those of the highest held-out FVE; a new best is saved
+    c.checkpoint.keep_every = 0  # micro-steps; checkpoints at a multiple are never deleted; 0 = none
+
+    c.health = ml_collections.ConfigDict()
+    c.health.collapse = 'warn'  # when the texts of a phase that samples collapse: warn | stop | off
 
     c.log = ml_collections.ConfigDict()
     c.log.every = free('10s')  # D; lines of metrics.jsonl

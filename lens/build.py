@@ -5,12 +5,13 @@ The ConfigDict stops here: what leaves is frozen dataclasses, arrays and functio
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from lens import data, extraction, gumbel, hf, losses, objectives, optimizer, prompts, schedules, sharding
+from lens import data, extraction, gumbel, health, hf, losses, objectives, optimizer, prompts, schedules, sharding
 from lens.errors import LensError
 from lens.models import injection, moe
 from lens.models.decoder import Prompt
@@ -24,6 +25,7 @@ POSITIVE = (
     'explanation_len',
     'lora.rank',
     'mesh.model',
+    'mesh.replica',
     'eval.quick_documents',
     'eval.vectors',
     'eval.batch',
@@ -122,13 +124,16 @@ def open_run(cfg) -> Run:
     _choice(cfg.subject.experts, moe.IMPLEMENTATIONS, 'subject.experts')
     _choice(cfg.encoder.readout, READOUTS, 'encoder.readout')
     _choice(cfg.encoder.error, objectives.ERRORS, 'encoder.error')
+    _choice(cfg.health.collapse, health.ACTIONS, 'health.collapse')
+    for key in ('best', 'keep_every'):
+        _require(cfg.checkpoint[key] >= 0, f'checkpoint.{key}={cfg.checkpoint[key]} must not be negative.')
     _choice(cfg.decoder.train, TRAIN_CHOICES, 'decoder.train')
     _choice(cfg.encoder.train, TRAIN_CHOICES, 'encoder.train')
     _require(
         not (cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)),
         'subject.packed=True keeps the experts as bytes, which cannot be trained: drop it, or use train=lora or maps.',
     )
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model)
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
     base = hf.load_model(
         cfg.subject.path,
         dtype=DTYPES[cfg.subject.dtype],
@@ -136,6 +141,7 @@ def open_run(cfg) -> Run:
         remat=cfg.subject.remat,
         experts=cfg.subject.experts,
         packed=cfg.subject.packed,
+        split_above=split_base(cfg),
     )
     tokenizer = hf.load_tokenizer(cfg.subject.path)
     c = base.config
@@ -191,6 +197,11 @@ def open_run(cfg) -> Run:
         evaluation=from_block(EvalSettings, cfg.eval),
         phases=make_phases(cfg, prefix, tags, len(train)),
     )
+
+
+def split_base(cfg) -> float:
+    """Elements above which leaves of the frozen base are split over the devices of `data`."""
+    return 0 if cfg.mesh.shard_base else math.inf
 
 
 def from_block(kind, block):

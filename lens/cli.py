@@ -8,7 +8,7 @@ from ml_collections import config_flags
 
 from lens.errors import LensError
 
-DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors.')
+DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
 def flat_keys(config, prefix: str = '') -> list[str]:

@@ -225,25 +225,59 @@ def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rn
     return row
 
 
-def train_batches(split: Split, *, documents: int, vectors: int, min_pos: int, labelled: bool, seed: int):
+def _order(split: Split, seed: int):
+    """The endless sequence of documents that is trained on, the same for every number of processes."""
+    return grain.MapDataset.source(split.read_rows).seed(seed).shuffle().repeat()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picked:
+    """Of every `of` consecutive elements, those at `rows`."""
+
+    parent: grain.MapDataset
+    rows: np.ndarray
+    of: int
+
+    def __len__(self):
+        return len(self.parent) // self.of * len(self.rows)
+
+    def __getitem__(self, i):
+        batch, row = divmod(int(i), len(self.rows))
+        return self.parent[batch * self.of + int(self.rows[row])]
+
+
+def train_batches(
+    split: Split,
+    *,
+    documents: int,
+    vectors: int,
+    min_pos: int,
+    labelled: bool,
+    seed: int,
+    rows: np.ndarray | None = None,
+):
     """An endless, checkpointable iterator over shuffled documents.
 
     Each batch has `documents` rows with `vectors` positions each: tokens [R, S], positions [R, V],
     doc_id [R] and, if `labelled`, the given explanations [R, V, T]. State: get_state / set_state.
+    rows: the ones that this process reads, with the state of all of them; None: every row.
     """
     if labelled and split.positions is None:
         raise DataError(f'{split.directory}/positions.npy does not exist: the sft objective needs given explanations.')
     if len(split) < documents:
         raise DataError(f'{split.directory} holds {len(split)} documents, fewer than one batch of {documents}.')
-    return iter(
-        grain.MapDataset.source(split.read_rows)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(lambda i, rng: _row(split, int(i), vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
-        .batch(documents)
-        .to_iter_dataset(READ_OPTIONS)
+    drawn = _order(split, seed).random_map(
+        lambda i, rng: _row(split, int(i), vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng)
     )
+    rows = np.arange(documents) if rows is None else rows
+    mine = grain.MapDataset.source(_Picked(drawn, rows, documents))
+    return iter(mine.batch(len(rows)).to_iter_dataset(READ_OPTIONS))
+
+
+def batch_documents(split: Split, documents: int, seed: int, index: int) -> list[int]:
+    """doc_id of every row of batch `index`, from 0, of train_batches."""
+    order = _order(split, seed)
+    return [int(split.doc_id[order[index * documents + r]]) for r in range(documents)]
 
 
 def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: int) -> dict:

@@ -1,6 +1,6 @@
 """Held-out figures with their controls, and sample explanations.
 
-python -m lens.evaluate --workdir=runs/tiny      # the newest checkpoint of a run, again
+python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, tags, error,
     ).ids_NxT
     texts = _separate(ids, vectors)
     if controls:
-        noise = jax.random.uniform(permute_key, texts[''].shape, out_sharding=sharding.out(sharding.P('data', None)))
+        noise = jax.random.uniform(permute_key, texts[''].shape, out_sharding=sharding.out(sharding.rows(2)))
         inside, at = _inside(extract(texts[''], tags), length), jnp.arange(length)
         start = jnp.argmax(inside, axis=1, keepdims=True)
         order = jnp.argsort(jnp.where(inside, start + noise, at + (at > start)), axis=1)
@@ -149,7 +149,7 @@ class Evaluator:
             del self.held['explanations']  # only read as a control, in the format of this run
         # documents per batch, the same on every mesh: a row's noise depends on its place in the batch
         self.rows = max(e.batch // e.vectors, 1)
-        self.padded = -(-self.rows // run.mesh.shape['data']) * run.mesh.shape['data']
+        self.padded = -(-self.rows // sharding.row_count(run.mesh)) * sharding.row_count(run.mesh)
         _, self.document = np.unique(self.held['doc_id'], return_inverse=True)
         if self.document.max() == 0:
             raise LensError(f'{run.validation.directory} holds one document: controls need at least 2.')
@@ -179,7 +179,7 @@ class Evaluator:
                 controls=controls,
             )
             keep = min(self.rows, documents - i) * vectors
-            parts.append({k: np.asarray(v)[:keep] for k, v in out.items()})
+            parts.append({k: v[:keep] for k, v in sharding.fetch(out).items()})
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def quick(self, lens: Lens) -> dict[str, float]:
@@ -292,7 +292,7 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
 
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
-    again = reopen(workdir)
+    again = reopen(workdir, STEP.value)
     run, step = again.run, again.step
     with jax.set_mesh(run.mesh):
         result = Evaluator(run).full(again.params)
@@ -309,5 +309,8 @@ def main(_):
 
 if __name__ == '__main__':
     WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run of lens.main.')
+    STEP = flags.DEFINE_string(
+        'step', 'newest', 'Which checkpoint: newest, best (highest held-out FVE), or its number.'
+    )
     flags.mark_flag_as_required('workdir')
     cli.run(main)

@@ -292,23 +292,26 @@ def _summary(workdir: pathlib.Path, step: int) -> dict:
     return summary if summary.get('steps') == step else {}
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run to `out`. Raises LensError."""
+def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest') -> None:
+    """Writes a checkpoint of a run, by `step` of state.reopen, to `out`. Raises LensError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LensError(f'{out} holds something already: give an empty or a new folder as --out.')
-    again = reopen(workdir, data=1)  # there is no batch to split
+    again = reopen(workdir, step, data=1, replica=1)  # there is no batch to split
     with jax.set_mesh(again.run.mesh):
         write_folder(out, again.params, again.run, again.config, again.step, _summary(workdir, again.step))
 
 
 def main(_):
     out = pathlib.Path(OUT.value)
-    export(pathlib.Path(WORKDIR.value), out)
+    export(pathlib.Path(WORKDIR.value), out, STEP.value)
     print(f'Exported to {out}: how to use it, with its figures, is in {out}/README.md')
 
 
 if __name__ == '__main__':
     WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run of lens.main.')
+    STEP = flags.DEFINE_string(
+        'step', 'newest', 'Which checkpoint: newest, best (highest held-out FVE), or its number.'
+    )
     OUT = flags.DEFINE_string('out', None, 'New folder for the lens.')
     flags.mark_flags_as_required(['workdir', 'out'])
     cli.run(main)

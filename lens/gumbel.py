@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from lens import sampling, sharding
 from lens.models import decoder as dec
 from lens.models.attention import KVCache, Stream
-from lens.models.transformer import REMAT_POLICIES, model_of
+from lens.models.transformer import REMAT_POLICIES, at_layer, model_of
 
 FORMS = ('full', 'truncated', 'two_pass')
 MIN_TAU = 0.1
-ROWS = sharding.P('data', None)
+ROWS = sharding.rows(2)
 
 
 class Rollout(NamedTuple):
@@ -60,7 +60,7 @@ def rollout(
 
 def _perturbed(logits_NxV, key, t, temperature_N):
     """z of token t: what its id is the argmax of."""
-    temperature_N = sharding.reshard(temperature_N, sharding.P('data'))
+    temperature_N = sharding.reshard(temperature_N, sharding.rows(1))
     logits_NxV = sharding.reshard(logits_NxV, ROWS)
     return logits_NxV + temperature_N[:, None] * sampling.noise(key, t, logits_NxV.shape)
 
@@ -71,7 +71,9 @@ def _relaxed_rows(perturbed_NxV, tau, tables):
 
     def rows(table_VxE):
         vocabulary = sharding.like(table_VxE)
-        placed = sharding.reshard(soft.astype(table_VxE.dtype), sharding.P('data', vocabulary and vocabulary[0]))
+        placed = sharding.reshard(
+            soft.astype(table_VxE.dtype), sharding.P(sharding.ROW_AXES, vocabulary and vocabulary[0])
+        )
         return jnp.einsum('nv,ve->ne', placed, table_VxE, out_sharding=sharding.out(ROWS))
 
     return jax.tree.map(rows, jax.lax.stop_gradient(tables))
@@ -86,7 +88,7 @@ def _two_pass(length: int, decoder, base, activation_NxD, table_VxE, key, tau, t
     frozen = jax.lax.stop_gradient(decoder)
     ids = sampling.sample(frozen, base, activation_NxD, key, length=length, temperature=temperature_N).ids_NxT
     logits = dec.teacher_forced_logits(decoder, base, activation_NxD, ids)
-    logits = sharding.reshard(logits, sharding.P('data', None, None))
+    logits = sharding.reshard(logits, sharding.rows(3))
 
     @jax.checkpoint
     def relaxed(logits_NxV, t):
@@ -111,7 +113,7 @@ def _draw(length: int, decoder, base, activation_NxD, table_VxE, key, temperatur
     logits, cache = dec.prefill(decoder, base, activation_NxD, length)
     logits = sharding.reshard(logits, ROWS)
     n, vocabulary = logits.shape
-    kept_NxTxV = jnp.zeros((n, length, vocabulary), out_sharding=sharding.out(sharding.P('data', None, None)))
+    kept_NxTxV = jnp.zeros((n, length, vocabulary), out_sharding=sharding.out(sharding.rows(3)))
 
     def draw(logits_NxV, kept_NxTxV, t):
         ids = jnp.argmax(_perturbed(logits_NxV, key, t, temperature_N), axis=-1).astype(jnp.int32)
@@ -139,7 +141,7 @@ def _backward(form, length, residuals, cotangents):
     """Cotangents of _rollout's arguments: the steps in reverse, each linearised at the final cache."""
     decoder, base, activation_NxD, table_VxE, key, tau, temperature_N, ids_NxT, cache = residuals
     _, d_words_NxTxE, d_logits_NxTxV = cotangents
-    own_table_VxD = model_of(decoder, base).embedding[...]
+    own_table_VxD = model_of(decoder, base).table
     full = form == 'full'
     tables = (table_VxE, own_table_VxD) if full else (table_VxE,)
 
@@ -221,7 +223,7 @@ def _run_layers(model, adapters, x_NxTxD, start, cache: KVCache | None, before_b
 
     def layer(x, at):
         i, past = at
-        block, adapter = jax.tree.map(lambda w: w[i], (model.blocks, adapters))
+        block, adapter = at_layer((model.blocks, adapters), i)
         if before_block is not None:
             x = before_block(x, i)
         return block(x, i, positions_T, c, past and Stream(*past), adapter)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -216,11 +217,6 @@ def _put_dequantised(stack, blocks, scales, i, *, t, c):
     return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
 
 
-def _to_device(x: np.ndarray, place) -> jax.Array:
-    """Each device receives its slice of the host array, on every process its own devices'."""
-    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
-
-
 def _without_layer_axis(place):
     return NamedSharding(place.mesh, sharding.P(*place.spec[1:])) if isinstance(place, NamedSharding) else place
 
@@ -232,16 +228,16 @@ def _load_leaf(checkpoint: Checkpoint, stored: dict[str, str], t: tensors.Tensor
         return tensors.from_hf_layout(checkpoint.read(stored[name.format(i)]), t, c).astype(leaf.dtype, copy=False)
 
     if '{}' not in t.hf_name:
-        return _to_device(host(0), place)
+        return sharding.put(host(0), place)
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
     one = _without_layer_axis(place)
     for i in range(c.n_layers):
         if t.packed:  # the expert axis is the first one on both sides
             experts = NamedSharding(one.mesh, sharding.P(*one.spec[:1])) if isinstance(one, NamedSharding) else one
             parts = (checkpoint.read(stored[n.format(i)]) for n in _stored_names(t))
-            stack = _put_dequantised(stack, *(_to_device(x, experts) for x in parts), i, t=t, c=c)
+            stack = _put_dequantised(stack, *(sharding.put(x, experts) for x in parts), i, t=t, c=c)
         else:
-            stack = _put_layer(stack, _to_device(host(i), one), i)
+            stack = _put_layer(stack, sharding.put(host(i), one), i)
     return stack
 
 
@@ -263,12 +259,14 @@ def load_model(
     remat: str = 'full',
     experts: str = 'ragged',
     packed: bool = False,
+    split_above: float = math.inf,
 ) -> Transformer:
     """The model of a local Hugging Face directory or a Hub id, placed on `mesh` (default: one device).
 
     Tensor by tensor from the file to its place: the host holds no more than one stored tensor.
     dtype: of all weights on the device. remat, experts: see TransformerConfig. packed: keep MXFP4
     experts as bytes and dequantise them one layer at a time; without it they become `dtype` here.
+    split_above: see sharding.shardings.
     Raises ModelError naming the file or tensor when anything is missing, extra, misshapen or not finite.
     """
     directory = local_directory(path)
@@ -284,7 +282,7 @@ def load_model(
     if mesh is None:
         places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
     else:
-        places = sharding.shardings(abstract, mesh)
+        places = sharding.shardings(abstract, mesh, split_above)
     rows = {t.path: t for t in table}
 
     def load(kp, leaf, place):

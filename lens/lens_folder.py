@@ -189,7 +189,7 @@ def _check(directory: pathlib.Path, stored: dict, small: dict[str, np.ndarray], 
 
 def _own_base(directory: pathlib.Path, side: str, like) -> dict[str, jax.Array]:
     """Leaves of the exported model of a side by their path in a Lens, as the leaf `like` in dtype and mesh."""
-    own = hf.load_model(directory / side, dtype=like.dtype, mesh=like.sharding.mesh)
+    own = hf.load_model(directory / side, dtype=like.dtype, mesh=like.sharding.mesh, split_above=sharding.SPLIT_ABOVE)
     return {f'{side}/base/{name}': x for name, x in _leaves(own).items()}
 
 
@@ -210,6 +210,9 @@ def read(directory: str | pathlib.Path, like: Lens) -> Lens:
         if name not in stored or stored[name].shape != x.shape:
             have = f'{name} of shape {stored[name].shape}' if name in stored else f'no {name}'
             raise LensFolderError(f'{directory} holds {have}, the subject of this configuration needs {x.shape}.')
-    return jax.tree_util.tree_map_with_path(
-        lambda kp, x: jax.device_put(stored[sharding.path(kp)].astype(x.dtype), x.sharding), like
-    )
+
+    def leaf(kp, x):
+        found = stored[sharding.path(kp)]
+        return found if isinstance(found, jax.Array) else sharding.put(found.astype(x.dtype), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)

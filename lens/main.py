@@ -1,24 +1,40 @@
 """Trains a lens: python -m lens.main --config=configs/tiny.py --workdir=runs/tiny"""
 
+import os
 import pathlib
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lens import cli
-from lens.train import Trainer
+from lens import cli, distributed
+from lens.train import Stopped, Trainer
 
 HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')
+CACHE = '~/.cache/lens/xla'  # programs that this machine has compiled before; JAX_COMPILATION_CACHE_DIR moves it
+
+
+def train(workdir: pathlib.Path) -> None:
+    distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    trainer = Trainer(CONFIG.value, workdir, PROFILE.value)
+    with jax.set_mesh(trainer.run.mesh):
+        try:
+            summary = trainer.train()
+        except Stopped as e:
+            if distributed.is_first():
+                print(f'{e}: saved in {workdir}; the same command goes on from there.')
+            return
+    if distributed.is_first():
+        print('  '.join(f'{k} {summary[k]:.3f}' for k in HEADLINE if k in summary))
+        print(f'Done in {summary["wall_s"]:.0f} s. Figures: {workdir}/summary.json  Report: {workdir}/report.html')
 
 
 def main(_):
-    workdir = pathlib.Path(WORKDIR.value)
-    trainer = Trainer(CONFIG.value, workdir)
-    with jax.set_mesh(trainer.run.mesh):
-        summary = trainer.train()
-    print('  '.join(f'{k} {summary[k]:.3f}' for k in HEADLINE if k in summary))
-    print(f'Done in {summary["wall_s"]:.0f} s. Figures: {workdir}/summary.json  Report: {workdir}/report.html')
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        jax.config.update('jax_compilation_cache_dir', os.path.expanduser(CACHE))
+    if cli.DEBUG.value:
+        jax.config.update('jax_debug_nans', True)
+    train(pathlib.Path(WORKDIR.value))
 
 
 if __name__ == '__main__':
@@ -28,5 +44,13 @@ if __name__ == '__main__':
     WORKDIR = flags.DEFINE_string(
         'workdir', None, 'Folder of this run: checkpoints, metrics, summary, report. Continues if it exists.'
     )
+    PROFILE = flags.DEFINE_string(
+        'profile', '', 'START:COUNT, steps of this process: trace them in WORKDIR/profile and time the parts of a step.'
+    )
+    COORDINATOR = flags.DEFINE_string(
+        'coordinator', None, 'HOST:PORT of process 0 of several; "auto": JAX finds all of it out (TPU pods).'
+    )
+    NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes of this run, with --coordinator.')
+    PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.')
     flags.mark_flags_as_required(['config', 'workdir'])
     cli.run(main)

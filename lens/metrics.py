@@ -49,6 +49,7 @@ class Writer:
     def __init__(self, workdir: pathlib.Path, resume_step: int, tensorboard: bool, wandb_project: str, config: dict):
         self.active = jax.process_index() == 0
         self._tensorboard = self._wandb = None
+        self.elapsed_s = 0.0
         if not self.active:
             return
         path = workdir / 'metrics.jsonl'
@@ -68,7 +69,7 @@ class Writer:
             )
 
     def write(self, row: dict) -> None:
-        """row: `step`, `phase`, `kind` ('train' or 'eval') and scalars."""
+        """row: `step`, `phase`, `kind` (train, eval, drift, time, profile) and scalars."""
         if not self.active:
             return
         self._file.write(json.dumps(row) + '\n')
@@ -119,7 +120,7 @@ class ProgressBar:
     """A bar with loss, FVE and ETA on a terminal; one line every `every` steps elsewhere."""
 
     def __init__(self, total: int, every: int):
-        self.console = Console()
+        self.console = Console(quiet=jax.process_index() > 0)
         self.total, self.every = total, every
         self._bar = Progress(
             TextColumn('{task.description}'),

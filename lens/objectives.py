@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lens import gumbel as relaxed
-from lens import losses, sampling, schedules
+from lens import losses, sampling, schedules, sharding
 from lens.extraction import NO_TAGS, Extraction, Tags, extract
 from lens.models import decoder as dec
 from lens.models import subject
@@ -148,6 +149,7 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
         'loss_decoder': policy,
         'reward': jnp.mean(reward),
         'reward_std': jnp.std(reward),
+        'reward_group_std': jnp.mean(jnp.std(reward.reshape(-1, hp.group * hp.mean_of), axis=1)),
         'zero_advantage_fraction': jnp.mean(jnp.abs(advantage) < 1e-6),
     }
     return loss + policy + language, metrics
@@ -160,7 +162,7 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
         lens.decoder,
         base,
         _centred(lens, roll),
-        jax.lax.stop_gradient(model.embedding[...]),
+        jax.lax.stop_gradient(model.table),
         key,
         length=hp.length,
         tau=hp.tau(t),
@@ -206,6 +208,23 @@ def comparable(x_NxD, error: str):
     return x * jnp.sqrt(x.shape[-1] / jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
 
 
+def repeated(ids_NxT, mask_NxT):
+    """Share of the texts that equal an earlier one; tokens where mask is 0 do not count.
+
+    Two hashes of 32 bits are compared, sums over mixed words: texts that differ in one place never agree, others by
+    chance once in 2^64 pairs.
+    """
+    words = jnp.where(mask_NxT > 0, ids_NxT + 1, 0).astype(jnp.uint32)
+    factors = np.random.default_rng(0).integers(2**31, size=(2, words.shape[1]), dtype=np.uint32) * 2 + 1
+    hashes = []
+    for factor_T in factors:
+        x = words * factor_T
+        x = (x ^ (x >> 15)) * np.uint32(0x2C1B3C6D)
+        hashes.append(sharding.reshard(jnp.sum(x ^ (x >> 12), axis=1, dtype=jnp.uint32), sharding.P()))
+    first, second = jax.lax.sort(hashes, num_keys=2)
+    return jnp.sum((first[1:] == first[:-1]) & (second[1:] == second[:-1])) / len(first)
+
+
 def _centred(lens: Lens, roll: Rollout):
     return dec.centred(lens.decoder, roll.a_NxD, roll.source.position_N)
 
@@ -237,6 +256,7 @@ def _reconstruction(base, roll: Rollout, pred, found: Extraction, hp: Hparams, t
     metrics = {'loss_encoder': mse, 'fve': losses.fve(shown, comparable(a, hp.error), group=per_activation)}
     if hp.tags:
         metrics |= {'extracted': jnp.mean(kept), 'response_tokens': jnp.mean(found.end_N.astype(jnp.float32))}
+        metrics['text_len'] = losses.masked_mean(found.length_N.astype(jnp.float32), kept)
     loss = hp.mse_weight(t) * mse if hp.mse_weight else 0.0
     if hp.kl_weight:
         kl = losses.masked_mean(_functional_kl(base, roll, changed, per_activation, hp), kept)
@@ -250,17 +270,19 @@ def _functional_kl(base, roll: Rollout, pred, per_activation: int, hp: Hparams):
     if hp.error == 'direction':  # only the direction was learnt
         size = jnp.linalg.norm(roll.a_NxD, axis=-1, keepdims=True)
         pred = pred * size / jnp.maximum(jnp.linalg.norm(pred, axis=-1, keepdims=True), 1e-12)
-    tokens, positions = roll.batch['tokens'], jnp.repeat(roll.batch['positions'], per_activation, axis=1)
+    positions = jnp.repeat(roll.batch['positions'], per_activation, axis=1)
     shape = (*positions.shape, pred.shape[-1])
-    natural, replaced = (
-        subject.logits_at(base, tokens, positions, x.reshape(shape), hp.layer) for x in (roll.a_NxD, pred)
-    )
-    return losses.kl(natural, replaced).reshape(-1)
+    both = jnp.concatenate([roll.a_NxD.reshape(shape), pred.reshape(shape)], axis=1)  # beside one natural stream
+    logits = subject.logits_at(base, roll.batch['tokens'], jnp.tile(positions, 2), both, hp.layer)
+    return losses.kl(*jnp.split(logits, 2, axis=1)).reshape(-1)
 
 
 def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, t, reference):
     """What keeps the words language: KL to a reference, LM KL to the natural prefix."""
-    metrics = {'entropy_nats': losses.masked_mean(losses.entropy(jax.lax.stop_gradient(logits)), mask)}
+    metrics = {
+        'entropy_nats': losses.masked_mean(losses.entropy(jax.lax.stop_gradient(logits)), mask),
+        'repeated': repeated(roll.ids_NxT, mask),
+    }
     if roll.logp_NxT is not None:
         gap = jnp.abs(logp - roll.logp_NxT)
         metrics |= {'logp_diff_max': jnp.max(gap * mask), 'logp_diff_mean': losses.masked_mean(gap, mask)}

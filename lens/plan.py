@@ -36,7 +36,7 @@ def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
     s = cfg.subject
     c = dataclasses.replace(c, remat=s.remat, experts=s.experts, packed=s.packed)
     abstract = jax.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0), dtype=build.DTYPES[s.dtype]))
-    return with_placement(abstract, mesh)
+    return with_placement(abstract, mesh, build.split_base(cfg))
 
 
 def abstract_batch(phase: build.Phase, seq_len: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -44,7 +44,7 @@ def abstract_batch(phase: build.Phase, seq_len: int, mesh) -> dict[str, jax.Shap
     shapes = {'tokens': (phase.documents, seq_len), 'positions': (phase.documents, phase.vectors)}
     if phase.labelled:
         shapes['explanations'] = (*shapes['positions'], phase.hparams.length)
-    place = {k: jax.sharding.NamedSharding(mesh, sharding.P('data', *[None] * (len(s) - 1))) for k, s in shapes.items()}
+    place = {k: jax.sharding.NamedSharding(mesh, sharding.rows(len(s))) for k, s in shapes.items()}
     return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=place[k]) for k, s in shapes.items()}
 
 

@@ -19,7 +19,7 @@ class Samples(NamedTuple):
 
 def noise(key, t, shape: tuple[int, int]):
     """Standard Gumbel noise NxV of token t, the same on every mesh."""
-    place = sharding.out(sharding.P('data', None))
+    place = sharding.out(sharding.rows(2))
     return jax.random.gumbel(jax.random.fold_in(key, t), shape, jnp.float32, out_sharding=place)
 
 
@@ -30,7 +30,7 @@ def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, t
     is greedy; a number, or one per activation [B]. logp is at temperature 1. The noise of a row depends
     on key, step and row alone: every mesh draws the same tokens from the same logits.
     """
-    temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.P('data'))
+    temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
     temperature_Nx1 = tile_rows(temperature_B, group)[:, None]
     logits_BxV, cache = dec.prefill(decoder, base, activation_BxD, length)
     logits = tile_rows(logits_BxV, group)
@@ -46,7 +46,7 @@ def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, t
         logits, cache = carry
         ids, logp = draw(logits, t)
         logits, cache = dec.step(decoder, base, ids, cache, t)
-        return (sharding.reshard(logits, sharding.P('data', None)), cache), (ids, logp)
+        return (sharding.reshard(logits, sharding.rows(2)), cache), (ids, logp)
 
     (logits, cache), (ids, logp) = jax.lax.scan(body, (logits, cache), jnp.arange(length - 1))
     last_ids, last_logp = draw(logits, length - 1)

@@ -1,40 +1,60 @@
 """Where arrays live: the mesh, the one table of parameter placements, and batch placement.
 
-Nothing else in the project knows the mesh. Axes are `data` (batch rows) and `model` (kv heads, experts,
-feed-forward width, vocabulary), in JAX's Explicit mode: a wrong placement is an error at trace
-time, also on a 1x1 mesh.
+Nothing else in the project knows the mesh. Axes are `replica` and `data`, which both split the rows of a batch, and
+`model` (kv heads, experts, feed-forward width, vocabulary), in JAX's Explicit mode: a wrong placement is an error at
+trace time, also on a 1x1x1 mesh. A parameter may besides be split over `data`; it is then put together where it
+is used, a layer at a time (fully sharded data parallelism), and stays whole along `replica`: hosts apart from
+each other hold a copy each, and gather among neighbours only.
 """
 
+import math
 import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lens.errors import LensError
 
-ACT = P('data', None, None)  # every residual-stream tensor x_BxTxD
+AXES = ('replica', 'data', 'model')
+ROW_AXES = ('replica', 'data')
+# Trained leaves above so many elements, and their moments, are split over `data`: below, the memory is not worth a
+# collective.
+SPLIT_ABOVE = 1 << 24
+
+
+def rows(ndim: int) -> P:
+    """Placement of an array whose first axis is the batch."""
+    return P(ROW_AXES, *[None] * (ndim - 1))
+
+
+ACT = rows(3)  # every residual-stream tensor x_BxTxD
 
 # regex over the end of a leaf path; first match wins, no match is an error.
-# Axis 0 of a leaf under `blocks` is the layer.
+# Axis 0 of a leaf under `blocks` is the layer. `data` counts where the leaf is split over it.
 RULES = (
     (r'blocks/attn/([qkv]_bias|sinks)$', P(None, 'model')),
     (r'blocks/attn/o_bias$', P()),
-    (r'blocks/attn/q$', P(None, None, 'model', None, None)),
-    (r'blocks/attn/[kv]$', P(None, None, 'model', None)),
-    (r'blocks/attn/o$', P(None, 'model', None, None, None)),
-    (r'blocks/mlp/(gate|up)$', P(None, None, 'model')),
+    (r'blocks/attn/[qkv]$', P(None, 'data', 'model')),
+    (r'blocks/attn/o$', P(None, 'model', None, None, 'data')),
+    (r'blocks/mlp/(gate|up)$', P(None, 'data', 'model')),
     (r'blocks/mlp/(gate|up)_bias$', P(None, 'model')),
-    (r'blocks/mlp/down$', P(None, 'model', None)),
+    (r'blocks/mlp/down$', P(None, 'model', 'data')),
     (r'blocks/mlp/down_bias$', P()),
-    (r'blocks/moe/(gate_up|down)', P(None, 'model')),  # experts
+    (r'blocks/moe/(gate_up|down)_bias$', P(None, 'model')),  # experts
+    (r'blocks/moe/gate_up_(blocks|scales)$', P(None, 'model', None, 'data')),
+    (r'blocks/moe/(gate_up|down)', P(None, 'model', 'data')),
     (r'blocks/moe/router', P()),
-    (r'(^|/)embedding$', P('model', None)),
-    (r'(^|/)head$', P(None, 'model')),
+    (r'(^|/)embedding$', P('model', 'data')),
+    (r'(^|/)head$', P('data', 'model')),
     (r'(^|/)positions$', P()),
     (r'norm/(scale|bias)$', P()),
-    (r'adapters/', P()),
+    (r'adapters/\w+/a$', P(None, 'data')),
+    (r'adapters/\w+/b$', P(None, None, 'data')),
+    (r'maps_w$', P(None, 'data')),
+    (r'readout_w$', P('data')),
     (r'(maps|prompt|readout|special)_\w+$', P()),
     (r'(^|/)(\w*step|count)$', P()),
 )
@@ -44,22 +64,30 @@ class MeshError(LensError):
     """The mesh does not fit the devices or the batch."""
 
 
-def make_mesh(data: int, model: int) -> jax.sharding.Mesh:
-    """The ('data', 'model') mesh over the first data*model devices; data = -1 takes all that remain."""
+def make_mesh(data: int, model: int, replica: int = 1) -> jax.sharding.Mesh:
+    """The ('replica', 'data', 'model') mesh over the first replica*data*model devices; data = -1 takes all that remain.
+
+    Raises MeshError when there are too few, or when a process of several would be left without work.
+    """
     devices = jax.devices()
     if data == -1:
-        data = max(1, len(devices) // model)
-    if data * model > len(devices) or min(data, model) < 1:
+        data = max(1, len(devices) // (model * replica))
+    sizes, n = f'mesh.replica={replica} x mesh.data={data} x mesh.model={model}', replica * data * model
+    if n > len(devices) or min(replica, data, model) < 1:
         raise MeshError(
-            f'mesh.data={data} x mesh.model={model} needs {data * model} devices, but JAX sees '
-            f'{len(devices)}: lower mesh.data or mesh.model.'
+            f'{sizes} needs {n} devices, but JAX sees {len(devices)}: lower mesh.data, mesh.model or mesh.replica.'
         )
-    return jax.make_mesh(
-        (data, model),
-        ('data', 'model'),
-        axis_types=(AxisType.Explicit,) * 2,
-        devices=devices[: data * model],
-    )
+    if jax.process_count() > 1 and n < len(devices):
+        raise MeshError(
+            f'{sizes} needs {n} devices, but the {jax.process_count()} processes have {len(devices)}: use all of them, '
+            'e.g. with mesh.data=-1.'
+        )
+    return jax.make_mesh((replica, data, model), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:n])
+
+
+def row_count(mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[a] for a in ROW_AXES)
 
 
 def out(spec: P) -> P | None:
@@ -81,33 +109,86 @@ def path(key_path) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator='/').removesuffix('/value')
 
 
-def _spec(leaf_path: str, shape: tuple[int, ...], mesh) -> P:
+def gathered(tree):
+    """Leaves that are split over `data`, whole along it; what their gradient adds up to is split again."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def whole(x):
+        spec = jax.typeof(x).sharding.spec
+        return jax.sharding.reshard(x, P(*(None if a == 'data' else a for a in spec))) if 'data' in spec else x
+
+    return jax.tree.map(whole, tree)
+
+
+def _spec(leaf_path: str, shape: tuple[int, ...], mesh, split_above: float) -> P:
     spec = next((spec for pattern, spec in RULES if re.search(pattern, leaf_path)), None)
     if spec is None:
         raise KeyError(f'no placement rule in sharding.RULES matches parameter {leaf_path!r}')
+    off = () if math.prod(shape) > split_above else ('data',)
     # A dimension that the mesh axis does not divide is replicated. Query heads are stored as
     # (kv head, group), so all attention weights take the same decision.
-    axes = (a if a is None or n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=False))
+    axes = (None if a is None or a in off or n % mesh.shape[a] else a for a, n in zip(spec, shape, strict=False))
     return P(*axes)
 
 
-def shardings(tree, mesh):
-    """A NamedSharding for every array leaf of `tree`, by RULES."""
-    return jax.tree_util.tree_map_with_path(lambda kp, x: NamedSharding(mesh, _spec(path(kp), x.shape, mesh)), tree)
+def shardings(tree, mesh, split_above: float = math.inf):
+    """A NamedSharding for every array leaf of `tree`, by RULES; split over `data` above so many elements."""
+    return jax.tree_util.tree_map_with_path(
+        lambda kp, x: NamedSharding(mesh, _spec(path(kp), x.shape, mesh, split_above)), tree
+    )
 
 
-def place(tree, mesh):
-    """Host or device arrays put where RULES say."""
-    return jax.device_put(tree, shardings(tree, mesh))
+def put(x: np.ndarray, place) -> jax.Array:
+    """A host array, the same on every process, to devices: each receives its part."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """Host rows to devices, rows split over `data`."""
-    return {k: jax.device_put(v, NamedSharding(mesh, P('data', *([None] * (v.ndim - 1))))) for k, v in batch.items()}
+def place(tree, mesh, split_above: float = math.inf):
+    """Host arrays, or arrays of this process's devices, put where RULES say."""
+    return jax.tree.map(put, tree, shardings(tree, mesh, split_above))
 
 
-def check_divides(rows: int, name: str, mesh) -> None:
-    """Raises MeshError when `rows` cannot be split evenly over the data axis."""
-    n = mesh.shape['data']
-    if rows % n:
-        raise MeshError(f'{name}={rows} cannot be split over mesh.data={n}: use a multiple of {n} or change mesh.data.')
+def local_rows(mesh, n: int) -> np.ndarray:
+    """Which of a batch's n rows this process's devices hold, in ascending order."""
+    parts = NamedSharding(mesh, rows(1)).addressable_devices_indices_map((n,)).values()
+    return np.unique(np.concatenate([np.arange(n)[i] for i in parts]))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh, of: int | None = None) -> dict[str, jax.Array]:
+    """Host rows to devices, split over ROW_AXES.
+
+    of: rows of the whole batch, where `batch` has local_rows(mesh, of) alone; None where it has all.
+    """
+    n = of or len(next(iter(batch.values())))
+    mine = np.arange(n) if of is None else local_rows(mesh, n)
+
+    def put(x):
+        x = np.asarray(x)
+
+        def part(index):
+            return x[np.searchsorted(mine, np.arange(n)[index[0]])]
+
+        return jax.make_array_from_callback((n, *x.shape[1:]), NamedSharding(mesh, rows(x.ndim)), part)
+
+    return {k: put(v) for k, v in batch.items()}
+
+
+def fetch(tree):
+    """The arrays on the host, whole on every process. All processes must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: np.asarray(x) if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True), tree
+    )
+
+
+def check_divides(count: int, name: str, mesh) -> None:
+    """Raises MeshError when `count` rows cannot be split evenly over the mesh."""
+    n = row_count(mesh)
+    if count % n:
+        raise MeshError(
+            f'{name}={count} cannot be split over mesh.replica x mesh.data = {n} devices: use a multiple of {n} or '
+            'change the mesh.'
+        )

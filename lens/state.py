@@ -94,9 +94,9 @@ def make_lens(cfg, prompts, base, start: Start, key) -> Lens:
     )
 
 
-def with_placement(tree, mesh):
-    """ShapeDtypeStructs of `tree` that carry their placement by sharding.RULES."""
-    places = sharding.shardings(tree, mesh)
+def with_placement(tree, mesh, split_above: float = sharding.SPLIT_ABOVE):
+    """ShapeDtypeStructs of `tree` that carry their placement by sharding.shardings."""
+    places = sharding.shardings(tree, mesh, split_above)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
 
 
@@ -123,7 +123,8 @@ def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
 def _stream_norms(run: Run) -> jax.Array:
     """subject.stream_norms over the first training texts; the same texts on every mesh."""
     n = min(NORM_DOCUMENTS, len(run.train))
-    rows = run.mesh.shape['data'] * -(-n // run.mesh.shape['data'])
+    parts = sharding.row_count(run.mesh)
+    rows = parts * -(-n // parts)
     tokens, lengths = np.zeros((rows, run.train.tokens.shape[1]), np.int32), np.zeros(rows, np.int32)
     tokens[:n], lengths[:n] = run.train.tokens[:n], run.train.lengths[:n]
     batch = sharding.put_batch({'tokens': tokens, 'lengths': lengths}, run.mesh)
@@ -156,11 +157,13 @@ def _start(cfg, run: Run) -> Start:
 
 def init_lens(cfg, run: Run) -> Lens:
     """The lens that training starts from, made in its place on the mesh: fresh and reproducible from
-    cfg.seed, or that of cfg.init_from. Call under jax.set_mesh(run.mesh)."""
+    cfg.seed, or that of cfg.init_from, an exported lens or another workdir. Call under jax.set_mesh(run.mesh)."""
     prompts = (run.decoder_prompt, run.encoder_prompt)
     abstract = abstract_lens(cfg, prompts, run.base, run.mesh)
     if cfg.init_from:
-        return lens_folder.read(cfg.init_from, abstract)
+        folder = pathlib.Path(cfg.init_from)
+        is_run = (folder / 'checkpoints').is_dir()
+        return _weights(folder, abstract)[1] if is_run else lens_folder.read(folder, abstract)
     place = jax.tree.map(lambda x: x.sharding, abstract)
     make = jax.jit(lambda *a: make_lens(cfg, prompts, *a), out_shardings=place)
     return make(run.base, _start(cfg, run), jax.random.key(run.seed))
@@ -170,7 +173,7 @@ def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
     """Fresh optimizer state for `phase`; none where there is nothing to train."""
     opt = ()
     if phase:
-        place = sharding.shardings(jax.eval_shape(phase.tx.init, params), mesh)
+        place = sharding.shardings(jax.eval_shape(phase.tx.init, params), mesh, sharding.SPLIT_ABOVE)
         opt = jax.jit(phase.tx.init, out_shardings=place)(params)
     needed = phase and phase.hparams.needs_reference
     reference = jax.tree.map(jnp.copy, params.decoder) if needed else ()  # a step donates params
@@ -185,7 +188,7 @@ def phase_of(run: Run, step: int) -> Phase | None:
 
 @dataclasses.dataclass(frozen=True)
 class Reopened:
-    """A workdir whose newest checkpoint has been restored. config: of the run, as stored."""
+    """A workdir one of whose checkpoints has been restored. config: of the run, as stored."""
 
     config: dict
     run: Run
@@ -193,24 +196,44 @@ class Reopened:
     params: Lens
 
 
-def reopen(workdir: pathlib.Path, **mesh: int) -> Reopened:
-    """The run of a workdir at its newest checkpoint; `mesh` replaces keys of its mesh. Raises LensError."""
+def reopen(workdir: pathlib.Path, step: str = 'newest', **mesh: int) -> Reopened:
+    """The run of a workdir with the weights of a checkpoint; `mesh` replaces keys of its mesh.
+
+    step: newest | best (highest held-out FVE) | a number. Raises LensError.
+    """
     file = workdir / 'config.json'
     if not file.exists():
         raise LensError(f'{file} does not exist: --workdir must be the folder of a run.')
     config = json.loads(file.read_text())
     cfg = ml_collections.ConfigDict(config)
     cfg.mesh.update(mesh)
-    with Checkpoints(workdir / 'checkpoints', cfg.checkpoint.keep) as checkpoints:
-        step = checkpoints.latest_step
-        if step is None:
-            raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
-        try:
-            run = open_run(cfg)
-        except (AttributeError, KeyError) as e:
-            raise LensError(f'{file} lacks a key ({e}): it is of another version; train again.') from e
-        with jax.set_mesh(run.mesh):
-            return Reopened(config, run, step, restore(cfg, run, checkpoints, step).params)
+    try:
+        run = open_run(cfg)
+    except (AttributeError, KeyError) as e:
+        raise LensError(f'{file} lacks a key ({e}): it is of another version; train again.') from e
+    with jax.set_mesh(run.mesh):
+        lens = abstract_lens(cfg, (run.decoder_prompt, run.encoder_prompt), run.base, run.mesh)
+        return Reopened(config, run, *_weights(workdir, lens, step))
+
+
+def _weights(workdir: pathlib.Path, lens: Lens, step: str = 'newest') -> tuple[int, Lens]:
+    """(step, weights alone) of a checkpoint of a workdir, in the structure and placement of `lens`."""
+    with Checkpoints(workdir / 'checkpoints', keep=1) as checkpoints:
+
+        def read(step: int) -> Lens:
+            return checkpoints.restore(step, {'params': lens})['params']
+
+        if step == 'newest':
+            found = checkpoints.newest(read)
+        else:
+            number = str(checkpoints.best_step) if step == 'best' else step
+            if number not in map(str, checkpoints.steps):
+                have = ', '.join(map(str, checkpoints.steps)) or 'none'
+                raise LensError(f'{workdir}/checkpoints has no checkpoint {step!r}: it has {have}.')
+            found = int(number), read(int(number))
+    if found is None:
+        raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
+    return found
 
 
 def restore(cfg, run: Run, checkpoints: Checkpoints, step: int) -> State:

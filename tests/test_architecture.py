@@ -16,6 +16,7 @@ LEVELS = {
     'lens.losses': 1,
     'lens.sharding': 1,
     'lens.charts': 1,
+    'lens.hlo': 1,
     'lens.schedules': 3,  # its command reads data
     'lens.statistics': 1,
     'lens.extraction': 1,
@@ -23,6 +24,7 @@ LEVELS = {
     'lens.checkpoint': 2,
     'lens.optimizer': 4,
     'lens.metrics': 2,
+    'lens.health': 2,
     'lens.models': 2,
     'lens.models.lora': 2,
     'lens.models.rope': 2,
@@ -45,7 +47,12 @@ LEVELS = {
     'lens.objectives': 9,
     'lens.lens_folder': 9,
     'lens.translators': 9,
+    'lens.distributed': 1,
+    'lens.resume': 12,
+    'lens.record': 12,
+    'lens.timing': 10,  # train calls it and gives it the step
     'lens.build': 10,
+    'lens.flops': 11,
     'lens.state': 11,
     'lens.plan': 14,
     'lens.report': 10,  # of files alone; evaluate writes it anew
@@ -60,7 +67,7 @@ LEVELS = {
     'lens.main': 14,
 }
 NOBODY_IMPORTS = ('lens.main', 'lens.probe', 'lens.serve', 'lens.tuned_lens')
-KNOW_NO_MODEL = ('lens.data', 'lens.checkpoint', 'lens.optimizer', 'lens.schedules', 'lens.metrics')
+KNOW_NO_MODEL = ('lens.data', 'lens.checkpoint', 'lens.optimizer', 'lens.schedules', 'lens.metrics', 'lens.health')
 MODEL_SIDE = ('lens.models', 'lens.hf', 'lens.sampling', 'lens.gumbel', 'lens.objectives')
 # package -> who may import it; data_gen as a whole where named
 ONLY = {

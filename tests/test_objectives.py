@@ -13,7 +13,7 @@ from lens.build import Phase
 from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import encode
-from lens.sharding import make_mesh, path
+from lens.sharding import make_mesh, path, put_batch
 from lens.state import init_state
 from lens.train import train_step
 from tests.conftest import LAYER, LENGTH, make_base, make_lens
@@ -62,6 +62,23 @@ def test_grpo_gradients_are_strictly_separated(base, full, batch):
     expected = jax.jit(jax.grad(reinforce))(full.decoder)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-6), grads.decoder, expected)
     assert size(grads.decoder) > 1e-2 and size(grads.encoder) > 1e-2
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (8, 1)])
+def test_repeated_texts_are_counted_up_to_their_end(shape):
+    """Many rows over few words: against a set of tuples. What follows the end of a text does not tell texts apart."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 3, (728, 7)).astype(np.int32)
+    ends = rng.integers(0, 8, 728)
+    share = 1 - len({tuple(row[:end]) for row, end in zip(ids, ends, strict=True)}) / 728
+    assert 0.1 < share < 0.9
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        rows = put_batch({'ids': ids, 'mask': (np.arange(7) < ends[:, None]).astype(np.float32)}, mesh)
+        np.testing.assert_allclose(jax.jit(objectives.repeated)(rows['ids'], rows['mask']), share, atol=1e-6)
+    assert objectives.repeated(jnp.zeros((5, 3), jnp.int32), jnp.ones((5, 3))) == np.float32(0.8)
+    alike = jnp.asarray([[1, 2, 3], [3, 2, 1], [2, 1, 3], [1, 2, 2]])  # another order, one other word
+    assert objectives.repeated(alike, jnp.ones((4, 3))) == 0
 
 
 def test_equal_rewards_give_the_decoder_no_gradient(base, full, batch):
@@ -174,10 +191,14 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     (value, rows), want = jax.value_and_grad(error, has_aux=True)(full.encoder)
     np.testing.assert_allclose(metrics['loss_encoder'], value, rtol=1e-4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), grads.encoder, want)
+    np.testing.assert_allclose(metrics['text_len'], np.mean([len(texts[i]) for i in kept]), rtol=1e-5)
     reward = np.full(len(ids), -2.0)
     reward[kept] = -np.asarray(rows)
     np.testing.assert_allclose(metrics['reward'], reward.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics['reward_group_std'], reward.reshape(-1, 12).std(1).mean(), rtol=1e-4)
     ends = np.array([h[0] + 1 if t is not None else LENGTH for t, h in zip(texts, hits, strict=True)])
+    distinct = {tuple(row[:end]) for row, end in zip(ids, ends, strict=True)}
+    np.testing.assert_allclose(metrics['repeated'], 1 - len(distinct) / len(ids), atol=1e-6)
     mask = np.arange(LENGTH) < ends[:, None]
     adv = losses.advantages(jnp.asarray(reward), 12)
 

@@ -121,7 +121,11 @@ def test_unknown_parameter_and_bad_meshes_are_refused():
     mesh = sharding.make_mesh(2, 4)
     with pytest.raises(KeyError, match=r"no placement rule .* 'mystery'"):
         sharding.place({'mystery': np.zeros(3)}, mesh)
-    with pytest.raises(sharding.MeshError, match=r'mesh.data=4 x mesh.model=3 needs 12 devices, but JAX sees 8'):
+    with pytest.raises(
+        sharding.MeshError, match=r'mesh.replica=1 x mesh.data=4 x mesh.model=3 needs 12 devices, but JAX sees 8'
+    ):
         sharding.make_mesh(4, 3)
-    with pytest.raises(sharding.MeshError, match=r'sft.documents=3 cannot be split over mesh.data=2'):
+    with pytest.raises(
+        sharding.MeshError, match=r'sft.documents=3 cannot be split over mesh.replica x mesh.data = 2 devices'
+    ):
         sharding.check_divides(3, 'sft.documents', mesh)

@@ -21,10 +21,10 @@ from lens.errors import LensError
 from lens.metrics import read_jsonl
 from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
-from lens.train import NonFiniteError, Trainer
+from lens.record import NonFiniteError, curve
+from lens.train import Trainer
 from tests.conftest import make_base
 
-TIMES = re.compile(r', "(wall_s|step_s)": [0-9.e+-]+')
 TOKENIZER = 'configs/tiny_subject'
 
 
@@ -82,12 +82,12 @@ def finished(world, tmp_path_factory):
     return workdir, train(config(world), workdir)
 
 
-def curve(workdir):
-    return TIMES.sub('', (workdir / 'metrics.jsonl').read_text())
-
-
 def figures(summary):
-    return {k: v for k, v in summary.items() if isinstance(v, float) and k != 'wall_s'}
+    return {
+        k: v
+        for k, v in summary.items()
+        if isinstance(v, float) and not k.endswith('_s') and k not in ('goodput', 'peak_memory_gb')
+    }
 
 
 def test_workdir_holds_what_the_contract_names(finished):
@@ -153,8 +153,8 @@ def train_until(stop, cfg, workdir, monkeypatch):
 
     save = Checkpoints.save
 
-    def save_and_stop(self, step, state, info):
-        save(self, step, state, info)
+    def save_and_stop(self, step, *rest):
+        save(self, step, *rest)
         if step == stop:
             raise Stop
 
@@ -309,7 +309,7 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'explanation_len': 7}, r'explanation_len=7, but the given explanations in .* have 12 tokens'),
         (
             {'mesh__data': 2, 'sft__documents': 3},
-            r'sft.documents=3 cannot be split over mesh.data=2: use a multiple of 2',
+            r'sft.documents=3 cannot be split over mesh.replica x mesh.data = 2 devices: use a multiple of 2',
         ),
         ({'mesh__data': 16}, r'mesh.data=16 x mesh.model=1 needs 16 devices, but JAX sees 8'),
         ({'subject__path': '/nowhere'}, r'/nowhere does not exist'),

@@ -330,7 +330,7 @@ def test_bfloat16_on_a_mesh_and_shorter_texts(world, tmp_path):
         ({'seq_len': -3}, '--seq_len=-3 must be positive'),
         ({'learning_rate': float('nan')}, '--learning_rate=nan must be positive'),
         ({'batch': 41}, 'holds 40 documents, fewer than --batch=41'),
-        ({'batch': 7, 'mesh_data': 2}, '--batch=7 cannot be split over mesh.data=2'),
+        ({'batch': 7, 'mesh_data': 2}, '--batch=7 cannot be split over mesh.replica x mesh.data = 2 devices'),
     ],
 )
 def test_impossible_settings_are_refused(world, tmp_path, changes, message):

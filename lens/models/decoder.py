@@ -120,7 +120,7 @@ def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
 
     hook = None
     if c.injection == 'affine':
-        maps_NxBxD = jnp.einsum('bd,nde->nbe', a, decoder.maps_w[...]) + decoder.maps_b[...][:, None]
+        maps_NxBxD = jnp.einsum('bd,nde->nbe', a, sharding.gathered(decoder.maps_w[...])) + decoder.maps_b[...][:, None]
         entry = maps_NxBxD[0]
     elif c.injection == 'replace':
         entry = injection.fixed_norm(a, c.norm) / model.config.embed_scale
@@ -185,8 +185,8 @@ def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple
 
 def natural_logits(base: Transformer, prefix_P, ids_BxT):
     """The untouched base's logits BxTxV of every token of ids after the token ids `prefix_P`, no gradient."""
-    prefix = jnp.broadcast_to(
-        prefix_P, (ids_BxT.shape[0], len(prefix_P)), out_sharding=sharding.out(sharding.P('data', None))
-    )
-    logits = base(jnp.concatenate([prefix, ids_BxT[:, :-1]], axis=1))[:, len(prefix_P) - 1 :]
-    return jax.lax.stop_gradient(logits)
+    shape = (ids_BxT.shape[0], len(prefix_P))
+    prefix = jnp.broadcast_to(prefix_P, shape, out_sharding=sharding.out(sharding.rows(2)))
+    x = base.embed(jnp.concatenate([prefix, ids_BxT[:, :-1]], axis=1))
+    x = base.run_layers(x, 0, base.config.n_layers)[:, len(prefix_P) - 1 :]
+    return jax.lax.stop_gradient(base.logits(x))

@@ -90,12 +90,12 @@ def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source
     if span is not None:
         x, last = _close_up(x, left, words_BxTxD.shape[1], *span)
     hit_BxT = jnp.arange(x.shape[1]) == last[:, None]
-    x = x + (hit_BxT[..., None] * encoder.special_last[...]).astype(dtype)
+    x = x + jnp.where(hit_BxT[..., None], rows(encoder.special_last[...][None]), 0)
     x = model.run_layers(model.enter(x), 0, encoder.config.output_layer + 1, adapters=encoder.adapters)
     y = jnp.sum(jnp.where(hit_BxT[..., None], x.astype(jnp.float32), 0), axis=1) if span is not None else x[:, -1]
     y = y.astype(jnp.float32)
     if encoder.readout_w is not None:
-        y = jnp.einsum('bd,de->be', y, encoder.readout_w[...])
+        y = jnp.einsum('bd,de->be', y, sharding.gathered(encoder.readout_w[...]))
     if encoder.readout_b is not None:
         y = y + encoder.readout_b[...]
     if encoder.positions is not None:

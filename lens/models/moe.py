@@ -97,6 +97,17 @@ IMPLEMENTATIONS = {
 }
 
 
+def _top_k(x_BxTxE, k: int):
+    """(values, indices) BxTxk of the largest, row by row where the rows live: the partitioner gathers them first."""
+
+    def local(x):
+        return tuple(jax.lax.top_k(x, k))
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(x_BxTxE)
+    return jax.shard_map(local, in_specs=sharding.ACT, out_specs=(sharding.ACT, sharding.ACT))(x_BxTxE)
+
+
 class MoE(nnx.Module):
     """One layer of experts, in `dtype` or (c.packed) in MXFP4."""
 
@@ -134,7 +145,7 @@ class MoE(nnx.Module):
         logits = jnp.einsum('btd,de->bte', x_BxTxD, self.router_w[...], preferred_element_type=jnp.float32)
         # Rounded once, after the bias: in bfloat16 the rounding decides which experts tie.
         logits = (logits + self.router_bias[...].astype(jnp.float32)).astype(x_BxTxD.dtype)
-        top, choice = jax.lax.top_k(logits, top_k)
+        top, choice = _top_k(logits, top_k)
         return choice, jax.nn.softmax(top.astype(jnp.float32), axis=-1)
 
     def _stored(self) -> dict[str, jax.Array]:
@@ -158,7 +169,7 @@ class MoE(nnx.Module):
         def run_shard(x_BxTxD, choice_BxTxk, weight_BxTxk, stored):
             # Whatever meets per-device values is typed so at the entrance: its gradient is summed there, and
             # kernels with gradients of their own need no knowledge of the mesh.
-            stored = jax.lax.pcast(stored, 'data', to='varying')
+            stored = jax.lax.pcast(stored, sharding.ROW_AXES, to='varying')
             if axis is None:
                 return run(x_BxTxD, choice_BxTxk, weight_BxTxk, stored).astype(x_BxTxD.dtype)
             x_BxTxD, choice_BxTxk, weight_BxTxk = jax.lax.pcast(

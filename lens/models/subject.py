@@ -71,5 +71,5 @@ def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):
 
 def tile_rows(x, group: int):
     """Each row repeated `group` times, copies contiguous: BxVx... -> (B*group)x..., batch-sharded."""
-    spec = sharding.out(sharding.P('data', *([None] * (x.ndim - 1))))
+    spec = sharding.out(sharding.rows(x.ndim))
     return jnp.repeat(x, group, axis=0, out_sharding=spec)

@@ -121,6 +121,11 @@ class Block(nnx.Module):
         return x_BxTxD + (self.mlp_post_norm(y, c.norm_eps) if c.post_norms else y), out
 
 
+def at_layer(stacks, i):
+    """Layer i of stacks, put together where they are split. Call it inside a checkpoint: see the module docstring."""
+    return sharding.gathered(jax.tree.map(lambda w: w[i], stacks))
+
+
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block', 'collect'))
 def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_block=None, collect=None):
     """Blocks lo..hi-1; returns ((x_BxTxD, cache), collected). Jitted so that calls outside jit compile once."""
@@ -129,7 +134,7 @@ def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_bl
 
     def layer(carry, i):
         x, cache = carry
-        block, adapter = jax.tree.map(lambda w: w[i], (blocks, adapters))
+        block, adapter = at_layer((blocks, adapters), i)
         if before_block is not None:
             x = before_block(x, i)
         y, keys_values = block(x, i, positions_T, c, cache, adapter)
@@ -147,17 +152,14 @@ def _run_beside(blocks, x_BxSxD, y_BxVxD, positions_BxV, *, lo, hi, c):
         return y_BxVxD
     positions_S = jnp.arange(x_BxSxD.shape[1])
 
-    def block(i):
-        return jax.tree.map(lambda w: w[i], blocks)
-
     @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[c.remat])
     def beside(y, stream, i):
-        return block(i)(y, i, positions_BxV, c, stream, None)[0]
+        return at_layer(blocks, i)(y, i, positions_BxV, c, stream, None)[0]
 
     def layer(carry, i):
         x, y = carry
         # Not under the checkpoint: x has no gradient, and of it the backward pass needs only `stream`.
-        x, stream = block(i)(x, i, positions_S, c, None, None)
+        x, stream = at_layer(blocks, i)(x, i, positions_S, c, None, None)
         return (x, beside(y, stream, i)), None
 
     carry, _ = jax.lax.scan(layer, (x_BxSxD, y_BxVxD), jnp.arange(lo, hi - 1))
@@ -190,9 +192,14 @@ class Transformer(nnx.Module):
         positions = jax.random.normal(rngs.params(), (c.max_positions, c.d_model), dtype)
         self.positions = nnx.data(None if c.ropes else nnx.Param(positions))
 
+    @property
+    def table(self):
+        """The embedding table VxD."""
+        return sharding.gathered(self.embedding[...])
+
     def lookup(self, ids_BxT):
         """Rows of the embedding table BxTxD, as they are stored."""
-        return self.embedding[...].at[ids_BxT].get(out_sharding=sharding.out(sharding.ACT))
+        return self.table.at[ids_BxT].get(out_sharding=sharding.out(sharding.ACT))
 
     def enter(self, x_BxTxD, start=0):
         """What enters block 0 at positions start..start+T-1, of rows in the units of the embedding table:
@@ -211,7 +218,7 @@ class Transformer(nnx.Module):
     def embedding_rows(self, ids: list[int]):
         """Rows of the embedding table as they are, len(ids) x D: where a soft prompt starts."""
         ids = jnp.asarray(ids, jnp.int32)
-        return self.embedding[...].at[ids].get(out_sharding=sharding.out(sharding.P(None, None)))
+        return self.table.at[ids].get(out_sharding=sharding.out(sharding.P(None, None)))
 
     def truncated(self, n: int) -> 'Transformer':
         """A copy of the first n blocks and the embedding; it has no final norm and no head."""
@@ -263,9 +270,9 @@ class Transformer(nnx.Module):
         c = self.config
         x = self.final_norm(x_BxTxD, c.norm_eps)
         if self.head is None:
-            y = jnp.einsum('btd,vd->btv', x, self.embedding[...], preferred_element_type=jnp.float32)
+            y = jnp.einsum('btd,vd->btv', x, self.table, preferred_element_type=jnp.float32)
         else:
-            y = jnp.einsum('btd,dv->btv', x, self.head[...], preferred_element_type=jnp.float32)
+            y = jnp.einsum('btd,dv->btv', x, sharding.gathered(self.head[...]), preferred_element_type=jnp.float32)
         return softcap(y, c.final_softcap)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
@@ -277,7 +284,7 @@ class Transformer(nnx.Module):
 
     def _cache_spec(self):
         heads = jax.typeof(self.blocks.attn.k[...]).sharding.spec[2]
-        return sharding.P(None, 'data', None, heads, None)
+        return sharding.P(None, sharding.ROW_AXES, None, heads, None)
 
     def __call__(self, ids_BxT):
         """Next-token logits BxTxV (float32) of token ids BxT."""

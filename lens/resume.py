@@ -1,0 +1,75 @@
+"""Which run a workdir holds, and how it goes on: the newest checkpoint that can be read, if it is of this run."""
+
+import hashlib
+import json
+import pathlib
+
+from lens.build import Run
+from lens.checkpoint import CheckpointError, Checkpoints, DamagedError
+from lens.state import State, phase_of, restore
+
+# What may differ between a run and its continuation: how often, where; never what is computed.
+FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
+
+
+def fingerprint(config: dict) -> str:
+    """Digest of the part of a configuration that decides what is computed."""
+    kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(config: dict, run: Run) -> dict:
+    """What a checkpoint says of the run that it belongs to."""
+    ends = [p.end for p in run.phases]  # epochs depend on the data as well
+    return {'config': config, 'fingerprint': fingerprint(config), 'phase_ends': ends}
+
+
+def newest(cfg, config: dict, run: Run, checkpoints: Checkpoints, workdir: pathlib.Path) -> tuple[State, dict] | None:
+    """(state, info) of the newest checkpoint that can be read, damaged ones after it moved away; None where the run
+    has not begun. Call under jax.set_mesh(run.mesh). Raises CheckpointError when the workdir holds another run."""
+
+    def read(step: int) -> tuple[State, dict]:
+        info = checkpoints.info(step)
+        _check(info, config, run, workdir)
+        return restore(cfg, run, checkpoints, step), info
+
+    try:
+        found = checkpoints.newest(read)
+    except DamagedError as e:
+        raise CheckpointError(f'{e} None of the others can be read either: start in another --workdir.') from e
+    if found is None:
+        return None
+    step, (state, info) = found
+    checkpoints.set_aside(after=step)
+    phase = phase_of(run, step)
+    return state, info | ({'data': None} if phase and step == phase.end else {})
+
+
+def _check(info: dict, config: dict, run: Run, workdir: pathlib.Path) -> None:
+    here = identity(config, run)
+    try:
+        same, theirs, ends = info['fingerprint'] == here['fingerprint'], info['config'], info['phase_ends']
+    except KeyError as e:
+        raise DamagedError(f'{workdir}/checkpoints: a checkpoint says no {e}.') from e
+    if not same:
+        raise CheckpointError(
+            f'{workdir} holds a run with another configuration (differing keys: '
+            f'{", ".join(differing(theirs, config))}): use that configuration or another --workdir.'
+        )
+    if ends != here['phase_ends']:
+        raise CheckpointError(
+            f'{workdir} holds a run whose phases end at steps {ends}, now {here["phase_ends"]}: epochs are counted on '
+            'the training documents, so restore data.path or use another --workdir.'
+        )
+
+
+def differing(a: dict, b: dict, prefix: str = '') -> list[str]:
+    """Dotted keys whose values differ."""
+    out = []
+    for k in sorted(a.keys() | b.keys()):
+        x, y = a.get(k), b.get(k)
+        if isinstance(x, dict) and isinstance(y, dict):
+            out += differing(x, y, f'{prefix}{k}.')
+        elif x != y and (prefix or k not in FREE_KEYS):
+            out.append(prefix + k)
+    return out
