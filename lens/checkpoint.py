@@ -17,7 +17,7 @@ from lens.errors import LensError
 
 T = TypeVar('T')
 # What Orbax and the libraries under it raise for files that cannot be read or written.
-FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 SHOWN = 3  # differing leaves in a message
 
 
@@ -43,7 +43,7 @@ def _from_dict(like, leaves: dict):
 
 
 def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
 
 
 class Checkpoints:
@@ -171,9 +171,12 @@ class Checkpoints:
     def info(self, step: int) -> dict:
         """What was given to save as `info`. Raises DamagedError."""
         try:
-            return dict(self._ckpt.metadata(step).custom_metadata)
+            info = self._ckpt.metadata(step).custom_metadata
         except FILE_ERRORS as e:
             raise self._damaged(step, e) from e
+        if not info:  # what Orbax makes of an unreadable file
+            raise self._damaged(step, ValueError('its description is not valid JSON'))
+        return dict(info)
 
     def _damaged(self, step: int, e: Exception) -> DamagedError:
         return DamagedError(f'{self.directory}/{step} is damaged ({_first_line(e)}).')

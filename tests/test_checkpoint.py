@@ -1,0 +1,135 @@
+"""Checkpoints: which are kept, what happens to damaged ones, and when the disk is full."""
+
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lens.checkpoint import CheckpointError, Checkpoints, DamagedError
+
+LIMIT = 20_000  # bytes of a file on the full disk; the state below needs more, Orbax's descriptions less
+
+
+def state_of(step):
+    """64 kB that do not compress."""
+    return {'params': {'w': jax.random.normal(jax.random.key(step), (128, 125))}, 'step': jnp.asarray(step)}
+
+
+def save(checkpoints, step, fve=None):
+    checkpoints.save(step, state_of(step), {'data': {'next_index': step}}, fve)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def folder(tmp_path, said):
+    """Checkpoints of steps 1, 2 and 3."""
+    with Checkpoints(tmp_path / 'c', keep=3, say=said.append) as checkpoints:
+        for step in (1, 2, 3):
+            save(checkpoints, step)
+    return tmp_path / 'c'
+
+
+def read_all(checkpoints):
+    return checkpoints.newest(lambda step: (checkpoints.info(step), checkpoints.restore(step, state_of(0))))
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_kept_are_the_newest_the_best_and_every_nth(tmp_path):
+    fve = {1: 0.1, 2: 0.9, 3: None, 4: 0.3, 5: 0.2, 6: 0.8, 7: None, 8: 0.1, 9: None}
+    with Checkpoints(tmp_path / 'c', keep=2, best=2, every=4) as checkpoints:
+        for step, value in fve.items():
+            save(checkpoints, step, value)
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 4, 6, 8, 9]  # best 2 and 6, newest 8 and 9, multiples of 4
+        assert (checkpoints.best_step, checkpoints.best_fve, checkpoints.latest_step) == (2, 0.9, 9)
+    with Checkpoints(tmp_path / 'c', keep=2, best=2, every=4) as again:
+        assert (again.steps, again.best_step, again.best_fve) == ([2, 4, 6, 8, 9], 2, 0.9)
+
+
+def test_saving_a_step_twice_keeps_the_first(folder, said):
+    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+        checkpoints.save(3, state_of(99), {})
+        assert read_all(checkpoints)[1][1]['step'] == 3
+    assert not said
+
+
+@pytest.mark.parametrize('damage', ['array', 'description', 'tree', 'info'])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, said, damage):
+    file = {
+        'array': largest_file(folder / '3'),
+        'description': folder / '3/state/array_metadatas/process_0',
+        'tree': folder / '3/state/_METADATA',
+        'info': folder / '3/_CHECKPOINT_METADATA',
+    }[damage]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+        step, (info, state) = read_all(checkpoints)
+        assert (step, info['data']['next_index']) == (2, 2)
+        np.testing.assert_array_equal(state['params']['w'], state_of(2)['params']['w'])
+        assert len(said) == 1 and f'{folder}/3 is damaged' in said[0]
+        checkpoints.set_aside(after=2)
+        assert checkpoints.steps == [1, 2] and (folder.with_name('c-damaged') / '3').is_dir()
+        save(checkpoints, 3)  # the run makes it again
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 2, 3] and read_all(checkpoints)[0] == 3
+
+
+def test_when_none_can_be_read_it_says_so(folder, said):
+    for step in (1, 2, 3):
+        largest_file(folder / str(step)).write_bytes(b'')
+    with Checkpoints(folder, keep=3, say=said.append) as checkpoints, pytest.raises(DamagedError, match='1 is damaged'):
+        read_all(checkpoints)
+
+
+def test_other_shapes_are_named_and_nothing_is_skipped(folder, said):
+    other = {'params': {'w': jnp.zeros((128, 7)), 'b': jnp.zeros(3)}, 'step': jnp.asarray(0)}
+    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+        with pytest.raises(
+            CheckpointError, match=r'params/b none instead of \(3,\); params/w \(128, 125\) instead of'
+        ) as e:
+            checkpoints.newest(lambda step: checkpoints.restore(step, other))
+        assert not isinstance(e.value, DamagedError) and not said
+
+
+def test_weights_alone(folder):
+    with Checkpoints(folder, keep=3) as checkpoints:
+        got = checkpoints.restore(2, {'params': state_of(0)['params']})
+    assert got.keys() == {'params'}
+    np.testing.assert_array_equal(got['params']['w'], state_of(2)['params']['w'])
+
+
+def test_a_full_disk_costs_one_checkpoint(folder, said):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(folder, keep=2, say=said.append) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+        try:
+            save(checkpoints, 4)
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert len(said) == 1 and 'the checkpoint of step 4 could not be written' in said[0], said
+        assert 'the last good one is step 3' in said[0]
+        assert checkpoints.steps[-1] == 3 and read_all(checkpoints)[0] == 3
+        save(checkpoints, 5)
+        checkpoints.wait()
+        assert checkpoints.latest_step == 5 and len(said) == 1
+    assert not list(folder.glob('*tmp*'))
+
+
+def test_what_a_killed_write_left_is_removed(folder):
+    rest = folder / '4.orbax-checkpoint-tmp'
+    rest.mkdir()
+    (rest / 'half').write_text('x')
+    with Checkpoints(folder, keep=3) as checkpoints:
+        assert checkpoints.steps == [1, 2, 3]
+        checkpoints.clean()
+    assert not rest.exists()
