@@ -42,6 +42,16 @@ def _from_dict(like, leaves: dict):
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
+@jax.jit
+def _checksums(leaves: dict) -> dict:
+    """Sum of the bits of each leaf as uint32, modulo 2^32: the same on every mesh. Orbax's arrays have none."""
+
+    def bits(x):
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
+
+    return jax.tree.map(lambda x: jnp.sum(bits(x), dtype=jnp.uint32), leaves)
+
+
 def _first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
 
@@ -102,12 +112,11 @@ class Checkpoints:
         self.wait()
         if step in self.steps:
             return
-        metrics = None if fve is None else {'fve': fve}
+        metrics, leaves = None if fve is None else {'fve': fve}, _to_dict(state)
+        info = info | {'checksums': {k: int(v) for k, v in sharding.fetch(_checksums(leaves)).items()}}
         self._writing = step
         try:
-            self._ckpt.save_checkpointables_async(
-                step, {'state': _to_dict(state)}, metrics=metrics, custom_metadata=info
-            )
+            self._ckpt.save_checkpointables_async(step, {'state': leaves}, metrics=metrics, custom_metadata=info)
         except FILE_ERRORS as e:
             self._lost(e)
 
@@ -193,8 +202,13 @@ class Checkpoints:
         try:
             with context:
                 loaded = self._ckpt.load_checkpointables(step, {'state': abstract})['state']
+            stored = self.info(step)['checksums']
+            found = sharding.fetch(_checksums(loaded))
         except FILE_ERRORS as e:
             raise self._damaged(step, e) from e
+        changed = next((k for k, v in found.items() if int(v) != stored.get(k)), None)
+        if changed:
+            raise self._damaged(step, ValueError(f'{changed} is not what was written'))
         return _from_dict(like, loaded)
 
     def _check_shapes(self, step: int, abstract: dict) -> None:

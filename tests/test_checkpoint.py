@@ -62,15 +62,19 @@ def test_saving_a_step_twice_keeps_the_first(folder, said):
     assert not said
 
 
-@pytest.mark.parametrize('damage', ['array', 'description', 'tree', 'info'])
+@pytest.mark.parametrize('damage', ['array', 'bit', 'description', 'tree', 'info'])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, said, damage):
     file = {
         'array': largest_file(folder / '3'),
+        'bit': largest_file(folder / '3'),
         'description': folder / '3/state/array_metadatas/process_0',
         'tree': folder / '3/state/_METADATA',
         'info': folder / '3/_CHECKPOINT_METADATA',
     }[damage]
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    content = file.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+    file.write_bytes(flipped if damage == 'bit' else content[:middle])
     with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
         step, (info, state) = read_all(checkpoints)
         assert (step, info['data']['next_index']) == (2, 2)
