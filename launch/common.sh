@@ -141,3 +141,25 @@ pretokenize() {
   wait "$pretokenizing" || die "The rows are in $out/dataset, but not as tokens: the same command tries again."
   pretokenizing=''
 }
+
+# Checks the arguments of a training, those of lens.main, and sets $workdir.
+read_training() {
+  local name
+  for name in config workdir; do
+    [ "$(option_value "$name" "$@")" ] || die "--$name is needed: see the head of launch/$program."
+  done
+  workdir=$(option_value workdir "$@")
+}
+
+# Sets and exports PYTHON, the interpreter of a training on this machine.
+use_python() {
+  export PYTHON=${PYTHON:-$root/.venv/bin/python}
+  command -v "$PYTHON" >/dev/null || die "$PYTHON is missing: give \`make\` first, or set PYTHON."
+}
+
+# Becomes launch/supervise.py with the arguments $@, where the training itself runs on other machines.
+supervise_from_here() {
+  local here=$root/.venv/bin/python
+  command -v "$here" >/dev/null || here=python3
+  exec "$here" "$root/launch/supervise.py" "$@"
+}

@@ -2,12 +2,14 @@
 
 import difflib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lens.errors import LensError
 
+BROKEN = 70  # EX_SOFTWARE of sysexits.h
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
@@ -52,7 +54,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def run(main) -> None:
-    """app.run for `main(argv)`: a LensError or a failure of the disk prints its sentence and exits with code 1."""
+    """app.run for `main(argv)`: a LensError or a failure of the disk prints its sentence and exits with code 1, anything
+    else its traceback and exits with BROKEN: what supervises a run restarts it then."""
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
@@ -62,5 +65,10 @@ def run(main) -> None:
             if DEBUG.value:
                 raise
             sys.exit(f'error: {e}')
+        except Exception:
+            if DEBUG.value:
+                raise
+            traceback.print_exc()
+            sys.exit(BROKEN)
 
     app.run(guarded, flags_parser=_parse)

@@ -133,8 +133,8 @@ class Stop:
         return self
 
     def __exit__(self, *exc):
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
+        for s, handler in self._before.items():  # a second signal must not end a process that has just saved
+            signal.signal(s, signal.SIG_IGN if self.name else handler)
 
     def _note(self, number, frame):
         self.name = signal.Signals(number).name

@@ -50,10 +50,16 @@ def test_what_is_missing_is_named(given, environment, sentence):
         place(*given, environment)
 
 
-def test_signals_are_noted_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGUSR1)
+def test_signals_are_noted_and_ignored_after_they_were_heeded():
+    before = {s: signal.getsignal(s) for s in Stop.SIGNALS}
     with Stop() as stop:
         assert not stop.asked(1)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.asked(2) and stop.name == 'SIGUSR1'
-    assert signal.getsignal(signal.SIGUSR1) == before
+    assert {s: signal.getsignal(s) for s in Stop.SIGNALS} == before
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.asked(2) and stop.name == 'SIGUSR1'
+        os.kill(os.getpid(), signal.SIGTERM)  # ends nothing
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -18,20 +18,11 @@ pytest.importorskip('aiohttp')
 pytest.importorskip('datasets')
 import datasets
 
+from tests.marked import MARK, marked
+
 ROOT = pathlib.Path(__file__).parents[1]
 FAKES = ROOT / 'tests' / 'fake_slurm'
 SUBJECT = 'configs/tiny_subject'
-MARK = 'LENS_LAUNCH_TEST'
-
-
-def marked(value: str) -> dict[int, str]:
-    """Running processes with the mark of a test in their environment: id and command line."""
-    found = {}
-    for folder in pathlib.Path('/proc').glob('[0-9]*'):
-        with contextlib.suppress(OSError):
-            if f'{MARK}={value}'.encode() in (folder / 'environ').read_bytes().split(b'\0'):
-                found[int(folder.name)] = (folder / 'cmdline').read_text().replace('\0', ' ')
-    return found
 
 
 class Launch:

@@ -16,3 +16,16 @@ processes() {
 }
 
 signal_job() { processes "$2" | xargs -r kill "-$1" 2>/dev/null || true; }
+
+# Runs the script of job $1 with its words, in the folder where it was submitted; the job has its own log.
+start_job() {
+  local folder=$FAKE_SLURM/job-$1 words
+  mapfile -d '' words <"$folder/words"
+  (
+    cd "$(cat "$folder/submit_dir")"
+    # a job does not inherit the signals that its submitter ignores
+    SLURM_JOB_ID=$1 SLURM_JOB_NODELIST=$(cat "$folder/nodes") SLURM_SUBMIT_DIR=$PWD \
+      exec setsid env --default-signal=HUP,INT,TERM bash "$folder/script" "${words[@]}"
+  ) >>"$(cat "$folder/output")" 2>&1 </dev/null &
+  echo $! >"$folder/pid"
+}
