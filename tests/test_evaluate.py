@@ -134,6 +134,7 @@ def test_figures_are_the_statistics_of_what_was_collected(result):
     assert [len(s['tokens']) for s in full.samples] == [10, 9, 10, 8]
 
 
+@pytest.mark.slow
 def test_another_mesh_gives_the_same_figures(split, result):
     mesh = sharding.make_mesh(4, 2)
     with jax.set_mesh(mesh):

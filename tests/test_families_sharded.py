@@ -10,7 +10,10 @@ from tests import hf_models
 
 IDS = np.random.default_rng(2).integers(0, 97, (4, 9)).astype(np.int32)
 # Over two devices kv heads (2) and experts (4) are split; over four the heads do not divide and are replicated.
-CASES = [('gpt_oss', 2, 2), ('gpt_oss', 1, 4), ('gemma2', 2, 4), ('gpt2', 4, 2)]
+CASES = [
+    ('gpt_oss', 2, 2),
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in (('gpt_oss', 1, 4), ('gemma2', 2, 4), ('gpt2', 4, 2))),
+]
 
 
 @pytest.fixture(scope='module')

@@ -64,7 +64,9 @@ def test_logits_are_those_of_one_patch_after_the_other(pair, family, layer):
     assert np.abs(got[0, 1] - got[0, 4]).max() > 0.1  # two values at one position
 
 
-@pytest.mark.parametrize(('family', 'remat'), [('gemma3_text', 'full'), ('gpt_oss', 'dots')])
+@pytest.mark.parametrize(
+    ('family', 'remat'), [('gemma3_text', 'full'), pytest.param('gpt_oss', 'dots', marks=pytest.mark.slow)]
+)
 def test_gradient_in_the_values_is_that_of_the_patches(pair, family, remat):
     model = jax.tree.map(lambda x: x, pair(family).jax)
     model.config = dataclasses.replace(model.config, remat=remat)

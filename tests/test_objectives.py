@@ -107,7 +107,7 @@ def test_a_positive_weight_enables_its_term_for_the_decoder_only(base, full, bat
     np.testing.assert_allclose(size(diff.encoder), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize('resample', [False, True])
+@pytest.mark.parametrize('resample', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_functional_kl_is_the_encoders_and_equals_patching_one_position_at_a_time(base, full, batch, resample):
     hp = dataclasses.replace(HP, kl_weight=ON, resample=resample)
     plain, _ = gradient('sft', full, base, batch)
@@ -209,7 +209,10 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), grads.decoder, want)
 
 
-@pytest.mark.parametrize('form', ['full', 'truncated', 'two_pass'])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize('form', [pytest.param('full', marks=SLOW), pytest.param('truncated', marks=SLOW), 'two_pass'])
 def test_gumbel_reaches_both_sides_through_the_words(base, full, batch, form):
     hp = dataclasses.replace(HP, group=1, form=form, tau=schedules.constant(0.7))
     grads, metrics = gradient('gumbel', full, base, batch, hp)
@@ -288,7 +291,9 @@ def test_activations_are_those_of_the_configured_layer(base, batch):
         np.testing.assert_array_equal(a, np.asarray(expected).reshape(-1, 24))
 
 
-@pytest.mark.parametrize(('objective', 'own_base'), [('sft', False), ('grpo', True)])
+@pytest.mark.parametrize(
+    ('objective', 'own_base'), [('sft', False), pytest.param('grpo', True, marks=pytest.mark.slow)]
+)
 def test_training_leaves_the_base_byte_identical_and_moves_every_trainable_leaf(batch, objective, own_base):
     chosen, hp = objectives.OBJECTIVES[objective], dataclasses.replace(HP, updates=1 + own_base, clip=0.2)
     base = make_base()

@@ -82,6 +82,7 @@ def test_pretraining_resumes_bit_identically_and_ships_a_hugging_face_model(conf
     np.testing.assert_allclose(hf.load_model(tmp_path / 'cut/model')(ids), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_both_losses_reach_the_weights(config, tmp_path):
     trainer = pretrain.Pretrainer(config, tmp_path)
     before = jax.tree.map(np.asarray, trainer.state['trainable'])

@@ -48,6 +48,7 @@ def test_the_command_writes_stories_that_no_model_is_fitted_on(tmp_path):
     documents.parse(rows[0], 'chat', 'messages', 'low')
 
 
+@pytest.mark.slow
 def test_the_small_table_gives_the_loss_and_the_gradient_of_the_large_one():
     table = tiny_chat.Table(np.array([2, 3, 9, 11, 17, 18]), 23)
     small = Transformer(dataclasses.replace(SHAPE, tied=False), rngs=nnx.Rngs(0))

@@ -137,6 +137,7 @@ def test_workdir_holds_what_the_contract_names(finished):
     assert len(read_jsonl(workdir / 'samples.jsonl')) == 2
 
 
+@pytest.mark.slow
 def test_two_runs_write_identical_metrics(world, finished, tmp_path):
     summary = train(config(world), tmp_path / 'w')
     assert curve(tmp_path / 'w') == curve(finished[0])
@@ -175,6 +176,7 @@ def test_resume_is_bit_identical(world, finished, tmp_path, monkeypatch, stop):
     assert final_parameters(tmp_path / 'w') == final_parameters(finished[0])
 
 
+@pytest.mark.slow
 def test_resume_inside_an_accumulation_before_the_unfreezing(world, tmp_path, monkeypatch):
     """Mean gradient, sleeping moments and frozen rows come back; an epoch is a pass over the 60 documents."""
     table = (('embedding$', None), ('^encoder/', 1.0, 0.0, 'encoder', '4s'), ('^decoder/', 1.0, 0.1, 'decoder', '0'))
@@ -260,6 +262,7 @@ def test_the_pieces_of_the_other_recipes_train_together(world, tmp_path, capsys)
     assert 'entropy' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_with_a_phase_goes_on_into_one_with_another_optimizer(world, tmp_path):
     """Killed between the checkpoint at the end of SFT and the next: the state on disk is that of SFT."""
     c = config(world)
