@@ -292,7 +292,7 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
 
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
-    again = reopen(workdir, STEP.value)
+    again = reopen(workdir, STEP.value, data=-1, replica=1)  # on the devices that are here
     run, step = again.run, again.step
     with jax.set_mesh(run.mesh):
         result = Evaluator(run).full(again.params)

@@ -62,3 +62,27 @@ def test_experts_are_split_where_the_mesh_divides_them(directories):
         for x in (moe.gate_up[...], moe.gate_up_bias[...], moe.down[...], moe.down_bias[...]):
             assert np.prod(x.sharding.shard_shape(x.shape)) == share * x.size
         assert moe.router_w[...].sharding.is_fully_replicated
+
+
+@pytest.fixture(scope='module')
+def packed_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('mxfp4') / 'm'
+    hf_models.mxfp4(directory)
+    return directory
+
+
+@pytest.mark.parametrize('packed', [True, False])
+def test_what_is_split_over_data_too_computes_the_same(packed_directory, packed):
+    """Packed experts and dequantised ones; every matrix is split over the rows' devices as well."""
+    want = jax.jit(outputs)(hf.load_model(packed_directory, packed=packed), IDS)
+    mesh = sharding.make_mesh(2, 2)
+    with jax.set_mesh(mesh):
+        split = hf.load_model(packed_directory, packed=packed, mesh=mesh, split_above=0)
+        got = jax.jit(outputs)(split, sharding.put_batch({'ids': IDS}, mesh)['ids'])
+    for kp, x in jax.tree_util.tree_leaves_with_path(split):
+        name = sharding.path(kp)
+        small = name.endswith(('bias', 'router_w', 'scale', 'sinks'))
+        assert ('data' in jax.typeof(x).sharding.spec) == (not small), name
+    for name, x in want.items():
+        x = np.asarray(x)
+        np.testing.assert_allclose(np.asarray(got[name]), x, rtol=1e-4, atol=1e-5 * np.abs(x).max(), err_msg=name)
