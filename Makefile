@@ -3,10 +3,12 @@
 # make demo-data  a tiny chat model served by vLLM: chats with thinking, their tokens, a lens on them
 # make test       the test suite (minutes); make test-slow: end-to-end checks as well; make test-vllm: with the real engine
 # make vllm-env   .venv-vllm ready, the environment of the vLLM server
-# make lint       ruff
+# make chaos N=20 a run is killed N times and otherwise disturbed, and must end like an undisturbed one; then two processes
+# make lint       ruff, shellcheck
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/tiny
+N ?= 20
 export HF_HUB_OFFLINE := 1
 export JAX_PLATFORMS ?= cpu
 CHAT := data/demo_chats
@@ -17,7 +19,7 @@ TINY_LENS := --config.subject.path=data/tiny_chat/gpt_oss --config.layer=1 --con
   --config.decoder.patched_blocks=2 --config.decoder.train=maps --config.encoder.train=maps \
   --config.eval.vectors=2 --config.eval.batch=8
 
-.PHONY: all demo demo-data test test-slow test-vllm vllm-env lint clean
+.PHONY: all demo demo-data test test-slow test-vllm chaos vllm-env lint clean
 all: .venv/ready
 
 .venv/ready: setup.cfg pyproject.toml
@@ -65,8 +67,12 @@ test-slow: .venv/ready-test data/storyworld/train/meta.json
 test-vllm: .venv/ready-test .venv-vllm/ready data/tiny_chat/gpt_oss/config.json data/tiny_chat/llama/config.json
 	$(BIN)/python -m pytest --numprocesses=0 --durations=0 tests/vllm
 
+chaos: .venv/ready-test
+	$(BIN)/python -m tests.chaos --processes=1 --kills=$(N) --workdir=runs/chaos
+	$(BIN)/python -m tests.chaos --processes=2 --kills=$$((($(N) + 4) / 5)) --workdir=runs/chaos
+
 lint: .venv/ready-test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/shellcheck launch/*.sh
 
 clean:
 	rm -rf .venv .venv-vllm runs exports data

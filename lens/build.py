@@ -108,8 +108,8 @@ def _choice(value, choices, key: str) -> None:
     _require(value in choices, f'{key}={value!r} is not one of {", ".join(choices)}.')
 
 
-def open_run(cfg) -> Run:
-    """Checks `cfg`, loads the frozen base and opens the data. Raises LensError."""
+def check_values(cfg) -> None:
+    """Raises ConfigError for values that are impossible with any subject and any data."""
     for key in POSITIVE:
         block, _, name = key.rpartition('.')
         value = (cfg[block] if block else cfg)[name]
@@ -133,18 +133,10 @@ def open_run(cfg) -> Run:
         not (cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)),
         'subject.packed=True keeps the experts as bytes, which cannot be trained: drop it, or use train=lora or maps.',
     )
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
-    base = hf.load_model(
-        cfg.subject.path,
-        dtype=DTYPES[cfg.subject.dtype],
-        mesh=mesh,
-        remat=cfg.subject.remat,
-        experts=cfg.subject.experts,
-        packed=cfg.subject.packed,
-        split_above=split_base(cfg),
-    )
-    tokenizer = hf.load_tokenizer(cfg.subject.path)
-    c = base.config
+
+
+def check_subject(cfg, c: TransformerConfig) -> None:
+    """Raises ConfigError for values that are impossible with this subject."""
     last = c.n_layers - 1
     _require(0 <= cfg.layer <= last, f'layer={cfg.layer} is not a block of the subject, which has blocks 0..{last}.')
     out = cfg.encoder.output_layer
@@ -157,6 +149,24 @@ def open_run(cfg) -> Run:
         f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.',
     )
     _check_starts(cfg, c)
+
+
+def open_run(cfg) -> Run:
+    """Checks `cfg`, loads the frozen base and opens the data. Raises LensError."""
+    check_values(cfg)
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
+    base = hf.load_model(
+        cfg.subject.path,
+        dtype=DTYPES[cfg.subject.dtype],
+        mesh=mesh,
+        remat=cfg.subject.remat,
+        experts=cfg.subject.experts,
+        packed=cfg.subject.packed,
+        split_above=split_base(cfg),
+    )
+    tokenizer = hf.load_tokenizer(cfg.subject.path)
+    c = base.config
+    check_subject(cfg, c)
     tags = prompts.tags(tokenizer, cfg.explanation_open, cfg.explanation_close)
     train, validation = (data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
     for split in (train, validation):
@@ -178,7 +188,8 @@ def open_run(cfg) -> Run:
     )
     train, validation = (_responding(x, tags, cfg.explanation_len) for x in (train, validation))
     for name in cfg.phases:
-        _check_phase(cfg, name, mesh, train, tags)
+        check_phase(cfg, name, mesh)
+        _check_documents(cfg, name, train, tags)
     prefix = tokenizer(cfg.decoder.prompt.replace(prompts.EMBED, 'something'), add_special_tokens=False)['input_ids']
     return Run(
         mesh=mesh,
@@ -243,7 +254,7 @@ def _responding(split: data.Split, tags: extraction.Tags, length: int) -> data.S
     )
 
 
-def _check_phase(cfg, name: str, mesh, train: data.Split, tags: extraction.Tags) -> None:
+def check_phase(cfg, name: str, mesh) -> None:
     """Raises LensError for impossible values of the phase block `name`."""
     _require(
         name in cfg and 'objective' in cfg[name], f'phases names {name!r}, but there is no phase block of that name.'
@@ -277,6 +288,11 @@ def _check_phase(cfg, name: str, mesh, train: data.Split, tags: extraction.Tags)
     )
     sharding.check_divides(p.documents, f'{name}.documents', mesh)
     _require(p.vectors > 0, f'{name}.vectors={p.vectors} must be positive.')
+
+
+def _check_documents(cfg, name: str, train: data.Split, tags: extraction.Tags) -> None:
+    """Raises ConfigError where the data does not have what the phase block `name` asks for."""
+    p = cfg[name]
     _require(
         len(train) >= p.documents,
         f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',

@@ -214,6 +214,9 @@ def _put_layer(stack, x, i):
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=('t', 'c'))
 def _put_dequantised(stack, blocks, scales, i, *, t, c):
     x = tensors.from_hf_layout(mxfp4.dequantise(blocks, scales, stack.dtype), t, c)
+    place = jax.typeof(stack).sharding
+    if not place.mesh.empty:
+        x = jax.sharding.reshard(x, sharding.P(*place.spec[1:]))
     return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
 
 
@@ -241,14 +244,21 @@ def _load_leaf(checkpoint: Checkpoint, stored: dict[str, str], t: tensors.Tensor
     return stack
 
 
-def read_config(directory: pathlib.Path):
-    """TransformerConfig of a local directory. Raises ModelError."""
+def read_config(path: pathlib.Path):
+    """TransformerConfig of a local directory, or of a config.json by itself. Raises ModelError."""
+    file = path if path.suffix == '.json' else path / 'config.json'
     try:
-        return families.from_hf(_read_json(directory / 'config.json'))
+        return families.from_hf(_read_json(file))
     except families.UnsupportedModelError as e:
-        raise ModelError(f'{directory}/config.json: {e}.') from None
+        raise ModelError(f'{file}: {e}.') from None
     except KeyError as e:
-        raise ModelError(f'{directory}/config.json has no key {e}.') from None
+        raise ModelError(f'{file} has no key {e}.') from None
+
+
+def ships_packed(path: pathlib.Path) -> bool:
+    """Whether the tensors beside a config.json are MXFP4, by what it says; path as in read_config."""
+    file = path if path.suffix == '.json' else path / 'config.json'
+    return (_read_json(file).get('quantization_config') or {}).get('quant_method') == 'mxfp4'
 
 
 def load_model(

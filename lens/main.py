@@ -7,7 +7,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lens import cli, distributed
+from lens import cli, distributed, plan_command
 from lens.train import Stopped, Trainer
 
 HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')
@@ -34,6 +34,8 @@ def main(_):
         jax.config.update('jax_compilation_cache_dir', os.path.expanduser(CACHE))
     if cli.DEBUG.value:
         jax.config.update('jax_debug_nans', True)
+    if PLAN.value:
+        return plan_command.run(CONFIG.value, DEVICE_GB.value)
     train(pathlib.Path(WORKDIR.value))
 
 
@@ -52,5 +54,14 @@ if __name__ == '__main__':
     )
     NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes of this run, with --coordinator.')
     PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.')
-    flags.mark_flags_as_required(['config', 'workdir'])
+    PLAN = flags.DEFINE_bool(
+        'plan',
+        False,
+        'Print what each device would need, and what helps where it does not fit (exit code 1); no training.',
+    )
+    DEVICE_GB = flags.DEFINE_float('device_gb', 80.0, 'Memory of one device in 1e9 bytes, for --plan.', lower_bound=0.0)
+    flags.mark_flag_as_required('config')
+    flags.register_validator(
+        'workdir', lambda x: x is not None or PLAN.value, 'Flag --workdir must have a value other than None.'
+    )
     cli.run(main)

@@ -55,6 +55,8 @@ LEVELS = {
     'lens.flops': 11,
     'lens.state': 11,
     'lens.plan': 14,
+    'lens.plan_text': 15,
+    'lens.plan_command': 16,
     'lens.report': 10,  # of files alone; evaluate writes it anew
     'lens.evaluate': 12,
     'lens.export': 13,
@@ -64,7 +66,7 @@ LEVELS = {
     'lens.pretrain': 13,
     'lens.probe': 13,
     'lens.tuned_lens': 13,
-    'lens.main': 14,
+    'lens.main': 17,
 }
 NOBODY_IMPORTS = ('lens.main', 'lens.probe', 'lens.serve', 'lens.tuned_lens')
 KNOW_NO_MODEL = ('lens.data', 'lens.checkpoint', 'lens.optimizer', 'lens.schedules', 'lens.metrics', 'lens.health')

@@ -97,6 +97,17 @@ IMPLEMENTATIONS = {
 }
 
 
+def _planned_dot(rows_MxK, w_ExKxH, sizes_E):
+    """One product of the shapes, FLOPs and operands of a grouped one, all of whose weights are in memory."""
+    del sizes_E
+    return rows_MxK @ jax.lax.optimization_barrier(w_ExKxH)[0]
+
+
+# Not for a user: for programs that are compiled and never run (lens.plan), where `ragged` has no kernel and becomes a
+# dense product for every expert.
+PLANNED = {'planned': functools.partial(_grouped, _planned_dot)}
+
+
 def _top_k(x_BxTxE, k: int):
     """(values, indices) BxTxk of the largest, row by row where the rows live: the partitioner gathers them first."""
 
@@ -158,7 +169,7 @@ class MoE(nnx.Module):
 
         def run(x_BxTxD, choice_BxTxk, weight_BxTxk, stored):
             rows = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, choice_BxTxk, weight_BxTxk))
-            y_NxD = IMPLEMENTATIONS[c.experts](*rows, _unpack(stored, x_BxTxD.dtype))
+            y_NxD = (IMPLEMENTATIONS | PLANNED)[c.experts](*rows, _unpack(stored, x_BxTxD.dtype))
             return y_NxD.reshape(x_BxTxD.shape)
 
         if jax.sharding.get_abstract_mesh().empty:
