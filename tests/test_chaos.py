@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from tests.chaos import GOES_ON, Chaos, Disturbance, Fault, Trial, chaos, compare, plan
+from tests.chaos import Chaos, chaos, compare
+from tests.chaos_runs import GOES_ON, Disturbance, Fault, Trial, plan
 
 
 def disturb(tmp_path, processes, *disturbances):
