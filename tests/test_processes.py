@@ -1,0 +1,194 @@
+"""Runs of two processes with four fake devices each, as users start them, against one process with eight."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lens.metrics import read_jsonl
+from tests import mesh_runs
+from tests.test_train import command, figures, world  # noqa: F401 (a fixture)
+
+LIMIT_S = 600
+ROWS = 8  # documents of a step: every mesh of eight devices divides them
+SMALL = [
+    '--config.sft.steps=4',
+    '--config.grpo.steps=4',
+    f'--config.sft.documents={ROWS}',
+    f'--config.grpo.documents={ROWS}',
+    '--config.grpo.group=3',
+    '--config.sft.learning_rate_decoder=1e-3',
+    '--config.sft.learning_rate_encoder=1e-3',
+    '--config.grpo.learning_rate_decoder=3e-4',
+    '--config.grpo.learning_rate_encoder=6e-4',
+    '--config.eval.documents=6',
+    '--config.eval.quick_documents=4',
+    '--config.log.every=1',
+]
+ENDLESS = [*SMALL, "--config.phases=('sft',)", '--config.sft.steps=2000', '--config.eval.every=0']
+
+
+def start(argv: list[str], devices: int) -> subprocess.Popen:
+    """NPROC: XLA's threads, of which a collective blocks one for each device; see conftest."""
+    env = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'NPROC': '64', 'JAX_PLATFORMS': 'cpu'}
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_two(argv: list[str], workdirs=()) -> list[subprocess.Popen]:
+    """Both processes of `argv`, on a port of their own; workdirs: one for each instead of the same for both."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        where = [f'--coordinator=127.0.0.1:{s.getsockname()[1]}', '--num_processes=2']
+    own = [[f'--workdir={w}'] for w in workdirs] or [[], []]
+    return [start([*argv, *where, f'--process_id={i}', *own[i]], 4) for i in range(2)]
+
+
+def finish(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
+    """(stdout, stderr) of each, which must exit with `code`; none is left behind."""
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        out = [p.communicate(timeout=deadline - time.monotonic()) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    assert [p.returncode for p in processes] == [code] * len(processes), '\n'.join(e[-3000:] for _, e in out)
+    return out
+
+
+def said(stdout: str) -> list[str]:
+    """What a process printed itself; Gloo greets its peers."""
+    return [line for line in stdout.splitlines() if not line.startswith('[Gloo]')]
+
+
+def mesh(data: int, model: int) -> list[str]:
+    return [f'--config.mesh.data={data}', f'--config.mesh.model={model}']
+
+
+def steps_of(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit())
+
+
+def parity(tmp_path, cases: list[str], mesh_shape: str, steps: int, *more: str):
+    """Runs of tests.mesh_runs in two processes against those on one device; yields both processes' traces by case."""
+    given, out = tmp_path / 'given', tmp_path / 'out'
+    given.mkdir()
+    out.mkdir()
+    for case in cases:
+        mesh_runs.save(given / f'{case}.npz', mesh_runs.run(case, steps=steps))
+    argv = [sys.executable, '-m', 'tests.mesh_runs', f'--mesh={mesh_shape}', f'--steps={steps}', *more]
+    finish(start_two([*argv, f'--given={given}', f'--out={out}', *cases]))
+    for case in cases:
+        want = mesh_runs.load(given / f'{case}.npz')
+        first, second = (mesh_runs.load(out / f'{case}-{i}.npz') for i in range(2))
+        mesh_runs.assert_same(first, want)
+        for a, b in zip(first[1:], second[1:], strict=True):
+            assert {k: x.tobytes() for k, x in a.items()} == {k: x.tobytes() for k, x in b.items()}
+        assert np.array_equal(first.ids, second.ids)
+
+
+def test_a_few_steps_in_two_processes_equal_those_on_one_device(tmp_path):
+    parity(tmp_path, ['frozen-sft'], '2,2,2', 3, '--split')
+
+
+@pytest.mark.slow
+def test_twenty_steps_in_two_processes_equal_those_on_one_device(tmp_path):
+    parity(tmp_path, list(mesh_runs.CASES), '1,2,4', 20)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(world, tmp_path_factory):  # noqa: F811
+    """A run on 8x1 with every third step saved."""
+    workdir = tmp_path_factory.mktemp('undisturbed') / 'w'
+    argv = command(world, workdir, *SMALL, *mesh(8, 1), '--config.checkpoint.every=3s', '--config.checkpoint.keep=9')
+    finish([start(argv, 8)])
+    return workdir
+
+
+def continued(undisturbed, workdir: pathlib.Path, world, extra: list[str], devices: int | None):  # noqa: F811
+    """The run goes on from step 3 on another mesh, in one process with `devices` or in two; returns its workdir."""
+    shutil.copytree(undisturbed, workdir)
+    for step in [s for s in steps_of(workdir) if s > 3]:
+        shutil.rmtree(workdir / f'checkpoints/{step}')
+    (workdir / 'summary.json').unlink()
+    argv = command(world, workdir, *SMALL, *extra, '--config.checkpoint.every=3s', '--config.checkpoint.keep=9')
+    out = finish([start(argv, devices)] if devices else start_two(argv))
+    assert 'continuing at step 3' in out[0][0] and steps_of(workdir) == steps_of(undisturbed)
+    assert all(not said(stdout) for stdout, _ in out[1:]), 'only the first process speaks'
+    return workdir
+
+
+def training(workdir: pathlib.Path) -> dict[int, dict]:
+    return {r['step']: r for r in read_jsonl(workdir / 'metrics.jsonl') if r['kind'] == 'train'}
+
+
+def assert_goes_on_alike(workdir: pathlib.Path, calm: pathlib.Path) -> None:
+    got, want = training(workdir), training(calm)
+    assert list(got) == list(want) == list(range(1, 9))
+    for step, row in want.items():
+        for k in ('loss_decoder', 'loss_encoder', 'fve', 'entropy_nats', 'grad_norm_decoder', 'grad_norm_encoder'):
+            if (k, row['phase']) != ('loss_decoder', 'grpo'):  # its value is rounding, see mesh_runs.NOUGHT
+                np.testing.assert_allclose(got[step][k], row[k], rtol=1e-5, err_msg=f'{k} of step {step}')
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_8x1_goes_on_elsewhere_with_the_same_losses(world, undisturbed, tmp_path):  # noqa: F811
+    """On one device, on 2x4 in one process, and on 2x4 in two. The sums over two processes are added in another order."""
+    one = continued(undisturbed, tmp_path / 'one', world, mesh(1, 1), 1)
+    eight = continued(undisturbed, tmp_path / 'eight', world, mesh(2, 4), 8)
+    two = continued(undisturbed, tmp_path / 'two', world, mesh(2, 4), None)
+    for workdir in (one, eight, two):
+        assert_goes_on_alike(workdir, undisturbed)
+    a, b = (figures(json.loads((w / 'summary.json').read_text())) for w in (two, eight))
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def wait_for(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while max(training(workdir), default=0) < step:
+        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_stops_both_after_the_same_step(world, tmp_path):  # noqa: F811
+    """SIGUSR1 to the second process, then SIGTERM to the first one. The second one writes checkpoints alone."""
+    workdirs = [tmp_path / 'first', tmp_path / 'second']
+    for w in workdirs:
+        w.mkdir()
+    (workdirs[0] / 'checkpoints').mkdir()
+    (workdirs[1] / 'checkpoints').symlink_to(workdirs[0] / 'checkpoints')
+    argv = [a for a in command(world, tmp_path, *ENDLESS, *mesh(4, 2)) if not a.startswith('--workdir')]
+    at = 0
+    for number, whom in ((signal.SIGUSR1, 1), (signal.SIGTERM, 0)):
+        processes = start_two(argv, workdirs)
+        wait_for(workdirs[0], at + 3, processes)
+        processes[whom].send_signal(number)
+        out = finish(processes)
+        stopped = re.search(r'Stopped at step (\d+) of 2000 by SIGTERM: saved in \S+first;', out[0][0])
+        assert stopped and not said(out[1][0]), out
+        assert ('continuing at step' in out[0][0]) == (at > 0)
+        before, at = at, int(stopped[1])
+        assert at > before and steps_of(workdirs[0])[-1] == max(training(workdirs[0])) == at
+        assert list(training(workdirs[0])) == list(range(1, at + 1))
+    assert [p.name for p in workdirs[1].iterdir()] == ['checkpoints']
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_both_with_the_same_sentence(world, tmp_path):  # noqa: F811
+    argv = command(world, tmp_path / 'w', *ENDLESS, *mesh(8, 1), '--config.sft.learning_rate_decoder=1e30')
+    out = finish(start_two(argv), code=1)
+    errors = [re.findall(r'^error: .*$', stderr, re.MULTILINE) for _, stderr in out]
+    assert len(errors[0]) == 1 and errors[0] == errors[1], out
+    found = re.search(r'is not finite at step \d+ \(phase sft, documents \[([\d, ]+)\]\)', errors[0][0])
+    assert len(set(found[1].split(', '))) == ROWS
+    assert not list((tmp_path / 'w').glob('checkpoints/[0-9]*')) and not (tmp_path / 'w/summary.json').exists()
