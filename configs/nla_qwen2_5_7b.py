@@ -29,6 +29,7 @@ import ml_collections
 
 from configs import base
 
+RECIPES = base.RECIPES | {'full': ('sft', 'grpo')}
 SYSTEM = '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n'
 EXPLAIN = """You are a meticulous AI researcher conducting an important investigation into activation vectors from a \
 language model. Your overall task is to describe the semantic content of that activation vector.
@@ -45,7 +46,7 @@ Please provide an explanation."""
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c = base.get_config()
-    c.phases = base.phases(recipe, base.RECIPES | {'full': ('sft', 'grpo')})
+    c.phases = base.phases(recipe, RECIPES)
     c.subject.path = 'Qwen/Qwen2.5-7B-Instruct'
     c.subject.dtype = 'bfloat16'
     c.layer = 20

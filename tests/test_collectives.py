@@ -72,7 +72,7 @@ def trained(lens):
     return out
 
 
-FAST = {('sft', 'full'), ('grpo', 'lora')}
+FAST = {('sft', 'full')}
 CASES = [
     pytest.param(o, k, marks=() if (o, k) in FAST else pytest.mark.slow)
     for o in ('sft', 'grpo', 'gumbel')

@@ -98,6 +98,7 @@ def restored(world, kind, workdir):
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (lens, run.base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_figures_come_back_by_the_command_of_the_card(runs, world, tmp_path, kind):
     _, summary, out = runs(kind)
@@ -120,6 +121,7 @@ def test_figures_come_back_by_the_command_of_the_card(runs, world, tmp_path, kin
     assert (tmp_path / 'twice/lens.safetensors').read_bytes() == (out / 'lens.safetensors').read_bytes()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_export(runs, world, tmp_path):
     _, summary, out = runs('lora')
     more = config(world, 'lora', init_from=str(out), sft__learning_rate_decoder=1e-3, sft__learning_rate_encoder=1e-3)

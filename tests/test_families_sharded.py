@@ -71,6 +71,7 @@ def packed_directory(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('packed', [True, False])
 def test_what_is_split_over_data_too_computes_the_same(packed_directory, packed):
     """Packed experts and dequantised ones; every matrix is split over the rows' devices as well."""

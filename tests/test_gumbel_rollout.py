@@ -84,11 +84,11 @@ def assert_close(got, want, rtol, zero=()):
     ('case', 'form'),
     [
         ('llama', 'full'),
-        ('llama_own_base_lora', 'truncated'),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 ('llama_own_base_lora', 'full'),
+                ('llama_own_base_lora', 'truncated'),
                 ('gpt2_own_base', 'full'),
                 ('gpt_oss', 'full'),
                 ('gemma_lora', 'full'),
@@ -107,6 +107,7 @@ def test_gradient_equals_that_of_the_plain_scan(case, form):
     assert_close(got, want, 1e-5, fed_back_only if decoder.base is not None else ())
 
 
+@pytest.mark.slow
 def test_the_forms_have_different_gradients_of_the_same_rollout():
     """What each form leaves out is there to be left out: no two gradients are the same."""
     decoder, base = CASES['llama']()
@@ -121,7 +122,7 @@ def test_the_forms_have_different_gradients_of_the_same_rollout():
         assert np.linalg.norm(grads[i] - grads[j]) > 0.02 * np.linalg.norm(grads[i]), (i, j)
 
 
-@pytest.mark.parametrize('form', gumbel.FORMS)
+@pytest.mark.parametrize('form', [pytest.param(f, marks=pytest.mark.slow) if f == 'full' else f for f in gumbel.FORMS])
 def test_tokens_are_the_samplers_and_words_are_exact_rows(form):
     decoder, base = CASES['gemma_lora']()
     a, table, *_ = inputs()
@@ -136,6 +137,7 @@ def test_tokens_are_the_samplers_and_words_are_exact_rows(form):
     np.testing.assert_array_equal(out.ids_NxT[0], np.argmax(logits[0], axis=-1))
 
 
+@pytest.mark.slow
 def test_two_passes_have_the_gradient_of_relaxed_teacher_forcing():
     decoder, base = CASES['llama_own_base_lora']()
     a, table, *up = inputs()
@@ -178,6 +180,7 @@ def test_base_and_table_are_constants(form):
         np.testing.assert_array_equal(leaf, 0)
 
 
+@pytest.mark.slow
 def test_one_token_needs_no_step():
     decoder, base = CASES['llama']()
     a, table, *up = inputs(length=1)

@@ -91,7 +91,7 @@ def test_every_family_equals_the_stack_by_hand(base, activations, family, more):
         np.testing.assert_allclose(got[b], by_hand(base, d, activations[b], ids[b]), atol=1e-4)
 
 
-@pytest.mark.parametrize('family', ['replace', 'add'])
+@pytest.mark.parametrize('family', [pytest.param('replace', marks=pytest.mark.slow), 'add'])
 def test_the_sampler_and_the_scorer_inject_alike_with_and_without_remat(base, activations, family):
     d = decoder(base, family, (1,))
     s = jax.jit(lambda d: sampling.sample(d, base, activations, KEY, length=LENGTH, group=2))(d)
@@ -102,6 +102,7 @@ def test_the_sampler_and_the_scorer_inject_alike_with_and_without_remat(base, ac
         np.testing.assert_allclose(logp, s.logp_NxT, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', [pytest.param('replace', marks=pytest.mark.slow), 'add'])
 def test_sharded_injection_is_unsharded_injection(activations, family):
     ids = RNG.integers(0, TINY.vocab_size, (8, LENGTH))

@@ -39,7 +39,7 @@ def check(case: str, mesh: str, steps: int) -> None:
     assert_same(run(case, shape, split=split, steps=steps, given=want.ids), want)
 
 
-@pytest.mark.parametrize('case', ['frozen-grpo', 'gpt_oss-sft'])
+@pytest.mark.parametrize('case', ['frozen-grpo', pytest.param('gpt_oss-sft', marks=pytest.mark.slow)])
 def test_a_few_steps_on_a_mesh_with_everything_split_equal_those_on_one_device(case):
     check(case, '2x2x2 split', FEW)
 

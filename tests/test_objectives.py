@@ -132,6 +132,7 @@ def test_functional_kl_is_the_encoders_and_equals_patching_one_position_at_a_tim
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), grads.encoder, want)
 
 
+@pytest.mark.slow
 def test_kl_to_the_start_compares_with_the_reference(base, full, batch):
     hp = dataclasses.replace(HP, beta=ON, kl_to='start')
     assert hp.needs_reference and not HP.needs_reference
@@ -148,6 +149,7 @@ def test_kl_to_the_start_compares_with_the_reference(base, full, batch):
     assert size(jax.tree.map(lambda x, y: x - y, plain, grads).decoder) > 1e-3
 
 
+@pytest.mark.slow
 def test_averaged_samples_share_their_reward(base, full, batch):
     hp = dataclasses.replace(HP, group=3, mean_of=2)
     grads, metrics = gradient('grpo', full, base, batch, hp)

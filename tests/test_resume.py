@@ -14,6 +14,8 @@ from lens.train import Trainer
 from tests.test_checkpoint import largest_file
 from tests.test_train import config, figures, train, world  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def settings(world):  # noqa: F811

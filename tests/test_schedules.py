@@ -259,6 +259,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, '-m', 'lens.schedules', *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     done = run(
         '--config=configs/tiny.py', f'--out={tmp_path}/s.png', '--config.sft.tau=linear 1 0.1', '--config.sft.steps=40'

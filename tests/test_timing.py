@@ -52,6 +52,7 @@ def test_noise_makes_no_part_negative_and_leaves_the_whole_as_measured(ends):
     np.testing.assert_array_equal(np.cumsum(parts), [min(ends[i:]) for i in range(4)])
 
 
+@pytest.mark.slow
 def test_the_beginnings_compute_what_the_step_does_and_leave_the_state(batch):
     objective = objectives.OBJECTIVES['grpo']
     hp = objectives.Hparams(layer=LAYER, length=LENGTH, group=3, updates=2, clip=0.2)

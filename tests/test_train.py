@@ -164,6 +164,7 @@ def train_until(stop, cfg, workdir, monkeypatch):
         train(cfg, workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_resume_is_bit_identical(world, finished, tmp_path, monkeypatch, stop):
     """Stopped after step `stop` (inside sft, at its end, inside grpo) and continued by the same command."""
