@@ -47,6 +47,11 @@ class Intervals:
     drift: int | None = None
 
 
+def fires(every: int | None, step: int) -> bool:
+    """Whether an interval of micro-steps falls on `step`."""
+    return bool(every) and step % every == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One stretch of training with one objective: micro-steps start..end-1 of the run."""

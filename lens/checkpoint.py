@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from lens import sharding
+from lens import distributed, sharding
 from lens.errors import LensError
 
 T = TypeVar('T')
@@ -94,14 +94,18 @@ class Checkpoints:
         return max(self.steps, default=None)
 
     @property
+    def _fve(self) -> dict[int, float]:
+        """By step, of those that were evaluated."""
+        return {c.step: c.metrics['fve'] for c in self._ckpt.checkpoints if c.metrics}
+
+    @property
     def best_step(self) -> int | None:
         """The one with the highest held-out FVE, where any was evaluated."""
-        fve = {c.step: c.metrics['fve'] for c in self._ckpt.checkpoints if c.metrics}
-        return max(fve, key=fve.get, default=None)
+        return max(self._fve, key=self._fve.get, default=None)
 
     @property
     def best_fve(self) -> float:
-        return max((c.metrics['fve'] for c in self._ckpt.checkpoints if c.metrics), default=-np.inf)
+        return max(self._fve.values(), default=-np.inf)
 
     def save(self, step: int, state, info: dict, fve: float | None = None) -> None:
         """Writes in the background; the arrays may be donated as soon as this returns.
@@ -141,7 +145,7 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Removes what killed or failed writes have left. Not while another process writes there."""
-        if jax.process_index() == 0:
+        if distributed.is_first():
             for rest in self.directory.glob('*.orbax-checkpoint-tmp*'):
                 shutil.rmtree(rest, ignore_errors=True)
 
@@ -169,7 +173,7 @@ class Checkpoints:
         """Moves the checkpoints after a step out of the way: newer ones that are damaged."""
         for step in [s for s in self.steps if s > after]:
             place = self.directory.with_name(f'{self.directory.name}-damaged')
-            if jax.process_index() == 0:
+            if distributed.is_first():
                 place.mkdir(exist_ok=True)
                 shutil.rmtree(place / str(step), ignore_errors=True)
                 os.replace(self.directory / str(step), place / str(step))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 
+from lens.distributed import is_first
 from lens.errors import LensError
 
 PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
@@ -240,7 +241,7 @@ class Profile:
         ended = self._count > 0 and here == self._start + self._count
         if ended:
             self.close()
-        if here == self._start and self._count and jax.process_index() == 0:
+        if here == self._start and self._count and is_first():
             _wait_for_devices()
             jax.profiler.start_trace(str(self.folder))
             self._first = step

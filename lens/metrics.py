@@ -16,6 +16,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from lens.distributed import is_first
+
 
 def write_json(path: pathlib.Path, value) -> None:
     """Appears at once, by rename."""
@@ -47,7 +49,7 @@ class Writer:
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int, tensorboard: bool, wandb_project: str, config: dict):
-        self.active = jax.process_index() == 0
+        self.active = is_first()
         self._tensorboard = self._wandb = None
         self.elapsed_s = 0.0
         if not self.active:
@@ -120,7 +122,7 @@ class ProgressBar:
     """A bar with loss, FVE and ETA on a terminal; one line every `every` steps elsewhere."""
 
     def __init__(self, total: int, every: int):
-        self.console = Console(quiet=jax.process_index() > 0)
+        self.console = Console(quiet=not is_first())
         self.total, self.every = total, every
         self._bar = Progress(
             TextColumn('{task.description}'),

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from lens import data, flops, health, metrics, sharding
-from lens.build import Phase, Run
+from lens.build import Phase, Run, fires
+from lens.checkpoint import Checkpoints
 from lens.errors import LensError
 from lens.models.lens import Lens
 
@@ -25,13 +26,21 @@ class Record:
     """metrics.jsonl, the console, the clock and the watch of one process; the first one alone writes and prints.
 
     began: time.monotonic() of when this process began. step: of the checkpoint that the run goes on from.
-    collapse: state of the watch there, or None.
+    collapse: state of the watch there, or None. checkpoints: where the last good one is looked up after a failure.
     """
 
     def __init__(
-        self, cfg, run: Run, workdir: pathlib.Path, began: float, lens: Lens, step: int, collapse: dict | None
+        self,
+        cfg,
+        run: Run,
+        workdir: pathlib.Path,
+        began: float,
+        lens: Lens,
+        step: int,
+        collapse: dict | None,
+        checkpoints: Checkpoints,
     ):
-        self.run, self.workdir, self.lens = run, workdir, lens
+        self.run, self.workdir, self.lens, self.checkpoints = run, workdir, lens, checkpoints
         rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
         before = [r for r in rows if r['kind'] == 'time' and r['step'] <= step]
         parts = {k.removesuffix('_part_s'): v for k, v in before[-1].items() if k.endswith('_part_s')} if before else {}
@@ -67,10 +76,10 @@ class Record:
         row = {'step': step, 'phase': phase.name, 'kind': kind} | values
         self.writer.write(row | {'wall_s': self.wall_s})
 
-    def dispatched(self, phase: Phase, step: int, out: dict, last_good: int | None) -> None:
+    def dispatched(self, phase: Phase, step: int, out: dict) -> None:
         """A step has been sent to the devices; the figures of the one before are there now, or soon."""
         self.settle()
-        self._pending = phase, step, out, last_good
+        self._pending = phase, step, out
 
     def settle(self, pause: bool = False) -> None:
         """Waits for the figures of the step that was sent last. pause: what comes now is no step.
@@ -83,13 +92,14 @@ class Record:
         if pause:
             self._laps.pause()
 
-    def _step(self, phase: Phase, step: int, out: dict, last_good: int | None) -> None:
+    def _step(self, phase: Phase, step: int, out: dict) -> None:
         values = {k: float(v) for k, v in sharding.fetch(out).items()}
         if not all(np.isfinite(v) for v in values.values()):
             bad = next(k for k, v in values.items() if not np.isfinite(v))
             where = data.batch_documents(
                 self.run.train, phase.documents, self.run.seed + phase.start, step - phase.start - 1
             )
+            last_good = self.checkpoints.latest_step
             raise NonFiniteError(
                 f'{bad} is not finite at step {step} (phase {phase.name}, documents {where}); the last good '
                 f'checkpoint is {f"step {last_good}" if last_good else "none"} in {self.workdir}: lower the learning '
@@ -100,7 +110,7 @@ class Record:
                 self.say(f'warning: {warning}')
         step_s = self._laps.lap()
         every = phase.every.log
-        if (every and step % every == 0) or step == phase.end:
+        if fires(every, step) or step == phase.end:
             self.write(step, phase, 'train', values | {'step_s': step_s} | self._speed(phase, step_s))
         self.bar.every = 5 * every if every else self.run.steps
         self.bar.update(step, phase.name, values, step_s * (self.run.steps - step))

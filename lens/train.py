@@ -10,7 +10,7 @@ import jax
 import optax
 
 from lens import build, data, distributed, metrics, optimizer, resume, sharding
-from lens.build import Phase, Run
+from lens.build import Phase, Run, fires
 from lens.checkpoint import Checkpoints
 from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
 from lens.health import Profile
@@ -35,11 +35,6 @@ def train_step(state: State, base, batch, key, *, objective, hparams, tx, start=
         # figures of the first update: later ones are off-policy
         metrics = metrics or out | optimizer.step_norms(grads, updates, params, tx.trained)
     return State(state.step + 1, params, opt, state.reference), metrics
-
-
-def fires(every: int | None, step: int) -> bool:
-    """Whether an interval of micro-steps falls on `step`."""
-    return bool(every) and step % every == 0
 
 
 class Stopped(Exception):
@@ -83,7 +78,8 @@ class Trainer:
             if distributed.is_first():
                 metrics.write_json(self.workdir / 'config.json', self.config)
             abstract = jax.eval_shape(lambda x: x, state.params)
-            with Record(cfg, run, self.workdir, self.began, abstract, step, info.get('collapse')) as self.record:
+            collapse = info.get('collapse')
+            with Record(cfg, run, self.workdir, self.began, abstract, step, collapse, self.checkpoints) as self.record:
                 sizes = {s: parameter_count(getattr(state.params, s)) for s in optimizer.SIDES}
                 self._say(announce(cfg, run, sizes, parameter_count(run.base), step))
                 iterator_state = info.get('data')
@@ -126,7 +122,7 @@ class Trainer:
                 self._split(phase, step, step_prefixes(train_step, state, run.base, batch, self.key, **static))
             with record.clock.part('compile' if step == first else 'step'):
                 state, out = train_step(state, run.base, batch, self.key, **static)
-                record.dispatched(phase, step, out, self.checkpoints.latest_step)
+                record.dispatched(phase, step, out)
                 if step == first:
                     record.settle()
             last, stop = step == phase.end, self.stop.asked(step)

@@ -13,14 +13,11 @@ import sys
 import threading
 import time
 
-import numpy as np
-import pytest
-
-pytest.importorskip('aiohttp')
-pytest.importorskip('datasets')
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from data_gen import chat_data, rollouts, servers, turns
 from data_gen.generate import Options, generate

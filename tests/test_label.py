@@ -15,8 +15,6 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip('aiohttp')
-
 from configs import tiny
 from data_gen import label_files, label_prompts, label_run, pretokenize, servers, storyworld
 from data_gen.label import Options, label

@@ -12,11 +12,8 @@ import sys
 import time
 import urllib.request
 
-import pytest
-
-pytest.importorskip('aiohttp')
-pytest.importorskip('datasets')
 import datasets
+import pytest
 
 from tests.marked import MARK, marked
 

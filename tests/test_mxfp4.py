@@ -38,7 +38,7 @@ def test_every_code_in_either_nibble_at_every_scale(dtype):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_equals_transformers(dtype):
-    torch = pytest.importorskip('torch')
+    import torch
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks, scales = random_packed((3, 10, 128))  # 3 experts, 10 outputs, 128 inputs
