@@ -44,7 +44,7 @@ META = {'format': 'lens-tokens/1', 'vocab_size': VOCAB, 'pad_id': 0, 'facts': FI
 
 def write(root, split='train', meta=META, **arrays_of_split):
     folder = root / split
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)  # never written over: a reader's thread may have the arrays mapped
     (folder / 'meta.json').write_text(json.dumps(meta))
     for name, x in arrays_of_split.items():
         np.save(folder / f'{name}.npy', x)
@@ -506,13 +506,14 @@ def test_positions_of_any_role_are_those_of_data_without_roles(tmp_path, split):
 
 def test_positions_of_one_role_are_deterministic_and_continue(tmp_path):
     chosen = data.readable(with_roles(tmp_path)[0], 'assistant', 3)
+    opened_again = data.readable(data.open_split(str(tmp_path), 'train', vocab_size=VOCAB), 'assistant', 3)
     whole = batches(chosen, 8)
     same(whole, batches(chosen, 8))
     it = batches(chosen)
     for _ in range(3):
         next(it)
     state = json.loads(json.dumps(it.get_state()))
-    again = batches(data.readable(with_roles(tmp_path)[0], 'assistant', 3))
+    again = batches(opened_again)
     again.set_state(state)
     same([next(again) for _ in range(5)], whole[3:])
     five, two = held(chosen, 5), held(chosen, 2)
