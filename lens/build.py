@@ -156,23 +156,65 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     _check_starts(cfg, c)
 
 
-def open_run(cfg) -> Run:
-    """Checks `cfg`, loads the frozen base and opens the data. Raises LensError."""
+def open_run(cfg, check: Callable[['Run'], None] = lambda run: None) -> Run:
+    """Checks `cfg`, opens the data and loads the frozen base. Raises LensError.
+
+    check: is called before the weights are read, which may take minutes, with the run whose base has shapes only.
+    """
     check_values(cfg)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
-    base = hf.load_model(
-        cfg.subject.path,
-        dtype=DTYPES[cfg.subject.dtype],
-        mesh=mesh,
-        remat=cfg.subject.remat,
-        experts=cfg.subject.experts,
-        packed=cfg.subject.packed,
-        split_above=split_base(cfg),
-    )
+    c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))
     tokenizer = hf.load_tokenizer(cfg.subject.path)
-    c = base.config
     check_subject(cfg, c)
     tags = prompts.tags(tokenizer, cfg.explanation_open, cfg.explanation_close)
+    train, validation = _open_data(cfg, c, tags)
+    _require(
+        len(cfg.phases) > 0 or bool(cfg.init_from),
+        'phases is empty: name at least one phase, e.g. sft, or give init_from to evaluate an exported lens.',
+    )
+    for name in cfg.phases:
+        check_phase(cfg, name, mesh)
+        _check_documents(cfg, name, train, tags)
+    prefix = tokenizer(cfg.decoder.prompt.replace(prompts.EMBED, 'something'), add_special_tokens=False)['input_ids']
+    run = Run(
+        mesh=mesh,
+        tokenizer=tokenizer,
+        base=abstract_base(cfg, c, mesh),
+        train=train,
+        validation=validation,
+        layer=cfg.layer,
+        length=cfg.explanation_len,
+        min_pos=cfg.data.min_pos,
+        seed=cfg.seed,
+        tags=tags,
+        error=cfg.encoder.error,
+        decoder_prompt=prompts.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
+        encoder_prompt=prompts.encoder_prompt(tokenizer, cfg.encoder.prompt),
+        evaluation=from_block(EvalSettings, cfg.eval),
+        phases=make_phases(cfg, prefix, tags, len(train)),
+    )
+    check(run)
+    base = hf.load_model(cfg.subject.path, mesh=mesh, **_how_to_run(cfg), **_placed(cfg))
+    return dataclasses.replace(run, base=base)
+
+
+def _how_to_run(cfg) -> dict:
+    """What cfg.subject says of the frozen base beside its path, as in TransformerConfig."""
+    return {k: cfg.subject[k] for k in ('remat', 'experts', 'packed')}
+
+
+def _placed(cfg) -> dict:
+    """Type of the leaves of the frozen base, and elements above which they are split over the devices of `data`."""
+    return {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
+
+
+def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
+    """Shapes and placements of the frozen base as `cfg` asks for it."""
+    return hf.abstract_model(dataclasses.replace(c, **_how_to_run(cfg)), mesh=mesh, **_placed(cfg))
+
+
+def _open_data(cfg, c: TransformerConfig, tags: extraction.Tags) -> tuple[data.Split, data.Split]:
+    """The training and the validation split as the run reads them."""
     train, validation = (data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
     for split in (train, validation):
         made_with = split.meta.get('tokenizer_sha256')
@@ -187,37 +229,7 @@ def open_run(cfg) -> Run:
         longest <= c.max_positions,
         f'{train.directory} has {longest} tokens a row, the subject reads {c.max_positions}.',
     )
-    _require(
-        len(cfg.phases) > 0 or bool(cfg.init_from),
-        'phases is empty: name at least one phase, e.g. sft, or give init_from to evaluate an exported lens.',
-    )
-    train, validation = (_responding(x, tags, cfg.explanation_len) for x in (train, validation))
-    for name in cfg.phases:
-        check_phase(cfg, name, mesh)
-        _check_documents(cfg, name, train, tags)
-    prefix = tokenizer(cfg.decoder.prompt.replace(prompts.EMBED, 'something'), add_special_tokens=False)['input_ids']
-    return Run(
-        mesh=mesh,
-        tokenizer=tokenizer,
-        base=base,
-        train=train,
-        validation=validation,
-        layer=cfg.layer,
-        length=cfg.explanation_len,
-        min_pos=cfg.data.min_pos,
-        seed=cfg.seed,
-        tags=tags,
-        error=cfg.encoder.error,
-        decoder_prompt=prompts.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
-        encoder_prompt=prompts.encoder_prompt(tokenizer, cfg.encoder.prompt),
-        evaluation=from_block(EvalSettings, cfg.eval),
-        phases=make_phases(cfg, prefix, tags, len(train)),
-    )
-
-
-def split_base(cfg) -> float:
-    """Elements above which leaves of the frozen base are split over the devices of `data`."""
-    return 0 if cfg.mesh.shard_base else math.inf
+    return tuple(_responding(x, tags, cfg.explanation_len) for x in (train, validation))
 
 
 def from_block(kind, block):

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from lens import sharding
 from lens.errors import LensError
 from lens.models import families, mxfp4, tensors
-from lens.models.transformer import Transformer
+from lens.models.transformer import Transformer, TransformerConfig
 
 # The first one that a directory has is its fingerprint.
 VOCABULARY_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
@@ -224,12 +224,13 @@ def _without_layer_axis(place):
     return NamedSharding(place.mesh, sharding.P(*place.spec[1:])) if isinstance(place, NamedSharding) else place
 
 
-def _load_leaf(checkpoint: Checkpoint, stored: dict[str, str], t: tensors.Tensor, c, leaf, place) -> jax.Array:
+def _load_leaf(checkpoint: Checkpoint, stored: dict[str, str], t: tensors.Tensor, c, leaf) -> jax.Array:
     """One leaf in its place on the devices; the host holds one stored tensor at a time."""
 
     def host(i, name=t.hf_name):
         return tensors.from_hf_layout(checkpoint.read(stored[name.format(i)]), t, c).astype(leaf.dtype, copy=False)
 
+    place = leaf.sharding
     if '{}' not in t.hf_name:
         return sharding.put(host(0), place)
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
@@ -261,6 +262,15 @@ def ships_packed(path: pathlib.Path) -> bool:
     return (_read_json(file).get('quantization_config') or {}).get('quant_method') == 'mxfp4'
 
 
+def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_above: float = math.inf) -> Transformer:
+    """The model of a configuration as ShapeDtypeStructs that carry their placement; arguments as in load_model."""
+    abstract = jax.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0), dtype=dtype))
+    if mesh is None:
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+    return sharding.with_placement(abstract, mesh, split_above)
+
+
 def load_model(
     path: str | os.PathLike,
     *,
@@ -285,20 +295,16 @@ def load_model(
     shipped_packed = any(n.endswith('_blocks') for n in checkpoint.files)
     if packed and not shipped_packed:
         raise ModelError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
-    abstract = jax.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0), dtype=dtype))
+    abstract = abstract_model(c, dtype=dtype, mesh=mesh, split_above=split_above)
     leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(abstract)}
     table = families.table(c, leaves.__contains__, shipped_packed)
     stored = _check(checkpoint, table, c)
-    if mesh is None:
-        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
-    else:
-        places = sharding.shardings(abstract, mesh, split_above)
     rows = {t.path: t for t in table}
 
-    def load(kp, leaf, place):
-        return _load_leaf(checkpoint, stored, rows[sharding.path(kp)], c, leaf, place)
+    def load(kp, leaf):
+        return _load_leaf(checkpoint, stored, rows[sharding.path(kp)], c, leaf)
 
-    return jax.tree_util.tree_map_with_path(load, abstract, places)
+    return jax.tree_util.tree_map_with_path(load, abstract)
 
 
 _layer_of = jax.jit(lambda stack, i: stack[i])

@@ -167,8 +167,9 @@ def _read_settings(directory: pathlib.Path) -> dict:
         raise LensFolderError(f'{file} lacks layer, trained, decoder or encoder: export the lens again.') from None
 
 
-def _check(directory: pathlib.Path, stored: dict, small: dict[str, np.ndarray], like: Lens) -> None:
-    """Raises LensFolderError unless the settings and the small tensors are those of `like`."""
+def check(directory: pathlib.Path, like: Lens) -> dict[str, np.ndarray]:
+    """The tensors of lens.safetensors. Raises LensFolderError unless they and the settings are those of `like`."""
+    stored, small = _read_settings(directory), hf.read_tensors(directory / 'lens.safetensors')
     here = settings(like)
     differing = {k: stored.get(k) for k, v in here.items() if stored.get(k) != v}
     if differing:
@@ -185,6 +186,7 @@ def _check(directory: pathlib.Path, stored: dict, small: dict[str, np.ndarray], 
             )
         if not np.isfinite(small[name]).all():
             raise LensFolderError(f'{directory}/lens.safetensors: {name} holds values that are not finite.')
+    return small
 
 
 def _own_base(directory: pathlib.Path, side: str, like) -> dict[str, jax.Array]:
@@ -199,10 +201,7 @@ def read(directory: str | pathlib.Path, like: Lens) -> Lens:
     Raises LensFolderError when the folder is no export, is damaged, or its lens is another than `like`.
     """
     directory = pathlib.Path(directory)
-    theirs = _read_settings(directory)
-    stored = hf.read_tensors(directory / 'lens.safetensors')
-    _check(directory, theirs, stored, like)
-    wanted = _leaves(like)
+    stored, wanted = check(directory, like), _leaves(like)
     for side in SIDES:
         if trained(getattr(like, side)) == 'full':
             stored |= _own_base(directory, side, next(x for k, x in wanted.items() if k.startswith(f'{side}/base/')))

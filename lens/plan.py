@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from lens import build, flops, hlo, prompts, sharding
 from lens.extraction import Tags
@@ -21,7 +20,7 @@ from lens.models import moe
 from lens.models.decoder import Prompt
 from lens.models.lens import Lens
 from lens.models.transformer import Transformer, TransformerConfig
-from lens.state import State, abstract_lens, abstract_state, with_placement
+from lens.state import State, abstract_lens, abstract_state
 from lens.train import train_step
 
 MODEL_SIZES = (2, 4, 8)  # of mesh.model, tried where a configuration does not fit
@@ -134,14 +133,6 @@ def per_device(tree) -> int:
     return sum(math.prod(shape) * size for shape, size in shares)
 
 
-def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
-    """Shapes and placements of the frozen base as cfg.subject asks for it."""
-    s = cfg.subject
-    c = dataclasses.replace(c, remat=s.remat, experts=s.experts, packed=s.packed)
-    abstract = jax.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0), dtype=build.DTYPES[s.dtype]))
-    return with_placement(abstract, mesh, build.split_base(cfg))
-
-
 def abstract_batch(phase: build.Phase, seq_len: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """One step's batch as data.train_batches gives it."""
     shapes = {'tokens': (phase.documents, seq_len), 'positions': (phase.documents, phase.vectors)}
@@ -153,7 +144,7 @@ def abstract_batch(phase: build.Phase, seq_len: int, mesh) -> dict[str, jax.Shap
 
 def steps(cfg, job: Job, mesh) -> Iterator[Step]:
     """The train step of every phase. Call under jax.set_mesh(mesh)."""
-    base = abstract_base(cfg, job.c, mesh)
+    base = build.abstract_base(cfg, job.c, mesh)
     lens = abstract_lens(cfg, (job.texts.decoder, job.texts.encoder), base, mesh)
     for phase in build.make_phases(cfg, job.texts.natural, job.texts.tags, job.documents):
         batch = abstract_batch(phase, job.seq_len, mesh)
@@ -178,7 +169,7 @@ def needs(cfg, job: Job, mesh) -> dict[str, Needs]:
 
 def compile_phase(cfg, job: Job, mesh, name: str) -> Program:
     """The train step of the phase `name`, compiled as the head of this file says. Takes up to a minute."""
-    experts = per_device(abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
+    experts = per_device(build.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
     cfg = cfg.copy_and_resolve_references()
     cfg.subject.dtype = 'float32'
     if job.c.n_experts:

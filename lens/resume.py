@@ -1,6 +1,5 @@
 """Which run a workdir holds, and how it goes on: the newest checkpoint that can be read, if it is of this run."""
 
-import hashlib
 import json
 import pathlib
 
@@ -12,16 +11,25 @@ from lens.state import State, phase_of, restore
 FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
 
 
-def fingerprint(config: dict) -> str:
-    """Digest of the part of a configuration that decides what is computed."""
-    kept = {k: v for k, v in config.items() if k not in FREE_KEYS}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def identity(config: dict, run: Run) -> dict:
     """What a checkpoint says of the run that it belongs to."""
     ends = [p.end for p in run.phases]  # epochs depend on the data as well
-    return {'config': config, 'fingerprint': fingerprint(config), 'phase_ends': ends}
+    return {'config': config, 'phase_ends': ends}
+
+
+def has_begun(config: dict, workdir: pathlib.Path) -> bool:
+    """Whether checkpoints are there to go on from, told without opening one.
+
+    Raises CheckpointError where config.json beside them is of another run, long before `newest` would find out.
+    """
+    if not any(p.name.isdigit() for p in workdir.glob('checkpoints/*')):
+        return False
+    try:
+        theirs = json.loads((workdir / 'config.json').read_text())
+    except (OSError, ValueError):  # `newest` asks the checkpoints
+        return True
+    _same(theirs, config, workdir)
+    return True
 
 
 def newest(cfg, config: dict, run: Run, checkpoints: Checkpoints, workdir: pathlib.Path) -> tuple[State, dict] | None:
@@ -46,30 +54,34 @@ def newest(cfg, config: dict, run: Run, checkpoints: Checkpoints, workdir: pathl
 
 
 def _check(info: dict, config: dict, run: Run, workdir: pathlib.Path) -> None:
-    here = identity(config, run)
     try:
-        same, theirs, ends = info['fingerprint'] == here['fingerprint'], info['config'], info['phase_ends']
+        theirs, ends = info['config'], info['phase_ends']
     except KeyError as e:
         raise DamagedError(f'{workdir}/checkpoints: a checkpoint says no {e}.') from e
-    if not same:
+    _same(theirs, config, workdir)
+    here = identity(config, run)['phase_ends']
+    if ends != here:
         raise CheckpointError(
-            f'{workdir} holds a run with another configuration (differing keys: '
-            f'{", ".join(differing(theirs, config))}): use that configuration or another --workdir.'
-        )
-    if ends != here['phase_ends']:
-        raise CheckpointError(
-            f'{workdir} holds a run whose phases end at steps {ends}, now {here["phase_ends"]}: epochs are counted on '
+            f'{workdir} holds a run whose phases end at steps {ends}, now {here}: epochs are counted on '
             'the training documents, so restore data.path or use another --workdir.'
         )
 
 
+def _same(theirs: dict, config: dict, workdir: pathlib.Path) -> None:
+    if keys := differing(theirs, config):
+        raise CheckpointError(
+            f'{workdir} holds a run with another configuration (differing keys: {", ".join(keys)}): '
+            'use that configuration or another --workdir.'
+        )
+
+
 def differing(a: dict, b: dict, prefix: str = '') -> list[str]:
-    """Dotted keys whose values differ."""
+    """Dotted keys whose values differ, but for FREE_KEYS."""
     out = []
-    for k in sorted(a.keys() | b.keys()):
+    for k in sorted((a.keys() | b.keys()) - (set() if prefix else set(FREE_KEYS))):
         x, y = a.get(k), b.get(k)
         if isinstance(x, dict) and isinstance(y, dict):
             out += differing(x, y, f'{prefix}{k}.')
-        elif x != y and (prefix or k not in FREE_KEYS):
+        elif x != y:
             out.append(prefix + k)
     return out

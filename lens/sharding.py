@@ -139,6 +139,13 @@ def shardings(tree, mesh, split_above: float = math.inf):
     )
 
 
+def with_placement(tree, mesh, split_above: float):
+    """ShapeDtypeStructs of `tree` that carry their placement, as shardings gives it."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh, split_above)
+    )
+
+
 def put(x: np.ndarray, place) -> jax.Array:
     """A host array, the same on every process, to devices: each receives its part."""
     x = np.asarray(x)

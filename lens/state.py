@@ -94,12 +94,6 @@ def make_lens(cfg, prompts, base, start: Start, key) -> Lens:
     )
 
 
-def with_placement(tree, mesh, split_above: float = sharding.SPLIT_ABOVE):
-    """ShapeDtypeStructs of `tree` that carry their placement by sharding.shardings."""
-    places = sharding.shardings(tree, mesh, split_above)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
-
-
 def abstract_lens(cfg, prompts, base, mesh) -> Lens:
     """Shapes and placements of make_lens. `base` may be abstract itself. Call under jax.set_mesh(mesh)."""
     d = base.config.d_model
@@ -109,15 +103,39 @@ def abstract_lens(cfg, prompts, base, mesh) -> Lens:
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s[0], int)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return with_placement(jax.eval_shape(lambda *a: make_lens(cfg, prompts, *a), base, start, key), mesh)
+    lens = jax.eval_shape(lambda *a: make_lens(cfg, prompts, *a), base, start, key)
+    return sharding.with_placement(lens, mesh, sharding.SPLIT_ABOVE)
 
 
 def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
     """Shapes and placements of the state in `phase`, of an abstract lens."""
     opt = jax.eval_shape(phase.tx.init, params) if phase else ()
-    step = with_placement({'step': jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
+    step = {'step': jax.ShapeDtypeStruct((), jnp.int32)}
+    opt, step = (sharding.with_placement(x, mesh, sharding.SPLIT_ABOVE) for x in (opt, step))
     reference = params.decoder if phase and phase.hparams.needs_reference else ()
-    return State(params=params, opt=with_placement(opt, mesh), reference=reference, **step)
+    return State(params=params, opt=opt, reference=reference, **step)
+
+
+def check(cfg, run: Run, new: bool) -> None:
+    """Raises LensError for a table that leaves a parameter out or, of a new run, a start that does not fit.
+
+    run.base may be abstract.
+    """
+    with jax.set_mesh(run.mesh):
+        lens = abstract_lens(cfg, (run.decoder_prompt, run.encoder_prompt), run.base, run.mesh)
+        for phase in run.phases:
+            jax.eval_shape(phase.tx.init, lens)
+    if not new:
+        return
+    if cfg.init_from and not _is_run(cfg.init_from):
+        lens_folder.check(pathlib.Path(cfg.init_from), lens)
+    elif not cfg.init_from and 'tuned_lens' in (cfg.decoder.init, cfg.encoder.init):
+        translators.read(cfg.tuned_lens, run.base.config)
+
+
+def _is_run(folder: str | pathlib.Path) -> bool:
+    """Whether init_from is a workdir, not an exported lens."""
+    return (pathlib.Path(folder) / 'checkpoints').is_dir()
 
 
 def _stream_norms(run: Run) -> jax.Array:
@@ -162,8 +180,7 @@ def init_lens(cfg, run: Run) -> Lens:
     abstract = abstract_lens(cfg, prompts, run.base, run.mesh)
     if cfg.init_from:
         folder = pathlib.Path(cfg.init_from)
-        is_run = (folder / 'checkpoints').is_dir()
-        return _weights(folder, abstract)[1] if is_run else lens_folder.read(folder, abstract)
+        return _weights(folder, abstract)[1] if _is_run(folder) else lens_folder.read(folder, abstract)
     place = jax.tree.map(lambda x: x.sharding, abstract)
     make = jax.jit(lambda *a: make_lens(cfg, prompts, *a), out_shardings=place)
     return make(run.base, _start(cfg, run), jax.random.key(run.seed))

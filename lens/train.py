@@ -16,7 +16,7 @@ from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
 from lens.health import Profile
 from lens.models.lens import parameter_count
 from lens.record import Record, announce
-from lens.state import State, init_lens, init_state
+from lens.state import State, check, init_lens, init_state
 from lens.timing import split_step, step_prefixes
 
 
@@ -47,10 +47,14 @@ class Trainer:
     def __init__(self, cfg, workdir: pathlib.Path, profile: str = ''):
         self.cfg, self.workdir, self.began = cfg, workdir, time.monotonic()
         self.config = json.loads(cfg.to_json())
-        self.run: Run = build.open_run(cfg)
+        self.run: Run = build.open_run(cfg, self._check)
         self.key = jax.random.key(cfg.seed)
         self.evaluator = Evaluator(self.run)
         self.profile = Profile.parse(profile, workdir, self._say)
+
+    def _check(self, run: Run) -> None:
+        """What needs no weights is refused before they are read."""
+        check(self.cfg, run, new=not resume.has_begun(self.config, self.workdir))
 
     def _say(self, text: str) -> None:
         """To the user; on the bar where there is one."""
@@ -72,8 +76,6 @@ class Trainer:
             found = resume.newest(cfg, self.config, run, self.checkpoints, self.workdir)
             state, info = found or (init_state(init_lens(cfg, run), None, run.mesh), {})
             step = int(state.step)
-            for phase in run.phases:  # a table that leaves a parameter out stops here: nothing is written yet
-                jax.eval_shape(phase.tx.init, state.params)
             self.checkpoints.clean()
             if distributed.is_first():
                 metrics.write_json(self.workdir / 'config.json', self.config)

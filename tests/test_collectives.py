@@ -13,7 +13,7 @@ from lens import hlo, objectives, optimizer, sharding
 from lens.build import Phase
 from lens.models import lora
 from lens.schedules import Clock, constant
-from lens.state import abstract_state, with_placement
+from lens.state import abstract_state
 from lens.train import train_step
 from tests.tiny_world import LAYER, LENGTH, TINY, make_base, make_lens
 
@@ -44,8 +44,8 @@ def moved(objective, kind, *, config=TINY, split_above=float('inf'), form='two_p
         place = {k: jax.sharding.NamedSharding(mesh, sharding.rows(len(s))) for k, s in shapes.items()}
         batch = {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=place[k]) for k, s in shapes.items()}
         phase = Phase('p', 0, 10, o, hp, TX, DOCUMENTS, VECTORS, 'explanations' in shapes)
-        state = abstract_state(with_placement(lens, mesh), phase, mesh)
-        base = with_placement(base, mesh, split_above)
+        state = abstract_state(sharding.with_placement(lens, mesh, sharding.SPLIT_ABOVE), phase, mesh)
+        base = sharding.with_placement(base, mesh, split_above)
         lowered = train_step.lower(state, base, batch, key, objective=o, hparams=hp, tx=TX)
     return [c for c in hlo.collectives(lowered.compile().as_text()) if c.group_size > 1], lens
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lens import plan_command, plan_text, sharding
+from lens import build, plan_command, plan_text, sharding
 from lens.errors import LensError
 from lens.hlo import Collective
 from lens.models import families
@@ -21,7 +21,6 @@ from lens.plan import (
     Program,
     Remedy,
     WordTokenizer,
-    abstract_base,
     changes,
     compile_phase,
     needs,
@@ -82,7 +81,7 @@ def test_train_step_at_full_size(recipe):
         assert n.optimizer >= 2 * n.trainable > 0  # two moments
         assert (n.cache > 0) == (phase != 'sft')
         assert n.given + n.cache < H100_BYTES
-    whole = per_device(abstract_base(cfg, job.c, sharding.make_mesh(1, 1)))
+    whole = per_device(build.abstract_base(cfg, job.c, sharding.make_mesh(1, 1)))
     if billions:
         assert whole / {'bfloat16': 2, 'float32': 4}[cfg.subject.dtype] == pytest.approx(billions * 1e9, rel=1e-3)
 
@@ -91,7 +90,7 @@ def test_tensor_parallel_splits_the_base():
     """The alternative of the docstring: eight-way tensor parallel holds an eighth, but for replicated vectors."""
     cfg, job, mesh = open_recipe('gptoss:sft')
     cfg.mesh.data, cfg.mesh.model = 1, 8
-    whole = per_device(abstract_base(cfg, job.c, mesh))
+    whole = per_device(build.abstract_base(cfg, job.c, mesh))
     assert plan(cfg, job, sharding.make_mesh(1, 8))['sft'].base == pytest.approx(whole / 8, rel=0.001)
 
 

@@ -236,8 +236,9 @@ def test_resume_onto_another_mesh(world, finished, tmp_path, monkeypatch):
             np.testing.assert_allclose(a[k], b[k], rtol=1e-4, err_msg=k)
 
 
-def test_another_configuration_in_the_same_workdir_is_refused(world, finished):
+def test_another_configuration_in_the_same_workdir_is_refused(world, finished, monkeypatch):
     before = curve(finished[0])
+    monkeypatch.setattr(hf, 'load_model', lambda *args, **kw: pytest.fail('the base was read'))
     with pytest.raises(CheckpointError, match=r'another configuration \(differing keys: grpo.learning_rate_decoder\)'):
         train(config(world, grpo__learning_rate_decoder=1.0), finished[0])
     with pytest.raises(CheckpointError, match=r'differing keys: decoder.patched_blocks'):
@@ -298,6 +299,7 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'init_from': '/nowhere'}, r'/nowhere/lens.json does not exist'),
         ({'subject__experts': 'fast'}, r"subject.experts='fast' is not one of dense, ragged, tokamax"),
         ({'subject__packed': True}, r'subject.packed=True keeps the experts as bytes'),
+        ({'decoder__init': 'tuned_lens', 'tuned_lens': '/nowhere'}, r'/nowhere/tuned_lens.json does not exist'),
         ({'decoder__prompt': 'no slot'}, r"decoder.prompt='no slot' must contain <embed>"),
         ({'grpo__group': 1}, r'grpo.group=1 must be at least 2'),
         ({'grpo__objective': 'ppo'}, r"grpo.objective='ppo' is not one of sft, grpo, gumbel"),
@@ -321,7 +323,10 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'subject__dtype': 'int8'}, r"subject.dtype='int8' is not one of float32, bfloat16"),
     ],
 )
-def test_bad_configurations_are_refused_in_one_sentence(world, tmp_path, change, message):
+def test_bad_configurations_are_refused_in_one_sentence_before_weights_are_read(
+    world, tmp_path, change, message, monkeypatch
+):
+    monkeypatch.setattr(hf, 'load_model', lambda *args, **kw: pytest.fail('the base was read'))
     with pytest.raises(LensError, match=message) as e:
         train(config(world, **change), tmp_path / 'w')
     assert '\n' not in str(e.value)
