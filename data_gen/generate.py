@@ -71,7 +71,7 @@ class Options:
     max_concurrency: int = option(8, 'Requests at a time.', 1)
     max_samples: int = option(0, 'Only the first rows of the input; 0: all.', 0)
     resume: bool = option(False, 'Continue what is in the output folder.')
-    partial_jsonl: str = option('', 'Other place of data.jsonl.')
+    partial_jsonl: str = option('', 'Other place of data.jsonl; --resume remembers it.')
 
 
 class Display:
@@ -256,6 +256,8 @@ def generate(options: Options) -> str:
     folder = pathlib.Path(options.output_path)
     journal = rollouts.Journal(folder, partial, rows, settings, options.resume)
     with contextlib.closing(journal), Display(journal, rows) as display:
+        if not partial and journal.paths['data'] != folder / 'data.jsonl':
+            display.print(f'Continuing {journal.paths["data"]}, which {folder / "settings.json"} names')
         if len(journal.unfinished()):
             asyncio.run(Run(options, table, column, planner, journal).main(display))
         counts = ', '.join(f'{n} {"done" if k == "data" else k}' for k, n in journal.counts.items())

@@ -8,6 +8,7 @@ goes on when it is given again. --dry_run prints three prompts and what all woul
 The result is positions.npy [N, V] and explanations.npy [N, V, T] as objectives.sft reads them, T =
 --explanation_len of the training configuration. Longer labels are cut at T tokens; shorter ones are filled with
 pad_id of meta.json, which the decoder so learns to write where a text has ended: every token counts there.
+Where responses have a closing tag, that takes the place of the filling; meta.json names the token as filler_id.
 Without --out they are added to the splits of DATA, in which every document must then have a label. --out makes
 a new folder that leaves out the documents without one.
 

@@ -5,7 +5,6 @@ Dimension letters: N documents, V labelled positions, T tokens of an explanation
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import shutil
 
 import numpy as np
 
-from data_gen import arrays, rollouts
+from data_gen import arrays, locks, rollouts
 from data_gen.label_prompts import Part
 from lens.errors import LensError
 from lens.metrics import write_json
@@ -67,12 +66,10 @@ class Log:
         try:
             self._file = path.open('ab', buffering=0)
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                locks.take(self._file, f'Another command is writing {path}: wait for its end or stop it.')
+            except LensError:
                 self._file.close()
-                raise LensError(f'Another command is writing {path}: wait for its end or stop it.') from None
-            except OSError:  # a file system without locks
-                pass
+                raise
             self._size = self._whole()
             os.truncate(path, self._size)  # a torn last line
         except OSError as e:
@@ -126,16 +123,23 @@ class Labels:
     made: dict  # for labels.json
 
 
-def write_explanations(path: pathlib.Path, part: Part, keep_N: np.ndarray, labels: Labels) -> dict:
-    """explanations.npy int32 [kept, V, T]; returns how many labels were cut at T tokens, and the tokens of filling.
+def _filler(part: Part) -> int:
+    """What follows a label shorter than T tokens, and fills slots without one."""
+    return int(part.split.meta.get('pad_id') or 0)
 
-    A label shorter than T tokens is filled with pad_id of meta.json. Slots without a label hold only that.
-    """
-    pad, length = int(part.split.meta.get('pad_id') or 0), labels.explanation_len
+
+def _described(part: Part, labels: Labels) -> dict:
+    """What meta.json says of the labels, in place of what it said of others."""
+    return {'explanation_len': labels.explanation_len, 'filler_id': _filler(part)}
+
+
+def write_explanations(path: pathlib.Path, part: Part, keep_N: np.ndarray, labels: Labels) -> dict:
+    """explanations.npy int32 [kept, V, T]; returns how many labels were cut at T tokens, and the tokens of filling."""
+    filler, length = _filler(part), labels.explanation_len
     shape = (int(keep_N.sum()), part.positions.shape[1], length)
     with arrays.open_npy(path, np.int32, shape) as add:  # a disk that is full says so here, not in the mapped file
         for i in range(0, shape[0], ROWS):
-            add(np.full((min(ROWS, shape[0] - i), *shape[1:]), pad))
+            add(np.full((min(ROWS, shape[0] - i), *shape[1:]), filler))
     out = np.load(path, mmap_mode='r+')
     new_row = np.cumsum(keep_N) - 1
     counts = {'labels': 0, 'cut': 0, 'filled_tokens': 0}
@@ -177,7 +181,7 @@ def write_in_place(part: Part, labels: Labels) -> dict:
         with temporary['positions.npy'].open('wb') as f:
             np.save(f, np.where(labelled, part.positions, -1).astype(np.int32))
         arrays.write_json(temporary[MADE], labels.made | counts)
-        arrays.write_json(temporary['meta.json'], part.split.meta | {'explanation_len': labels.explanation_len})
+        arrays.write_json(temporary['meta.json'], part.split.meta | _described(part, labels))
         (folder / 'positions.npy').unlink(missing_ok=True)
         for name, path in temporary.items():
             os.replace(path, folder / name)
@@ -207,7 +211,7 @@ def write_folder(out: pathlib.Path, data: pathlib.Path, parts: list[Part], label
             for path in sorted(part.split.directory.glob('*.npy')):
                 if path.stem not in ('positions', 'explanations') and not path.name.startswith('.'):
                     more |= _copy(path, folder / path.name, keep, part.split.meta)
-            more |= {'documents': int(keep.sum()), 'explanation_len': labels.explanation_len}
+            more |= {'documents': int(keep.sum())} | _described(part, labels)
             arrays.write_json(folder / 'meta.json', part.split.meta | more)
             np.save(folder / 'positions.npy', np.where(labelled, part.positions, -1)[keep].astype(np.int32))
             counts[part.name] = write_explanations(folder / 'explanations.npy', part, keep, labels)

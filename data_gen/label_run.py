@@ -14,7 +14,7 @@ import signal
 
 import numpy as np
 
-from data_gen import generate, label_files, label_prompts
+from data_gen import chat_data, generate, label_files, label_prompts
 from data_gen.servers import Answer, Failed, Refused, Servers
 from lens.errors import LensError
 
@@ -278,7 +278,7 @@ class Run:
         if answer.prompt_tokens is not None and answer.tokens is not None:
             return {'prompt_tokens': answer.prompt_tokens, 'answer_tokens': answer.tokens}
         said = ' '.join(v for k, v in answer.message.items() if isinstance(v, str) and k != 'role')  # and thinking
-        prompt_tokens, tokens = (len(self._tokenizer(t)['input_ids']) for t in (prompt, said))
+        prompt_tokens, tokens = (len(self._tokenizer(t)['input_ids']) for t in (prompt, chat_data.clean(said)))
         return {'prompt_tokens': prompt_tokens, 'answer_tokens': tokens, 'estimated': True}
 
     def _fail(self, job: Job, kind: str, reason: str, usage: dict | None = None) -> bool:

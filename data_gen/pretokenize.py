@@ -13,7 +13,6 @@ document. A killed command goes on from its finished shards; existing output is 
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -23,7 +22,7 @@ from collections import Counter
 import numpy as np
 from absl import flags
 
-from data_gen import arrays, chat_data, documents, render, shards
+from data_gen import arrays, chat_data, documents, locks, render, shards
 from lens import cli
 from lens.errors import LensError
 
@@ -98,10 +97,7 @@ def work_folder(out: pathlib.Path, job: dict):
     folder = out.with_name(f'.{out.name}.partial')
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LensError(f'Another command is writing {out}: wait for it, or choose another --out.') from None
+        locks.take(lock, f'Another command is writing {out}: wait for it, or choose another --out.')
         file = folder / 'job.json'
         if not file.exists() or file.read_text() != json.dumps(job):
             for path in folder.iterdir():

@@ -5,7 +5,6 @@ most. finalise() writes the rows of data.jsonl, ordered by index, to parquet/ an
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -14,11 +13,14 @@ import threading
 
 import numpy as np
 
+from data_gen import locks
 from lens.errors import LensError
 from lens.metrics import write_json
 
 KINDS = ('data', 'rejected', 'failed', 'skipped')
 LENGTHS = ('original_prompt_tokens', 'prompt_tokens_with_system', 'thinking_tokens', 'content_tokens')
+PLACE = 'partial_jsonl'  # key of settings.json: another place of data.jsonl, or ''
+REMEDY = 'remove it to continue with the options given now'  # where settings.json is damaged
 BATCH = 1000  # rows that are in memory at a time
 
 
@@ -37,46 +39,87 @@ def check_folder(folder: pathlib.Path) -> None:
         raise LensError(f'{folder} cannot be written: {at} is {"not writable" if at.is_dir() else "no folder"}.')
 
 
+def _read_settings(path: pathlib.Path, remedy: str) -> dict | None:
+    """The JSON object at `path`; None where there is no file. Raises LensError, with the remedy, where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise LensError(f'{path} is damaged: {remedy}.')
+    return settings
+
+
 def changed_setting(path: pathlib.Path, settings: dict, remedy: str) -> tuple[str, object] | None:
     """(key, value in the file) of the first of `settings` that the JSON file at `path` has otherwise.
 
     None where all agree or there is no file. Raises LensError, with the remedy, where it is damaged.
     """
-    if not path.exists():
+    before = _read_settings(path, remedy)
+    if before is None:
         return None
-    try:
-        before = json.loads(path.read_text())
-        return next(((k, before.get(k)) for k, v in settings.items() if before.get(k) != v), None)
-    except (ValueError, AttributeError):
-        raise LensError(f'{path} is damaged: {remedy}.') from None
+    return next(((k, before.get(k)) for k, v in settings.items() if before.get(k) != v), None)
+
+
+def _filled(path: pathlib.Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 class Journal:
     """Appends records; knows which of `rows` input rows are finished. One process at a time may hold it.
 
-    offset[index]: where the record begins in data.jsonl, or -1.
+    data: another place of data.jsonl; settings.json remembers it. offset[index]: where the record begins there, or -1.
     """
 
     def __init__(self, folder: pathlib.Path, data: pathlib.Path | None, rows: int, settings: dict, resume: bool):
         """Only reads, unless it resumes. Raises LensError."""
         self.folder, self._settings = folder, settings
-        self.paths = {k: folder / f'{k}.jsonl' for k in KINDS} | ({'data': data} if data else {})
+        self._settings_file, default = folder / 'settings.json', folder / 'data.jsonl'
+        before = self._place_before()
+        if resume and before:
+            data = self._same_place(before, data)
+        self.paths = {k: folder / f'{k}.jsonl' for k in KINDS} | {'data': data or default}
+        elsewhere = self.paths['data'].resolve() != default.resolve()
+        self._place = str(self.paths['data'].absolute()) if elsewhere else ''
         self.offset = np.full(rows, -1, np.int64)
         self._other = bytearray(rows)  # 1: rejected or skipped
         self.counts = dict.fromkeys(KINDS, 0)
         self._files, self._sizes, self._lock = {}, {}, threading.Lock()
         for path in (folder, self.paths['data'].parent):
             check_folder(path)
-        existing = [p for p in self.paths.values() if p.exists() and p.stat().st_size]
+        existing = [p for p in (before, *self.paths.values()) if p and _filled(p)]
         if existing and not resume:
             raise LensError(f'{existing[0]} exists: add --resume to continue it, or choose another --output_path.')
         if existing:
             self._compare_settings()
             self.open()
 
+    def _place_before(self) -> pathlib.Path | None:
+        """Where this folder's data.jsonl was until now; None where there was none."""
+        default, before = self.folder / 'data.jsonl', _read_settings(self._settings_file, REMEDY) or {}
+        if PLACE in before:
+            return pathlib.Path(str(before[PLACE]) or default)
+        return default if _filled(default) else None
+
+    def _same_place(self, before: pathlib.Path, given: pathlib.Path | None) -> pathlib.Path:
+        """`before`. Raises LensError where another place is given, or where nothing is there."""
+        if given and given.resolve() != before.resolve():
+            raise LensError(
+                f'The finished lines are in {before}, --{PLACE} names {given}: resume with the former, or choose another '
+                '--output_path.'
+            )
+        if before != self.folder / 'data.jsonl' and not before.exists():
+            raise LensError(
+                f'The finished lines are in {before}, which is not there: put it back, or remove {self._settings_file} to '
+                'begin anew.'
+            )
+        return before
+
     def _compare_settings(self) -> None:
-        path = self.folder / 'settings.json'
-        changed = changed_setting(path, self._settings, 'remove it to continue with the options given now')
+        path = self._settings_file
+        changed = changed_setting(path, self._settings, REMEDY)
         if changed:
             key, before = changed
             raise LensError(
@@ -94,24 +137,16 @@ class Journal:
                 path.mkdir(parents=True, exist_ok=True)
             for kind, path in self.paths.items():
                 self._files[kind] = path.open('ab', buffering=0)
-                self._lock_file(kind)
+                locks.take(self._files[kind], f'Another generation is writing {path}: wait for its end or stop it.')
             path = self.paths['failed']
             self._files['failed'].truncate(0)  # failed rows are tried again
             for kind in KINDS:
                 path = self.paths[kind]
                 self._sizes[kind] = self._scan(kind)
-            path = self.folder / 'settings.json'
-            write_json(path, self._settings)
+            path = self._settings_file
+            write_json(path, self._settings | {PLACE: self._place})
         except OSError as e:
             raise cannot_write(path, e) from None
-
-    def _lock_file(self, kind: str) -> None:
-        try:
-            fcntl.flock(self._files[kind], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LensError(f'Another generation is writing {self.paths[kind]}: wait for its end or stop it.') from None
-        except OSError:  # a file system without locks
-            pass
 
     def _scan(self, kind: str) -> int:
         """Notes the finished rows; returns the size of the file, whose last line is whole now."""
@@ -159,7 +194,7 @@ class Journal:
             for kind in KINDS:
                 lines, at = [], self._sizes[kind]
                 for record in (r for k, r in batch if k == kind):
-                    line = (json.dumps(record, ensure_ascii=False) + '\n').encode()
+                    line = (json.dumps(record, ensure_ascii=False) + '\n').encode('utf-8', 'replace')
                     if self._note(kind, record['index'], at):
                         lines.append(line)
                         at += len(line)
@@ -261,13 +296,19 @@ def _write_tables(records, folder: pathlib.Path) -> dict[str, np.ndarray]:
         pa.ipc.new_stream(sink, schema) as stream,
     ):
         for batch in _batches(records):
-            table = pa.Table.from_pylist(batch, schema)
+            table = pa.Table.from_pylist([_row(r) for r in batch], schema)
             parquet.write_table(table)
             stream.write_table(table)
             for name, values in lengths.items():
                 new = [r['tokens'][name] for r in batch if name in r.get('tokens', {})]
                 values.append(np.asarray(new, np.int32))
     return {k: np.concatenate(v) for k, v in lengths.items()}
+
+
+def _row(record: dict) -> dict:
+    """A record as a row: a finish_reason that is no text, which lines of earlier versions may have, is none."""
+    reason = record.get('finish_reason')
+    return record | {'finish_reason': reason if isinstance(reason, str) else None}
 
 
 def _batches(records):

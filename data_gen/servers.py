@@ -9,12 +9,14 @@ import collections
 import dataclasses
 import email.utils
 import json
+import math
 import pathlib
 import time
 import urllib.parse
 
 import aiohttp
 
+from data_gen import chat_data
 from lens.errors import LensError
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
@@ -22,6 +24,7 @@ START_S = 5.0  # how long servers given by URL may take to answer at the start
 NONE_LEFT_S = 1.0  # without a server for this long, the wait is said
 MODELS_TIMEOUT_S = 10.0
 SPEED_WINDOW_S = 30.0
+MOST_TOKENS = 2**31 - 1  # of one answer or prompt
 NO_REFUSAL = (401, 402, 403, 405, 408, 425, 429)  # a 4xx that says nothing about the one request
 
 
@@ -110,7 +113,8 @@ def retry_after(value: str | None) -> float | None:
     if not value:
         return None
     try:
-        return max(float(value), 0.0)
+        seconds = float(value)
+        return max(seconds, 0.0) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:
@@ -124,14 +128,20 @@ def parse_answer(raw: str, server: Server) -> Answer:
     try:
         body = json.loads(raw)
         choice = body['choices'][0]
-        message, usage = choice['message'], body.get('usage') or {}
+        message, usage, reason = choice['message'], body.get('usage'), choice.get('finish_reason')
         if not isinstance(message, dict):
             raise TypeError
-        tokens, prompt_tokens = usage.get('completion_tokens'), usage.get('prompt_tokens')
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise Failed(f'the answer is not a chat completion: {raw[:200]!r}') from None
-    tokens, prompt_tokens = (n if isinstance(n, int) else None for n in (tokens, prompt_tokens))
-    return Answer(message, choice.get('finish_reason'), tokens, raw, server, prompt_tokens)
+    usage = usage if isinstance(usage, dict) else {}
+    tokens, prompt_tokens = (_count(usage.get(k)) for k in ('completion_tokens', 'prompt_tokens'))
+    reason = chat_data.clean(reason) if isinstance(reason, str) else None
+    return Answer(message, reason, tokens, raw, server, prompt_tokens)
+
+
+def _count(value) -> int | None:
+    """A number of tokens; None where `value` cannot be one."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
 class Servers:
@@ -196,7 +206,7 @@ class Servers:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError) as e:
             server.serves, server.problem = None, _reason(e)
             return
-        problem = f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}'
+        problem = chat_data.clean(f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}')
         if self._model in names:
             server.serves = True
         elif server.problem != problem:
@@ -300,7 +310,7 @@ def _error_text(raw: str) -> str:
     try:
         body = json.loads(raw)
         error = body.get('error', body)
-        return str(error.get('message', error) if isinstance(error, dict) else error)[:1000]
+        return chat_data.clean(str(error.get('message', error) if isinstance(error, dict) else error))[:1000]
     except (ValueError, AttributeError, RecursionError):
         return raw[:1000]
 

@@ -104,7 +104,11 @@ use_vllm_env() {
   venv=$(realpath -m "${VENV:-$root/.venv-vllm}")
   if [ ! -e "$venv/ready" ]; then
     mkdir -p "$venv"
-    VENV=$venv flock "$venv/.lock" "$root/launch/vllm_env.sh" ||
+    # flock fails on a file system without locks
+    {
+      flock 8 || true
+      VENV=$venv "$root/launch/vllm_env.sh"
+    } 8>"$venv/.lock" ||
       die "$venv could not be made: on a machine of the same kind that has a network, give \`make vllm-env\`."
   fi
   export PATH="$venv/bin:$PATH"

@@ -9,7 +9,9 @@
 URL ends in /v1. A registry has one URL per line, `URL  # OWNER`; it is replaced as a whole, under a lock.
 """
 
+import contextlib
 import fcntl
+import http.client
 import json
 import os
 import pathlib
@@ -59,11 +61,13 @@ def ask(url, timeout, body=None):
         headers['Authorization'] = f'Bearer {os.environ["VLLM_API_KEY"]}'
     request = urllib.request.Request(url, data, headers)
     try:
-        with OPENER.open(request, timeout=timeout) as response:
+        try:
+            response = OPENER.open(request, timeout=timeout)
+        except urllib.error.HTTPError as e:
+            response = e
+        with response:
             return response.status, response.read().decode('utf-8', 'replace')
-    except urllib.error.HTTPError as e:
-        return e.code, e.read().decode('utf-8', 'replace')
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise NotYet(str(getattr(e, 'reason', e)) or type(e).__name__) from None
 
 
@@ -75,7 +79,10 @@ def try_once(url, seconds):
     status, text = ask(url + '/models', HEALTH_TIMEOUT_S)
     if status != 200:
         raise NotYet(f'HTTP {status} from /v1/models')
-    model = json.loads(text)['data'][0]['id']
+    try:
+        model = json.loads(text)['data'][0]['id']
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise NotYet('the answer of /v1/models is no list of models') from None
     body = {'model': model, 'max_tokens': 1}
     # A server can be healthy and end at its first request.
     status, chat = ask(url + '/chat/completions', seconds, body | {'messages': [{'role': 'user', 'content': 'Hello'}]})
@@ -111,7 +118,8 @@ def rewrite(file, owner, url=None):
     path = pathlib.Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f'{path}.lock', 'w') as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(lock, fcntl.LOCK_EX)
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [line for line in lines if line.partition('#')[2].strip() != owner]
         if url:

@@ -1,9 +1,11 @@
 """Generation against scripted servers: turn choice, faults, kills, resume, and every error sentence."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
+import pathlib
 import random
 import re
 import signal
@@ -25,6 +27,7 @@ from lens import hf
 from lens.errors import LensError
 from tests.fake_server import FakeServer, answer_to, faults_at_random
 
+ROOT = pathlib.Path(__file__).parents[1]
 SUBJECT = 'configs/tiny_subject'
 PRELOADED = [
     'data_gen.generate',
@@ -231,6 +234,31 @@ def test_two_generations_cannot_write_one_file(tmp_path):
     first.close()
 
 
+def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr('fcntl.flock', flock)
+    journal = rollouts.Journal(tmp_path, None, 3, {}, False)
+    journal.open()
+    journal.append([('data', record(0))])
+    journal.close()
+    assert journal.counts['data'] == 1
+
+
+def test_lines_that_are_there_become_a_data_set_whatever_their_finish_reason(tmp_path):
+    reasons = ['stop', 7, None, {'type': 'stop'}, 'length']
+    lines = [json.dumps(record(i) | {'finish_reason': reason}) + '\n' for i, reason in enumerate(reasons)]
+    (tmp_path / 'data.jsonl').write_text(''.join(lines))
+    journal = rollouts.Journal(tmp_path, None, len(reasons), {}, True)
+    journal.append([('rejected', {'index': 9, 'reason': 'half a pair \ud800'})])
+    assert rollouts.finalise(journal)['counts']['done'] == len(reasons)
+    journal.close()
+    saved = datasets.load_from_disk(str(tmp_path / 'dataset')).to_list()
+    assert [r['finish_reason'] for r in saved] == ['stop', None, None, None, 'length']
+    assert [chat_data.messages_of(r['messages']) for r in saved] == [chat(i) for i in range(len(reasons))]
+
+
 def test_statistics_agree_with_numpy():
     values = np.random.default_rng(0).integers(0, 4000, 1001)
     got = rollouts.length_statistics(values)
@@ -317,6 +345,117 @@ def test_max_samples_and_another_place_of_the_lines(tmp_path):
     assert len(read(tmp_path / 'elsewhere' / 'lines.jsonl')) == 30 and not (tmp_path / 'out' / 'data.jsonl').exists()
 
 
+def test_the_place_of_the_lines_is_remembered(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows, lines = [{'messages': chat(i)} for i in range(9)], tmp_path / 'lines.jsonl'
+    (tmp_path / 'tokenizer').symlink_to(ROOT / SUBJECT)
+    with FakeServer() as a:
+        given = {'urls': [a.url], 'tokenizer': str(tmp_path / 'tokenizer')}
+        generate(options(tmp_path, rows, max_samples=5, partial_jsonl='lines.jsonl', **given))
+        monkeypatch.chdir('/')
+        for other in ({}, {'partial_jsonl': str(tmp_path / 'new.jsonl')}):
+            with pytest.raises(LensError, match=re.escape(f'{lines} exists: add --resume to continue it')):
+                generate(options(tmp_path, rows, **given, **other))
+        with pytest.raises(LensError, match=re.escape(f'lines are in {lines}, --partial_jsonl names {tmp_path}/new')):
+            generate(options(tmp_path, rows, resume=True, partial_jsonl=str(tmp_path / 'new.jsonl'), **given))
+        capsys.readouterr()
+        assert '9 done' in generate(options(tmp_path, rows, resume=True, **given))
+        assert f'Continuing {lines}' in capsys.readouterr().out
+        assert len(a.requests) == 9 and len(read(lines)) == 9
+        lines.rename(tmp_path / 'away.jsonl')
+        with pytest.raises(LensError, match=re.escape(f'lines are in {lines}, which is not there: put it back')):
+            generate(options(tmp_path, rows, resume=True, **given))
+        assert len(a.requests) == 9
+    assert {p.name for p in tmp_path.iterdir()} == {'in.jsonl', 'out', 'away.jsonl', 'tokenizer'}
+    assert not (tmp_path / 'out' / 'data.jsonl').exists()
+
+
+def test_lines_in_the_output_folder_are_not_left_for_another_place(tmp_path):
+    rows, default = [{'messages': chat(i)} for i in range(4)], tmp_path / 'out' / 'data.jsonl'
+    with FakeServer() as a:
+        generate(options(tmp_path, rows, urls=[a.url], max_samples=3))
+        other = {'partial_jsonl': str(tmp_path / 'new.jsonl')}
+        with pytest.raises(LensError, match=re.escape(f'{default} exists: add --resume')):
+            generate(options(tmp_path, rows, urls=[a.url], **other))
+        with pytest.raises(LensError, match=re.escape(f'lines are in {default}, --partial_jsonl names')):
+            generate(options(tmp_path, rows, urls=[a.url], resume=True, **other))
+        same = {'partial_jsonl': str(default), 'resume': True}
+        assert '4 done' in generate(options(tmp_path, rows, urls=[a.url], **same))
+        assert len(a.requests) == 4
+        settings = tmp_path / 'out' / 'settings.json'
+        before = json.loads(settings.read_text())
+        del before['partial_jsonl']  # as an earlier version wrote it
+        settings.write_text(json.dumps(before))
+        assert '4 done' in generate(options(tmp_path, rows, urls=[a.url], resume=True))
+    assert json.loads(settings.read_text())['partial_jsonl'] == ''
+
+
+REASONS = {0: 7, 1: {'type': 'stop'}, 2: 'half \ud800', 3: ['stop'], 4: None}
+USAGES = {5: 'many', 6: [3], 7: {'completion_tokens': '5', 'prompt_tokens': None}, 8: None}
+USAGES |= {9: {'completion_tokens': 10**400, 'prompt_tokens': 10**400}, 10: {'completion_tokens': -5}}
+USAGES |= {11: {'completion_tokens': True}, 12: {'completion_tokens': 2.5}}
+
+
+class Odd(FakeServer):
+    """Answers with other JSON types than OpenAI's, by the number of the row."""
+
+    def completion(self, body):
+        out, row = super().completion(body), int(body['messages'][-1]['content'].split()[-1].strip('.'))
+        out['choices'][0]['finish_reason'] = REASONS.get(row, 'stop')
+        return out | ({'usage': USAGES[row]} if row in USAGES else {})
+
+
+def test_answers_with_unexpected_types_are_answers(tmp_path):
+    rows = [{'messages': chat(i)} for i in range(13)]
+    with Odd() as a:
+        assert '13 done' in generate(options(tmp_path, rows, urls=[a.url], max_concurrency=4))
+        assert len(a.requests) == 13
+        assert '13 done' in generate(options(tmp_path, rows, urls=[a.url], resume=True))
+    saved = datasets.load_from_disk(str(tmp_path / 'out' / 'dataset')).to_list()
+    assert [r['finish_reason'] for r in saved] == [None, None, 'half ?', None, None] + ['stop'] * 8
+    counts = [servers.parse_answer(json.dumps(Odd().completion(body_for(i))), None) for i in range(13)]
+    assert all(isinstance(a.tokens, int) and a.tokens >= 6 and a.prompt_tokens == 7 for a in counts[:5])
+    assert all(a.tokens is None and a.prompt_tokens is None for a in counts[5:])
+
+
+def body_for(i: int) -> dict:
+    return {'messages': [{'role': 'user', 'content': f'a b c d e f {i}'}], 'max_tokens': 9}
+
+
+@pytest.mark.parametrize(
+    'answer',
+    [
+        '[]',
+        'null',
+        '{"choices": null}',
+        '{"choices": {}}',
+        '{"choices": "abc"}',
+        '{"choices": [null]}',
+        '{"choices": [[]]}',
+        '{"choices": [{"message": "a"}]}',
+        '{"choices": [{"message": null}]}',
+    ],
+)
+def test_what_is_no_answer_is_a_failure(answer):
+    with pytest.raises(servers.Failed, match='the answer is not a chat completion'):
+        servers.parse_answer(answer, None)
+
+
+@pytest.mark.parametrize('field', ['content', 'thinking', 'reasoning', 'reasoning_content'])
+@pytest.mark.parametrize('value', [['a'], {'a': 1}, 3, True])
+def test_texts_of_another_type_are_a_failure(field, value):
+    with pytest.raises(servers.Failed, match='content or thinking of the answer is no text'):
+        turns.extract({'content': 'a', field: value})
+
+
+def test_half_a_surrogate_pair_of_a_server_can_be_printed(tmp_path, capsys):
+    assert servers._error_text('{"error": {"message": "half \\ud800"}}') == 'half ?'
+    assert servers._error_text('{"error": "half \\ud800"}') == 'half ?'
+    with FakeServer(model='half \ud800') as a, pytest.raises(LensError, match=r'serves half \?, not tiny'):
+        generate(options(tmp_path, [{'messages': chat(0)}], urls=[a.url]))
+    assert 'serves half ?, not tiny' in capsys.readouterr().out
+
+
 def test_retry_after_is_honoured(tmp_path):
     def once(number, body):
         return '429' if number == 0 else None
@@ -326,6 +465,7 @@ def test_retry_after_is_honoured(tmp_path):
         generate(options(tmp_path, rows, urls=[a.url], max_concurrency=1))
     assert len(a.times) == 4 and 1.9 < a.times[1] - a.times[0] < 4
     assert servers.retry_after('Wed, 21 Oct 2015 07:28:00 GMT') == 0 and servers.retry_after('soon') is None
+    assert servers.retry_after('inf') is None and servers.retry_after('nan') is None
 
 
 def test_rows_whose_attempts_are_exhausted_are_listed_and_tried_again_on_resume(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from configs import tiny
 from data_gen import label_files, label_prompts, label_run, pretokenize, servers, storyworld
 from data_gen.label import Options, label
-from lens import data, hf
+from lens import build, data, extraction, hf
 from lens.errors import LensError
 from lens.metrics import read_jsonl
 from lens.models.rope import Rope
@@ -29,6 +29,7 @@ from tests.fake_server import WORDS, FakeServer
 
 SUBJECT = 'configs/tiny_subject'
 TRAIN, VALIDATION, POSITIONS, LENGTH, FROM = 14, 5, 3, 11, 50
+LONG = 17  # tokens that most labels leave unfilled
 JOBS = (TRAIN + VALIDATION) * POSITIONS
 
 
@@ -375,6 +376,33 @@ def test_tokens_that_a_server_does_not_report_are_counted_here(world, tokenizer)
     assert f'({JOBS} answers counted with the tokenizer of the subject)' in last
     texts = [[b['messages'][0]['content'] for b in a.requests], [features(b) for b in a.requests]]
     check_ledger(world, *(sum(len(tokenizer(t)['input_ids']) for t in some) for some in texts))
+
+
+def test_half_a_surrogate_pair_is_counted_like_any_text(world):
+    with FakeServer(answer=lambda body: features(body) + ' \ud800', usage=False) as a:
+        last = label(options(world, a.url))
+    assert f'({JOBS} answers counted with the tokenizer of the subject)' in last
+
+
+def test_responses_end_after_their_last_word(world, tokenizer):
+    """meta.json names what labels are filled with, in place of what filled those that were there before."""
+    with FakeServer(answer=features) as a:
+        label(options(world, a.url, explanation_len=LONG))
+        label(options(world, explanation_len=LONG, out=str(world / 'new')))
+    tags = extraction.Tags(opening=(901, 902), closing=(903, 904, 905))
+    length, shorter = LONG + 5, 0
+    for folder in ('data', 'new'):
+        split = data.open_split(str(world / folder), 'train', vocab_size=len(tokenizer))
+        responses = build._responding(split, tags, length).respond(np.asarray(split.explanations))
+        for row in range(TRAIN):
+            for slot, position in enumerate(split.positions[row]):
+                text = tokenizer.decode(split.tokens[row, : position + 1], skip_special_tokens=True)
+                words = tokenizer(expected_label(text), add_special_tokens=False)['input_ids'][:LONG]
+                expected = [901, 902, *words, 903, 904, 905]
+                assert responses[row, slot].tolist()[: len(expected)] == expected
+                shorter += len(words) < LONG
+        assert split.meta['filler_id'] == split.meta['pad_id']
+    assert shorter > TRAIN
 
 
 def test_a_model_that_never_answers_well_is_stopped_early(world):

@@ -1,6 +1,8 @@
 """The launch scripts: against a scripted server (tests/fake_vllm.py), and Slurm and Ray played by tests/fake_slurm."""
 
 import contextlib
+import errno
+import importlib.util
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -126,24 +129,25 @@ def test_kill_of_the_script_ends_the_server(launch):
 
 
 @pytest.mark.parametrize(
-    ('mode', 'log', 'message'),
+    ('mode', 'seconds', 'log', 'message'),
     [
         (
             'die',
+            20,
             'RuntimeError: the engine could not start',
             'ended before it was ready. The first error of its log: RuntimeError: a bad weight\n',
         ),
-        ('first', 'head_dim 12 is not supported', 'ended before it was ready.'),
-        ('loading', 'options:', 'is not ready after 2 s (HTTP 503 from /health).'),
-        ('refusing', 'options:', 'refuses a completion (HTTP 400:'),
+        ('first', 20, 'head_dim 12 is not supported', 'ended before it was ready.'),
+        ('loading', 2, 'options:', 'is not ready after 2 s (HTTP 503 from /health).'),
+        ('refusing', 20, 'options:', 'refuses a completion (HTTP 400:'),
     ],
 )
-def test_a_server_that_does_not_come_up(launch, mode, log, message):
+def test_a_server_that_does_not_come_up(launch, mode, seconds, log, message):
     registry = launch.folder / 'servers.txt'
     began = time.monotonic()
-    arguments = (SUBJECT, '--log', launch.folder / 'log', '--registry', registry, '--ready-timeout', '2')
+    arguments = (SUBJECT, '--log', launch.folder / 'log', '--registry', registry, '--ready-timeout', seconds)
     printed = launch.failure('serve_vllm.sh', *arguments, FAKE_VLLM=mode)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < seconds + 8
     assert log in printed.split('The last lines of')[1] and message in printed and 'nanobind' not in printed
     assert printed.splitlines()[-1].startswith(f'error: The server of {SUBJECT} ') and not registry.read_text()
 
@@ -208,6 +212,75 @@ def test_the_registry_loses_no_line_of_servers_that_write_together(launch):
     again = ('register', registry, 'http://n9:1/v1', 'job 7')
     lines = together(again, *(('unregister', registry, f'job {i}') for i in range(6)))
     assert lines == ['http://n6:1/v1  # job 6', 'http://n9:1/v1  # job 7']
+
+
+@pytest.fixture(scope='module')
+def endpoint():
+    spec = importlib.util.spec_from_file_location('endpoint', ROOT / 'launch' / 'endpoint.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_registry_on_a_file_system_without_locks(endpoint, launch, monkeypatch):
+    def lockf(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr('fcntl.lockf', lockf)
+    registry = launch.folder / 'servers.txt'
+    endpoint.rewrite(registry, 'job 3', 'http://n3:1/v1')
+    assert registry.read_text() == 'http://n3:1/v1  # job 3\n'
+
+
+@pytest.mark.parametrize(
+    'models', ['', 'no JSON', '[]', 'null', '{"data": []}', '{"data": null}', '{"data": {}}', '{"data": ["tiny"]}']
+)
+def test_models_that_are_no_list_are_waited_for(endpoint, monkeypatch, models):
+    monkeypatch.setattr(endpoint, 'ask', lambda url, timeout, body=None: (200, models))
+    with pytest.raises(endpoint.NotYet, match='/v1/models is no list of models'):
+        endpoint.try_once('http://127.0.0.1:1/v1', 1)
+
+
+@pytest.mark.parametrize(
+    'answer', [b'nonsense\r\n\r\n', *(b'HTTP/1.1 %d X\r\nContent-Length: 9\r\n\r\ncut' % n for n in (200, 503))]
+)
+def test_a_server_that_breaks_off_is_waited_for(endpoint, answer):
+    with socket.create_server(('127.0.0.1', 0)) as listening:
+
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(9999)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(endpoint.NotYet):
+            endpoint.ask(f'http://127.0.0.1:{listening.getsockname()[1]}/health', 5)
+        thread.join()
+
+
+@pytest.mark.parametrize('locks', [True, False])
+def test_the_environment_of_the_server_is_made_once(launch, locks):
+    """Two jobs that start together, by a stand-in of vllm_env.sh; without locks each makes it."""
+    folder = launch.folder / 'root'
+    (folder / 'launch').mkdir(parents=True)
+    made = '#!/bin/sh\n[ -e "$VENV/ready" ] && exit\nsleep 0.5\necho x >>"$VENV/made"\ntouch "$VENV/ready"\n'
+    fakes = {folder / 'launch' / 'vllm_env.sh': made}
+    if not locks:
+        fakes[folder / 'flock'] = '#!/bin/sh\nexit 71\n'
+    for file, text in fakes.items():
+        file.write_text(text)
+        file.chmod(0o755)
+    use = f'set -euo pipefail; root={folder}; . launch/common.sh; use_vllm_env; echo "$PATH"'
+    env = launch.env | {'VENV': str(folder / 'venv'), 'PATH': f'{folder}:{launch.env["PATH"]}'}
+    jobs = [subprocess.Popen(['bash', '-c', use], cwd=ROOT, env=env, stdout=-1, text=True) for _ in range(2)]
+    assert all(j.communicate(timeout=30)[0].startswith(f'{folder}/venv/bin:') and j.returncode == 0 for j in jobs)
+    assert len((folder / 'venv' / 'made').read_text().split()) in ({1} if locks else {1, 2})
+    (folder / 'venv' / 'ready').unlink()
+    (folder / 'launch' / 'vllm_env.sh').write_text('#!/bin/sh\nexit 3\n')
+    failed = subprocess.run(['bash', '-c', use], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert failed.returncode == 1 and f'error: {folder}/venv could not be made: ' in failed.stderr
 
 
 # --- generation -----------------------------------------------------------------------------------------------
@@ -342,6 +415,18 @@ def test_slurm_jobs_that_never_come_up_and_jobs_of_a_killed_run(launch):
     (launch.slurm / 'closed').touch()
     printed = launch.failure('generate_slurm.sh', *generation.arguments, fakes=True)
     assert 'error: sbatch refuses the job: its options are in SBATCH_ARGS.' in printed
+
+
+def test_slurm_coordinator_on_a_file_system_without_locks(launch):
+    fake = launch.folder / 'bin'
+    fake.mkdir()
+    (fake / 'flock').write_text('#!/bin/sh\necho "flock: 9: No locks available" >&2\nexit 71\n')
+    (fake / 'flock').chmod(0o755)
+    (launch.slurm / 'closed').touch()
+    path = f'{FAKES}:{fake}:{launch.env["PATH"]}'
+    printed = launch.failure('generate_slurm.sh', *Generation(launch, 3).arguments, PATH=path)
+    assert 'flock: 9: No locks available' in printed and 'Another coordinator' not in printed
+    assert printed.splitlines()[-1] == 'error: sbatch refuses the job: its options are in SBATCH_ARGS.'
 
 
 @pytest.mark.slow

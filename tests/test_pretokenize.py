@@ -430,6 +430,22 @@ def test_an_interrupted_command_goes_on(many, tmp_path, monkeypatch):
     assert meta['role_tokens']['thinking'] > 0 and sum(meta['role_tokens'].values()) == meta['tokens']
 
 
+def test_two_commands_cannot_write_one_folder_and_locks_may_be_missing(many, tmp_path, monkeypatch):
+    with module.work_folder(tmp_path / 'out', {}) as folder:
+        (folder / '0.npz').touch()
+        with pytest.raises(LensError, match=r'Another command is writing .*out: wait for it'):
+            pretokenize(many, tmp_path / 'out')
+        assert (folder / '0.npz').exists()
+        (folder / '0.npz').unlink()
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr('fcntl.flock', flock)
+    pretokenize(many, tmp_path / 'out')
+    assert len(data.open_split(str(tmp_path / 'out'), 'train', vocab_size=VOCAB))
+
+
 def test_shards_of_other_settings_are_not_used(many, tmp_path, monkeypatch):
     real = arrays.merge
     monkeypatch.setattr(arrays, 'merge', lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left')))
