@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import os
 import pathlib
+import random
 import shlex
 import signal
 import socket
@@ -38,10 +39,13 @@ from agent import (
     start,
 )
 
-USER_ERROR = 1
+USER_ERROR, BROKEN = 1, 70  # as lens.cli ends
 # how processes end that are asked to before lens.main handles signals, or once it has saved; and those of a dead peer
 ASKED = {128 + signal.SIGTERM, 128 + signal.SIGUSR1}
 FOLLOWING = ASKED | {128 + signal.SIGABRT}
+# peers of a process that ended with an error find their connections closed, and abort or are broken
+AFTER_ERROR = FOLLOWING | {USER_ERROR, BROKEN}
+PORTS = range(61440, 65536)  # of runs on this machine, as lens.distributed for Slurm
 SETTLE_S = 0.5  # within which the cause of several deaths is known
 TAIL_LINES = 20
 # nothing is asked, and a connection that is lost is noticed within a minute
@@ -208,7 +212,7 @@ class Supervisor:
                 if deaths:
                     # peers of the first that died may have ended before it is known
                     first = first or time.monotonic()
-                    causes = [d for d in deaths if d.code not in (USER_ERROR, *FOLLOWING)]
+                    causes = [d for d in deaths if d.code not in AFTER_ERROR]
                     if causes or time.monotonic() - first > SETTLE_S:
                         self._tell(deaths)
                         return deaths
@@ -262,7 +266,7 @@ class Supervisor:
 
     def _give_up(self, deaths, in_vain):
         codes = {d.code for d in deaths}
-        if codes.difference(FOLLOWING) == {USER_ERROR}:
+        if USER_ERROR in codes and codes <= AFTER_ERROR:
             raise Failure('The training ended with an error that no restart mends, see above.')
         if self.forwarded:
             raise Failure('The training died before it had saved; the same command goes on from the last checkpoint.')
@@ -296,15 +300,22 @@ def device_parts(count):
     return [{'CUDA_VISIBLE_DEVICES': ','.join(devices[i * each : (i + 1) * each])} for i in range(count)]
 
 
+def free_port():
+    """Beyond those that the system gives to connections, so that it is still free when process 0 listens on it."""
+    for port in random.SystemRandom().sample(PORTS, 99):
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(('127.0.0.1', port))
+            return port
+    raise Failure(f'99 ports between {PORTS.start} and {PORTS.stop} are all in use.')
+
+
 def local_commands(options, arguments):
     if options.processes < 1:
         raise Failure(f'{options.processes} processes: give a number of 1 or more.')
     parts = device_parts(options.processes)
     if options.processes == 1:
         return [Command(training(arguments), parts[0])]
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        address = f'127.0.0.1:{s.getsockname()[1]}'
+    address = f'127.0.0.1:{free_port()}'
     return [Command(training(arguments, *place(address, options.processes, i)), env) for i, env in enumerate(parts)]
 
 

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -19,6 +19,7 @@ T = TypeVar('T')
 # What Orbax and the libraries under it raise for files that cannot be read or written.
 FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 SHOWN = 3  # differing leaves in a message
+TEXT_BYTES = 200  # of a cause that another process tells
 
 
 class CheckpointError(LensError):
@@ -59,20 +60,25 @@ def _first_line(e: Exception) -> str:
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving waits for writes. All processes make every call.
 
-    Kept are the newest `keep`, the `best` by held-out FVE, and every one at a multiple of `every` steps (0: none).
+    Kept are the newest `keep`, the `best` by held-out FVE, and those after the steps `always`.
     say: receives sentences for the user about what went wrong and was survived.
     """
 
     def __init__(
-        self, directory: pathlib.Path, keep: int, best: int = 0, every: int = 0, say: Callable[[str], None] = print
+        self,
+        directory: pathlib.Path,
+        keep: int,
+        best: int = 0,
+        always: Sequence[int] = (),
+        say: Callable[[str], None] = print,
     ):
         p = ocp.training.preservation_policies
         policies = [p.LatestN(keep)]
         if best:
             by_fve = p.BestN(get_metric_fn=lambda m: m['fve'], n=best, keep_checkpoints_without_metrics=False)
             policies.append(by_fve)
-        if every:
-            policies.append(p.EveryNSteps(every))
+        if always:
+            policies.append(p.CustomSteps(always))
         self.directory, self._say, self._writing = directory.absolute(), say, None
         policy = p.AnyPreservationPolicy(policies)
         self._ckpt = ocp.training.Checkpointer(self.directory, preservation_policy=policy)
@@ -152,18 +158,15 @@ class Checkpoints:
     def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
         """(step, read(step)) of the newest checkpoint that can be read; None where there is none at all.
 
+        read: raises DamagedError on all processes or on none, as `info` and `restore` do.
         Raises DamagedError when there are some and none can be read.
         """
         damaged = None
         for step in reversed(self.steps):
-            value, error = None, None
             try:
-                value = read(step)
+                return step, read(step)
             except DamagedError as e:
-                error = e
-            if _all_agree(error is None):
-                return step, value
-            damaged = error or DamagedError(f'{self.directory}/{step} cannot be read by another process.')
+                damaged = e
             self._say(f'warning: {damaged}')
         if damaged:
             raise damaged
@@ -178,21 +181,34 @@ class Checkpoints:
                 shutil.rmtree(place / str(step), ignore_errors=True)
                 os.replace(self.directory / str(step), place / str(step))
             self._say(f'warning: {self.directory}/{step} was moved to {place}.')
-        _all_agree(True)
+        multihost_utils.sync_global_devices('set_aside')
         self._ckpt.reload()
 
     def info(self, step: int) -> dict:
-        """What was given to save as `info`. Raises DamagedError."""
-        try:
-            info = self._ckpt.metadata(step).custom_metadata
-        except FILE_ERRORS as e:
-            raise self._damaged(step, e) from e
-        if not info:  # what Orbax makes of an unreadable file
-            raise self._damaged(step, ValueError('its description is not valid JSON'))
-        return dict(info)
+        """What was given to save as `info`. Raises DamagedError, on all processes."""
 
-    def _damaged(self, step: int, e: Exception) -> DamagedError:
-        return DamagedError(f'{self.directory}/{step} is damaged ({_first_line(e)}).')
+        def read() -> dict:
+            info = self._ckpt.metadata(step).custom_metadata
+            if not info:  # what Orbax makes of an unreadable file
+                raise ValueError('its description is not valid JSON')
+            return dict(info)
+
+        return self._together(step, read)
+
+    def _together(self, step: int, read: Callable[[], T]) -> T:
+        """read(), in which no process waits for another. Raises DamagedError on all where a file fails one."""
+        value, cause = None, None
+        try:
+            value = read()
+        except FILE_ERRORS as e:
+            cause = e
+        for i, what in enumerate(_of_all(_first_line(cause) if cause else '')):
+            if what:
+                raise self._damaged(step, f'process {i}: {what}' if jax.process_count() > 1 else what) from cause
+        return value
+
+    def _damaged(self, step: int, what: str) -> DamagedError:
+        return DamagedError(f'{self.directory}/{step} is damaged ({what}).')
 
     def restore(self, step: int, like):
         """The state of a checkpoint, in the structure and placement of `like`; of a part of the state, that part.
@@ -203,24 +219,27 @@ class Checkpoints:
         self._check_shapes(step, abstract)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        try:
+        # Each process reads what its devices hold and waits for nobody: a file may fail one alone.
+        me = ocp.multihost.process_index()
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+
+        def read() -> dict:
             with context:
-                loaded = self._ckpt.load_checkpointables(step, {'state': abstract})['state']
-            stored = self.info(step)['checksums']
-            found = sharding.fetch(_checksums(loaded))
-        except FILE_ERRORS as e:
-            raise self._damaged(step, e) from e
+                return self._ckpt.load_checkpointables(step, {'state': abstract})['state']
+
+        stored, loaded = self.info(step).get('checksums', {}), self._together(step, read)
+        found = sharding.fetch(_checksums(loaded))
         changed = next((k for k, v in found.items() if int(v) != stored.get(k)), None)
         if changed:
-            raise self._damaged(step, ValueError(f'{changed} is not what was written'))
+            raise self._damaged(step, f'{changed} is not what was written')
         return _from_dict(like, loaded)
 
     def _check_shapes(self, step: int, abstract: dict) -> None:
-        try:
+        def read() -> dict:
             stored = self._ckpt.checkpointables_metadata(step).metadata['state']
-            have = {k: tuple(x.shape) for k, x in stored.items()}
-        except FILE_ERRORS as e:
-            raise self._damaged(step, e) from e
+            return {k: tuple(x.shape) for k, x in stored.items()}
+
+        have = self._together(step, read)
         wrong = [
             f'{k} {have.get(k, "none")} instead of {x.shape}' for k, x in abstract.items() if have.get(k) != x.shape
         ]
@@ -232,6 +251,9 @@ class Checkpoints:
             )
 
 
-def _all_agree(yes: bool) -> bool:
-    """Whether it is so on every process."""
-    return yes if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+def _of_all(text: str) -> list[str]:
+    """The text of each process, at most TEXT_BYTES of it in UTF-8."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b'\0'), np.uint8)
+    return [bytes(row).rstrip(b'\0').decode(errors='replace') for row in multihost_utils.process_allgather(mine)]

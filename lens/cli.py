@@ -1,8 +1,11 @@
 """How every command starts: flags, one clear sentence for what a user can mend, exit codes."""
 
 import difflib
+import os
 import sys
+import threading
 import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -10,6 +13,7 @@ from ml_collections import config_flags
 from lens.errors import LensError
 
 BROKEN = 70  # EX_SOFTWARE of sysexits.h
+LEAVE_S = 4.0  # for an exit after an error: all processes of a run leave together if it is an error of all
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
@@ -53,6 +57,20 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f'error: {" ".join(str(e).split())}')
 
 
+def _leave(code: int) -> NoReturn:
+    """Ends this process with `code`, after LEAVE_S at the latest.
+
+    At the exit JAX waits minutes for the other processes of a run and then aborts, and these may wait in a collective
+    for this process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    timer = threading.Timer(LEAVE_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    sys.exit(code)
+
+
 def run(main) -> None:
     """app.run for `main(argv)`: a LensError or a failure of the disk prints its sentence and exits with code 1, anything
     else its traceback and exits with BROKEN: what supervises a run restarts it then."""
@@ -63,12 +81,11 @@ def run(main) -> None:
             return main(argv)
         except (LensError, OSError) as e:
             if DEBUG.value:
-                raise
-            sys.exit(f'error: {e}')
+                traceback.print_exc()
+            print(f'error: {e}', file=sys.stderr)
+            _leave(1)
         except Exception:
-            if DEBUG.value:
-                raise
             traceback.print_exc()
-            sys.exit(BROKEN)
+            _leave(BROKEN)
 
     app.run(guarded, flags_parser=_parse)

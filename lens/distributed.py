@@ -9,6 +9,7 @@ import ipaddress
 import os
 import re
 import signal
+import socket
 from collections.abc import Mapping
 
 import jax
@@ -88,6 +89,8 @@ def initialize(coordinator: str | None, count: int | None, index: int | None) ->
     me = place(coordinator, count, index, os.environ)
     if me is None:
         return
+    if me.index == 0:
+        _check_free(me.coordinator)
     try:
         jax.distributed.initialize(
             me.coordinator,
@@ -102,8 +105,24 @@ def initialize(coordinator: str | None, count: int | None, index: int | None) ->
         raise DistributedError(f'process {me.index} of {me.count} cannot join {me.coordinator}: {first}') from e
 
 
+def _check_free(address: str) -> None:
+    """That process 0 can listen there: JAX would end by a segmentation fault. Raises DistributedError."""
+    host, port = _host(address) if _is_loopback(address) else '', int(address.rpartition(':')[2])
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as e:
+        raise DistributedError(
+            f'process 0 cannot listen on {address} ({e}): give --coordinator (PORT of launch/hosts.sh) a port that no '
+            'other program uses.'
+        ) from e
+
+
+def _host(address: str) -> str:
+    return address.rpartition(':')[0].strip('[]')
+
+
 def _is_loopback(address: str) -> bool:
-    host = address.rpartition(':')[0].strip('[]')
+    host = _host(address)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,6 +1,7 @@
 """Where figures go: metrics.jsonl (source of truth), the console, optionally TensorBoard and wandb."""
 
 import collections
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from rich.console import Console
@@ -45,11 +47,21 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
 class Writer:
     """Appends one JSON object per line to metrics.jsonl; only process 0 writes.
 
-    resume_step: lines of later steps, from before a restart, are dropped.
+    resume_step: lines of later steps, from before a restart, are dropped. say: receives a sentence for the user when
+    the disk is full; lines wait in memory then, and the file ends with a whole one.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int, tensorboard: bool, wandb_project: str, config: dict):
-        self.active = is_first()
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        resume_step: int,
+        tensorboard: bool,
+        wandb_project: str,
+        config: dict,
+        say: Callable[[str], None] = print,
+    ):
+        self.active, self._say = is_first(), say
+        self._waiting, self._failing = [], False  # lines that are not in the file yet; whether the last attempt failed
         self._tensorboard = self._wandb = None
         self.elapsed_s = 0.0
         if not self.active:
@@ -58,7 +70,7 @@ class Writer:
         kept = [r for r in read_jsonl(path) if r['step'] <= resume_step]
         write_jsonl(path, kept)
         self.elapsed_s = kept[-1]['wall_s'] if kept else 0.0
-        self._file = path.open('a')
+        self._file = path.open('ab', buffering=0)
         if tensorboard:
             from tensorboardX import SummaryWriter  # optional extra [tensorboard]
 
@@ -74,8 +86,8 @@ class Writer:
         """row: `step`, `phase`, `kind` (train, eval, drift, time, profile) and scalars."""
         if not self.active:
             return
-        self._file.write(json.dumps(row) + '\n')
-        self._file.flush()
+        self._waiting.append(json.dumps(row) + '\n')
+        self._append()
         scalars = {f'{row["kind"]}/{k}': v for k, v in row.items() if isinstance(v, (int, float)) and k != 'step'}
         if self._tensorboard:
             for k, v in scalars.items():
@@ -83,8 +95,27 @@ class Writer:
         if self._wandb:
             self._wandb.log(scalars, step=row['step'])
 
+    def _append(self) -> None:
+        """Puts the lines that wait into the file, all or none."""
+        end, rest = self._file.seek(0, os.SEEK_END), ''.join(self._waiting).encode()
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as e:
+            self._file.truncate(end)
+            if not self._failing:
+                self._say(
+                    f'warning: {self._file.name} cannot be written ({e.strerror}); its lines wait in memory: free some disk.'
+                )
+            self._failing = True
+        else:
+            self._waiting, self._failing = [], False
+
     def close(self) -> None:
         if self.active:
+            self._append()
+            if self._waiting:
+                self._say(f'warning: {self._file.name} lacks the last {len(self._waiting)} lines: the disk is full.')
             self._file.close()
             if self._tensorboard:
                 self._tensorboard.close()
@@ -93,9 +124,10 @@ class Writer:
 
 
 class StepClock:
-    """Median seconds of the recent steps; compilation, evaluation and checkpoints are left out."""
+    """Median seconds of the recent steps of a phase; compilation, evaluation and checkpoints are left out."""
 
-    def __init__(self):
+    def __init__(self, now=time.monotonic):
+        self._now, self._phase = now, ''
         self._last: float | None = None
         self._recent: collections.deque[float] = collections.deque(maxlen=50)
 
@@ -103,9 +135,12 @@ class StepClock:
         """What happens until the next lap is not a step."""
         self._last = None
 
-    def lap(self) -> float:
-        """A step has ended; returns the median so far, 0.0 before the first full step."""
-        now = time.monotonic()
+    def lap(self, phase: str) -> float:
+        """A step of `phase` has ended; returns the median so far, 0.0 before the first full step of the phase."""
+        now = self._now()
+        if phase != self._phase:
+            self._phase, self._last = phase, None
+            self._recent.clear()
         if self._last is not None:
             self._recent.append(now - self._last)
         self._last = now
@@ -151,7 +186,8 @@ class ProgressBar:
             self.print(f'{phase:5} {step:6}/{self.total}  {text}')
 
     def print(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a log on a full disk, or a terminal that is gone, must not end the run
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def provenance() -> dict:

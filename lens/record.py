@@ -45,7 +45,7 @@ class Record:
         before = [r for r in rows if r['kind'] == 'time' and r['step'] <= step]
         parts = {k.removesuffix('_part_s'): v for k, v in before[-1].items() if k.endswith('_part_s')} if before else {}
         self.writer = metrics.Writer(
-            workdir, step, cfg.log.tensorboard, cfg.log.wandb_project, json.loads(cfg.to_json())
+            workdir, step, cfg.log.tensorboard, cfg.log.wandb_project, json.loads(cfg.to_json()), self.say
         )
         self._begin = began - self.writer.elapsed_s
         parts['start'] = parts.get('start', 0.0) + time.monotonic() - began
@@ -55,6 +55,9 @@ class Record:
         if collapse:
             self.watch.set_state(collapse)
         self._laps, self._pending, self._flops = metrics.StepClock(), None, {}
+        phase = next((p for p in run.phases if step <= p.end), None)
+        if rows and phase:  # what was lost so far must not be forgotten when this process is killed before it saves
+            self.write(step, phase, 'time', self.time())
 
     def __enter__(self):
         self.bar.__enter__()
@@ -108,7 +111,7 @@ class Record:
         if not phase.labelled:
             for warning in self.watch.feed(phase.name, step, values):
                 self.say(f'warning: {warning}')
-        step_s = self._laps.lap()
+        step_s = self._laps.lap(phase.name)
         every = phase.every.log
         if fires(every, step) or step == phase.end:
             self.write(step, phase, 'train', values | {'step_s': step_s} | self._speed(phase, step_s))

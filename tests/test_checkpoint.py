@@ -45,13 +45,13 @@ def largest_file(folder):
 
 def test_kept_are_the_newest_the_best_and_every_nth(tmp_path):
     fve = {1: 0.1, 2: 0.9, 3: None, 4: 0.3, 5: 0.2, 6: 0.8, 7: None, 8: 0.1, 9: None}
-    with Checkpoints(tmp_path / 'c', keep=2, best=2, every=4) as checkpoints:
+    with Checkpoints(tmp_path / 'c', keep=2, best=2, always=range(4, 99, 4)) as checkpoints:
         for step, value in fve.items():
             save(checkpoints, step, value)
         checkpoints.wait()
         assert checkpoints.steps == [2, 4, 6, 8, 9]  # best 2 and 6, newest 8 and 9, multiples of 4
         assert (checkpoints.best_step, checkpoints.best_fve, checkpoints.latest_step) == (2, 0.9, 9)
-    with Checkpoints(tmp_path / 'c', keep=2, best=2, every=4) as again:
+    with Checkpoints(tmp_path / 'c', keep=2, best=2, always=range(4, 99, 4)) as again:
         assert (again.steps, again.best_step, again.best_fve) == ([2, 4, 6, 8, 9], 2, 0.9)
 
 

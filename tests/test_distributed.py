@@ -2,10 +2,11 @@
 
 import os
 import signal
+import socket
 
 import pytest
 
-from lens.distributed import DistributedError, Place, Stop, place
+from lens.distributed import DistributedError, Place, Stop, initialize, place
 
 STEP = {'SLURM_JOB_ID': '4097', 'SLURM_STEP_NODELIST': 'gpu[03-05,9],other', 'SLURM_STEP_NUM_NODES': '4'}
 MPI = {'OMPI_COMM_WORLD_SIZE': '6', 'OMPI_COMM_WORLD_RANK': '5', 'OMPI_COMM_WORLD_LOCAL_SIZE': '3'}
@@ -48,6 +49,15 @@ def test_flags_then_slurm_then_open_mpi(given, environment, wanted):
 def test_what_is_missing_is_named(given, environment, sentence):
     with pytest.raises(DistributedError, match=sentence):
         place(*given, environment)
+
+
+@pytest.mark.parametrize('host', ['127.0.0.1', 'localhost', 'a-host-of-many'])
+def test_a_port_that_is_in_use_is_named(host):
+    """On another host than this one process 0 listens on all addresses, so that any of them is in the way."""
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        address = f'{host}:{other.getsockname()[1]}'
+        with pytest.raises(DistributedError, match=rf'process 0 cannot listen on {address} \(.*in use.*give --coord'):
+            initialize(address, 2, 0)
 
 
 def test_signals_are_noted_and_ignored_after_they_were_heeded():

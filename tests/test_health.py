@@ -3,14 +3,16 @@
 import gzip
 import json
 import pathlib
+import time
 import types
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
-from lens import health
+from lens import health, metrics, record
 from lens.errors import LensError
 from lens.health import WINDOW, Collapse, CollapseError, Goodput, Profile
 
@@ -90,6 +92,39 @@ def test_lost_seconds_are_those_of_the_rows_after_the_checkpoint():
     assert health.lost_seconds(rows, 40) == 0
     assert health.lost_seconds(rows, 0) == 17.25
     assert health.lost_seconds([], 0) == 0
+
+
+def reopened(workdir, step):
+    """The record of a run of 9 steps that goes on after a kill."""
+    log = {'tensorboard': False, 'wandb_project': ''}
+    cfg = ml_collections.ConfigDict({'log': log, 'health': {'collapse': 'off'}})
+    phases = [types.SimpleNamespace(name='sft', start=0, end=4), types.SimpleNamespace(name='grpo', start=4, end=9)]
+    run = types.SimpleNamespace(steps=9, phases=phases)
+    return record.Record(cfg, run, workdir, time.monotonic(), None, step, None, None)
+
+
+@pytest.mark.parametrize('step', [0, 5])
+def test_what_several_kills_between_two_checkpoints_cost_is_added(tmp_path, step):
+    """Killed 40 s after the checkpoint, again 7 s after that start, again 2 s after the next."""
+    path = tmp_path / 'metrics.jsonl'
+    saved = {'step': 5, 'phase': 'grpo', 'kind': 'time', 'start_part_s': 2.0, 'step_part_s': 7.5, 'wall_s': 10.0}
+    kept = [saved] if step else []
+    metrics.write_jsonl(path, [*kept, {'step': 6, 'kind': 'train', 'wall_s': 10.0 * len(kept) + 40}])
+    for lost_s, work_s in ((40, 7), (47, 2), (49, None)):
+        with reopened(tmp_path, step) as r:
+            seconds = r.clock.seconds
+        assert seconds['lost'] == pytest.approx(lost_s, abs=0.3)
+        assert seconds['step'] == 7.5 * len(kept)
+        last = metrics.read_jsonl(path)[-1]
+        assert (last['kind'], last['step'], last['phase']) == ('time', step, 'grpo' if step else 'sft')
+        assert sum(v for k, v in last.items() if k.endswith('_part_s')) == pytest.approx(
+            last['wall_s'] + lost_s, abs=0.6
+        )
+        assert record.curve(tmp_path) == []
+        if work_s:
+            path.write_text(
+                path.read_text() + json.dumps({'step': 6, 'kind': 'train', 'wall_s': last['wall_s'] + work_s}) + '\n'
+            )
 
 
 HEALTHY = {

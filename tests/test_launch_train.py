@@ -208,10 +208,16 @@ def test_output_of_the_others_and_one_process_without_flags(launch):
 
 @pytest.mark.parametrize(
     ('faults', 'starts', 'code'),
-    [('error:0:0,abort:1:0', 1, 1), ('error:0:0,kill:1:0', 2, 0), ('abort:0:0,abort:1:0', 2, 0)],
+    [
+        ('error:0:0,abort:1:0', 1, 1),
+        ('broken:0:0,error:1:0', 1, 1),
+        ('broken:0:0,broken:1:0', 2, 0),
+        ('error:0:0,kill:1:0', 2, 0),
+        ('abort:0:0,abort:1:0', 2, 0),
+    ],
 )
 def test_what_came_first_decides_when_several_die(launch, faults, starts, code):
-    """A peer aborts after an error of the user, and ends with an error after a death."""
+    """A peer aborts or is broken after an error of the user, and ends with an error after a death."""
     assert launch.run('train_local.sh', f'--fault={faults}') == code
     assert len(launch.starts(0)) == starts
 

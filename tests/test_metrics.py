@@ -1,6 +1,8 @@
 """metrics.jsonl and the JSON files: atomic, append-only, safe to continue after a kill."""
 
+import contextlib
 import json
+import resource
 
 import pytest
 
@@ -16,8 +18,19 @@ def line(step, **more):
     )
 
 
-def writer(workdir, resume_step):
-    return metrics.Writer(workdir, resume_step, False, '', {})
+def writer(workdir, resume_step, say=print):
+    return metrics.Writer(workdir, resume_step, False, '', {}, say)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_read_jsonl_of_a_missing_file_is_empty(tmp_path):
@@ -105,6 +118,58 @@ def test_writer_at_step_0_starts_over(tmp_path):
     w = writer(tmp_path, 0)
     w.close()
     assert (tmp_path / 'metrics.jsonl').read_text() == '' and w.elapsed_s == 0
+
+
+def test_a_full_disk_lets_lines_wait(tmp_path):
+    path, said = tmp_path / 'metrics.jsonl', []
+    w = writer(tmp_path, 0, said.append)
+    w.write(json.loads(line(1)))
+    with full_disk(len(line(1)) + 7):
+        for step in (2, 3):
+            w.write(json.loads(line(step)))
+            assert path.read_text() == line(1), 'not a part of a line'
+    assert len(said) == 1 and said[0].startswith(f'warning: {path} cannot be written (File too large); its lines wait')
+    w.write(json.loads(line(4)))
+    assert path.read_text() == ''.join(map(line, (1, 2, 3, 4))) and len(said) == 1
+    with full_disk(path.stat().st_size):
+        for step in (5, 6):
+            w.write(json.loads(line(step)))
+        w.close()
+    assert path.read_text() == ''.join(map(line, (1, 2, 3, 4))) and len(said) == 3
+    assert said[2] == f'warning: {path} lacks the last 2 lines: the disk is full.'
+
+
+def test_lines_that_wait_are_written_at_the_end(tmp_path):
+    said = []
+    w = writer(tmp_path, 0, said.append)
+    with full_disk(1):
+        w.write(json.loads(line(1)))
+    w.close()
+    assert (tmp_path / 'metrics.jsonl').read_text() == line(1) and len(said) == 1
+
+
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
+    with (tmp_path / 'log').open('w', buffering=1) as log:
+        bar = metrics.ProgressBar(total=2, every=1)
+        bar.console.file = log
+        with full_disk(5):
+            bar.print('held out at step 1')
+        bar.print('held out at step 2')
+    assert 'held out at step 2\n' in (tmp_path / 'log').read_text()
+
+
+def test_seconds_of_a_step_are_those_of_its_phase():
+    now = 50.0
+    clock = metrics.StepClock(lambda: now)
+    for phase, step_s, laps in (('sft', 0.25, 60), ('grpo', 2.0, 3)):
+        clock.pause()
+        medians = []
+        for _ in range(laps):
+            now += step_s
+            medians.append(clock.lap(phase))
+        assert medians == [0.0] + (laps - 1) * [step_s]
+    now += 100.0  # from one phase to the next nothing is a step, paused or not
+    assert clock.lap('sft') == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""Runs of two processes with four fake devices each, as users start them, against one process with eight."""
+"""Runs of two processes with four fake devices each, as users start them, against one process with eight; how they
+end when one of them fails, and a checkpoint that one of them cannot read."""
 
+import contextlib
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -14,11 +17,12 @@ import time
 import numpy as np
 import pytest
 
+from lens.cli import BROKEN
 from lens.metrics import read_jsonl
 from tests import mesh_runs
 from tests.test_train import command, figures, world  # noqa: F401 (a fixture)
 
-LIMIT_S = 600
+LIMIT_S = 1500
 ROWS = 8  # documents of a step: every mesh of eight devices divides them
 SMALL = [
     '--config.sft.steps=4',
@@ -43,18 +47,25 @@ def start(argv: list[str], devices: int) -> subprocess.Popen:
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_two(argv: list[str], workdirs=()) -> list[subprocess.Popen]:
+def free_port() -> int:
+    """Beyond those that the system gives to connections: still free when process 0 listens on it."""
+    for port in random.SystemRandom().sample(range(61440, 65536), 99):
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(('127.0.0.1', port))
+            return port
+    raise OSError('no port is free')
+
+
+def start_two(argv: list[str], workdirs=(), devices: int = 4) -> list[subprocess.Popen]:
     """Both processes of `argv`, on a port of their own; workdirs: one for each instead of the same for both."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        where = [f'--coordinator=127.0.0.1:{s.getsockname()[1]}', '--num_processes=2']
+    where = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2']
     own = [[f'--workdir={w}'] for w in workdirs] or [[], []]
-    return [start([*argv, *where, f'--process_id={i}', *own[i]], 4) for i in range(2)]
+    return [start([*argv, *where, f'--process_id={i}', *own[i]], devices) for i in range(2)]
 
 
-def finish(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
+def finish(processes: list[subprocess.Popen], code: int = 0, limit_s: float = LIMIT_S) -> list[tuple[str, str]]:
     """(stdout, stderr) of each, which must exit with `code`; none is left behind."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     try:
         out = [p.communicate(timeout=deadline - time.monotonic()) for p in processes]
     finally:
@@ -192,3 +203,68 @@ def test_a_loss_that_is_not_finite_ends_both_with_the_same_sentence(world, tmp_p
     found = re.search(r'is not finite at step \d+ \(phase sft, documents \[([\d, ]+)\]\)', errors[0][0])
     assert len(set(found[1].split(', '))) == ROWS
     assert not list((tmp_path / 'w').glob('checkpoints/[0-9]*')) and not (tmp_path / 'w/summary.json').exists()
+
+
+PLAYED = """
+import pathlib, sys
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from lens import cli, distributed
+from lens.errors import LensError
+
+def main(argv):
+    place = [flags.FLAGS[k].value for k in ('coordinator', 'num_processes', 'process_id')]
+    distributed.initialize(*place)
+    meet = lambda: multihost_utils.process_allgather(np.ones(1))
+    meet()
+    if str(place[2]) in argv[1]:
+        raise LensError(f'process {place[2]} has failed')
+    meet()
+
+flags.DEFINE_string('coordinator', None, '')
+flags.DEFINE_integer('num_processes', None, '')
+flags.DEFINE_integer('process_id', None, '')
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize('who', ['0', '1', '01'])
+def test_an_error_ends_with_its_code_though_others_wait(who):
+    """JAX alone would let the one that failed wait for the other for five minutes, and abort both."""
+    processes = start_two([sys.executable, '-c', PLAYED, who], devices=1)
+    try:
+        out = [p.communicate(timeout=200) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    for i, p in enumerate(processes):
+        failed = str(i) in who
+        assert (p.returncode == 1) if failed else (p.returncode in (BROKEN, -signal.SIGABRT)), out
+        assert re.findall(r'^error: .*$', out[i][1], re.MULTILINE) == failed * [f'error: process {i} has failed']
+
+
+@pytest.mark.slow
+def test_what_the_first_alone_cannot_write_ends_the_launcher_without_a_restart(world, tmp_path):  # noqa: F811
+    (tmp_path / 'w/config.json/in the way').mkdir(parents=True)
+    argv = command(world, tmp_path / 'w', *ENDLESS, *mesh(2, 1))
+    launcher = ['launch/train_local.sh', '-n', '2', *argv[argv.index('lens.main') + 1 :]]
+    run = subprocess.run(
+        launcher,
+        env=os.environ | {'PYTHON': sys.executable, 'JAX_NUM_CPU_DEVICES': '1', 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert run.returncode == 1, run
+    assert re.search(r'^error: .*Is a directory.*config\.json', run.stderr, re.MULTILINE), run
+    assert 'process 0 ended with code 1' in run.stdout and 'Restart' not in run.stdout
+
+
+def test_a_file_that_one_cannot_read_sends_both_to_the_checkpoint_before(tmp_path):
+    """Neither waits for the other within the reading: Orbax's barrier there would last five minutes."""
+    argv = [sys.executable, '-m', 'tests.damaged_part', str(tmp_path / 'c')]
+    out = [said(stdout) for stdout, _ in finish(start_two(argv, devices=1), limit_s=200)]
+    assert out[0] == out[1] and len(out[0]) == 2 and out[0][1] == 'read 1 1 True', out
+    assert re.fullmatch(r'warning: \S+/c/2 is damaged \(process 1: .+\)\.', out[0][0])

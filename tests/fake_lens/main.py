@@ -4,6 +4,7 @@
     kill     ends itself by SIGKILL
     abort    by SIGABRT
     error    says a sentence and ends with code 1
+    broken   ends with code 70
     hang     takes no further step, deaf to SIGTERM
 --imports_s=S: only after S seconds are signals handled. A checkpoint comes every --save_every steps, 2 by default. A
 step begins when all processes have ended the one before: those of a dead one hang, deaf to SIGTERM. WORKDIR/starts-I
@@ -72,6 +73,8 @@ def main():
             if step == last and (int(i), int(k)) == (index, start):
                 if kind in ('kill', 'abort'):
                     os.kill(os.getpid(), signal.SIGKILL if kind == 'kill' else signal.SIGABRT)
+                elif kind == 'broken':
+                    sys.exit(70)
                 elif kind == 'error':
                     sys.exit(f'error: step {step} is not possible.')
                 while True:
