@@ -19,8 +19,8 @@ def free(value) -> ml_collections.FieldReference:
     return ml_collections.FieldReference(value, field_type=object)
 
 
-# Matrices of a trained base, and adapters.
-MATRICES = r'/(base/blocks/(attn/[qkvo]|mlp/(gate|up|down)|moe/(router|gate_up|down))$|adapters/)'
+# Matrices of a trained base, adapters, maps, read-out.
+MATRICES = r'/(base/blocks/(attn/[qkvo]|mlp/(gate|up|down)|moe/(router_w|gate_up|down))$|adapters/|(maps|readout)_w$)'
 
 
 def table(weight_decay: float = 0.0, encoder_unfreeze: int | str = '0') -> tuple[tuple, ...]:
@@ -85,7 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.data = ml_collections.ConfigDict()
     c.data.path = ''  # folder with train/ and validation/
-    c.data.min_pos = 8  # first token position that is read
+    c.data.min_pos = 8  # first token position that is read, labelled or drawn
     c.data.positions = 'any'  # tokens that may be read: any | assistant | thinking | final (needs roles in the data)
 
     c.explanation_len = 16  # tokens of a response: the explanation and its tags
@@ -144,7 +144,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint.every = free('200s')  # D; 0 = only at the end of a phase
     c.checkpoint.keep = 2  # newest
     c.checkpoint.best = 1  # and those of the highest held-out FVE; a new best is saved
-    c.checkpoint.keep_every = 0  # micro-steps; checkpoints at a multiple are never deleted; 0 = none
+    c.checkpoint.keep_every = free('0')  # D; those at a multiple are saved as well and never deleted
 
     c.health = ml_collections.ConfigDict()
     c.health.collapse = 'warn'  # when the texts of a phase that samples collapse: warn | stop | off

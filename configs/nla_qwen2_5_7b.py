@@ -16,10 +16,11 @@ From the released run: templates, marker, norm 150, positions from 50 on, head w
 2 - 2 cosine, SFT of 1000 steps of 256 (2e-5 to 2e-6), then 4200 steps of 128 x 8 responses of at most 150 tokens with
 KL 0.01 to the decoder that SFT has made, failed responses at -2.
 
-Different: adapters of rank 128 (rank-stabilised, alpha 16, of all matrices) in place of training in full, and the
-rates that such adapters take (1e-4, 8e-5). `:full` trains both sides in full at the released rates (SFT 2e-5; GRPO
-1.41e-5 and 7.07e-5), everything split over the 8 devices; every token that is drawn then gathers the decoder
-anew, some 3.6 TB on the wire of each device a step.
+Different: the closing tag without the newline before it, which the tokenizer joins to a full stop; adapters of
+rank 128 (rank-stabilised, alpha 16, of all matrices) in place of training in full, and the rates that such adapters
+take (1e-4, 8e-5). `:full` trains both sides in full at the released rates (SFT 2e-5; GRPO 1.41e-5 and 7.07e-5),
+everything split over the 8 devices; every token that is drawn then gathers the decoder anew, some 3.6 TB on the wire
+of each device a step.
 
 Hardware: meant for 8 GPUs of 80 GB. Not yet run on this hardware; memory by --plan: base 15.2 GB in
 bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 11 GB; `:full` at most 75 GB.
@@ -53,7 +54,7 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.data.path = 'data/nla-qwen2.5-7b'
     c.data.min_pos = 50
     c.explanation_len = 150
-    c.explanation_open, c.explanation_close = '<explanation>\n', '\n</explanation>'
+    c.explanation_open, c.explanation_close = '<explanation>\n', '</explanation>'
     c.mesh.data = 8
 
     c.decoder.prompt = f'{SYSTEM}<|im_start|>user\n{EXPLAIN}<|im_end|>\n<|im_start|>assistant\n'

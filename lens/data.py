@@ -14,6 +14,7 @@ none); meta.json's "facts" lists every field with its values and their token ids
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -149,9 +150,10 @@ def _check_ids(ids: np.ndarray, path: pathlib.Path, vocab_size: int) -> None:
             )
 
 
-def _texts(split: Split):
+def _digests(split: Split):
+    """Of every text, 16 bytes."""
     for row, n in zip(split.tokens, split.lengths, strict=True):
-        yield np.asarray(row[:n], np.int32).tobytes()
+        yield hashlib.blake2b(np.asarray(row[:n], np.int32).tobytes(), digest_size=16).digest()
 
 
 def check_disjoint(train: Split, validation: Split) -> None:
@@ -159,10 +161,18 @@ def check_disjoint(train: Split, validation: Split) -> None:
     both = np.intersect1d(train.doc_id, validation.doc_id)
     if len(both):
         raise DataError(f'{train.directory} and {validation.directory} share {len(both)} document ids, e.g. {both[0]}.')
-    seen = set(_texts(validation))
-    for i, text in enumerate(_texts(train)):
+    seen = set(_digests(validation))
+    for i, text in enumerate(_digests(train)):
         if text in seen:
             raise DataError(f'{train.directory}/tokens.npy row {i} is also a text of {validation.directory}.')
+
+
+def fingerprint(split: Split) -> str:
+    """Digest of which documents the split holds and where they are labelled, in their order."""
+    digest = hashlib.sha256()
+    for x in (split.doc_id, split.lengths, split.positions):
+        digest.update(b'' if x is None else np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def readable(split: Split, positions: str, min_pos: int) -> Split:
@@ -185,7 +195,8 @@ def readable(split: Split, positions: str, min_pos: int) -> Split:
         found = (ok & (column >= np.minimum(min_pos, length - 1))).any(1)
         if split.positions is not None:  # a given explanation must be at such a position, too
             given = np.asarray(split.positions[i : i + step])
-            found &= (np.take_along_axis(ok, np.maximum(given, 0), 1) & (given >= 0)).any(1)
+            labelled = given >= np.minimum(min_pos, length - 1)
+            found &= (np.take_along_axis(ok, np.maximum(given, 0), 1) & labelled).any(1)
         parts.append(i + np.flatnonzero(found))
     rows = np.concatenate(parts)
     if not len(rows):
@@ -205,6 +216,21 @@ def draw_positions(
     return np.sort(rng.choice(choices, count, replace=len(choices) < count)).astype(np.int32)
 
 
+def _labelled(split: Split, i: int, min_pos: int) -> np.ndarray:
+    """Which of the given explanations of row i are at positions that may be read; indices."""
+    given = np.asarray(split.positions[i])
+    ok = given >= min(min_pos, int(split.lengths[i]) - 1)  # without a label it is -1
+    return np.flatnonzero(ok if split.codes is None else ok & np.isin(split.role[i][given], split.codes))
+
+
+def first_unlabelled(split: Split, min_pos: int) -> int | None:
+    """The first row that is read and has no given explanation at a position that may be; None where all have one."""
+    if split.codes is not None:  # `readable` has left them out
+        return None
+    ok = (split.positions >= np.minimum(min_pos, split.lengths - 1)[:, None]).any(1)
+    return None if ok.all() else int(np.argmin(ok))
+
+
 def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rng) -> dict:
     allowed = None if split.codes is None else np.isin(split.role[i], split.codes)
     row = {
@@ -212,10 +238,9 @@ def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rn
         'doc_id': np.int64(split.doc_id[i]),
     }
     if labelled:
-        given = np.asarray(split.positions[i])
-        have = np.flatnonzero((given >= 0) if allowed is None else (given >= 0) & allowed[given])
+        have = _labelled(split, i, min_pos)
         if not len(have):
-            raise DataError(f'{split.directory}/positions.npy row {i} has no labelled position.')
+            raise DataError(f'{split.directory}/positions.npy row {i} has no labelled position from {min_pos} on.')
         pick = np.sort(rng.choice(have, vectors, replace=len(have) < vectors))
         row['positions'] = np.asarray(split.positions[i][pick], np.int32)
         given = np.asarray(split.explanations[i][pick], np.int32)
@@ -283,18 +308,20 @@ def batch_documents(split: Split, documents: int, seed: int, index: int) -> list
 def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: int) -> dict:
     """The fixed held-out set: the first `documents` rows that may be read, positions drawn per document id.
 
-    Returns the arrays of a training batch plus `lengths` [R], and `facts` [R, V, F] and `explanations`
-    [R, V, T] where the split has them at those positions.
+    Returns the arrays of a training batch plus `lengths` [R], and `facts` [R, V, F] where the split has them. Where
+    every one of these rows has given explanations, positions are drawn from theirs, and `explanations` [R, V, T]
+    are returned as well.
     """
     n = min(documents, len(split))
     which = split.read_rows[:n]
+    labelled = split.positions is not None and all(len(_labelled(split, i, min_pos)) for i in which)
     rows = [
         _row(
             split,
             i,
             vectors=vectors,
             min_pos=min_pos,
-            labelled=split.positions is not None,
+            labelled=labelled,
             rng=np.random.default_rng([seed, int(split.doc_id[i]) % 2**64]),
         )
         for i in which

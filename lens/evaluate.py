@@ -51,11 +51,30 @@ MEANINGS = {
     'facts_hallucinated_sampled': ('facts', 'facts hallucinated at temperature 1'),
 }
 
+# What else a figure is where the encoder learns directions alone (encoder.error=direction).
+OF_DIRECTIONS = {
+    'fve': 'A and reconstruction rescaled to norm sqrt(d), baseline their mean: {}; 1 - mean of (2 - 2 cosine) over it',
+    'fve_greedy': '{}',
+    'variance_recovered': 'of the rescaled vectors: {}',
+    'nmse': 'mean of 2 - 2 cosine, temperature 1; 1 for a response without an explanation',
+}
+
+
+def meaning(name: str, error: str) -> str:
+    """One sentence on a figure. error: encoder.error of the run."""
+    text = MEANINGS[name][1]
+    return OF_DIRECTIONS.get(name, '{}').format(text) if error == 'direction' else text
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """figures: name -> {'value', 'ci95'}; facts: one row per field; samples: one dict per explanation."""
+    """figures: name -> {'value', 'ci95'}; facts: one row per field; samples: one dict per explanation.
 
+    error: encoder.error of the run. fve_quick: FVE on the documents of the quick figures alone.
+    """
+
+    error: str
+    fve_quick: float
     documents: int
     activations: int
     figures: dict[str, dict]
@@ -66,7 +85,7 @@ class Evaluation:
         return {k: v['value'] for k, v in self.figures.items()}
 
     def to_json(self, step: int) -> dict:
-        figures = {k: v | dict(zip(('group', 'meaning'), MEANINGS[k], strict=True)) for k, v in self.figures.items()}
+        figures = {k: v | {'group': MEANINGS[k][0], 'meaning': meaning(k, self.error)} for k, v in self.figures.items()}
         return {
             'step': step,
             'documents': self.documents,
@@ -184,7 +203,7 @@ class Evaluator:
 
     def quick(self, lens: Lens) -> dict[str, float]:
         """The few figures that a learning curve needs, on the first documents."""
-        n = min(self.settings.quick_documents, len(self.held['lengths']))
+        n = self._quick_documents
         c = self._collect(lens, n, controls=False)
         doc = self._documents(n)
         figures = self._lens_figures(c, doc) | self._fact_figures(c, doc)[0]
@@ -215,7 +234,16 @@ class Evaluator:
         if self.tags:
             figures |= {f'extracted{k}': statistics.fraction(c[f'found{k}'], doc) for k in ('', '_greedy')}
         facts, by_field = self._fact_figures(c, doc)
-        return Evaluation(n, len(doc), figures | facts, by_field, self._samples(c, self.settings.samples))
+        samples = self._samples(c, self.settings.samples)
+        return Evaluation(self.error, self._fve_quick(c), n, len(doc), figures | facts, by_field, samples)
+
+    def _fve_quick(self, c) -> float:
+        doc = self._documents(self._quick_documents)
+        return statistics.reconstruction(c['pred'][: len(doc)], c['a'][: len(doc)], doc)['fve']['value']
+
+    @property
+    def _quick_documents(self) -> int:
+        return min(self.settings.quick_documents, len(self.held['lengths']))
 
     def _documents(self, n: int) -> np.ndarray:
         """The document of every activation of the first n rows, numbered from 0."""
@@ -292,7 +320,7 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
 
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
-    again = reopen(workdir, STEP.value, data=-1, replica=1)  # on the devices that are here
+    again = reopen(workdir, STEP.value)
     run, step = again.run, again.step
     with jax.set_mesh(run.mesh):
         result = Evaluator(run).full(again.params)

@@ -18,7 +18,7 @@ from absl import flags
 
 from lens import build, cli, hf, lens_folder, metrics
 from lens.errors import LensError
-from lens.evaluate import MEANINGS
+from lens.evaluate import MEANINGS, meaning
 from lens.models.lens import Lens
 from lens.state import reopen
 
@@ -181,11 +181,11 @@ def _side_line(spec: dict, side: str) -> str:
     )
 
 
-def _figures(summary: dict) -> str:
+def _figures(summary: dict, error: str) -> str:
     if not summary:
         return 'Not evaluated yet.'
-    known = {k: meaning.replace('|', '\\|') for k, (_, meaning) in MEANINGS.items() if k in summary}
-    rows = [f'| `{k}` | {summary[k]:.3f} | {meaning} |' for k, meaning in known.items()]
+    known = {k: meaning(k, error).replace('|', '\\|') for k in MEANINGS if k in summary}
+    rows = [f'| `{k}` | {summary[k]:.3f} | {text} |' for k, text in known.items()]
     counts = f'{summary["activations"]} activations of {summary["documents"]} held-out documents'
     source = f'{counts}; {summary["device"]}, commit {summary["commit"]}, {_code(summary["command"])}.'
     return '\n'.join(['| figure | value | meaning |', '|---|---|---|', *rows, '', source])
@@ -216,7 +216,7 @@ explanation says what the encoder can use: read it beside its controls below bef
 
 ## Figures
 
-{_figures(summary)}
+{_figures(summary, config['encoder']['error'])}
 
 ## Files
 
@@ -296,7 +296,7 @@ def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest') -> No
     """Writes a checkpoint of a run, by `step` of state.reopen, to `out`. Raises LensError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LensError(f'{out} holds something already: give an empty or a new folder as --out.')
-    again = reopen(workdir, step, data=1, replica=1)  # there is no batch to split
+    again = reopen(workdir, step, data=1)  # there is no batch to split
     with jax.set_mesh(again.run.mesh):
         write_folder(out, again.params, again.run, again.config, again.step, _summary(workdir, again.step))
 

@@ -33,12 +33,14 @@ ROWS = sharding.rows(2)
 class Rollout(NamedTuple):
     """Tokens of N explanations. logits: float32, of the draw of each token, differentiable in every form.
 
-    words: rows of the given table, exactly table[ids] in value.
+    words: rows of the given table, exactly table[ids] in value. logp: of the tokens by the sampler, where `logits`
+    are not the sampler's own.
     """
 
     ids_NxT: jax.Array
     words_NxTxE: jax.Array
     logits_NxTxV: jax.Array
+    logp_NxT: jax.Array | None = None
 
 
 def rollout(
@@ -86,7 +88,7 @@ def _lookup(table_VxE, ids_NxT):
 def _two_pass(length: int, decoder, base, activation_NxD, table_VxE, key, tau, temperature_N) -> Rollout:
     base, table_VxE = jax.lax.stop_gradient((base, table_VxE))
     frozen = jax.lax.stop_gradient(decoder)
-    ids = sampling.sample(frozen, base, activation_NxD, key, length=length, temperature=temperature_N).ids_NxT
+    ids, logp = sampling.sample(frozen, base, activation_NxD, key, length=length, temperature=temperature_N)
     logits = dec.teacher_forced_logits(decoder, base, activation_NxD, ids)
     logits = sharding.reshard(logits, sharding.rows(3))
 
@@ -99,7 +101,7 @@ def _two_pass(length: int, decoder, base, activation_NxD, table_VxE, key, tau, t
         return None, mixed - jax.lax.stop_gradient(mixed)  # zero, with a gradient
 
     _, push_TxNxE = jax.lax.scan(body, None, (jnp.moveaxis(logits, 1, 0), jnp.arange(length)))
-    return Rollout(ids, _lookup(table_VxE, ids) + jnp.moveaxis(push_TxNxE, 0, 1), logits)
+    return Rollout(ids, _lookup(table_VxE, ids) + jnp.moveaxis(push_TxNxE, 0, 1), logits, logp)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -168,7 +168,7 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
         tau=hp.tau(t),
         form=hp.form,
     )
-    roll = roll._replace(ids_NxT=words.ids_NxT)
+    roll = roll._replace(ids_NxT=words.ids_NxT, logp_NxT=words.logp_NxT)
     found = extract(words.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
     rows = model.lookup(words.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
@@ -193,6 +193,11 @@ OBJECTIVES = {
     'gumbel': Objective(read_rollout, gumbel),
 }
 NEEDS_EXPLANATIONS = frozenset({'sft'})
+UNREAD = {  # keys of a phase that an objective does not read, with the values that ask for nothing
+    'sft': {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updates': 1},
+    'grpo': {},
+    'gumbel': {'mean_of': 1, 'updates': 1},
+}
 
 
 def error_rows(pred_NxD, target_NxD, error: str):
@@ -243,20 +248,26 @@ def _advantages(reward_N, hp: Hparams):
 
 
 def _reconstruction(base, roll: Rollout, pred, found: Extraction, hp: Hparams, t):
-    """The encoder's terms: its error and the functional KL, over the responses that hold an explanation."""
-    kept, a = found.found_N.astype(jnp.float32), roll.a_NxD
+    """The encoder's terms: its error and the functional KL, over the responses that hold an explanation.
+
+    A mean, or a difference to the next document, counts where every response that is part of it holds one. In the
+    metric a failed response is the zero vector, as in evaluation.
+    """
+    extracted, a = found.found_N.astype(jnp.float32), roll.a_NxD
     per_activation = len(a) // roll.batch['positions'].size
+    kept = subject.tile_rows(extracted.reshape(-1, hp.mean_of).min(1), hp.mean_of)
+    shown = jax.lax.stop_gradient(comparable(pred, hp.error)) * kept[:, None]
     changed = pred
     if hp.resample:
         vectors = roll.batch['positions'].shape[1] * per_activation
         delta = jnp.roll(a - pred, vectors, axis=0)  # the partner is the next document
         changed = pred + (jax.lax.stop_gradient(delta) if hp.resample_stop_grad else delta)
+        kept = kept * jnp.roll(kept, vectors)
     mse = losses.masked_mean(error_rows(changed, a, hp.error), kept)
-    shown = jax.lax.stop_gradient(comparable(pred, hp.error))
     metrics = {'loss_encoder': mse, 'fve': losses.fve(shown, comparable(a, hp.error), group=per_activation)}
     if hp.tags:
-        metrics |= {'extracted': jnp.mean(kept), 'response_tokens': jnp.mean(found.end_N.astype(jnp.float32))}
-        metrics['text_len'] = losses.masked_mean(found.length_N.astype(jnp.float32), kept)
+        metrics |= {'extracted': jnp.mean(extracted), 'response_tokens': jnp.mean(found.end_N.astype(jnp.float32))}
+        metrics['text_len'] = losses.masked_mean(found.length_N.astype(jnp.float32), extracted)
     loss = hp.mse_weight(t) * mse if hp.mse_weight else 0.0
     if hp.kl_weight:
         kl = losses.masked_mean(_functional_kl(base, roll, changed, per_activation, hp), kept)

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lens import build, hf, plan, plan_text, sharding
+from lens import checks, hf, plan, plan_text, sharding
 from lens.errors import LensError
 
 DEVICES = 8  # with mesh.data=-1
@@ -26,14 +26,15 @@ def run(cfg, device_gb: float) -> int:
     Only CPU devices are made, as many as the mesh has. Raises LensError for what a configuration alone shows to
     be impossible.
     """
-    build.check_values(cfg)
+    checks.check_values(cfg)
     _pretend_devices(cfg)
     if not cfg.phases:
         raise PlanError('phases is empty: there is nothing to plan.')
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
     job, ships_packed, notes = _open(cfg)
     for name in cfg.phases:
-        build.check_phase(cfg, name, mesh)
+        checks.check_phase(cfg, name)
+    checks.check_batches(cfg, mesh)
     sizes = ', '.join(f'{k} {v}' for k, v in mesh.shape.items() if v > 1) or 'no mesh'
     print(f'{cfg.subject.path} on {mesh.size} device{"s" * (mesh.size > 1)} ({sizes}); no device is touched')
     for note in notes:
@@ -82,7 +83,7 @@ def _open(cfg) -> tuple[plan.Job, bool, list[str]]:
         path = _folder(cfg.subject.path)
         tokenizer = hf.load_tokenizer(path)
     c = hf.read_config(path)
-    build.check_subject(cfg, c)
+    checks.check_subject(cfg, c)
     ships_packed = hf.ships_packed(path)
     if cfg.subject.packed and not ships_packed:
         raise PlanError(f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.')

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from lens import data
 from lens.build import Run
 from lens.checkpoint import CheckpointError, Checkpoints, DamagedError
 from lens.state import State, phase_of, restore
@@ -14,7 +15,8 @@ FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
 def identity(config: dict, run: Run) -> dict:
     """What a checkpoint says of the run that it belongs to."""
     ends = [p.end for p in run.phases]  # epochs depend on the data as well
-    return {'config': config, 'phase_ends': ends}
+    documents = {x.directory.name: data.fingerprint(x) for x in (run.train, run.validation)}
+    return {'config': config, 'phase_ends': ends, 'documents': documents}
 
 
 def has_begun(config: dict, workdir: pathlib.Path) -> bool:
@@ -55,15 +57,20 @@ def newest(cfg, config: dict, run: Run, checkpoints: Checkpoints, workdir: pathl
 
 def _check(info: dict, config: dict, run: Run, workdir: pathlib.Path) -> None:
     try:
-        theirs, ends = info['config'], info['phase_ends']
+        theirs, ends, documents = (info[k] for k in ('config', 'phase_ends', 'documents'))
     except KeyError as e:
         raise DamagedError(f'{workdir}/checkpoints: a checkpoint says no {e}.') from e
     _same(theirs, config, workdir)
-    here = identity(config, run)['phase_ends']
-    if ends != here:
+    here = identity(config, run)
+    if ends != here['phase_ends']:
         raise CheckpointError(
-            f'{workdir} holds a run whose phases end at steps {ends}, now {here}: epochs are counted on '
+            f'{workdir} holds a run whose phases end at steps {ends}, now {here["phase_ends"]}: epochs are counted on '
             'the training documents, so restore data.path or use another --workdir.'
+        )
+    if documents != here['documents']:
+        raise CheckpointError(
+            f'{workdir} holds a run on other documents or labels than those that {run.train.directory.parent} has now: '
+            'restore data.path or use another --workdir.'
         )
 
 

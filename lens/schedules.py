@@ -166,6 +166,8 @@ def parse(value, clock: Clock, key: str) -> Schedule:
     for name, word in zip(words[1 + count :: 2], words[2 + count :: 2], strict=True):
         if name not in CLAUSES[kind] or name in clauses:
             raise _bad(value, key, f'has a clause {name!r} that {kind} does not take, or takes once')
+        if (name, word) == ('over', '-1'):
+            continue  # what remains, as without the clause
         clauses[name] = _number(word) if name in NUMBERS else duration(word, clock, f'{key}: {name}')
         if clauses[name] is None:
             raise _bad(value, key, f'has a {name!r} that is not a number')

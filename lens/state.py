@@ -4,7 +4,9 @@ Shapes and placements come from `abstract`; nothing is made only to know them.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -25,6 +27,20 @@ from lens.models.encoder import Encoder, EncoderConfig
 from lens.models.lens import Lens
 from lens.models.transformer import TransformerConfig
 
+PLACES = (  # keys that say where a lens reads and writes
+    'layer',
+    'position_vectors',
+    'decoder.train',
+    'decoder.injection',
+    'decoder.norm',
+    'decoder.marker',
+    'decoder.patched_blocks',
+    'decoder.shared_map',
+    'encoder.train',
+    'encoder.output_layer',
+    'encoder.readout',
+    'encoder.current_token',
+)
 NORM_DOCUMENTS = 10  # texts that the scale of the maps is measured on
 
 
@@ -127,10 +143,37 @@ def check(cfg, run: Run, new: bool) -> None:
             jax.eval_shape(phase.tx.init, lens)
     if not new:
         return
-    if cfg.init_from and not _is_run(cfg.init_from):
+    if cfg.init_from and _is_run(cfg.init_from):
+        _check_same_lens(pathlib.Path(cfg.init_from), cfg)
+    elif cfg.init_from:
         lens_folder.check(pathlib.Path(cfg.init_from), lens)
     elif not cfg.init_from and 'tuned_lens' in (cfg.decoder.init, cfg.encoder.init):
         translators.read(cfg.tuned_lens, run.base.config)
+
+
+def _check_same_lens(workdir: pathlib.Path, cfg) -> None:
+    """Raises LensError unless the lens of another run reads and writes where that of this one does."""
+    theirs, ours = _places(_config(workdir), workdir), _places(json.loads(cfg.to_json()), workdir)
+    if differing := [f'{k}={theirs[k]!r}' for k in theirs if theirs[k] != ours[k]]:
+        raise LensError(f'init_from={workdir} holds a lens with {", ".join(differing)}: use these keys here.')
+
+
+def _places(config: dict, workdir: pathlib.Path) -> dict:
+    """The values of PLACES by dotted key."""
+    try:
+        values = {k: functools.reduce(dict.__getitem__, k.split('.'), config) for k in PLACES}
+    except KeyError as e:
+        raise LensError(f'{workdir}/config.json lacks a key ({e}): it is of another version; train again.') from e
+    out = values['encoder.output_layer']
+    return values | {'encoder.output_layer': values['layer'] if out == -1 else out}
+
+
+def _config(workdir: pathlib.Path) -> dict:
+    """The configuration of a run."""
+    file = workdir / 'config.json'
+    if not file.exists():
+        raise LensError(f'{file} does not exist: --workdir and init_from must be the folder of a run.')
+    return json.loads(file.read_text())
 
 
 def _is_run(folder: str | pathlib.Path) -> bool:
@@ -213,21 +256,19 @@ class Reopened:
     params: Lens
 
 
-def reopen(workdir: pathlib.Path, step: str = 'newest', **mesh: int) -> Reopened:
-    """The run of a workdir with the weights of a checkpoint; `mesh` replaces keys of its mesh.
+def reopen(workdir: pathlib.Path, step: str = 'newest', data: int = -1) -> Reopened:
+    """The run of a workdir with the weights of a checkpoint, on the devices that are here.
 
-    step: newest | best (highest held-out FVE) | a number. Raises LensError.
+    step: newest | best (highest held-out FVE) | a number. data: devices that split a batch, -1 for all that the
+    model does not take. Raises LensError.
     """
-    file = workdir / 'config.json'
-    if not file.exists():
-        raise LensError(f'{file} does not exist: --workdir must be the folder of a run.')
-    config = json.loads(file.read_text())
+    config = _config(workdir)
     cfg = ml_collections.ConfigDict(config)
-    cfg.mesh.update(mesh)
+    cfg.mesh.update(data=data, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
     try:
         run = open_run(cfg)
     except (AttributeError, KeyError) as e:
-        raise LensError(f'{file} lacks a key ({e}): it is of another version; train again.') from e
+        raise LensError(f'{workdir}/config.json lacks a key ({e}): it is of another version; train again.') from e
     with jax.set_mesh(run.mesh):
         lens = abstract_lens(cfg, (run.decoder_prompt, run.encoder_prompt), run.base, run.mesh)
         return Reopened(config, run, *_weights(workdir, lens, step))

@@ -9,7 +9,7 @@ import time
 import jax
 import optax
 
-from lens import build, data, distributed, metrics, optimizer, resume, sharding
+from lens import build, checks, data, distributed, metrics, optimizer, resume, sharding
 from lens.build import Phase, Run, fires
 from lens.checkpoint import Checkpoints
 from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
@@ -48,12 +48,14 @@ class Trainer:
         self.cfg, self.workdir, self.began = cfg, workdir, time.monotonic()
         self.config = json.loads(cfg.to_json())
         self.run: Run = build.open_run(cfg, self._check)
+        self.identity = resume.identity(self.config, self.run)
         self.key = jax.random.key(cfg.seed)
         self.evaluator = Evaluator(self.run)
         self.profile = Profile.parse(profile, workdir, self._say)
 
     def _check(self, run: Run) -> None:
         """What needs no weights is refused before they are read."""
+        checks.check_batches(self.cfg, run.mesh)
         check(self.cfg, run, new=not resume.has_begun(self.config, self.workdir))
 
     def _say(self, text: str) -> None:
@@ -67,11 +69,11 @@ class Trainer:
         """Runs or continues to the end; returns the summary. Raises Stopped after SIGTERM or SIGUSR1."""
         run, cfg = self.run, self.cfg
         self.workdir.mkdir(parents=True, exist_ok=True)
-        c = cfg.checkpoint
+        c, always = cfg.checkpoint, [s for p in run.phases for s in p.steps if fires(p.every.keep, s)]
         with (
             contextlib.closing(self.profile),
             distributed.Stop() as self.stop,
-            Checkpoints(self.workdir / 'checkpoints', c.keep, c.best, c.keep_every, self._say) as self.checkpoints,
+            Checkpoints(self.workdir / 'checkpoints', c.keep, c.best, always, self._say) as self.checkpoints,
         ):
             found = resume.newest(cfg, self.config, run, self.checkpoints, self.workdir)
             state, info = found or (init_state(init_lens(cfg, run), None, run.mesh), {})
@@ -96,12 +98,12 @@ class Trainer:
                 return self._finish(state)
 
     def _save(self, step: int, state: State, iterator_state: dict | None, fve: float | None = None) -> None:
-        info = resume.identity(self.config, self.run) | {'data': iterator_state}
+        info = self.identity | {'data': iterator_state}
         with self.record.clock.part('checkpoint'):
             self.checkpoints.save(step, state, info | {'collapse': self.record.watch.get_state()}, fve)
 
     def _phase(self, phase: Phase, state: State, iterator_state: dict | None) -> State:
-        run, every, record, keep_every = self.run, phase.every, self.record, self.cfg.checkpoint.keep_every
+        run, every, record = self.run, phase.every, self.record
         batches = data.train_batches(
             run.train,
             documents=phase.documents,
@@ -128,7 +130,7 @@ class Trainer:
                 if step == first:
                     record.settle()
             last, stop = step == phase.end, self.stop.asked(step)
-            evaluate, save = fires(every.evaluate, step), fires(every.save, step) or fires(keep_every, step)
+            evaluate, save = fires(every.evaluate, step), fires(every.save, step) or fires(every.keep, step)
             drift = fires(every.drift, step)
             if evaluate or save or last or stop or drift:
                 with record.clock.part('step'):
@@ -162,7 +164,7 @@ class Trainer:
         self.record.write(step, phase, 'drift', {f'drift_{k}': float(v) for k, v in values.items()})
 
     def _evaluate(self, phase: Phase, step: int, state: State, full: bool) -> float:
-        """Held-out figures of the first documents, or of all; returns the FVE."""
+        """Held-out figures of the first documents, or of all; returns the FVE of the first, to compare checkpoints."""
         with self.record.clock.part('evaluation'):
             if full:
                 self.last: Evaluation = self.evaluator.full(state.params)
@@ -170,7 +172,7 @@ class Trainer:
             else:
                 values = self.evaluator.quick(state.params)
         self.record.held_out(phase, step, values, full)
-        return values['fve']
+        return self.last.fve_quick if full else values['fve']
 
     def _finish(self, state: State) -> dict:
         """Final figures, samples, summary and report."""

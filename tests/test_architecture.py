@@ -51,6 +51,7 @@ LEVELS = {
     'lens.resume': 12,
     'lens.record': 12,
     'lens.timing': 10,  # train calls it and gives it the step
+    'lens.checks': 9.5,
     'lens.build': 10,
     'lens.flops': 11,
     'lens.state': 11,

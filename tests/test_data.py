@@ -1,5 +1,6 @@
 """lens.data: what it reads, what it refuses, and which positions it draws."""
 
+import dataclasses
 import itertools
 import json
 
@@ -504,6 +505,14 @@ def test_positions_of_any_role_are_those_of_data_without_roles(tmp_path, split):
     same(batches(chosen, 6), batches(split, 6))
 
 
+def test_the_fingerprint_is_of_documents_their_order_and_their_labels(tmp_path):
+    write(tmp_path, **arrays())
+    split, again = (data.open_split(str(tmp_path), 'train', vocab_size=VOCAB) for _ in range(2))
+    other = [dataclasses.replace(split, **{k: getattr(split, k)[::-1]}) for k in ('doc_id', 'lengths', 'positions')]
+    prints = [data.fingerprint(x) for x in (split, *other, dataclasses.replace(split, positions=None))]
+    assert len(set(prints)) == 5 and data.fingerprint(again) == prints[0]
+
+
 def test_positions_of_one_role_are_deterministic_and_continue(tmp_path):
     chosen = data.readable(with_roles(tmp_path)[0], 'assistant', 3)
     opened_again = data.readable(data.open_split(str(tmp_path), 'train', vocab_size=VOCAB), 'assistant', 3)
@@ -530,7 +539,7 @@ def test_roles_are_scanned_in_blocks(tmp_path, monkeypatch):
 def test_given_explanations_of_one_role(tmp_path):
     split, a = with_roles(tmp_path, labelled=True, facts=FIELDS)
     chosen, ok = data.readable(split, 'assistant', 0), may_be_read(a, 'assistant', 0)
-    for batch in [*batches(chosen, 20, labelled=True), held(chosen, DOCUMENTS, min_pos=0)]:
+    for batch in [*batches(chosen, 20, labelled=True, min_pos=0), held(chosen, DOCUMENTS, min_pos=0)]:
         for row, p, e in zip(row_of(batch['doc_id']), batch['positions'], batch['explanations'], strict=True):
             assert ok[row, p].all() and set(p.tolist()) <= set(a['positions'][row].tolist())
             assert e[:, 0].tolist() == (50 * row + p).tolist()

@@ -310,7 +310,9 @@ def test_the_command(runs, tmp_path):
 
 
 def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tmp_path, world):
-    with pytest.raises(LensError, match=r'w/config.json does not exist: --workdir must be the folder of a run'):
+    with pytest.raises(
+        LensError, match=r'w/config.json does not exist: --workdir and init_from must be the folder of a run'
+    ):
         export.export(tmp_path / 'w', tmp_path / 'out')
     (tmp_path / 'config.json').write_text(config(world, 'maps').to_json())
     with pytest.raises(LensError, match=r'checkpoints holds no checkpoint yet'):

@@ -211,6 +211,28 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), grads.decoder, want)
 
 
+@pytest.mark.parametrize(('mean_of', 'resample'), [(1, False), (3, False), (1, True), (3, True)])
+def test_what_is_made_of_a_failed_response_counts_nowhere(mean_of, resample):
+    """Of 3 documents x 2 activations x 6 responses, some fail; a mean or a partner with a failed one is left out."""
+    rng = np.random.default_rng(0)
+    a, pred = np.repeat(rng.normal(size=(6, 1, 5)), 6, 1).reshape(36, 5), rng.normal(size=(36, 5))
+    ok = rng.random(36) < 0.9
+    kept = np.repeat(ok.reshape(-1, mean_of).all(1), mean_of)
+    mixed, counted = pred, kept
+    if resample:
+        mixed, counted = pred + np.roll(a - pred, 12, 0), kept & np.roll(kept, 12)
+    found = extraction.Extraction(*(jnp.zeros(36, jnp.int32),) * 3, jnp.asarray(ok))
+    roll = objectives.Rollout(jnp.asarray(a), None, {'positions': np.zeros((3, 2))})
+    hp = dataclasses.replace(HP, group=6 // mean_of, mean_of=mean_of, resample=resample)
+    _, metrics = objectives._reconstruction(None, roll, jnp.asarray(pred), found, hp, 0)
+    error = ((mixed - a) ** 2).sum(1) / (a**2).sum(1)
+    assert 0 < counted.sum() < 36
+    np.testing.assert_allclose(metrics['loss_encoder'], error[counted].mean(), rtol=1e-5)
+    distinct = a[::6]
+    spread = ((distinct - distinct.mean(0)) ** 2).sum() / 5 * len(a)
+    np.testing.assert_allclose(metrics['fve'], 1 - ((kept[:, None] * pred - a) ** 2).sum() / spread, rtol=1e-5)
+
+
 SLOW = pytest.mark.slow
 
 
@@ -232,6 +254,8 @@ def test_gumbel_reaches_both_sides_through_the_words(base, full, batch, form):
     deaf = jax.tree.map(lambda x: x, full)
     deaf.encoder.readout_w[...] = jnp.zeros_like(deaf.encoder.readout_w[...])
     assert size(gradient('gumbel', deaf, base, batch, hp)[0].decoder) == 0
+    if form == 'two_pass':  # elsewhere the sampler's own figures are the scorer's
+        assert 0 < metrics['logp_diff_mean'] <= metrics['logp_diff_max'] < 1e-4
 
 
 def test_sft_trains_the_decoder_by_cross_entropy_and_the_encoder_by_mse(base, full, batch):

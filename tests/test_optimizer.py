@@ -238,7 +238,8 @@ def test_the_table_of_the_recipes_trains_everything_and_decays_matrices_alone():
         assert row.multiplier == 1 and row.clip == path[:7] and row.unfreeze == (3 if path[:7] == 'encoder' else 0)
         decayed |= {path} if row.weight_decay else set()
     matrices = [*(f'attn/{x}' for x in 'qkvo'), *(f'mlp/{x}' for x in ('gate', 'up', 'down'))]
-    assert decayed == {f'{s}/base/blocks/{m}' for s in optimizer.SIDES for m in matrices}
+    maps = {'decoder/maps_w', 'encoder/readout_w'}
+    assert decayed == maps | {f'{s}/base/blocks/{m}' for s in optimizer.SIDES for m in matrices}
     for path, want in {
         'encoder/adapters/q/a': 0.25,
         'decoder/base/blocks/moe/gate_up': 0.25,

@@ -47,7 +47,7 @@ def test_a_damaged_newest_checkpoint_is_moved_away_and_its_steps_are_made_again(
 
 def test_a_new_best_is_saved_and_kept_and_can_be_asked_for(settings, tmp_path):
     cfg = settings.copy_and_resolve_references()
-    cfg.checkpoint.every, cfg.checkpoint.keep, cfg.checkpoint.keep_every, cfg.eval.every = 0, 1, 5, 2
+    cfg.checkpoint.every, cfg.checkpoint.keep, cfg.checkpoint.keep_every, cfg.eval.every = 0, 1, '5s', 2
     workdir = tmp_path / 'w'
     train(cfg, workdir)
     fve = {r['step']: r['fve'] for r in read_jsonl(workdir / 'metrics.jsonl') if r['kind'] == 'eval'}

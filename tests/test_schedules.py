@@ -105,6 +105,11 @@ def test_after_and_over_and_the_order_of_clauses():
         check(text, want)
 
 
+def test_over_minus_one_is_what_remains():
+    for text in ('cosine 2 0.5 after 7os warmup 9s', 'linear 1 0.1 warmup 5s', 'polynomial 1 0 after 20s power 2'):
+        assert parse(f'{text} over -1', CLOCK, 'x') == parse(text, CLOCK, 'x')
+
+
 def test_restarts_grow():
     t, want = np.arange(90), np.zeros(90)
     for first, length in ((0, 12), (12, 24), (36, 48), (84, 96)):

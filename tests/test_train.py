@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from configs import base, tiny
-from lens import hf, metrics
+from lens import data, hf, metrics
 from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
 from lens.metrics import read_jsonl
 from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
 from lens.record import NonFiniteError, curve
+from lens.state import reopen
 from lens.train import Trainer
 from tests.conftest import make_base
 
@@ -246,6 +247,32 @@ def test_another_configuration_in_the_same_workdir_is_refused(world, finished, m
     assert curve(finished[0]) == before
 
 
+def test_other_documents_under_the_same_path_are_refused(world, finished, monkeypatch):
+    monkeypatch.setattr(data, 'fingerprint', lambda split: 'another')
+    with pytest.raises(CheckpointError, match=r'holds a run on other documents or labels than those that .*/data has'):
+        train(config(world), finished[0])
+
+
+def test_weights_of_a_run_that_reads_elsewhere_are_refused(world, finished, tmp_path):
+    for key, value, theirs in (
+        ('layer', 2, 'layer=1'),
+        ('encoder__current_token', True, 'encoder.current_token=False'),
+    ):
+        with pytest.raises(LensError, match=f'init_from={finished[0]} holds a lens with {theirs}'):
+            train(config(world, init_from=str(finished[0]), **{key: value}), tmp_path / 'w')
+
+
+def test_a_run_is_reopened_on_the_devices_that_are_here(finished, tmp_path):
+    """Eight of them; the training batch could not be split over so many."""
+    workdir = tmp_path / 'w'
+    shutil.copytree(finished[0], workdir)
+    settings = json.loads((workdir / 'config.json').read_text())
+    settings['mesh']['model'], settings['grpo']['documents'] = 6, 5
+    (workdir / 'config.json').write_text(json.dumps(settings))
+    again = reopen(workdir)
+    assert dict(again.run.mesh.shape) == {'replica': 1, 'data': 4, 'model': 2} and again.step == 8
+
+
 @pytest.mark.slow
 def test_the_pieces_of_the_other_recipes_train_together(world, tmp_path, capsys):
     """Marker and closing token, direction error, KL to the start, clipped updates, straight-through words."""
@@ -312,6 +339,16 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'sft__grad_clip': 'much'}, r"sft.grad_clip='much' is neither a norm nor pairs"),
         ({'sft__table': (('^decoder/', 1.0, 0.0, 'd', '0'),)}, r'no row of the optimizer table covers encoder/'),
         ({'sft__table': (('.', 1.0),)}, r"sft.table: \('.', 1.0\) is not a row; accepted"),
+        ({'sft__grad_clip': 0}, r'sft.grad_clip=0 must be positive'),
+        ({'sft__grad_clip': (('decoder', 1.0), ('encoder', 1.0), ('maps', 1.0))}, r'grad_clip names maps, which is no'),
+        ({'sft__learning_rate_decoder': 'cosine 1e-3 -1e-4'}, r"sft.learning_rate_decoder='cosine 1e-3 -1e-4' is neg"),
+        ({'sft__lm_weight': 0.1}, r'sft.lm_weight=0.1 does nothing under the sft objective: use 0'),
+        ({'phases': ('gumbel',), 'gumbel__mean_of': 2}, r'gumbel.mean_of=2 does nothing under the gumbel objective'),
+        ({'encoder__init': 'scale', 'encoder__readout': 'none'}, r'encoder.init=scale starts a map that'),
+        ({'subject__experts': 'tokamax'}, r'subject.experts=tokamax needs the package tokamax: pip install'),
+        ({'checkpoint__keep_every': '2.5s'}, r"checkpoint.keep_every='2.5s' is not a duration"),
+        ({'data__min_pos': 100}, r'positions.npy row 0 has no labelled position from data.min_pos=100 on: sft needs'),
+        ({'explanation_len': 200}, r'decoder.prompt and explanation_len=200 make 2\d\d tokens, the subject reads 128'),
         ({'explanation_len': 7}, r'explanation_len=7, but the given explanations in .* have 12 tokens'),
         (
             {'mesh__data': 2, 'sft__documents': 3},

@@ -68,6 +68,18 @@ def _rope_to_hf(r: Rope) -> dict:
     return out
 
 
+def _ropes_to_hf(full: Rope, local: Rope | None = None) -> dict:
+    """The keys of transformers 5, and those that its version 4 and other programs read; without them they would take
+    the usual theta."""
+    table = _rope_to_hf(full)
+    scaling = {k: v for k, v in table.items() if k != 'rope_theta'} if full.kind != 'default' else None
+    older = {'rope_theta': full.theta, 'rope_scaling': scaling}
+    if local is None:
+        return older | {'rope_parameters': table}
+    both = {'full_attention': table, 'sliding_attention': _rope_to_hf(local)}
+    return older | {'rope_parameters': both, 'rope_local_base_freq': local.theta}
+
+
 def _one_rope(config: dict, default_theta: float) -> tuple[Rope, ...]:
     p = config.get('rope_parameters') or config.get('rope_scaling') or {}
     theta = config.get('rope_theta') or default_theta
@@ -141,7 +153,7 @@ def _llama(config: dict) -> TransformerConfig:
 
 def _llama_to_hf(c: TransformerConfig) -> dict:
     own = {'attention_bias': c.o_bias, 'mlp_bias': c.mlp_bias, 'hidden_act': 'silu'}
-    return _common_to_hf(c) | own | {'rope_parameters': _rope_to_hf(c.ropes[0])}
+    return _common_to_hf(c) | own | _ropes_to_hf(*c.ropes)
 
 
 def _qwen(config: dict) -> TransformerConfig:
@@ -167,7 +179,7 @@ def _qwen_to_hf(c: TransformerConfig) -> dict:
         'use_sliding_window': any(c.windows),
         'sliding_window': max(c.windows) or None,
         'layer_types': _layer_types(c),
-        'rope_parameters': _rope_to_hf(c.ropes[0]),
+        **_ropes_to_hf(*c.ropes),
     }
     return _common_to_hf(c) | own | ({'attention_bias': c.o_bias} if c.qk_norm else {})
 
@@ -218,7 +230,6 @@ def _gemma3(config: dict) -> TransformerConfig:
 
 
 def _gemma_to_hf(c: TransformerConfig) -> dict:
-    ropes = [_rope_to_hf(r) for r in c.ropes]
     own = {
         'hidden_activation': 'gelu_pytorch_tanh',
         'query_pre_attn_scalar': round(c.query_scale**-2),
@@ -227,7 +238,7 @@ def _gemma_to_hf(c: TransformerConfig) -> dict:
         'attention_bias': c.o_bias,
         'sliding_window': max(c.windows) or None,
         'layer_types': _layer_types(c),
-        'rope_parameters': {'full_attention': ropes[0], 'sliding_attention': ropes[1]} if c.qk_norm else ropes[0],
+        **_ropes_to_hf(*c.ropes),
     }
     return _common_to_hf(c) | own
 
@@ -263,7 +274,7 @@ def _gpt_oss_to_hf(c: TransformerConfig) -> dict:
         'attention_bias': c.o_bias,
         'sliding_window': max(c.windows) or None,
         'layer_types': _layer_types(c),
-        'rope_parameters': _rope_to_hf(c.ropes[0]),
+        **_ropes_to_hf(*c.ropes),
         'num_local_experts': c.n_experts,
         'num_experts_per_tok': c.top_k,
         'swiglu_limit': 7.0,
