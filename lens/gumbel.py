@@ -142,7 +142,7 @@ def _forward(form, length, decoder, base, activation_NxD, table_VxE, key, tau, t
 def _backward(form, length, residuals, cotangents):
     """Cotangents of _rollout's arguments: the steps in reverse, each linearised at the final cache."""
     decoder, base, activation_NxD, table_VxE, key, tau, temperature_N, ids_NxT, cache = residuals
-    _, d_words_NxTxE, d_logits_NxTxV = cotangents
+    d_words_NxTxE, d_logits_NxTxV = cotangents.words_NxTxE, cotangents.logits_NxTxV
     own_table_VxD = model_of(decoder, base).table
     full = form == 'full'
     tables = (table_VxE, own_table_VxD) if full else (table_VxE,)

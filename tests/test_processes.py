@@ -229,7 +229,9 @@ cli.run(main)
 """
 
 
-@pytest.mark.parametrize('who', ['0', '1', '01'])
+@pytest.mark.parametrize(
+    'who', ['1', pytest.param('0', marks=pytest.mark.slow), pytest.param('01', marks=pytest.mark.slow)]
+)
 def test_an_error_ends_with_its_code_though_others_wait(who):
     """JAX alone would let the one that failed wait for the other for five minutes, and abort both."""
     processes = start_two([sys.executable, '-c', PLAYED, who], devices=1)
