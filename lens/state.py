@@ -198,20 +198,20 @@ def _start(cfg, run: Run) -> Start:
     (c, e), d = configs(cfg, run.decoder_prompt, c_base), c_base.d_model
     maps = jnp.tile(jnp.eye(d, dtype=jnp.float32), (c.n_maps, 1, 1)), jnp.zeros((c.n_maps, d), jnp.float32)
     readout = jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32)
-    inits = {cfg.decoder.init, cfg.encoder.init}
-    if 'scale' in inits:
+    of_maps, of_readout = cfg.decoder.init if c.injection == 'affine' else 'identity', cfg.encoder.init
+    if 'scale' in (of_maps, of_readout):
         norms = _stream_norms(run)
-        if cfg.decoder.init == 'scale':
+        if of_maps == 'scale':
             maps = scaled_identity(c, c_base.embed_scale, d, norms)
-        if cfg.encoder.init == 'scale':
+        if of_readout == 'scale':
             readout = readout[0] * (norms[cfg.layer + 1] / norms[e.output_layer + 1]), readout[1]
-    if 'tuned_lens' in inits:
+    if 'tuned_lens' in (of_maps, of_readout):
         lens = translators.read(cfg.tuned_lens, c_base)
-        if cfg.decoder.init == 'tuned_lens':
+        if of_maps == 'tuned_lens':
             w, b = zip(*(translators.compose(*lens, cfg.layer + 1, k)[:2] for k in range(c.n_maps)), strict=True)
             scale = 1.0 if c.patched_blocks else c_base.embed_scale
             maps = np.stack(w) / scale, np.stack(b) / scale
-        if cfg.encoder.init == 'tuned_lens':
+        if of_readout == 'tuned_lens':
             readout = translators.compose(*lens, e.output_layer + 1, cfg.layer + 1)[:2]
     return Start(tuple(map(jnp.asarray, maps)), tuple(map(jnp.asarray, readout)))
 
