@@ -43,10 +43,16 @@ def gradient(objective, lens, base, batch, hp=HP, reference=()):
     return jax.jit(both)(lens, base, batch, reference)
 
 
-def test_grpo_gradients_are_strictly_separated(base, full, batch):
+@pytest.fixture(scope='module')
+def plain(base, full, batch):
+    """Gradient and figures of GRPO without any further term."""
+    return gradient('grpo', full, base, batch)
+
+
+def test_grpo_gradients_are_strictly_separated(base, full, batch, plain):
     """The decoder's gradient does not change with the encoder's weights except through the reward, and
     the encoder's is the MSE's alone."""
-    grads, _ = gradient('grpo', full, base, batch)
+    grads, _ = plain
     a = objectives.read(base, batch, LAYER).a_NxD
     s = jax.jit(lambda d: sampling.sample(d, base, a, KEY, length=LENGTH, group=4))(full.decoder)
     a4 = jnp.repeat(a, 4, axis=0)
@@ -99,10 +105,9 @@ FOR_THE_DECODER = {
 
 
 @pytest.mark.parametrize('term', FOR_THE_DECODER)
-def test_a_positive_weight_enables_its_term_for_the_decoder_only(base, full, batch, term):
-    plain, _ = gradient('grpo', full, base, batch)
+def test_a_positive_weight_enables_its_term_for_the_decoder_only(base, full, batch, term, plain):
     other, _ = gradient('grpo', full, base, batch, dataclasses.replace(HP, **FOR_THE_DECODER[term]))
-    diff = jax.tree.map(lambda x, y: x - y, plain, other)
+    diff = jax.tree.map(lambda x, y: x - y, plain[0], other)
     assert size(diff.decoder) > 1e-3
     np.testing.assert_allclose(size(diff.encoder), 0, atol=1e-5)
 
@@ -302,12 +307,12 @@ def test_the_current_token_is_read_after_the_prompt(base, batch):
     np.testing.assert_allclose(encode(e, base, ids, source), expected, atol=1e-5)
 
 
-def test_sampler_and_scorer_agree_in_bfloat16(base, full, batch):
+def test_sampler_and_scorer_agree_in_bfloat16(base, full, batch, plain):
     """The mean gap of log-probabilities that grpo logs, with base and lens in half precision."""
     half, lens = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), t) for t in (base, full))
     _, metrics = gradient('grpo', lens, half, batch)
     assert 0 < metrics['logp_diff_mean'] < 1e-2
-    assert gradient('grpo', full, base, batch)[1]['logp_diff_max'] < 1e-4
+    assert plain[1]['logp_diff_max'] < 1e-4
 
 
 def test_activations_are_those_of_the_configured_layer(base, batch):
