@@ -294,6 +294,7 @@ def test_a_failed_export_leaves_nothing(runs, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command(runs, tmp_path):
     """Succeeds once with a clear last line; then the folder holds something and is refused."""
     workdir, _, out = runs('maps')

@@ -483,6 +483,7 @@ def test_rows_whose_attempts_are_exhausted_are_listed_and_tried_again_on_resume(
     check_result(tmp_path, 6, {'failed': []})
 
 
+@pytest.mark.slow
 def test_with_no_server_left_it_waits_says_so_once_and_goes_on(tmp_path, capsys):
     rows = [{'messages': chat(i)} for i in range(60)]
     server = FakeServer(delay=0.05)
@@ -508,6 +509,7 @@ def test_with_no_server_left_it_waits_says_so_once_and_goes_on(tmp_path, capsys)
     assert out.count('no server is left') == 1 and out.count('answers: going on') == 1
 
 
+@pytest.mark.slow
 def test_the_registry_adds_and_removes_servers_while_running(tmp_path, capsys):
     rows = [{'messages': chat(i)} for i in range(80)]
     registry = tmp_path / 'servers.txt'

@@ -64,6 +64,7 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_host_memory_stays_below_one_shard_and_one_stacked_tensor(checkpoint):
     env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # as users have it: unoptimised programs copy more
     command = [sys.executable, '-c', PROGRAM, str(checkpoint)]

@@ -112,7 +112,8 @@ def test_a_positive_weight_enables_its_term_for_the_decoder_only(base, full, bat
     np.testing.assert_allclose(size(diff.encoder), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize('resample', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('resample', [False, True])
 def test_functional_kl_is_the_encoders_and_equals_patching_one_position_at_a_time(base, full, batch, resample):
     hp = dataclasses.replace(HP, kl_weight=ON, resample=resample)
     plain, _ = gradient('sft', full, base, batch)

@@ -402,6 +402,7 @@ def command(*arguments):
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_plans_without_a_workdir_and_says_what_helps(tmp_path):
     """On the devices of mesh.data=-1; 0.1 MB hold nothing."""
     small(tmp_path)

@@ -108,6 +108,7 @@ def parity(tmp_path, cases: list[str], mesh_shape: str, steps: int, *more: str):
         assert np.array_equal(first.ids, second.ids)
 
 
+@pytest.mark.slow
 def test_a_few_steps_in_two_processes_equal_those_on_one_device(tmp_path):
     parity(tmp_path, ['frozen-sft'], '2,2,2', 3, '--split')
 

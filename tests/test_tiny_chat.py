@@ -75,6 +75,7 @@ def test_the_small_table_gives_the_loss_and_the_gradient_of_the_large_one():
     np.testing.assert_allclose(grads.head[...][:, 6], wide.head[...][:, others].sum(1), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', tiny_chat.RECIPES)
 def test_answers_alone_are_learned(family, tmp_path):
     tiny_chat.write_tokenizer(family, tmp_path)
@@ -117,6 +118,7 @@ def test_a_llama_of_few_steps_is_a_whole_chat_model(tmp_path, monkeypatch):
     assert tokenizer.decode(ids).endswith('<|assistant|><think>Near the lake.</think>\nIt was lost.<|end|>')
 
 
+@pytest.mark.slow
 def test_the_rebuilt_harmony_tokenizer_is_that_of_the_package(tmp_path):
     harmony_tokenizer.build(tmp_path)
     tokenizer, encoding = hf.load_tokenizer(tmp_path), harmony_tokenizer.load_encoding()

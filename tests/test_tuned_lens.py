@@ -293,6 +293,7 @@ def check_result(out, steps, seq_len):
     return before, after, m, v
 
 
+@pytest.mark.slow
 def test_the_command(world, tmp_path):
     out = tmp_path / 'new' / 'lens'
     argv = [sys.executable, '-m', 'lens.tuned_lens', f'--model={world}/model', f'--data={world}/data', f'--out={out}']
