@@ -54,7 +54,6 @@ MEANINGS = {
 # What else a figure is where the encoder learns directions alone (encoder.error=direction).
 OF_DIRECTIONS = {
     'fve': 'A and reconstruction rescaled to norm sqrt(d), baseline their mean: {}; 1 - mean of (2 - 2 cosine) over it',
-    'fve_greedy': '{}',
     'variance_recovered': 'of the rescaled vectors: {}',
     'nmse': 'mean of 2 - 2 cosine, temperature 1; 1 for a response without an explanation',
 }

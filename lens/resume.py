@@ -34,13 +34,14 @@ def has_begun(config: dict, workdir: pathlib.Path) -> bool:
     return True
 
 
-def newest(cfg, config: dict, run: Run, checkpoints: Checkpoints, workdir: pathlib.Path) -> tuple[State, dict] | None:
+def newest(cfg, here: dict, run: Run, checkpoints: Checkpoints, workdir: pathlib.Path) -> tuple[State, dict] | None:
     """(state, info) of the newest checkpoint that can be read, damaged ones after it moved away; None where the run
-    has not begun. Call under jax.set_mesh(run.mesh). Raises CheckpointError when the workdir holds another run."""
+    has not begun. here: the identity of this run. Call under jax.set_mesh(run.mesh). Raises CheckpointError when the
+    workdir holds another run."""
 
     def read(step: int) -> tuple[State, dict]:
         info = checkpoints.info(step)
-        _check(info, config, run, workdir)
+        _check(info, here, run, workdir)
         return restore(cfg, run, checkpoints, step), info
 
     try:
@@ -55,13 +56,12 @@ def newest(cfg, config: dict, run: Run, checkpoints: Checkpoints, workdir: pathl
     return state, info | ({'data': None} if phase and step == phase.end else {})
 
 
-def _check(info: dict, config: dict, run: Run, workdir: pathlib.Path) -> None:
+def _check(info: dict, here: dict, run: Run, workdir: pathlib.Path) -> None:
     try:
         theirs, ends, documents = (info[k] for k in ('config', 'phase_ends', 'documents'))
     except KeyError as e:
         raise DamagedError(f'{workdir}/checkpoints: a checkpoint says no {e}.') from e
-    _same(theirs, config, workdir)
-    here = identity(config, run)
+    _same(theirs, here['config'], workdir)
     if ends != here['phase_ends']:
         raise CheckpointError(
             f'{workdir} holds a run whose phases end at steps {ends}, now {here["phase_ends"]}: epochs are counted on '

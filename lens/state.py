@@ -147,7 +147,7 @@ def check(cfg, run: Run, new: bool) -> None:
         _check_same_lens(pathlib.Path(cfg.init_from), cfg)
     elif cfg.init_from:
         lens_folder.check(pathlib.Path(cfg.init_from), lens)
-    elif not cfg.init_from and 'tuned_lens' in (cfg.decoder.init, cfg.encoder.init):
+    elif 'tuned_lens' in (cfg.decoder.init, cfg.encoder.init):
         translators.read(cfg.tuned_lens, run.base.config)
 
 

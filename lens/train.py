@@ -75,7 +75,7 @@ class Trainer:
             distributed.Stop() as self.stop,
             Checkpoints(self.workdir / 'checkpoints', c.keep, c.best, always, self._say) as self.checkpoints,
         ):
-            found = resume.newest(cfg, self.config, run, self.checkpoints, self.workdir)
+            found = resume.newest(cfg, self.identity, run, self.checkpoints, self.workdir)
             state, info = found or (init_state(init_lens(cfg, run), None, run.mesh), {})
             step = int(state.step)
             self.checkpoints.clean()

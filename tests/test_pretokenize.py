@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -241,7 +244,6 @@ def test_truncation_counts_lost_answers():
 @pytest.fixture(scope='module')
 def harmony(tmp_path_factory):
     """(openai_harmony's encoding, the gpt-oss tokenizer rebuilt from it)."""
-    pytest.importorskip('openai_harmony')
     folder = tmp_path_factory.mktemp('harmony')
     harmony_tokenizer.build(folder)
     return harmony_tokenizer.load_encoding(), hf.load_tokenizer(folder)
@@ -467,11 +469,9 @@ def test_other_sources_give_the_same(many, tmp_path, kind):
     ]
     jsonl(tmp_path / 'in.jsonl', rows)
     if kind == 'disk':
-        datasets = pytest.importorskip('datasets')
         datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / 'saved'))
         source = tmp_path / 'saved'
     else:
-        pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
         (tmp_path / 'train').mkdir()
         source = tmp_path / 'train' / 'train-0.parquet'
         pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=30)
