@@ -43,15 +43,15 @@ vllm-env: .venv-vllm/ready
 data/storyworld/train/meta.json: | .venv/ready
 	$(BIN)/python -m data_gen.storyworld --tokenizer=configs/tiny_subject --out=data/storyworld
 
-data/tiny_chat/%/config.json: data_gen/tiny_chat.py data_gen/story_chats.py | .venv/ready-datagen
+data/tiny_chat/%/config.json: data_gen/storyworld/tiny_chat.py data_gen/storyworld/chats.py | .venv/ready-datagen
 	rm -rf $(@D)
-	$(BIN)/python -m data_gen.tiny_chat --family=$* --out=$(@D)
+	$(BIN)/python -m data_gen.storyworld.tiny_chat --family=$* --out=$(@D)
 
 demo: .venv/ready data/storyworld/train/meta.json
 	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=$(WORKDIR)
 
 demo-data: data/tiny_chat/gpt_oss/config.json .venv-vllm/ready
-	$(BIN)/python -m data_gen.story_chats --rows=64 --out=$(CHAT)/questions.jsonl
+	$(BIN)/python -m data_gen.storyworld.chats --rows=64 --out=$(CHAT)/questions.jsonl
 	VLLM_ARGS='--dtype float32 --max-model-len 1024' PRETOKENIZE_ARGS='--seq_len=256 --validation_fraction=0.25' \
 	  launch/generate_local.sh data/tiny_chat/gpt_oss --input_dataset=$(CHAT)/questions.jsonl --output_path=$(CHAT) \
 	  --max_completion_tokens=128

@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 
 from configs import tiny
-from lens import metrics
+from lens import files
 from lens.train import Trainer
 
 SECONDS = flags.DEFINE_float('seconds', 120.0, 'Seconds of training steps of every recipe.')
@@ -44,7 +44,7 @@ def run(recipe: str, seed: int, steps: dict[str, int], workdir: pathlib.Path) ->
 
 def step_times(workdir: pathlib.Path) -> dict[str, float]:
     """Median seconds of a step by phase, the first steps, which compile, left out."""
-    rows = [r for r in metrics.read_jsonl(workdir / 'metrics.jsonl') if r['kind'] == 'train']
+    rows = [r for r in files.read_jsonl(workdir / 'metrics.jsonl') if r['kind'] == 'train']
     names = dict.fromkeys(r['phase'] for r in rows)
     return {n: float(np.median([r['step_s'] for r in rows if r['phase'] == n][5:])) for n in names}
 
@@ -64,7 +64,7 @@ def main(_):
             spent = sum(step_times(workdir)[n] * steps[n] for n in steps)
             row = {'recipe': recipe, 'seed': seed, 'steps': steps, 'seconds': round(spent, 1)}
             results.append(row | {k: summary[k] for k in NAMES if k in summary})
-            metrics.write_json(out / 'recipes.json', results)
+            files.write_json(out / 'recipes.json', results)
     print('| recipe | seed | steps | s | ' + ' | '.join(NAMES) + ' |\n' + '|---' * (4 + len(NAMES)) + '|')
     for r in results:
         figures = ' | '.join(f'{r[n]:.3f}' if n in r else '' for n in NAMES)

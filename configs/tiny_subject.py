@@ -2,9 +2,9 @@
 
     python -m data_gen.storyworld --train_tokenizer=runs/tokenizer
     python -m data_gen.storyworld --tokenizer=runs/tokenizer --out=data/storyworld_pretrain --train=60000 --positions=1
-    python -m lens.pretrain --config=configs/tiny_subject.py --workdir=runs/tiny_subject
-    python -m lens.pretrain --config=configs/tiny_subject.py --workdir=runs/tiny_subject_plain --config.lookahead.weight=0
-    python -m lens.probe --data=data/storyworld --model=runs/tiny_subject/model --baseline=runs/tiny_subject_plain/model
+    python -m data_gen.storyworld.pretrain --config=configs/tiny_subject.py --workdir=runs/tiny_subject
+    python -m data_gen.storyworld.pretrain --config=configs/tiny_subject.py --workdir=runs/tiny_subject_plain --config.lookahead.weight=0
+    python -m data_gen.storyworld.probe --data=data/storyworld --model=runs/tiny_subject/model --baseline=runs/tiny_subject_plain/model
 
 Hardware: 2 CPU cores, about 20 minutes per run. Expected: probe accuracy above 0.9 on every field,
 language-model loss within 2% of the plain run.

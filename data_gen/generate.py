@@ -26,7 +26,7 @@ from data_gen import chat_data, rollouts, turns
 from data_gen.servers import Failed, Refused, Servers
 from lens import cli, hf
 from lens.errors import LensError
-from lens.metrics import clock
+from lens.logger import clock
 
 ATTEMPT_PAUSE_S = 0.5
 LOCAL = 'http://localhost:8000/v1'

@@ -15,7 +15,7 @@ import numpy as np
 from data_gen import arrays, locks, rollouts
 from data_gen.label_prompts import Part
 from lens.errors import LensError
-from lens.metrics import write_json
+from lens.files import write_json
 
 ROWS = 4096  # rows or labels that are in memory at a time
 MADE = 'labels.json'  # beside the arrays: how they were made

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_gen import locks
 from lens.errors import LensError
-from lens.metrics import write_json
+from lens.files import write_json
 
 KINDS = ('data', 'rejected', 'failed', 'skipped')
 LENGTHS = ('original_prompt_tokens', 'prompt_tokens_with_system', 'thinking_tokens', 'content_tokens')

@@ -4,7 +4,7 @@ import importlib.util
 
 import jax.numpy as jnp
 
-from lens import data, extraction, gumbel, health, losses, objectives, optimizer, sharding
+from lens import data, gumbel, health, losses, objectives, optimizer, response, sharding
 from lens.errors import LensError
 from lens.models import injection, moe
 from lens.models.decoder import Prompt
@@ -168,7 +168,7 @@ def check_phase(cfg, name: str) -> None:
     require(p.vectors > 0, f'{name}.vectors={p.vectors} must be positive.')
 
 
-def check_documents(cfg, name: str, train: data.Split, tags: extraction.Tags) -> None:
+def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> None:
     """Raises ConfigError where the data does not have what the phase block `name` asks for."""
     p = cfg[name]
     require(
@@ -179,7 +179,7 @@ def check_documents(cfg, name: str, train: data.Split, tags: extraction.Tags) ->
         _check_explanations(cfg, name, p.objective, train, tags)
 
 
-def _check_explanations(cfg, name: str, objective: str, train: data.Split, tags: extraction.Tags) -> None:
+def _check_explanations(cfg, name: str, objective: str, train: data.Split, tags: response.Tags) -> None:
     require(
         train.explanations is not None,
         f'{train.directory}/explanations.npy does not exist: the {objective} objective of {name} needs given explanations.',

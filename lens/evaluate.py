@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lens import build, cli, data, metrics, report, sampling, sharding, statistics
+from lens import cli, data, files, metrics, report, sampling, sharding
+from lens.config import Run
 from lens.errors import LensError
-from lens.extraction import NO_TAGS, extract
+from lens.lens_init import reopen
 from lens.models.decoder import centred
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.objectives import comparable, read
-from lens.state import reopen
+from lens.response import NO_TAGS, extract
 
 MEANINGS = {
     'fve': (
@@ -153,7 +154,7 @@ def _separate(x_MxD, names) -> dict:
 class Evaluator:
     """Figures of a lens on the fixed held-out documents."""
 
-    def __init__(self, run: build.Run):
+    def __init__(self, run: Run):
         e = run.evaluation
         self.base, self.tokenizer, self.mesh, self.seed = run.base, run.tokenizer, run.mesh, run.seed
         self.layer, self.length, self.settings = run.layer, run.length, e
@@ -217,7 +218,7 @@ class Evaluator:
         figures = self._lens_figures(c, doc)
         controls = {
             'fve_given': c.get('pred_given'),
-            'fve_shuffled': c['pred'][statistics.other_document(doc)],
+            'fve_shuffled': c['pred'][metrics.other_document(doc)],
             'fve_no_activation': c['pred_no_activation'],
             'fve_words_permuted': c['pred_words_permuted'],
             'fve_previous_tokens': c['pred_previous_tokens'],
@@ -226,19 +227,19 @@ class Evaluator:
         }
         for name, pred in controls.items():
             if pred is not None:
-                figures[name] = statistics.reconstruction(pred, c['a'], doc)['fve']
+                figures[name] = metrics.reconstruction(pred, c['a'], doc)['fve']
         if self.error != 'direction':
             directions = (np.asarray(comparable(c[k], 'direction')) for k in ('pred', 'a'))
-            figures['fve_direction'] = statistics.reconstruction(*directions, doc)['fve']
+            figures['fve_direction'] = metrics.reconstruction(*directions, doc)['fve']
         if self.tags:
-            figures |= {f'extracted{k}': statistics.fraction(c[f'found{k}'], doc) for k in ('', '_greedy')}
+            figures |= {f'extracted{k}': metrics.fraction(c[f'found{k}'], doc) for k in ('', '_greedy')}
         facts, by_field = self._fact_figures(c, doc)
         samples = self._samples(c, self.settings.samples)
         return Evaluation(self.error, self._fve_quick(c), n, len(doc), figures | facts, by_field, samples)
 
     def _fve_quick(self, c) -> float:
         doc = self._documents(self._quick_documents)
-        return statistics.reconstruction(c['pred'][: len(doc)], c['a'][: len(doc)], doc)['fve']['value']
+        return metrics.reconstruction(c['pred'][: len(doc)], c['a'][: len(doc)], doc)['fve']['value']
 
     @property
     def _quick_documents(self) -> int:
@@ -250,16 +251,16 @@ class Evaluator:
         return np.repeat(doc, self.held['positions'].shape[1])
 
     def _lens_figures(self, c, doc) -> dict:
-        sampled = statistics.reconstruction(c['pred'], c['a'], doc)
-        greedy = statistics.reconstruction(c['pred_greedy'], c['a'], doc)
+        sampled = metrics.reconstruction(c['pred'], c['a'], doc)
+        greedy = metrics.reconstruction(c['pred_greedy'], c['a'], doc)
         return sampled | {f'{k}_greedy': greedy[k] for k in ('fve', 'cosine')}
 
     def _fact_figures(self, c, doc) -> tuple[dict, list[dict]]:
         if not self.fields:
             return {}, []
         truth = self.held['facts'].reshape(-1, len(self.fields))[: len(doc)]
-        greedy, rows = statistics.facts(c['ids_greedy'], truth, self.fields, doc)
-        sampled, sampled_rows = statistics.facts(c['ids'], truth, self.fields, doc)
+        greedy, rows = metrics.facts(c['ids_greedy'], truth, self.fields, doc)
+        sampled, sampled_rows = metrics.facts(c['ids'], truth, self.fields, doc)
         rows = [
             r | {'recall_sampled': s['recall'], 'hallucinated_sampled': s['hallucinated']}
             for r, s in zip(rows, sampled_rows, strict=True)
@@ -302,18 +303,18 @@ class Evaluator:
         }
 
 
-def figure_after_sft(workdir: pathlib.Path, run: build.Run) -> dict[str, dict]:
+def figure_after_sft(workdir: pathlib.Path, run: Run) -> dict[str, dict]:
     """{'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one."""
     ends = [p.end for p in run.phases if p.labelled]
-    rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
+    rows = files.read_jsonl(workdir / 'metrics.jsonl')
     found = [r['fve'] for r in rows if ends and r['kind'] == 'eval' and r['step'] == ends[-1]]
     return {'fve_sft': {'value': found[-1], 'ci95': None}} if found else {}
 
 
 def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
     """evaluation.json, samples.jsonl and report.html of a run."""
-    metrics.write_json(workdir / 'evaluation.json', result.to_json(step))
-    metrics.write_jsonl(workdir / 'samples.jsonl', result.samples)
+    files.write_json(workdir / 'evaluation.json', result.to_json(step))
+    files.write_jsonl(workdir / 'samples.jsonl', result.samples)
     report.write_report(workdir)
 
 

@@ -16,11 +16,12 @@ import time
 import jax
 from absl import flags
 
-from lens import build, cli, hf, lens_folder, metrics
+from lens import cli, hf, lens_folder, logger
+from lens.config import Run
 from lens.errors import LensError
 from lens.evaluate import MEANINGS, meaning
+from lens.lens_init import reopen
 from lens.models.lens import Lens
-from lens.state import reopen
 
 # Configuration that a lens depends on; the rest is how it was trained.
 TAGS = ('explanation_open', 'explanation_close')
@@ -242,7 +243,7 @@ With the code that made it; `--config.phases='()'` evaluates only, without it tr
 """
 
 
-def describe(config: dict, run: build.Run, step: int, summary: dict) -> tuple[dict, dict]:
+def describe(config: dict, run: Run, step: int, summary: dict) -> tuple[dict, dict]:
     """(prompts, about) of lens_folder.write."""
     ids = {'decoder': run.decoder_prompt[:2], 'encoder': run.encoder_prompt}
     prompts = {
@@ -258,13 +259,13 @@ def describe(config: dict, run: build.Run, step: int, summary: dict) -> tuple[di
         'step': step,
         'figures': {k: summary[k] for k in MEANINGS if k in summary},
         'exported': time.strftime('%Y-%m-%d', time.gmtime()),
-        'provenance': metrics.provenance(),
+        'provenance': logger.provenance(),
         'config': config,
     }
     return prompts, about
 
 
-def write_folder(out: pathlib.Path, lens: Lens, run: build.Run, config: dict, step: int, summary: dict) -> None:
+def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: int, summary: dict) -> None:
     """The whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh).
 
     config: of the run; summary: its summary.json, {} where there is none.

@@ -7,7 +7,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lens import cli, distributed, plan_command
+from lens import cli, distributed
+from lens.tools import plan_command
 from lens.train import Stopped, Trainer
 
 HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')

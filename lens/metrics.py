@@ -1,208 +1,117 @@
-"""Where figures go: metrics.jsonl (source of truth), the console, optionally TensorBoard and wandb."""
+"""Figures over held-out activations in float64 numpy, with intervals that respect documents.
 
-import collections
-import contextlib
-import importlib.metadata
-import json
-import os
-import pathlib
-import platform
-import shlex
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+N activations come from documents: `doc_N` is the index of the document of each. Intervals are
+percentile bootstraps that resample whole documents, because activations of one document are alike.
+"""
 
-import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+import numpy as np
 
-from lens.distributed import is_first
+RESAMPLES = 1000
 
 
-def write_json(path: pathlib.Path, value) -> None:
-    """Appears at once, by rename."""
-    write_text(path, json.dumps(value, indent=2) + '\n')
+def _by_document(values_Nx, doc_N):
+    """Sums of rows per document, M x ...; documents are numbered 0..M-1."""
+    out = np.zeros((doc_N.max() + 1, *values_Nx.shape[1:]))
+    np.add.at(out, doc_N, values_Nx)
+    return out
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(text)
-    os.replace(tmp, path)
+def _draws(n_docs: int, seed: int = 42) -> np.ndarray:
+    """How often each document is in each resample; row 0 is the data itself."""
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n_docs, np.full(n_docs, 1 / n_docs), size=RESAMPLES)
+    return np.concatenate([np.ones((1, n_docs)), counts])
 
 
-def write_jsonl(path: pathlib.Path, rows) -> None:
-    write_text(path, ''.join(json.dumps(r) + '\n' for r in rows))
+def _figure(values) -> dict:
+    """{'value', 'ci95'} from a statistic on the data (first) and on the resamples."""
+    lo, hi = np.percentile(values[1:], [2.5, 97.5])
+    return {'value': float(values[0]), 'ci95': [float(lo), float(hi)]}
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """All complete lines; a torn last line (a killed run) is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split('\n')
-    return [json.loads(line) for line in lines[:-1] if line]
+def _variance(draws, rows_NxD, doc_N):
+    """sum_d Var_d (ddof 1) for each resample, from (Q - |s|^2/n) / (n - 1)."""
+    n = draws @ _by_document(np.ones(len(rows_NxD)), doc_N)
+    q = draws @ _by_document((rows_NxD**2).sum(1), doc_N)
+    s = draws @ _by_document(rows_NxD, doc_N)
+    return (q - (s**2).sum(1) / n) / (n - 1), n
 
 
-class Writer:
-    """Appends one JSON object per line to metrics.jsonl; only process 0 writes.
+def reconstruction(pred_NxD, target_NxD, doc_N) -> dict[str, dict]:
+    """fve, variance_recovered, nmse, cosine, each {'value', 'ci95'}.
 
-    resume_step: lines of later steps, from before a restart, are dropped. say: receives a sentence for the user when
-    the disk is full; lines wait in memory then, and the file ends with a whole one.
+    fve = 1 - mean_i |R_i|^2 / sum_d Var_d(A): a constant bias counts. variance_recovered =
+    1 - sum_d Var_d(R) / sum_d Var_d(A): it does not. R = A - pred, variances with ddof 1 around the
+    held-out mean. nmse = mean_i |R_i|^2 / |A_i|^2.
     """
-
-    def __init__(
-        self,
-        workdir: pathlib.Path,
-        resume_step: int,
-        tensorboard: bool,
-        wandb_project: str,
-        config: dict,
-        say: Callable[[str], None] = print,
-    ):
-        self.active, self._say = is_first(), say
-        self._waiting, self._failing = [], False  # lines that are not in the file yet; whether the last attempt failed
-        self._tensorboard = self._wandb = None
-        self.elapsed_s = 0.0
-        if not self.active:
-            return
-        path = workdir / 'metrics.jsonl'
-        kept = [r for r in read_jsonl(path) if r['step'] <= resume_step]
-        write_jsonl(path, kept)
-        self.elapsed_s = kept[-1]['wall_s'] if kept else 0.0
-        self._file = path.open('ab', buffering=0)
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # optional extra [tensorboard]
-
-            self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'))
-        if wandb_project:
-            import wandb  # optional extra [wandb]
-
-            self._wandb = wandb.init(
-                project=wandb_project, config=config, dir=str(workdir), resume='allow', id=workdir.name
-            )
-
-    def write(self, row: dict) -> None:
-        """row: `step`, `phase`, `kind` (train, eval, drift, time, profile) and scalars."""
-        if not self.active:
-            return
-        self._waiting.append(json.dumps(row) + '\n')
-        self._append()
-        scalars = {f'{row["kind"]}/{k}': v for k, v in row.items() if isinstance(v, (int, float)) and k != 'step'}
-        if self._tensorboard:
-            for k, v in scalars.items():
-                self._tensorboard.add_scalar(k, v, row['step'])
-        if self._wandb:
-            self._wandb.log(scalars, step=row['step'])
-
-    def _append(self) -> None:
-        """Puts the lines that wait into the file, all or none."""
-        end, rest = self._file.seek(0, os.SEEK_END), ''.join(self._waiting).encode()
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as e:
-            self._file.truncate(end)
-            if not self._failing:
-                self._say(
-                    f'warning: {self._file.name} cannot be written ({e.strerror}); its lines wait in memory: free some disk.'
-                )
-            self._failing = True
-        else:
-            self._waiting, self._failing = [], False
-
-    def close(self) -> None:
-        if self.active:
-            self._append()
-            if self._waiting:
-                self._say(f'warning: {self._file.name} lacks the last {len(self._waiting)} lines: the disk is full.')
-            self._file.close()
-            if self._tensorboard:
-                self._tensorboard.close()
-            if self._wandb:
-                self._wandb.finish()
-
-
-class StepClock:
-    """Median seconds of the recent steps of a phase; compilation, evaluation and checkpoints are left out."""
-
-    def __init__(self, now=time.monotonic):
-        self._now, self._phase = now, ''
-        self._last: float | None = None
-        self._recent: collections.deque[float] = collections.deque(maxlen=50)
-
-    def pause(self) -> None:
-        """What happens until the next lap is not a step."""
-        self._last = None
-
-    def lap(self, phase: str) -> float:
-        """A step of `phase` has ended; returns the median so far, 0.0 before the first full step of the phase."""
-        now = self._now()
-        if phase != self._phase:
-            self._phase, self._last = phase, None
-            self._recent.clear()
-        if self._last is not None:
-            self._recent.append(now - self._last)
-        self._last = now
-        return statistics.median(self._recent) if self._recent else 0.0
-
-
-def clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f'{hours}:{m:02}:{s:02}' if hours else f'{m}:{s:02}'
-
-
-class ProgressBar:
-    """A bar with loss, FVE and ETA on a terminal; one line every `every` steps elsewhere."""
-
-    def __init__(self, total: int, every: int):
-        self.console = Console(quiet=not is_first())
-        self.total, self.every = total, every
-        self._bar = Progress(
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.fields[text]}'),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._bar.add_task('', total=total, text='')
-
-    def __enter__(self):
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc):
-        self._bar.stop()
-
-    def update(self, step: int, phase: str, metrics: dict, eta_s: float) -> None:
-        # the policy-gradient loss is 0 by construction: show what it maximises
-        names = {'reward': 'reward', 'loss_decoder': 'decoder loss', 'entropy_nats': 'entropy'}
-        first = next(f'{text} {metrics[k]:.3f}' for k, text in names.items() if k in metrics)
-        text = f'{first}  encoder loss {metrics["loss_encoder"]:.3f}  FVE {metrics["fve"]:.3f}  ETA {clock(eta_s)}'
-        self._bar.update(self._task, completed=step, description=phase, text=text)
-        if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
-            self.print(f'{phase:5} {step:6}/{self.total}  {text}')
-
-    def print(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a log on a full disk, or a terminal that is gone, must not end the run
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def provenance() -> dict:
-    """Device, versions, commit and command line: what a figure needs beside it."""
-    device = jax.devices()[0]
-    try:
-        here = pathlib.Path(__file__).parent
-        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=here)
-        commit = git.stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ''
-    return {
-        'device': f'{jax.device_count()} x {device.device_kind} ({os.cpu_count()} CPU cores)',
-        'versions': {'python': platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
-        'commit': commit or 'unknown',
-        'command': shlex.join(['python', *sys.orig_argv[1:]]),
+    pred, target = np.asarray(pred_NxD, np.float64), np.asarray(target_NxD, np.float64)
+    residual = target - pred
+    draws = _draws(doc_N.max() + 1)
+    # shifting A by its mean changes no variance and keeps the sums well conditioned
+    var_a, n = _variance(draws, target - target.mean(0), doc_N)
+    var_r, _ = _variance(draws, residual - residual.mean(0), doc_N)
+    sq = (residual**2).sum(1)
+    per_row = {
+        'nmse': sq / np.maximum((target**2).sum(1), 1e-12),
+        'cosine': (pred * target).sum(1)
+        / np.maximum(np.linalg.norm(pred, axis=1) * np.linalg.norm(target, axis=1), 1e-12),
     }
+    means = {k: draws @ _by_document(v, doc_N) / n for k, v in (per_row | {'error': sq}).items()}
+    return {
+        'fve': _figure(1 - means['error'] / var_a),
+        'variance_recovered': _figure(1 - var_r / var_a),
+        'nmse': _figure(means['nmse']),
+        'cosine': _figure(means['cosine']),
+    }
+
+
+def fraction(hit_N, doc_N) -> dict:
+    """Mean of a yes or no per activation."""
+    draws = _draws(doc_N.max() + 1)
+    return _figure(draws @ _by_document(np.asarray(hit_N, np.float64), doc_N) / (draws @ np.bincount(doc_N)))
+
+
+def other_document(doc_N) -> np.ndarray:
+    """For every activation the index of one of another document; each is used once.
+
+    No document may hold more than half of the activations.
+    """
+    order = np.argsort(doc_N, kind='stable')
+    partner = np.empty_like(order)
+    partner[order] = np.roll(order, np.bincount(doc_N).max())
+    return partner
+
+
+def named_facts(ids_NxT, fields: list[dict]) -> list[np.ndarray]:
+    """Per field, which of its values the text names: N x values, bool. A value is named when its
+    token occurs anywhere in the explanation."""
+    return [(ids_NxT[:, :, None] == np.asarray(f['token_ids'])).any(1) for f in fields]
+
+
+def facts(ids_NxT, established_NxF, fields: list[dict], doc_N) -> tuple[dict, list[dict]]:
+    """Facts recall and hallucination against the known answers.
+
+    established_NxF: value index that the text has established at the position, -1 = none.
+    recall = established facts that the explanation names / established facts; hallucinated = named
+    facts that are not established or wrong / named facts; both pooled over activations. Returns
+    ({'facts_recall', 'facts_hallucinated'}, [{'field', 'values', 'recall', 'hallucinated'}]).
+    """
+    rows, hits, known, named = [], [], [], []
+    for f, truth_N, said_NxV in zip(fields, established_NxF.T, named_facts(ids_NxT, fields), strict=True):
+        right_NxV = np.arange(said_NxV.shape[1]) == truth_N[:, None]
+        hit, have, said = (said_NxV & right_NxV).sum(1), truth_N >= 0, said_NxV.sum(1)
+        rows.append(
+            {
+                'field': f['field'],
+                'values': len(f['values']),
+                'recall': float(hit.sum() / max(have.sum(), 1)),
+                'hallucinated': float((said - hit).sum() / max(said.sum(), 1)),
+            }
+        )
+        hits.append(hit), known.append(have), named.append(said)
+    draws = _draws(doc_N.max() + 1)
+    hit, have, said = (draws @ _by_document(np.sum(x, axis=0), doc_N) for x in (hits, known, named))
+    return {
+        'facts_recall': _figure(hit / np.maximum(have, 1)),
+        'facts_hallucinated': _figure((said - hit) / np.maximum(said, 1)),
+    }, rows

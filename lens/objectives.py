@@ -17,12 +17,12 @@ import numpy as np
 
 from lens import gumbel as relaxed
 from lens import losses, sampling, schedules, sharding
-from lens.extraction import NO_TAGS, Extraction, Tags, extract
 from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import Source, encode, encode_rows
 from lens.models.lens import Lens
 from lens.models.transformer import model_of
+from lens.response import NO_TAGS, Extraction, Tags, extract
 from lens.schedules import Schedule
 
 FAILED = -2.0  # reward of a response without an explanation

@@ -3,9 +3,9 @@
 import re
 
 from lens.errors import LensError
-from lens.extraction import Tags
 from lens.models import injection
 from lens.models.decoder import Prompt
+from lens.response import Tags
 
 EMBED, TEXT = '<embed>', '<text>'
 # What a special token looks like in a prompt; other tags are ordinary text.

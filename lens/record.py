@@ -7,14 +7,15 @@ import time
 import jax
 import numpy as np
 
-from lens import data, flops, health, metrics, sharding
-from lens.build import Phase, Run, fires
+from lens import data, files, health, logger, sharding
 from lens.checkpoint import Checkpoints
+from lens.config import Phase, Run, fires
 from lens.errors import LensError
 from lens.models.lens import Lens
+from lens.tools import flops
 
 HELD_OUT = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')
-# Of metrics.jsonl, what differs between two equal runs: keys, and kinds of rows.
+# Of logger.jsonl, what differs between two equal runs: keys, and kinds of rows.
 TIMES, OF_TIME = ('step_s', 'wall_s', 'mfu', 'tflops_s'), ('time', 'profile')
 
 
@@ -41,20 +42,20 @@ class Record:
         checkpoints: Checkpoints,
     ):
         self.run, self.workdir, self.lens, self.checkpoints = run, workdir, lens, checkpoints
-        rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
+        rows = files.read_jsonl(workdir / 'metrics.jsonl')
         before = [r for r in rows if r['kind'] == 'time' and r['step'] <= step]
         parts = {k.removesuffix('_part_s'): v for k, v in before[-1].items() if k.endswith('_part_s')} if before else {}
-        self.writer = metrics.Writer(
+        self.writer = logger.Writer(
             workdir, step, cfg.log.tensorboard, cfg.log.wandb_project, json.loads(cfg.to_json()), self.say
         )
         self._begin = began - self.writer.elapsed_s
         parts['start'] = parts.get('start', 0.0) + time.monotonic() - began
         self.clock = health.Goodput(parts, health.lost_seconds(rows, step))
-        self.bar = metrics.ProgressBar(run.steps, run.steps)
+        self.bar = logger.ProgressBar(run.steps, run.steps)
         self.watch = health.Collapse(cfg.health.collapse)
         if collapse:
             self.watch.set_state(collapse)
-        self._laps, self._pending, self._flops = metrics.StepClock(), None, {}
+        self._laps, self._pending, self._flops = logger.StepClock(), None, {}
         phase = next((p for p in run.phases if step <= p.end), None)
         if rows and phase:  # what was lost so far must not be forgotten when this process is killed before it saves
             self.write(step, phase, 'time', self.time())
@@ -139,8 +140,8 @@ class Record:
 
 
 def curve(workdir: pathlib.Path) -> list[dict]:
-    """The rows of metrics.jsonl without what depends on the clock: equal for equal runs, interrupted or not."""
-    rows = metrics.read_jsonl(workdir / 'metrics.jsonl')
+    """The rows of logger.jsonl without what depends on the clock: equal for equal runs, interrupted or not."""
+    rows = files.read_jsonl(workdir / 'metrics.jsonl')
     return [{k: v for k, v in r.items() if k not in TIMES} for r in rows if r['kind'] not in OF_TIME]
 
 

@@ -4,9 +4,9 @@ import json
 import pathlib
 
 from lens import data
-from lens.build import Run
 from lens.checkpoint import CheckpointError, Checkpoints, DamagedError
-from lens.state import State, phase_of, restore
+from lens.config import Run
+from lens.lens_init import State, phase_of, restore
 
 # What may differ between a run and its continuation: how often, where; never what is computed.
 FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')

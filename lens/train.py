@@ -9,14 +9,14 @@ import time
 import jax
 import optax
 
-from lens import build, checks, data, distributed, metrics, optimizer, resume, sharding
-from lens.build import Phase, Run, fires
+from lens import checks, config, data, distributed, files, logger, optimizer, resume, sharding
 from lens.checkpoint import Checkpoints
+from lens.config import Phase, Run, fires
 from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
 from lens.health import Profile
+from lens.lens_init import State, check, init_lens, init_state
 from lens.models.lens import parameter_count
 from lens.record import Record, announce
-from lens.state import State, check, init_lens, init_state
 from lens.timing import split_step, step_prefixes
 
 
@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self, cfg, workdir: pathlib.Path, profile: str = ''):
         self.cfg, self.workdir, self.began = cfg, workdir, time.monotonic()
         self.config = json.loads(cfg.to_json())
-        self.run: Run = build.open_run(cfg, self._check)
+        self.run: Run = config.open_run(cfg, self._check)
         self.identity = resume.identity(self.config, self.run)
         self.key = jax.random.key(cfg.seed)
         self.evaluator = Evaluator(self.run)
@@ -80,7 +80,7 @@ class Trainer:
             step = int(state.step)
             self.checkpoints.clean()
             if distributed.is_first():
-                metrics.write_json(self.workdir / 'config.json', self.config)
+                files.write_json(self.workdir / 'config.json', self.config)
             abstract = jax.eval_shape(lambda x: x, state.params)
             collapse = info.get('collapse')
             with Record(cfg, run, self.workdir, self.began, abstract, step, collapse, self.checkpoints) as self.record:
@@ -197,8 +197,8 @@ class Trainer:
                 'best_step': self.checkpoints.best_step,
             }
             | self.record.time()
-            | metrics.provenance()
+            | logger.provenance()
         )
-        metrics.write_json(self.workdir / 'summary.json', summary)
+        files.write_json(self.workdir / 'summary.json', summary)
         write_results(self.workdir, self.last, run.steps)
         return summary

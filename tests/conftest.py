@@ -28,6 +28,7 @@ del os.environ['NPROC']
 import numpy as np
 import pytest
 
+from tests import small_run
 from tests.tiny_world import LAYER as LAYER
 from tests.tiny_world import LENGTH, TINY, make_base, make_lens
 
@@ -50,6 +51,11 @@ def base():
 @pytest.fixture(scope='session')
 def tokens():
     return np.random.default_rng(1).integers(0, TINY.vocab_size, (8, 11)).astype(np.int32)
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory):
+    return small_run.make_world(tmp_path_factory.mktemp('world'))
 
 
 @pytest.fixture(scope='session')

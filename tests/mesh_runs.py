@@ -18,10 +18,10 @@ import numpy as np
 
 from configs.base import table
 from lens import distributed, objectives, optimizer, sampling, sharding
-from lens.build import Phase
+from lens.config import Phase
+from lens.lens_init import init_state
 from lens.models import lora
 from lens.schedules import Clock, constant
-from lens.state import init_state
 from lens.train import train_step
 from tests.tiny_world import LAYER, LENGTH, TINY, make_base, make_lens
 

@@ -16,7 +16,7 @@ LEVELS = {
     'lens.losses': 1,
     'lens.sharding': 1,
     'lens.charts': 1,
-    'lens.hlo': 1,
+    'lens.tools.hlo': 1,
     'lens.schedules': 3,  # its command reads data
     'lens.statistics': 1,
     'lens.extraction': 1,
@@ -53,23 +53,23 @@ LEVELS = {
     'lens.timing': 10,  # train calls it and gives it the step
     'lens.checks': 9.5,
     'lens.build': 10,
-    'lens.flops': 11,
+    'lens.tools.flops': 11,
     'lens.state': 11,
-    'lens.plan': 14,
-    'lens.plan_text': 15,
-    'lens.plan_command': 16,
+    'lens.tools.plan': 14,
+    'lens.tools.plan_text': 15,
+    'lens.tools.plan_command': 16,
     'lens.report': 10,  # of files alone; evaluate writes it anew
     'lens.evaluate': 12,
     'lens.export': 13,
     'lens.explain': 13,
     'lens.serve': 14,
     'lens.train': 13,
-    'lens.pretrain': 13,
-    'lens.probe': 13,
-    'lens.tuned_lens': 13,
+    'data_gen.storyworld.pretrain': 13,
+    'data_gen.storyworld.probe': 13,
+    'lens.tools.tuned_lens': 13,
     'lens.main': 17,
 }
-NOBODY_IMPORTS = ('lens.main', 'lens.probe', 'lens.serve', 'lens.tuned_lens')
+NOBODY_IMPORTS = ('lens.main', 'data_gen.storyworld.probe', 'lens.serve', 'lens.tools.tuned_lens')
 KNOW_NO_MODEL = ('lens.data', 'lens.checkpoint', 'lens.optimizer', 'lens.schedules', 'lens.metrics', 'lens.health')
 MODEL_SIDE = ('lens.models', 'lens.hf', 'lens.sampling', 'lens.gumbel', 'lens.objectives')
 # package -> who may import it; data_gen as a whole where named

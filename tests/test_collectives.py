@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from configs.base import table
-from lens import hlo, objectives, optimizer, sharding
-from lens.build import Phase
+from lens import objectives, optimizer, sharding
+from lens.config import Phase
+from lens.lens_init import abstract_state
 from lens.models import lora
 from lens.schedules import Clock, constant
-from lens.state import abstract_state
+from lens.tools import hlo
 from lens.train import train_step
 from tests.tiny_world import LAYER, LENGTH, TINY, make_base, make_lens
 

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from data_gen import storyworld
-from lens import build, data, hf, sampling, sharding, statistics
+from data_gen.storyworld import world
+from lens import config, data, hf, metrics, sampling, sharding
 from lens.evaluate import Evaluator
-from lens.extraction import NO_TAGS
 from lens.models import subject
 from lens.models.encoder import encode
+from lens.response import NO_TAGS
 from tests.conftest import LAYER, LENGTH, TINY, make_base, make_lens
 
 DOCUMENTS, VECTORS = 7, 2
@@ -45,7 +45,9 @@ def split(tmp_path_factory):
 
 
 def evaluator(split, base, mesh):
-    settings = build.EvalSettings(quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=3 * VECTORS, samples=4)
+    settings = config.EvalSettings(
+        quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=3 * VECTORS, samples=4
+    )
     tokenizer = types.SimpleNamespace(decode=lambda ids: f' {ids[0]}')
     return Evaluator(
         types.SimpleNamespace(
@@ -124,11 +126,11 @@ def test_figures_are_the_statistics_of_what_was_collected(result):
         ('fve_previous_tokens', 'pred_previous_tokens'),
     ):
         np.testing.assert_allclose(values[name], fve(c[key]), rtol=1e-6, err_msg=name)
-    np.testing.assert_allclose(values['fve_shuffled'], fve(c['pred'][statistics.other_document(doc)]), rtol=1e-6)
+    np.testing.assert_allclose(values['fve_shuffled'], fve(c['pred'][metrics.other_document(doc)]), rtol=1e-6)
     assert abs(values['fve_shuffled'] - values['fve']) > 1e-3
     np.testing.assert_allclose(values['fve_zero_baseline'], fve(0), rtol=1e-6)
     truth = e.held['facts'].reshape(-1, 2)
-    expected, _ = statistics.facts(c['ids_greedy'], truth, e.fields, doc)
+    expected, _ = metrics.facts(c['ids_greedy'], truth, e.fields, doc)
     assert full.figures['facts_recall'] == expected['facts_recall']
     assert [s['doc_id'] for s in full.samples] == [-5, 3, 9, 2**60]
     assert [len(s['tokens']) for s in full.samples] == [10, 9, 10, 8]
@@ -154,6 +156,6 @@ def test_shipped_subject_is_what_the_design_asks_for():
     tokenizer = hf.load_tokenizer(str(directory))
     assert all(
         len(ids) == len(values)
-        for ids, values in zip(storyworld.value_token_ids(tokenizer), storyworld.FIELDS.values(), strict=True)
+        for ids, values in zip(world.value_token_ids(tokenizer), world.FIELDS.values(), strict=True)
     )
     assert dataclasses.asdict(c)['family'] == 'llama' and tokenizer.chat_template

@@ -19,18 +19,18 @@ from absl import flags
 from ml_collections import config_flags
 from safetensors.numpy import load_file
 
-from lens import build, export, hf, lens_folder, sampling, sharding, state
+from lens import export, hf, lens_folder, lens_init, sampling, sharding
 from lens.checkpoint import Checkpoints
+from lens.config import open_run
 from lens.errors import LensError
-from lens.extraction import NO_TAGS
 from lens.models import lora
 from lens.models.decoder import Decoder, DecoderConfig, Prompt, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig, encode
 from lens.models.lens import Lens
-from tests import hf_models, test_train
+from lens.response import NO_TAGS
+from tests import hf_models, small_run
 
 KINDS = ('lora', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('maps', 'full')))
-world = test_train.world  # a random llama of 3 blocks with the shipped tokenizer, and stories for it
 
 
 def config(world, kind, **changes):
@@ -44,7 +44,7 @@ def config(world, kind, **changes):
         'lora__rank': 3,
     }
     short |= {'decoder__train': kind, 'encoder__train': kind}
-    return test_train.config(world, **short | changes)
+    return small_run.config(world, **short | changes)
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,7 @@ def runs(world, tmp_path_factory):
     def run(kind):
         if kind not in made:
             workdir, out = root / kind, root / f'{kind}_exported'
-            summary = test_train.train(config(world, kind), workdir)
+            summary = small_run.train(config(world, kind), workdir)
             export.export(workdir, out)
             made[kind] = (workdir, summary, out)
         return made[kind]
@@ -92,9 +92,9 @@ def check_card(names, lens, base, length):
 def restored(world, kind, workdir):
     """(lens, base) of the newest checkpoint, outside any mesh."""
     cfg = config(world, kind)
-    run = build.open_run(cfg)
+    run = open_run(cfg)
     with jax.set_mesh(run.mesh), Checkpoints(workdir / 'checkpoints', 2) as c:
-        lens = state.restore(cfg, run, c, c.latest_step).params
+        lens = lens_init.restore(cfg, run, c, c.latest_step).params
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (lens, run.base))
 
 
@@ -111,8 +111,8 @@ def test_figures_come_back_by_the_command_of_the_card(runs, world, tmp_path, kin
     cfg = holder.config
     assert cfg.phases == () and cfg.decoder.train == kind and cfg.encoder.prompt == '<|bos|><text>'
     cfg.eval = config(world, kind).eval
-    again = test_train.train(cfg, tmp_path / 'again')
-    figures = test_train.figures(summary)
+    again = small_run.train(cfg, tmp_path / 'again')
+    figures = small_run.figures(summary)
     assert {'fve', 'fve_greedy', 'fve_shuffled', 'cosine'} < figures.keys() and again['steps'] == 0
     for name, value in figures.items():
         if name != 'fve_sft':
@@ -125,7 +125,7 @@ def test_figures_come_back_by_the_command_of_the_card(runs, world, tmp_path, kin
 def test_training_goes_on_from_an_export(runs, world, tmp_path):
     _, summary, out = runs('lora')
     more = config(world, 'lora', init_from=str(out), sft__learning_rate_decoder=1e-3, sft__learning_rate_encoder=1e-3)
-    again = test_train.train(more, tmp_path / 'w')
+    again = small_run.train(more, tmp_path / 'w')
     assert again['steps'] == 2 and abs(again['fve'] - summary['fve']) > 1e-6
 
 
@@ -151,7 +151,7 @@ def test_training_goes_on_from_an_export(runs, world, tmp_path):
 def test_another_configuration_is_refused_in_one_sentence(runs, world, tmp_path, change, message):
     cfg = config(world, 'lora', **{'init_from': str(runs('lora')[2])} | change)
     with pytest.raises(LensError, match=message) as e:
-        test_train.train(cfg, tmp_path / 'w')
+        small_run.train(cfg, tmp_path / 'w')
     assert '\n' not in str(e.value) and not (tmp_path / 'w/config.json').exists()
 
 
@@ -233,12 +233,12 @@ def handmade(base, n, shared, own_base, readout, injection):
     ],
 )
 def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shared, own_base, readout, injection):
-    hf_models.build(family, tmp_path / 'subject', vocab_size=len(hf.load_tokenizer(test_train.TOKENIZER)))
-    for name in {p.name for p in pathlib.Path(test_train.TOKENIZER).iterdir()} & set(hf.TOKENIZER_FILES):
-        shutil.copy(pathlib.Path(test_train.TOKENIZER) / name, tmp_path / 'subject')
+    hf_models.build(family, tmp_path / 'subject', vocab_size=len(hf.load_tokenizer(small_run.TOKENIZER)))
+    for name in {p.name for p in pathlib.Path(small_run.TOKENIZER).iterdir()} & set(hf.TOKENIZER_FILES):
+        shutil.copy(pathlib.Path(small_run.TOKENIZER) / name, tmp_path / 'subject')
     base = hf.load_model(tmp_path / 'subject')
     lens = handmade(base, n, shared, own_base, readout, injection)
-    cfg = test_train.config(tmp_path, explanation_len=6)
+    cfg = small_run.config(tmp_path, explanation_len=6)
     cfg.decoder.train = cfg.encoder.train = 'full' if own_base else 'maps'
     run = types.SimpleNamespace(
         base=base, length=6, tags=NO_TAGS, decoder_prompt=Prompt([3, 7], [9]), encoder_prompt=([5], [6, 8])

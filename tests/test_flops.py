@@ -17,12 +17,13 @@ from flax import nnx
 from jax.interpreters import partial_eval
 
 from configs import base as settings
-from lens import build, flops
-from lens.extraction import NO_TAGS
+from lens import config
+from lens.lens_init import Start, State, configs, make_lens
 from lens.models import families
 from lens.models.decoder import Prompt
 from lens.models.transformer import Transformer
-from lens.state import Start, State, configs, make_lens
+from lens.response import NO_TAGS
+from lens.tools import flops
 from lens.train import train_step
 from tests.conftest import TINY
 
@@ -117,7 +118,7 @@ def abstract(c, cfg):
     d = c.d_model
     start = Start((jnp.zeros((maps, d, d)), jnp.zeros((maps, d))), (jnp.zeros((d, d)), jnp.zeros(d)))
     lens = jax.eval_shape(lambda b: make_lens(cfg, PROMPTS, b, start, jax.random.key(0)), base)
-    (phase,) = build.make_phases(cfg, [5] * PREFIX, NO_TAGS)
+    (phase,) = config.make_phases(cfg, [5] * PREFIX, NO_TAGS)
     shapes = {'tokens': (DOCUMENTS, SEQ), 'positions': (DOCUMENTS, VECTORS)}
     if phase.labelled:
         shapes['explanations'] = (DOCUMENTS, VECTORS, LENGTH)

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lens import health, metrics, record
+from lens import files, health, record
 from lens.errors import LensError
 from lens.health import WINDOW, Collapse, CollapseError, Goodput, Profile
 
@@ -109,13 +109,13 @@ def test_what_several_kills_between_two_checkpoints_cost_is_added(tmp_path, step
     path = tmp_path / 'metrics.jsonl'
     saved = {'step': 5, 'phase': 'grpo', 'kind': 'time', 'start_part_s': 2.0, 'step_part_s': 7.5, 'wall_s': 10.0}
     kept = [saved] if step else []
-    metrics.write_jsonl(path, [*kept, {'step': 6, 'kind': 'train', 'wall_s': 10.0 * len(kept) + 40}])
+    files.write_jsonl(path, [*kept, {'step': 6, 'kind': 'train', 'wall_s': 10.0 * len(kept) + 40}])
     for lost_s, work_s in ((40, 7), (47, 2), (49, None)):
         with reopened(tmp_path, step) as r:
             seconds = r.clock.seconds
         assert seconds['lost'] == pytest.approx(lost_s, abs=0.3)
         assert seconds['step'] == 7.5 * len(kept)
-        last = metrics.read_jsonl(path)[-1]
+        last = files.read_jsonl(path)[-1]
         assert (last['kind'], last['step'], last['phase']) == ('time', step, 'grpo' if step else 'sft')
         assert sum(v for k, v in last.items() if k.endswith('_part_s')) == pytest.approx(
             last['wall_s'] + lost_s, abs=0.6

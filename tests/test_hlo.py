@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from lens import sharding
 from lens.errors import LensError
-from lens.hlo import Collective, collectives
+from lens.tools.hlo import Collective, collectives
 
 D, F = 24, 10
 FLOAT = 4  # bytes

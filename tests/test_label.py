@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from data_gen import label_files, label_prompts, label_run, pretokenize, servers, storyworld
+from data_gen import label_files, label_prompts, label_run, pretokenize, servers
 from data_gen.label import Options, label
-from lens import build, data, extraction, hf
+from data_gen.storyworld import world as story_world
+from lens import config, data, hf, response
 from lens.errors import LensError
-from lens.metrics import read_jsonl
+from lens.files import read_jsonl
 from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
 from lens.train import Trainer
@@ -37,8 +38,8 @@ JOBS = (TRAIN + VALIDATION) * POSITIONS
 def stories(tmp_path_factory):
     """Storyworld without explanations, and a small random subject for it."""
     root = tmp_path_factory.mktemp('stories')
-    settings = storyworld.Settings(train=TRAIN, validation=VALIDATION, positions=4)
-    storyworld.write_arrays(root / 'data', SUBJECT, settings)
+    settings = story_world.Settings(train=TRAIN, validation=VALIDATION, positions=4)
+    story_world.write_arrays(root / 'data', SUBJECT, settings)
     for name in ('train', 'validation'):
         for array in ('positions', 'explanations'):
             (root / 'data' / name / f'{array}.npy').unlink()
@@ -389,11 +390,11 @@ def test_responses_end_after_their_last_word(world, tokenizer):
     with FakeServer(answer=features) as a:
         label(options(world, a.url, explanation_len=LONG))
         label(options(world, explanation_len=LONG, out=str(world / 'new')))
-    tags = extraction.Tags(opening=(901, 902), closing=(903, 904, 905))
+    tags = response.Tags(opening=(901, 902), closing=(903, 904, 905))
     length, shorter = LONG + 5, 0
     for folder in ('data', 'new'):
         split = data.open_split(str(world / folder), 'train', vocab_size=len(tokenizer))
-        responses = build._responding(split, tags, length).respond(np.asarray(split.explanations))
+        responses = config._responding(split, tags, length).respond(np.asarray(split.explanations))
         for row in range(TRAIN):
             for slot, position in enumerate(split.positions[row]):
                 text = tokenizer.decode(split.tokens[row, : position + 1], skip_special_tokens=True)
@@ -509,7 +510,7 @@ def test_errors_before_anything_is_asked(world, given, message):
 
 def test_another_tokenizer_and_given_explanations_are_refused(stories, world):
     other = world / 'tokenizer'
-    storyworld.train_tokenizer(other)
+    story_world.train_tokenizer(other)
     vocabulary = json.loads((other / 'tokenizer.json').read_text())
     (other / 'tokenizer.json').write_text(json.dumps(vocabulary, indent=7))
     with pytest.raises(LensError, match='was made with another tokenizer than that of'):

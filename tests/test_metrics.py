@@ -1,185 +1,245 @@
-"""metrics.jsonl and the JSON files: atomic, append-only, safe to continue after a kill."""
+"""lens.statistics against naive loops in float64."""
 
-import contextlib
-import json
-import resource
-
+import numpy as np
 import pytest
 
 from lens import metrics
 
-
-def line(step, **more):
-    return (
-        json.dumps(
-            {'step': step, 'phase': 'sft', 'kind': 'train', 'fve': 0.1 + 0.2 + step, 'wall_s': 1.5 * step} | more
-        )
-        + '\n'
-    )
+D, M = 4, 7
+SIZES = np.array([1, 5, 2, 3, 1, 4, 2])  # activations per document
+EXACT = 1e-9  # relative, float64; the sums of squares cost a few digits
 
 
-def writer(workdir, resume_step, say=print):
-    return metrics.Writer(workdir, resume_step, False, '', {}, say)
+def data(seed=0, bias=0.0):
+    rng = np.random.default_rng(seed)
+    doc = rng.permutation(np.repeat(np.arange(M), SIZES))
+    target = rng.normal(size=(len(doc), D)) * [1, 2, 3, 4] + [10, 0, -5, 30]
+    pred = target + rng.normal(size=target.shape) * 0.7 + bias
+    return pred, target, doc
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """No file may grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def naive(pred, target):
+    """The four figures by loops over rows and features."""
+    rows, residual = range(len(target)), target - pred
+    var_a, var_r = (sum(np.var(x[:, d], ddof=1) for d in range(x.shape[1])) for x in (target, residual))
+    return {
+        'fve': 1 - np.mean([residual[i] @ residual[i] for i in rows]) / var_a,
+        'variance_recovered': 1 - var_r / var_a,
+        'nmse': np.mean([residual[i] @ residual[i] / (target[i] @ target[i]) for i in rows]),
+        'cosine': np.mean([pred[i] @ target[i] / np.sqrt((pred[i] @ pred[i]) * (target[i] @ target[i])) for i in rows]),
+    }
 
 
-def test_read_jsonl_of_a_missing_file_is_empty(tmp_path):
-    assert metrics.read_jsonl(tmp_path / 'metrics.jsonl') == []
+def values(figures):
+    return {k: v['value'] for k, v in figures.items()}
 
 
-@pytest.mark.parametrize('torn', ['', '{"step": 3', '{"step": 3, "fve": 0.5}', '{', '"'])
-def test_read_jsonl_leaves_a_torn_last_line_out(tmp_path, torn):
-    """A line counts once its newline is there: `{"step": 1` of `{"step": 12}` must not be read either."""
-    path = tmp_path / 'metrics.jsonl'
-    path.write_text('{"step": 1}\n{"step": 2, "name": "\\u00e9"}\n' + torn)
-    assert metrics.read_jsonl(path) == [{'step': 1}, {'step': 2, 'name': 'é'}]
+def width(figure):
+    return figure['ci95'][1] - figure['ci95'][0]
 
 
-def test_write_jsonl_reads_back(tmp_path):
-    rows = [{'step': 1, 'text': 'a\nb "c" é\u2028'}, {'step': 2, 'x': 1e-17}]
-    metrics.write_jsonl(tmp_path / 'a.jsonl', iter(rows))
-    assert metrics.read_jsonl(tmp_path / 'a.jsonl') == rows
+def test_figures_against_loops():
+    pred, target, doc = data(bias=0.3)
+    got = values(metrics.reconstruction(pred, target, doc))
+    assert got.keys() == naive(pred, target).keys()
+    for k, want in naive(pred, target).items():
+        np.testing.assert_allclose(got[k], want, rtol=EXACT, err_msg=k)
 
 
-def test_write_json_reads_back_and_leaves_no_temporary_file(tmp_path):
-    path = tmp_path / 'summary.json'
-    for value in ({'fve': 0.1}, {'fve': 0.2, 'nested': [1, None, 'é']}):
-        metrics.write_json(path, value)
-        assert json.loads(path.read_text()) == value
-    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+def test_fve_identity():
+    """FVE = 1 - [(N-1)/N sum_d Var(R_d) + |mean R|^2] / sum_d Var(A_d)."""
+    pred, target, doc = data(bias=1.3)
+    r, n = target - pred, len(target)
+    want = 1 - ((n - 1) / n * r.var(0, ddof=1).sum() + r.mean(0) @ r.mean(0)) / target.var(0, ddof=1).sum()
+    np.testing.assert_allclose(metrics.reconstruction(pred, target, doc)['fve']['value'], want, rtol=EXACT)
 
 
-def test_write_json_keeps_the_old_file_when_the_value_cannot_be_written(tmp_path):
-    path = tmp_path / 'summary.json'
-    metrics.write_json(path, {'fve': 0.1})
-    old = path.read_bytes()
-    with pytest.raises(TypeError):
-        metrics.write_json(path, {'fve': 0.2, 'bad': object()})
-    with pytest.raises(TypeError):
-        metrics.write_jsonl(path, [{'fve': 0.2}, {'bad': object()}])
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+def test_a_constant_bias_costs_fve_and_not_variance_recovered():
+    plain = values(metrics.reconstruction(*data()))
+    biased = values(metrics.reconstruction(*data(bias=2.0)))
+    np.testing.assert_allclose(biased['variance_recovered'], plain['variance_recovered'], rtol=EXACT)
+    assert biased['fve'] < plain['fve'] - 0.3
 
 
-def test_write_text_keeps_the_old_file_when_the_rename_does_not_happen(tmp_path, monkeypatch):
-    """Killed between write and rename: the old content stands, and the next run replaces it."""
-    path = tmp_path / 'summary.json'
-    metrics.write_json(path, {'fve': 0.1})
-    old = path.read_bytes()
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(metrics.os, 'replace', killed)
-        metrics.write_json(path, {'fve': 0.2})
-    assert path.read_bytes() == old
-    metrics.write_json(path, {'fve': 0.3})
-    assert json.loads(path.read_text()) == {'fve': 0.3}
-    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+def test_predicting_the_mean_gives_the_degree_of_freedom():
+    _, target, doc = data()
+    got = values(metrics.reconstruction(np.broadcast_to(target.mean(0), target.shape), target, doc))
+    np.testing.assert_allclose(got['fve'], 1 / len(target), rtol=EXACT)
+    np.testing.assert_allclose(got['variance_recovered'], 0, atol=EXACT)
 
 
-def test_writer_appends_lines_that_are_on_disk_at_once(tmp_path):
-    w = writer(tmp_path, 0)
-    assert w.elapsed_s == 0
-    rows = [json.loads(line(s)) for s in (1, 2)]
-    for i, row in enumerate(rows):
-        w.write(row)
-        assert metrics.read_jsonl(tmp_path / 'metrics.jsonl') == rows[: i + 1]
-    w.close()
-    assert (tmp_path / 'metrics.jsonl').read_text() == line(1) + line(2)
+def test_a_perfect_reconstruction():
+    _, target, doc = data()
+    got = metrics.reconstruction(target, target, doc)
+    for k, want in {'fve': 1, 'variance_recovered': 1, 'nmse': 0, 'cosine': 1}.items():
+        np.testing.assert_allclose([got[k]['value'], *got[k]['ci95']], want, rtol=EXACT, atol=EXACT)
 
 
-def test_writer_drops_later_lines_on_resume_and_keeps_earlier_ones_byte_identical(tmp_path):
-    path = tmp_path / 'metrics.jsonl'
-    kept = line(10) + line(20) + line(20, kind='eval', full=True, name='\u00e9', tiny=1.0000000000000002e-300)
-    path.write_text(kept + line(30) + line(40) + '{"step": 50, "pha')
-    w = writer(tmp_path, 20)
-    assert path.read_bytes() == kept.encode()
-    assert w.elapsed_s == 30  # wall_s of the last kept line
-    w.write(json.loads(line(25)))
-    w.close()
-    assert path.read_bytes() == (kept + line(25)).encode()
-    assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
+def test_float32_inputs_far_from_zero_keep_their_digits():
+    """Activations of some models have entries of 1e4 that hardly vary."""
+    pred, target, doc = data()
+    pred, target = (pred + 3e4).astype(np.float32), (target + 3e4).astype(np.float32)
+    want = naive(pred.astype(float), target.astype(float))
+    got = values(metrics.reconstruction(pred, target, doc))
+    for k in want:
+        np.testing.assert_allclose(got[k], want[k], rtol=EXACT, err_msg=k)
 
 
-def test_writer_at_step_0_starts_over(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text(line(1) + line(2))
-    w = writer(tmp_path, 0)
-    w.close()
-    assert (tmp_path / 'metrics.jsonl').read_text() == '' and w.elapsed_s == 0
+def test_intervals_are_those_of_explicit_resamples_of_documents():
+    """Every resample written out: the rows of each drawn document as often as it was drawn."""
+    pred, target, doc = data(bias=0.3)
+    drawn = metrics._draws(M)[1:]
+    tables = {k: [] for k in ('fve', 'variance_recovered', 'nmse', 'cosine')}
+    for counts in drawn.astype(int):
+        rows = np.concatenate([np.flatnonzero(doc == d) for d in range(M) for _ in range(counts[d])])
+        for k, v in naive(pred[rows], target[rows]).items():
+            tables[k].append(v)
+    got = metrics.reconstruction(pred, target, doc)
+    for k, v in tables.items():
+        np.testing.assert_allclose(got[k]['ci95'], np.percentile(v, [2.5, 97.5]), rtol=1e-6, err_msg=k)
 
 
-def test_a_full_disk_lets_lines_wait(tmp_path):
-    path, said = tmp_path / 'metrics.jsonl', []
-    w = writer(tmp_path, 0, said.append)
-    w.write(json.loads(line(1)))
-    with full_disk(len(line(1)) + 7):
-        for step in (2, 3):
-            w.write(json.loads(line(step)))
-            assert path.read_text() == line(1), 'not a part of a line'
-    assert len(said) == 1 and said[0].startswith(f'warning: {path} cannot be written (File too large); its lines wait')
-    w.write(json.loads(line(4)))
-    assert path.read_text() == ''.join(map(line, (1, 2, 3, 4))) and len(said) == 1
-    with full_disk(path.stat().st_size):
-        for step in (5, 6):
-            w.write(json.loads(line(step)))
-        w.close()
-    assert path.read_text() == ''.join(map(line, (1, 2, 3, 4))) and len(said) == 3
-    assert said[2] == f'warning: {path} lacks the last 2 lines: the disk is full.'
+def test_draws_are_documents_with_replacement():
+    draws = metrics._draws(M)
+    assert draws.shape == (1 + metrics.RESAMPLES, M)
+    assert (draws[0] == 1).all()  # the data itself
+    assert (draws.sum(1) == M).all() and (draws >= 0).all()
+    # mean 1 within 5 standard errors, variance 1 - 1/M within 5 standard errors (about 0.05)
+    np.testing.assert_allclose(draws[1:].mean(0), 1, atol=5 / np.sqrt(metrics.RESAMPLES))
+    np.testing.assert_allclose(draws[1:].var(0), 1 - 1 / M, atol=0.3)
 
 
-def test_lines_that_wait_are_written_at_the_end(tmp_path):
-    said = []
-    w = writer(tmp_path, 0, said.append)
-    with full_disk(1):
-        w.write(json.loads(line(1)))
-    w.close()
-    assert (tmp_path / 'metrics.jsonl').read_text() == line(1) and len(said) == 1
+def clustered(copies, documents=40, seed=3):
+    """`copies` identical activations in every document."""
+    rng = np.random.default_rng(seed)
+    target = rng.normal(size=(documents, D))
+    pred = target + rng.normal(size=target.shape)
+    return np.repeat(pred, copies, 0), np.repeat(target, copies, 0), np.repeat(np.arange(documents), copies)
 
 
-def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
-    with (tmp_path / 'log').open('w', buffering=1) as log:
-        bar = metrics.ProgressBar(total=2, every=1)
-        bar.console.file = log
-        with full_disk(5):
-            bar.print('held out at step 1')
-        bar.print('held out at step 2')
-    assert 'held out at step 2\n' in (tmp_path / 'log').read_text()
+def test_copies_inside_a_document_add_no_certainty():
+    one, ten = (metrics.reconstruction(*clustered(c)) for c in (1, 10))
+    for k in ('nmse', 'cosine'):
+        np.testing.assert_allclose(ten[k]['ci95'], one[k]['ci95'], rtol=EXACT)
 
 
-def test_seconds_of_a_step_are_those_of_its_phase():
-    now = 50.0
-    clock = metrics.StepClock(lambda: now)
-    for phase, step_s, laps in (('sft', 0.25, 60), ('grpo', 2.0, 3)):
-        clock.pause()
-        medians = []
-        for _ in range(laps):
-            now += step_s
-            medians.append(clock.lap(phase))
-        assert medians == [0.0] + (laps - 1) * [step_s]
-    now += 100.0  # from one phase to the next nothing is a step, paused or not
-    assert clock.lap('sft') == 0.0
+@pytest.mark.parametrize('figure', ['fve', 'variance_recovered', 'nmse', 'cosine'])
+def test_clustered_data_have_wider_intervals_than_independent_data(figure):
+    pred, target, doc = clustered(10)
+    by_document = metrics.reconstruction(pred, target, doc)[figure]
+    by_row = metrics.reconstruction(pred, target, np.arange(len(doc)))[figure]
+    np.testing.assert_allclose(by_document['value'], by_row['value'], rtol=EXACT)
+    assert 2 < width(by_document) / width(by_row) < 5  # sqrt(10) = 3.2, with the noise of 1000 resamples
+    assert by_document['ci95'][0] < by_document['value'] < by_document['ci95'][1]
 
 
-@pytest.mark.parametrize(
-    ('seconds', 'text'), [(0, '0:00'), (59.9, '0:59'), (61, '1:01'), (3600, '1:00:00'), (36061, '10:01:01')]
+def test_interval_of_a_mean_is_about_two_standard_errors_each_way():
+    rng = np.random.default_rng(4)
+    target = np.resize([1.0, -1.0], (400, 1))  # of norm 1, so that nmse is the mean squared error
+    pred = target + rng.normal(size=target.shape)
+    got = metrics.reconstruction(pred, target, np.arange(400))['nmse']
+    want = 2 * 1.96 * np.std((target - pred) ** 2, ddof=1) / np.sqrt(400)
+    # 15%: the percentiles of 1000 resamples have a standard error of 4% of the width
+    np.testing.assert_allclose(width(got), want, rtol=0.15)
+
+
+def test_the_order_of_the_rows_does_not_matter_and_runs_repeat():
+    pred, target, doc = data()
+    again = metrics.reconstruction(pred, target, doc)
+    mixed = np.random.default_rng(9).permutation(len(doc))
+    other = metrics.reconstruction(pred[mixed], target[mixed], doc[mixed])
+    assert again == metrics.reconstruction(pred, target, doc)
+    for k in again:
+        np.testing.assert_allclose(other[k]['ci95'], again[k]['ci95'], rtol=1e-8)
+
+
+# Two fields; token 0 is filler. Expected counts by hand.
+FIELDS = [
+    {'field': 'kind', 'values': ['fox', 'owl', 'hen'], 'token_ids': [11, 12, 13]},
+    {'field': 'mood', 'values': ['sad', 'glad'], 'token_ids': [21, 22]},
+]
+TEXTS = np.array(
+    [
+        [11, 0, 21, 0],  # established fox, sad: both right
+        [12, 12, 0, 22],  # established fox, -: owl wrong (said twice, counts once), glad not established
+        [11, 12, 13, 0],  # established hen, glad: hen right, fox and owl wrong, glad missed
+        [0, 0, 0, 0],  # established owl, sad: both missed
+        [13, 22, 21, 0],  # established -, glad: hen not established, glad right, sad wrong
+    ]
 )
-def test_clock(seconds, text):
-    assert metrics.clock(seconds) == text
+ESTABLISHED = np.array([[0, 0], [0, -1], [2, 1], [1, 0], [-1, 1]])
+DOCS = np.array([0, 0, 1, 2, 2])
 
 
-def test_provenance_says_device_versions_commit_and_command():
-    p = metrics.provenance()
-    assert p.keys() >= {'device', 'versions', 'commit', 'command'}
-    assert {'python', 'jax'} <= p['versions'].keys() and p['device'] and p['commit'] and p['command']
+def test_named_facts():
+    kind, mood = metrics.named_facts(TEXTS, FIELDS)
+    assert kind.astype(int).tolist() == [[1, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]]
+    assert mood.astype(int).tolist() == [[1, 0], [0, 1], [0, 0], [0, 0], [1, 1]]
+
+
+def test_facts_by_hand_pooled_and_per_field():
+    figures, rows = metrics.facts(TEXTS, ESTABLISHED, FIELDS, DOCS)
+    # kind: established 4, right 2 (rows 0, 2), named 6. mood: established 4, right 2 (rows 0, 4), named 4.
+    assert figures['facts_recall']['value'] == 4 / 8
+    assert figures['facts_hallucinated']['value'] == pytest.approx(6 / 10, rel=1e-12)
+    assert [(r['field'], r['values']) for r in rows] == [('kind', 3), ('mood', 2)]
+    assert [r['recall'] for r in rows] == [2 / 4, 2 / 4]
+    assert [r['hallucinated'] for r in rows] == pytest.approx([4 / 6, 2 / 4], rel=1e-12)
+
+
+def test_facts_are_pooled_over_activations_and_not_averaged_over_documents_or_fields():
+    texts, truth = np.array([[11], [11], [11], [21]]), np.array([[0, -1], [0, -1], [1, -1], [-1, 0]])
+    figures, _ = metrics.facts(texts, truth, FIELDS, np.array([0, 0, 0, 1]))
+    assert figures['facts_recall']['value'] == 3 / 4
+    assert figures['facts_hallucinated']['value'] == 1 / 4
+
+
+def test_facts_intervals_are_those_of_explicit_resamples_of_documents():
+    tables = {'facts_recall': [], 'facts_hallucinated': []}
+    rng = np.random.default_rng(6)
+    texts, truth = TEXTS[rng.integers(5, size=30)], ESTABLISHED[rng.integers(5, size=30)]
+    doc = rng.permutation(np.repeat(np.arange(6), [2, 8, 5, 5, 4, 6]))
+    for counts in metrics._draws(6)[1:].astype(int):
+        rows = np.concatenate([np.flatnonzero(doc == d) for d in range(6) for _ in range(counts[d])])
+        right = have = said = 0
+        for i in rows:
+            for f, field in enumerate(FIELDS):
+                named = {v for v, t in enumerate(field['token_ids']) if t in texts[i]}
+                right += truth[i, f] in named
+                have += truth[i, f] != -1
+                said += len(named)
+        tables['facts_recall'].append(right / have)
+        tables['facts_hallucinated'].append(1 - right / said)
+    figures, _ = metrics.facts(texts, truth, FIELDS, doc)
+    for k, v in tables.items():
+        np.testing.assert_allclose(figures[k]['ci95'], np.percentile(v, [2.5, 97.5]), rtol=1e-6, err_msg=k)
+
+
+def test_no_fact_named_is_nothing_hallucinated():
+    """A lens that names no fact invents none; recall is 0."""
+    figures, rows = metrics.facts(np.zeros((5, 4), int), ESTABLISHED, FIELDS, DOCS)
+    assert figures['facts_recall'] == {'value': 0, 'ci95': [0, 0]}
+    assert [r['recall'] for r in rows] == [0, 0]
+    assert [r['hallucinated'] for r in rows] == [0, 0]
+    assert figures['facts_hallucinated'] == {'value': 0, 'ci95': [0, 0]}
+
+
+def test_a_field_that_is_never_named_is_not_hallucinated():
+    figures, rows = metrics.facts(np.array([[11], [11]]), np.array([[0, 1], [0, 1]]), FIELDS, np.array([0, 1]))
+    assert figures['facts_hallucinated']['value'] == 0
+    assert [r['hallucinated'] for r in rows] == [0, 0]
+    assert [r['recall'] for r in rows] == [1, 0]
+
+
+def test_no_fact_established_makes_every_named_fact_hallucinated():
+    figures, rows = metrics.facts(TEXTS, np.full((5, 2), -1), FIELDS, DOCS)
+    assert figures['facts_recall']['value'] == 0
+    assert figures['facts_hallucinated'] == {'value': 1, 'ci95': [1, 1]}
+    assert [(r['recall'], r['hallucinated']) for r in rows] == [(0, 1), (0, 1)]
+
+
+def test_other_document_pairs_every_activation_with_another_document_once():
+    for doc in ([0, 0, 1, 1, 2, 2], [2, 0, 1, 1, 0, 0, 2, 3], [0, 1]):
+        doc = np.array(doc)
+        partner = metrics.other_document(doc)
+        assert sorted(partner) == list(range(len(doc))) and (doc[partner] != doc).all()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lens import extraction, losses, objectives, optimizer, sampling, schedules
-from lens.build import Phase
+from lens import losses, objectives, optimizer, response, sampling, schedules
+from lens.config import Phase
+from lens.lens_init import init_state
 from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import encode
 from lens.sharding import make_mesh, path, put_batch
-from lens.state import init_state
 from lens.train import train_step
 from tests.conftest import LAYER, LENGTH, make_base, make_lens
 
@@ -177,7 +177,7 @@ def test_averaged_samples_share_their_reward(base, full, batch):
 
 def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_nothing(base, full, batch):
     """Closed by one of many tokens, so that some responses are and some are not."""
-    tags = extraction.Tags((), (17,))
+    tags = response.Tags((), (17,))
     hp = dataclasses.replace(HP, group=12, tags=tags, error='direction')
     roll = objectives.sampled_rollout(full, base, batch, KEY, hp)
     ids = np.array(roll.ids_NxT)
@@ -227,7 +227,7 @@ def test_what_is_made_of_a_failed_response_counts_nowhere(mean_of, resample):
     mixed, counted = pred, kept
     if resample:
         mixed, counted = pred + np.roll(a - pred, 12, 0), kept & np.roll(kept, 12)
-    found = extraction.Extraction(*(jnp.zeros(36, jnp.int32),) * 3, jnp.asarray(ok))
+    found = response.Extraction(*(jnp.zeros(36, jnp.int32),) * 3, jnp.asarray(ok))
     roll = objectives.Rollout(jnp.asarray(a), None, {'positions': np.zeros((3, 2))})
     hp = dataclasses.replace(HP, group=6 // mean_of, mean_of=mean_of, resample=resample)
     _, metrics = objectives._reconstruction(None, roll, jnp.asarray(pred), found, hp, 0)

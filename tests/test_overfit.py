@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from data_gen import storyworld
-from lens import build, data, losses, objectives, sampling, sharding
+from data_gen.storyworld import world
+from lens import config, data, losses, objectives, sampling, sharding
+from lens.lens_init import init_lens, init_state
 from lens.models.encoder import encode
-from lens.state import init_lens, init_state
 from lens.train import train_step
 
 STEPS = 250
@@ -16,12 +16,12 @@ STEPS = 250
 
 @pytest.mark.slow
 def test_32_activations_reach_an_fve_above_nine_tenths(tmp_path):
-    settings = storyworld.Settings(train=8, validation=8)
-    storyworld.write_arrays(tmp_path / 'data', 'configs/tiny_subject', settings)
+    settings = world.Settings(train=8, validation=8)
+    world.write_arrays(tmp_path / 'data', 'configs/tiny_subject', settings)
     cfg = tiny.get_config('sft')
     cfg.data.path, cfg.sft.steps = str(tmp_path / 'data'), STEPS
     cfg.sft.learning_rate_decoder = cfg.sft.learning_rate_encoder = 'cosine 1e-3 1e-5 warmup 10s'
-    run = build.open_run(cfg)
+    run = config.open_run(cfg)
     (phase,) = run.phases
     with jax.set_mesh(run.mesh):
         rows = next(data.train_batches(run.train, documents=8, vectors=4, min_pos=run.min_pos, labelled=True, seed=0))

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from lens import build, plan_command, plan_text, sharding
+from lens import config, sharding
 from lens.errors import LensError
-from lens.hlo import Collective
 from lens.models import families
-from lens.plan import (
+from lens.tools import plan_command, plan_text
+from lens.tools.hlo import Collective
+from lens.tools.plan import (
     Job,
     Needs,
     Program,
@@ -81,7 +82,7 @@ def test_train_step_at_full_size(recipe):
         assert n.optimizer >= 2 * n.trainable > 0  # two moments
         assert (n.cache > 0) == (phase != 'sft')
         assert n.given + n.cache < H100_BYTES
-    whole = per_device(build.abstract_base(cfg, job.c, sharding.make_mesh(1, 1)))
+    whole = per_device(config.abstract_base(cfg, job.c, sharding.make_mesh(1, 1)))
     if billions:
         assert whole / {'bfloat16': 2, 'float32': 4}[cfg.subject.dtype] == pytest.approx(billions * 1e9, rel=1e-3)
 
@@ -90,7 +91,7 @@ def test_tensor_parallel_splits_the_base():
     """The alternative of the docstring: eight-way tensor parallel holds an eighth, but for replicated vectors."""
     cfg, job, mesh = open_recipe('gptoss:sft')
     cfg.mesh.data, cfg.mesh.model = 1, 8
-    whole = per_device(build.abstract_base(cfg, job.c, mesh))
+    whole = per_device(config.abstract_base(cfg, job.c, mesh))
     assert plan(cfg, job, sharding.make_mesh(1, 8))['sft'].base == pytest.approx(whole / 8, rel=0.001)
 
 

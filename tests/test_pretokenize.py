@@ -17,10 +17,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_gen import arrays, chat_data, documents, harmony_tokenizer, render, shards
+from data_gen import arrays, chat_data, documents, render, shards
 from data_gen import pretokenize as module
 from data_gen.documents import BadRow, Chat
 from data_gen.pretokenize import Settings, pretokenize
+from data_gen.storyworld import harmony_tokenizer
 from lens import data, hf
 from lens.errors import LensError
 

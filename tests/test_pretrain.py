@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs import tiny_subject
-from data_gen import storyworld
-from lens import hf, pretrain
+from data_gen.storyworld import pretrain, world
+from lens import hf
 from lens.checkpoint import Checkpoints
 from lens.errors import LensError
 
@@ -49,9 +49,7 @@ def test_lookahead_loss_is_a_softmax_within_each_field():
 
 @pytest.fixture
 def config(tmp_path):
-    storyworld.write_arrays(
-        tmp_path / 'data', 'configs/tiny_subject', storyworld.Settings(train=40, validation=70, positions=1)
-    )
+    world.write_arrays(tmp_path / 'data', 'configs/tiny_subject', world.Settings(train=40, validation=70, positions=1))
     c = tiny_subject.get_config()
     c.data, c.steps, c.documents, c.warmup_steps, c.checkpoint_every_steps = str(tmp_path / 'data'), 4, 3, 1, 2
     c.model.update({'d_model': 24, 'n_layers': 2, 'n_heads': 6, 'n_kv_heads': 2, 'head_dim': 8, 'd_ff': 36})

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from lens.cli import BROKEN
-from lens.metrics import read_jsonl
+from lens.files import read_jsonl
 from tests import mesh_runs
-from tests.test_train import command, figures, world  # noqa: F401 (a fixture)
+from tests.small_run import figures
+from tests.test_train import command
 
 LIMIT_S = 1500
 ROWS = 8  # documents of a step: every mesh of eight devices divides them
@@ -119,7 +120,7 @@ def test_twenty_steps_in_two_processes_equal_those_on_one_device(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(world, tmp_path_factory):  # noqa: F811
+def undisturbed(world, tmp_path_factory):
     """A run on 8x1 with every third step saved."""
     workdir = tmp_path_factory.mktemp('undisturbed') / 'w'
     argv = command(world, workdir, *SMALL, *mesh(8, 1), '--config.checkpoint.every=3s', '--config.checkpoint.keep=9')
@@ -127,7 +128,7 @@ def undisturbed(world, tmp_path_factory):  # noqa: F811
     return workdir
 
 
-def continued(undisturbed, workdir: pathlib.Path, world, extra: list[str], devices: int | None):  # noqa: F811
+def continued(undisturbed, workdir: pathlib.Path, world, extra: list[str], devices: int | None):
     """The run goes on from step 3 on another mesh, in one process with `devices` or in two; returns its workdir."""
     shutil.copytree(undisturbed, workdir)
     for step in [s for s in steps_of(workdir) if s > 3]:
@@ -154,7 +155,7 @@ def assert_goes_on_alike(workdir: pathlib.Path, calm: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_8x1_goes_on_elsewhere_with_the_same_losses(world, undisturbed, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_8x1_goes_on_elsewhere_with_the_same_losses(world, undisturbed, tmp_path):
     """On one device, on 2x4 in one process, and on 2x4 in two. The sums over two processes are added in another order."""
     one = continued(undisturbed, tmp_path / 'one', world, mesh(1, 1), 1)
     eight = continued(undisturbed, tmp_path / 'eight', world, mesh(2, 4), 8)
@@ -173,7 +174,7 @@ def wait_for(workdir: pathlib.Path, step: int, processes: list[subprocess.Popen]
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_stops_both_after_the_same_step(world, tmp_path):  # noqa: F811
+def test_a_signal_to_one_of_two_stops_both_after_the_same_step(world, tmp_path):
     """SIGUSR1 to the second process, then SIGTERM to the first one. The second one writes checkpoints alone."""
     workdirs = [tmp_path / 'first', tmp_path / 'second']
     for w in workdirs:
@@ -197,7 +198,7 @@ def test_a_signal_to_one_of_two_stops_both_after_the_same_step(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_both_with_the_same_sentence(world, tmp_path):  # noqa: F811
+def test_a_loss_that_is_not_finite_ends_both_with_the_same_sentence(world, tmp_path):
     argv = command(world, tmp_path / 'w', *ENDLESS, *mesh(8, 1), '--config.sft.learning_rate_decoder=1e30')
     out = finish(start_two(argv), code=1)
     errors = [re.findall(r'^error: .*$', stderr, re.MULTILINE) for _, stderr in out]
@@ -250,7 +251,7 @@ def test_an_error_ends_with_its_code_though_others_wait(who):
 
 
 @pytest.mark.slow
-def test_what_the_first_alone_cannot_write_ends_the_launcher_without_a_restart(world, tmp_path):  # noqa: F811
+def test_what_the_first_alone_cannot_write_ends_the_launcher_without_a_restart(world, tmp_path):
     (tmp_path / 'w/config.json/in the way').mkdir(parents=True)
     argv = command(world, tmp_path / 'w', *ENDLESS, *mesh(2, 1))
     launcher = ['launch/train_local.sh', '-n', '2', *argv[argv.index('lens.main') + 1 :]]

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from lens.checkpoint import Checkpoints
-from lens.metrics import read_jsonl
+from lens.files import read_jsonl
+from lens.lens_init import reopen
 from lens.record import curve
-from lens.state import reopen
 from lens.train import Trainer
+from tests.small_run import config, figures, train
 from tests.test_checkpoint import largest_file
-from tests.test_train import config, figures, train, world  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
-def settings(world):  # noqa: F811
+def settings(world):
     """Eight steps of SFT; evaluated at 3 and 6, saved at 3, 6 and 8."""
     cfg = config(world)
     cfg.phases, cfg.sft.steps, cfg.checkpoint.keep = ('sft',), 8, 3

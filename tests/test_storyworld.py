@@ -7,28 +7,28 @@ import re
 import numpy as np
 import pytest
 
-from data_gen import storyworld, storyworld_grammar
+from data_gen.storyworld import grammar, world
 
-FIELD_OF = {value: field for field, values in storyworld.FIELDS.items() for value in values}
-SETTINGS = storyworld.Settings(train=60, validation=20, seed=3, positions=5)
+FIELD_OF = {value: field for field, values in world.FIELDS.items() for value in values}
+SETTINGS = world.Settings(train=60, validation=20, seed=3, positions=5)
 
 
 @pytest.fixture(scope='module')
 def tokenizer_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp('tokenizer')
-    storyworld.train_tokenizer(path)
+    world.train_tokenizer(path)
     return path
 
 
 @pytest.fixture(scope='module')
 def tokenizer(tokenizer_dir):
-    return storyworld.load_tokenizer(tokenizer_dir)
+    return world.load_tokenizer(tokenizer_dir)
 
 
 @pytest.fixture(scope='module')
 def arrays_dir(tokenizer_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp('arrays') / 'storyworld'
-    assert storyworld.write_arrays(out, tokenizer_dir, SETTINGS)
+    assert world.write_arrays(out, tokenizer_dir, SETTINGS)
     return out
 
 
@@ -37,11 +37,11 @@ def _load(folder):
 
 
 def test_values_are_unique_and_never_template_words():
-    values = [value for field in storyworld.FIELDS.values() for value in field]
-    assert [len(v) for v in storyworld.FIELDS.values()] == [24, 16, 24, 16, 16, 16, 12, 8]
+    values = [value for field in world.FIELDS.values() for value in field]
+    assert [len(v) for v in world.FIELDS.values()] == [24, 16, 24, 16, 16, 16, 12, 8]
     assert len({value.lower() for value in values}) == len(values)
     words = set()
-    for _, template in storyworld_grammar.TEMPLATES:
+    for _, template in grammar.TEMPLATES:
         words |= set(re.findall(r'\w+', re.sub(r'\{\w+\}', '', template).lower()))
     lowered = {value.lower() for value in values}
     assert not words & lowered
@@ -49,11 +49,11 @@ def test_values_are_unique_and_never_template_words():
 
 
 def test_stories_depend_on_seed_and_index_only():
-    forward = [storyworld.generate(7, index) for index in range(30)]
-    backward = [storyworld.generate(7, index) for index in reversed(range(30))]
+    forward = [world.generate(7, index) for index in range(30)]
+    backward = [world.generate(7, index) for index in reversed(range(30))]
     assert forward == backward[::-1]
     assert len({story.text for story in forward}) == 30
-    assert storyworld.generate(8, 0) != forward[0]
+    assert world.generate(8, 0) != forward[0]
     assert forward[0].text == (
         'The potter was shy. The potter felt shy. At noon Kira was shy. The shy potter slept '
         'until noon. What a shy potter, thought Uma. The potter was shy, and Uma sang. Uma and '
@@ -66,7 +66,7 @@ def test_stories_depend_on_seed_and_index_only():
 def test_lengths_balance_and_pace():
     counts, established, total = collections.Counter(), collections.defaultdict(list), 0
     for index in range(2000):
-        story = storyworld.generate(1, index)
+        story = world.generate(1, index)
         assert 85 <= len(story.words) <= 127 and story.words[0] not in FIELD_OF
         total += len(story.words)
         told = set()
@@ -76,21 +76,21 @@ def test_lengths_balance_and_pace():
                 counts[FIELD_OF[word]] += 1
                 told.add(word)
             established[at].append(len(told))
-    shares = {field: counts[field] / counts.total() for field in storyworld.FIELDS}
+    shares = {field: counts[field] / counts.total() for field in world.FIELDS}
     assert min(shares.values()) >= 0.07 and max(shares.values()) <= 0.16, shares
     assert 0.3 <= counts.total() / total <= 0.4
     assert 5.5 <= np.mean(established[55]) <= 7 and np.mean(established[100]) >= 7.7
 
 
 def test_every_word_is_one_token(tokenizer):
-    ids = storyworld.value_token_ids(tokenizer)
+    ids = world.value_token_ids(tokenizer)
     flat = [token for field in ids for token in field]
     assert len(set(flat)) == len(FIELD_OF)
-    assert len(tokenizer) <= storyworld.MAX_VOCAB
-    assert tokenizer.convert_ids_to_tokens(range(9)) == list(storyworld.SPECIAL_TOKENS)
+    assert len(tokenizer) <= world.MAX_VOCAB
+    assert tokenizer.convert_ids_to_tokens(range(9)) == list(world.SPECIAL_TOKENS)
     assert len(tokenizer.encode(' | | |', add_special_tokens=False)) == 3
     for index in range(300):
-        story = storyworld.generate(99, index)
+        story = world.generate(99, index)
         tokens = tokenizer.encode(story.text)
         assert tokens[0] == tokenizer.bos_token_id
         assert [tokenizer.decode([token]).strip() for token in tokens[1:]] == story.words
@@ -99,7 +99,7 @@ def test_every_word_is_one_token(tokenizer):
 @pytest.mark.parametrize(
     'text',
     [
-        storyworld.generate(0, 0).text,
+        world.generate(0, 0).text,
         '  two  spaces , and a stop .',
         'naïve café, 你好 🙂\n\t\u0000',
         'e\u0301 \u202eabc',
@@ -144,24 +144,24 @@ def test_arrays_have_the_documented_layout(arrays_dir, tokenizer):
         ids[split] = set(arrays['doc_id'].tolist())
         assert len(ids[split]) == count
         for row, length, doc_id in zip(arrays['tokens'], arrays['lengths'], arrays['doc_id'], strict=True):
-            assert row[:length].tolist() == tokenizer.encode(storyworld.generate(3, int(doc_id)).text)
+            assert row[:length].tolist() == tokenizer.encode(world.generate(3, int(doc_id)).text)
             assert (row[length:] == tokenizer.pad_token_id).all()
         meta = json.loads((arrays_dir / split / 'meta.json').read_text())
         assert (meta['format'], meta['split'], meta['documents']) == ('lens-tokens/1', split, count)
         assert meta['vocab_size'] == len(tokenizer) and meta['explanation_len'] == 12
-        assert {f['field']: tuple(f['values']) for f in meta['facts']} == storyworld.FIELDS
-        assert [f['token_ids'] for f in meta['facts']] == storyworld.value_token_ids(tokenizer)
+        assert {f['field']: tuple(f['values']) for f in meta['facts']} == world.FIELDS
+        assert [f['token_ids'] for f in meta['facts']] == world.value_token_ids(tokenizer)
     assert not ids['train'] & ids['validation']
 
 
 def _naive_facts(tokens, tokenizer):
     """Value indices [S][F], read word by word from the decoded tokens."""
-    state, rows = [-1] * len(storyworld.FIELDS), []
+    state, rows = [-1] * len(world.FIELDS), []
     for token in tokens.tolist():
         word = tokenizer.decode([token])
         if word.startswith(' ') and word[1:] in FIELD_OF:
             field = FIELD_OF[word[1:]]
-            state[list(storyworld.FIELDS).index(field)] = storyworld.FIELDS[field].index(word[1:])
+            state[list(world.FIELDS).index(field)] = world.FIELDS[field].index(word[1:])
         rows.append(list(state))
     return rows
 
@@ -176,33 +176,33 @@ def test_facts_and_explanations_against_a_naive_reading(arrays_dir, tokenizer):
         for position, explanation in zip(positions, explanations, strict=True):
             values = [
                 values[index]
-                for values, index in zip(storyworld.FIELDS.values(), naive[position], strict=True)
+                for values, index in zip(world.FIELDS.values(), naive[position], strict=True)
                 if index >= 0
             ]
             newest_first = [tokenizer.decode([tokens[position - back]]) for back in range(3)]
             text = newest_first + [' |'] + [f' {value}' for value in values]
-            text += [' |'] * (storyworld.EXPLANATION_LEN - len(text))
+            text += [' |'] * (world.EXPLANATION_LEN - len(text))
             assert [tokenizer.decode([token]) for token in explanation] == text
 
 
 def test_positions_are_sorted_distinct_uniform_and_padded():
     lengths_N = np.array([128, 12, 8, 9] + [28] * 2000, np.int32)
-    positions_NxP = storyworld.sample_positions(lengths_N, 128, 6, np.random.default_rng(0))
+    positions_NxP = world.sample_positions(lengths_N, 128, 6, np.random.default_rng(0))
     for length, row in zip(lengths_N, positions_NxP, strict=True):
         real = row[row >= 0]
         assert len(real) == min(6, max(length - 8, 0)) and (row[len(real) :] == -1).all()
         assert (np.diff(real) > 0).all() and ((real >= 8) & (real < length)).all()
     counts = np.bincount(positions_NxP[4:].ravel(), minlength=28)[8:]
     assert counts.shape == (20,) and counts.min() > 500 and counts.max() < 700
-    wide_NxP = storyworld.sample_positions(lengths_N[:4], 16, 30, np.random.default_rng(0))
+    wide_NxP = world.sample_positions(lengths_N[:4], 16, 30, np.random.default_rng(0))
     assert wide_NxP.shape == (4, 30) and (wide_NxP >= 0).sum(axis=1).tolist() == [8, 4, 0, 1]
 
 
 def test_unlabelled_slots_hold_padding_only(tokenizer):
-    ids = storyworld.value_token_ids(tokenizer)
-    tokens_NxS, _ = storyworld.encode_stories(tokenizer, [storyworld.generate(0, 0).text], 10)
-    facts_NxSxF = storyworld.track_facts(tokens_NxS, ids, len(tokenizer))
-    text_NxPxT = storyworld.explain(tokens_NxS, facts_NxSxF, np.array([[9, -1]]), ids, 500, 0)
+    ids = world.value_token_ids(tokenizer)
+    tokens_NxS, _ = world.encode_stories(tokenizer, [world.generate(0, 0).text], 10)
+    facts_NxSxF = world.track_facts(tokens_NxS, ids, len(tokenizer))
+    text_NxPxT = world.explain(tokens_NxS, facts_NxSxF, np.array([[9, -1]]), ids, 500, 0)
     assert tokens_NxS.shape == (1, 10) and (text_NxPxT[0, 0] > 0).all()
     assert (text_NxPxT[0, 1] == 0).all()
 
@@ -210,10 +210,10 @@ def test_unlabelled_slots_hold_padding_only(tokenizer):
 def test_command_line(tokenizer_dir, tmp_path, capsys):
     out = tmp_path / 'world'
     argv = ['storyworld', f'--out={out}', f'--tokenizer={tokenizer_dir}', '--train=5', '--validation=2']
-    assert storyworld.main(argv) == 0
+    assert world.main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f'Arrays written: {out}'
     before = (out / 'train' / 'tokens.npy').stat().st_mtime_ns
-    assert storyworld.main(argv) == 0
+    assert world.main(argv) == 0
     assert 'there already' in capsys.readouterr().out
     assert (out / 'train' / 'tokens.npy').stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ['world']
@@ -232,7 +232,7 @@ def test_command_line(tokenizer_dir, tmp_path, capsys):
 )
 def test_command_line_errors(tokenizer_dir, arrays_dir, capsys, extra, message):
     argv = ['storyworld', f'--out={arrays_dir}', f'--tokenizer={tokenizer_dir}', *extra]
-    assert storyworld.main(argv) == 1
+    assert world.main(argv) == 1
     error = capsys.readouterr().err
     assert error.startswith('Error: ') and error.count('\n') == 1 and message in error
 
@@ -251,6 +251,6 @@ def test_a_tokenizer_that_splits_values_is_refused(tmp_path, capsys):
     )
     transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only).save_pretrained(tmp_path)
     out = tmp_path / 'out'
-    assert storyworld.main(['storyworld', f'--out={out}', f'--tokenizer={tmp_path}']) == 1
+    assert world.main(['storyworld', f'--out={out}', f'--tokenizer={tmp_path}']) == 1
     assert "splits ' Mira' into 5 tokens" in capsys.readouterr().err
     assert not out.exists()

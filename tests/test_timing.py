@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lens import objectives, optimizer, schedules, timing
-from lens.build import Phase
+from lens.config import Phase
+from lens.lens_init import init_state
 from lens.sharding import make_mesh, put_batch
-from lens.state import init_state
 from lens.train import train_step
 from tests.conftest import LAYER, LENGTH, make_base, make_lens
 

@@ -13,7 +13,9 @@ import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM
 
-from data_gen import documents, harmony_tokenizer, render, story_chats, storyworld, tiny_chat
+from data_gen import documents, render
+from data_gen.storyworld import chats as story_chats
+from data_gen.storyworld import harmony_tokenizer, tiny_chat, world
 from lens import hf
 from lens.errors import LensError
 from lens.models.transformer import Transformer
@@ -28,18 +30,18 @@ def test_questions_are_answered_by_the_story_they_are_asked_about():
         text, question = chat.prompt.split('\n\n')
         assert question in story_chats.QUESTIONS
         assert 1 <= text.count('.') <= story_chats.SENTENCES and text.endswith('.')
-        told = set(storyworld.split_words(text))
+        told = set(world.split_words(text))
         fields = story_chats.QUESTIONS[question][0]
         for field in fields:
-            (value,) = set(storyworld.FIELDS[field]) & set(storyworld.split_words(chat.content))
-            assert value in told and value in storyworld.split_words(chat.thinking)
+            (value,) = set(world.FIELDS[field]) & set(world.split_words(chat.content))
+            assert value in told and value in world.split_words(chat.thinking)
     asked = [sum(c.prompt.endswith(q) for c in chats) for q in story_chats.QUESTIONS]
     assert min(asked) > 50
 
 
 def test_the_command_writes_stories_that_no_model_is_fitted_on(tmp_path):
     out = tmp_path / 'new' / 'chats.jsonl'
-    command = [sys.executable, '-m', 'data_gen.story_chats', f'--out={out}', '--rows=9']
+    command = [sys.executable, '-m', 'data_gen.storyworld.chats', f'--out={out}', '--rows=9']
     assert '9 chats' in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     fitted = {c.prompt for c in story_chats.first_chats(tiny_chat.CHATS)}

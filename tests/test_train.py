@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -10,85 +9,23 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
-from configs import base, tiny
-from lens import data, hf, metrics
+from configs import base
+from lens import data, files, hf
 from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
-from lens.metrics import read_jsonl
-from lens.models.rope import Rope
-from lens.models.transformer import TransformerConfig
+from lens.files import read_jsonl
+from lens.lens_init import reopen
 from lens.record import NonFiniteError, curve
-from lens.state import reopen
-from lens.train import Trainer
-from tests.conftest import make_base
-
-TOKENIZER = 'configs/tiny_subject'
-
-
-@pytest.fixture(scope='module')
-def world(tmp_path_factory):
-    """A small random subject with the shipped tokenizer, and stories for it."""
-    root = tmp_path_factory.mktemp('world')
-    vocab = len(hf.load_tokenizer(TOKENIZER))
-    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(500.0),))
-    hf.save_model(make_base(config), root / 'subject', source=TOKENIZER)
-    run = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'data_gen.storyworld',
-            f'--out={root}/data',
-            f'--tokenizer={TOKENIZER}',
-            '--train=60',
-            '--validation=12',
-            '--positions=4',
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return root
-
-
-def config(world, **changes):
-    c = tiny.get_config()
-    c.subject.path, c.data.path, c.layer = str(world / 'subject'), str(world / 'data'), 1
-    c.decoder.patched_blocks = 2
-    c.sft.steps, c.grpo.steps = 4, 4
-    rate = 'cosine {} {} warmup 1s'.format
-    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = rate(1.5e-3, 1.5e-4)
-    c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = rate(3e-4, 3e-5), rate(6e-4, 6e-5)
-    c.sft.documents, c.grpo.documents, c.grpo.group = 4, 2, 3
-    c.eval.documents, c.eval.quick_documents, c.eval.every, c.eval.samples = 6, 4, 3, 2
-    c.log.every, c.checkpoint.every = 1, 3
-    for key, value in changes.items():
-        block, _, name = key.rpartition('__')
-        (c[block] if block else c)[name] = value
-    return c
-
-
-def train(cfg, workdir):
-    trainer = Trainer(cfg, pathlib.Path(workdir))
-    with jax.set_mesh(trainer.run.mesh):
-        return trainer.train()
+from tests.small_run import config, figures, train
 
 
 @pytest.fixture(scope='module')
 def finished(world, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('run') / 'w'
     return workdir, train(config(world), workdir)
-
-
-def figures(summary):
-    return {
-        k: v
-        for k, v in summary.items()
-        if isinstance(v, float) and not k.endswith('_s') and k not in ('goodput', 'peak_memory_gb')
-    }
 
 
 def test_workdir_holds_what_the_contract_names(finished):
@@ -285,7 +222,7 @@ def test_the_pieces_of_the_other_recipes_train_together(world, tmp_path, capsys)
     summary = train(c, tmp_path / 'w')
     assert {'extracted', 'extracted_greedy', 'fve', 'fve_shuffled'} <= summary.keys()
     assert 'fve_direction' not in summary  # fve is of directions
-    rows = {r['phase']: r for r in metrics.read_jsonl(tmp_path / 'w/metrics.jsonl') if r['kind'] == 'train'}
+    rows = {r['phase']: r for r in files.read_jsonl(tmp_path / 'w/metrics.jsonl') if r['kind'] == 'train'}
     assert rows['grpo'].keys() >= {'kl_start_nats', 'logp_diff_max', 'extracted', 'reward'}
     assert rows['gumbel'].keys() >= {'kl_functional_nats', 'tau', 'extracted'}
     assert 'entropy' in capsys.readouterr().out

@@ -15,9 +15,10 @@ import optax
 import pytest
 from flax import nnx
 
-from lens import hf, sharding, translators, tuned_lens
+from lens import hf, sharding, translators
 from lens.errors import LensError
 from lens.models.transformer import Transformer
+from lens.tools import tuned_lens
 from lens.translators import TranslatorsError, compose
 from tests.conftest import TINY, make_base
 
@@ -296,7 +297,14 @@ def check_result(out, steps, seq_len):
 @pytest.mark.slow
 def test_the_command(world, tmp_path):
     out = tmp_path / 'new' / 'lens'
-    argv = [sys.executable, '-m', 'lens.tuned_lens', f'--model={world}/model', f'--data={world}/data', f'--out={out}']
+    argv = [
+        sys.executable,
+        '-m',
+        'lens.tools.tuned_lens',
+        f'--model={world}/model',
+        f'--data={world}/data',
+        f'--out={out}',
+    ]
     env = os.environ | {'JAX_PLATFORMS': 'cpu'}
     root = pathlib.Path(tuned_lens.__file__).parents[1]
     done = subprocess.run(

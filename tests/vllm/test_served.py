@@ -16,7 +16,9 @@ import urllib.request
 import numpy as np
 import pytest
 
-from data_gen import story_chats, storyworld, turns
+from data_gen import turns
+from data_gen.storyworld import chats as story_chats
+from data_gen.storyworld import world
 from lens import data, hf
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -115,7 +117,7 @@ def generate(url: str, family: str, questions: pathlib.Path, out: pathlib.Path, 
 
 @pytest.fixture(scope='module')
 def chats():
-    return story_chats.first_chats(ROWS, index=storyworld.FIRST_VALIDATION_INDEX)
+    return story_chats.first_chats(ROWS, index=world.FIRST_VALIDATION_INDEX)
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def questions(tmp_path, chats):
 
 def test_the_engine_completes_stories_as_our_own_model_does(tmp_path):
     tokenizer, model = hf.load_tokenizer(SUBJECT), hf.load_model(SUBJECT)
-    prompts = [tokenizer(storyworld.generate(7, i).text)['input_ids'][:20] for i in range(6)]
+    prompts = [tokenizer(world.generate(7, i).text)['input_ids'][:20] for i in range(6)]
     ids = np.zeros((len(prompts), 44), np.int32)
     ids[:, :20] = prompts
     for t in range(20, 44):

@@ -18,8 +18,8 @@ import optax
 from flax import struct
 
 from lens import lens_folder, sharding, translators
-from lens.build import Phase, Run, open_run
 from lens.checkpoint import Checkpoints
+from lens.config import Phase, Run, open_run
 from lens.errors import LensError
 from lens.models import lora, subject
 from lens.models.decoder import Decoder, DecoderConfig, Prompt, scaled_identity

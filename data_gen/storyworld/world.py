@@ -1,6 +1,6 @@
 """Storyworld: seeded short stories whose facts are known at every token, by construction.
 
-Each story has a hidden scene of 8 fields (see `storyworld_grammar.FIELDS`), told in short sentences
+Each story has a hidden scene of 8 fields (see `grammar.FIELDS`), told in short sentences
 that establish the facts one after the other and need them again later. The module also trains the
 tokenizer (one token per word) and writes labelled token arrays:
 
@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_gen import arrays, storyworld_grammar
+from data_gen import arrays
+from data_gen.storyworld import grammar
 from lens import hf
 
-FIELDS = storyworld_grammar.FIELDS
+FIELDS = grammar.FIELDS
 
 SPECIAL_TOKENS = (
     '<|pad|>',
@@ -102,7 +103,7 @@ def _compile(weight: float, template: str) -> _Form:
     return _Form(variants, len(split_words(variants[0])), mask, weight, template[0] != '{')
 
 
-FORMS = tuple(_compile(weight, template) for weight, template in storyworld_grammar.TEMPLATES)
+FORMS = tuple(_compile(weight, template) for weight, template in grammar.TEMPLATES)
 
 
 def _choice(forms: list[_Form]) -> _Choice:
@@ -299,7 +300,7 @@ class Settings(NamedTuple):
 def _grammar_sha256() -> str:
     rules = [
         FIELDS,
-        storyworld_grammar.TEMPLATES,
+        grammar.TEMPLATES,
         NEW_FACT_SHARE,
         MAX_NEW_FACTS,
         MIN_BUDGET,
@@ -440,7 +441,3 @@ def main(argv: list[str]) -> int:
         print(f'Error: {error}', file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))

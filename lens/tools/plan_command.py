@@ -9,8 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lens import checks, hf, plan, plan_text, sharding
+from lens import checks, hf, sharding
 from lens.errors import LensError
+from lens.tools import plan, plan_text
 
 DEVICES = 8  # with mesh.data=-1
 SEQ_LEN, DOCUMENTS = 4096, 100_000  # where the data is not there

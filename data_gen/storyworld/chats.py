@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from data_gen import storyworld
+from data_gen.storyworld import world
 from lens import cli
 
 SENTENCES = 6  # of a story
@@ -46,9 +46,9 @@ class StoryChat(NamedTuple):
 
 def of_story(seed: int, index: int) -> list[StoryChat]:
     """The questions that the beginning of story `index` of the world `seed` answers; may be none."""
-    story = storyworld.generate(seed, index)
+    story = world.generate(seed, index)
     text = ' '.join(re.findall(r'\S[^.]*\.', story.text)[:SENTENCES])
-    told = set(storyworld.split_words(text))
+    told = set(world.split_words(text))
     return [
         StoryChat(f'{text}\n\n{question}', thinking.format_map(story.scene), content.format_map(story.scene))
         for question, (fields, thinking, content) in QUESTIONS.items()
@@ -70,7 +70,7 @@ def row(chat: StoryChat) -> dict:
 
 def main(_):
     path = pathlib.Path(flags.FLAGS.out)
-    chats = first_chats(flags.FLAGS.rows, seed=flags.FLAGS.seed, index=storyworld.FIRST_VALIDATION_INDEX)
+    chats = first_chats(flags.FLAGS.rows, seed=flags.FLAGS.seed, index=world.FIRST_VALIDATION_INDEX)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f'.{path.name}.new')
     new.write_text(''.join(json.dumps(row(c)) + '\n' for c in chats))

@@ -1,6 +1,6 @@
 """Trains a tuned lens: for the stream entering each block, an affine map to where the final head reads it.
 
-    python -m lens.tuned_lens --model=configs/tiny_subject --data=data/storyworld --out=runs/tuned_lens
+    python -m lens.tools.tuned_lens --model=configs/tiny_subject --data=data/storyworld --out=runs/tuned_lens
 
 T_i(h) = h + h @ V_i + v_i minimises KL(softmax(logits(hs[L])) || softmax(logits(T_i(hs[i])))) over the text,
 i = 0..L-1 (Belrose et al. 2023). The subject is frozen; T_i starts as the identity, the logit lens. The
@@ -21,7 +21,7 @@ import optax
 from absl import flags
 from flax import struct
 
-from lens import cli, data, hf, losses, metrics, sharding, translators
+from lens import cli, data, hf, logger, losses, sharding, translators
 from lens.errors import LensError
 from lens.models.transformer import Transformer
 
@@ -242,7 +242,7 @@ class Trainer:
             elif i % max(steps // LOGS, 1) == 0 or i == steps:
                 left = (time.monotonic() - begin) / (i - 1) * (steps - i)
                 print(
-                    f'step {i}/{steps}  KL {kl_L.mean():.4f} nats, mean of layers  ETA {metrics.clock(left)}',
+                    f'step {i}/{steps}  KL {kl_L.mean():.4f} nats, mean of layers  ETA {logger.clock(left)}',
                     flush=True,
                 )
         state = to_final_norm(state, self.subject, first)
@@ -286,7 +286,7 @@ def train(model: str, folder: str, out: pathlib.Path, settings: Settings) -> Non
             'kl_after_nats': after.tolist(),
         },
         'wall_s': time.monotonic() - begin,
-        'provenance': metrics.provenance(),
+        'provenance': logger.provenance(),
     }
     weight_LxDxD = np.asarray(state.params['weight'])
     bias_LxD = np.asarray(state.params['bias']) * np.asarray(state.scale_L)[:, None]

@@ -14,13 +14,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import build, flops, hlo, prompts, sharding
-from lens.extraction import Tags
+from lens import config, prompts, sharding
+from lens.config import Phase
+from lens.lens_init import State, abstract_lens, abstract_state
 from lens.models import moe
 from lens.models.decoder import Prompt
 from lens.models.lens import Lens
 from lens.models.transformer import Transformer, TransformerConfig
-from lens.state import State, abstract_lens, abstract_state
+from lens.response import Tags
+from lens.tools import flops, hlo
 from lens.train import train_step
 
 MODEL_SIZES = (2, 4, 8)  # of mesh.model, tried where a configuration does not fit
@@ -102,7 +104,7 @@ class Program:
 class Step:
     """The train step of one phase, as shapes with placements."""
 
-    phase: build.Phase
+    phase: Phase
     base: Transformer
     lens: Lens
     state: State
@@ -133,7 +135,7 @@ def per_device(tree) -> int:
     return sum(math.prod(shape) * size for shape, size in shares)
 
 
-def abstract_batch(phase: build.Phase, seq_len: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(phase: Phase, seq_len: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """One step's batch as data.train_batches gives it."""
     shapes = {'tokens': (phase.documents, seq_len), 'positions': (phase.documents, phase.vectors)}
     if phase.labelled:
@@ -144,9 +146,9 @@ def abstract_batch(phase: build.Phase, seq_len: int, mesh) -> dict[str, jax.Shap
 
 def steps(cfg, job: Job, mesh) -> Iterator[Step]:
     """The train step of every phase. Call under jax.set_mesh(mesh)."""
-    base = build.abstract_base(cfg, job.c, mesh)
+    base = config.abstract_base(cfg, job.c, mesh)
     lens = abstract_lens(cfg, (job.texts.decoder, job.texts.encoder), base, mesh)
-    for phase in build.make_phases(cfg, job.texts.natural, job.texts.tags, job.documents):
+    for phase in config.make_phases(cfg, job.texts.natural, job.texts.tags, job.documents):
         batch = abstract_batch(phase, job.seq_len, mesh)
         yield Step(phase, base, lens, abstract_state(lens, phase, mesh), batch)
 
@@ -169,7 +171,7 @@ def needs(cfg, job: Job, mesh) -> dict[str, Needs]:
 
 def compile_phase(cfg, job: Job, mesh, name: str) -> Program:
     """The train step of the phase `name`, compiled as the head of this file says. Takes up to a minute."""
-    experts = per_device(build.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
+    experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
     cfg = cfg.copy_and_resolve_references()
     cfg.subject.dtype = 'float32'
     if job.c.n_experts:

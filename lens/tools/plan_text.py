@@ -2,8 +2,8 @@
 
 import re
 
-from lens import flops
-from lens.plan import Needs, Program, Remedy, Step
+from lens.tools import flops
+from lens.tools.plan import Needs, Program, Remedy, Step
 
 GB = 1e9
 DEVICE = 'H100'  # whose peak the seconds of a step are stated for

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 from lens import objectives, sharding
-from lens.build import Phase
+from lens.config import Phase
 from lens.models.lens import Lens
 from lens.models.transformer import TransformerConfig
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-from lens import checks, data, extraction, hf, objectives, optimizer, prompts, schedules, sharding
+from lens import checks, data, hf, objectives, optimizer, prompts, response, schedules, sharding
 from lens.models.decoder import Prompt
 from lens.models.transformer import Transformer, TransformerConfig
 
@@ -79,7 +79,7 @@ class Run:
     length: int
     min_pos: int
     seed: int
-    tags: extraction.Tags
+    tags: response.Tags
     error: str  # one of objectives.ERRORS
     decoder_prompt: Prompt
     encoder_prompt: tuple[list[int], list[int]]  # token ids before and after the words
@@ -151,7 +151,7 @@ def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
     return hf.abstract_model(dataclasses.replace(c, **_how_to_run(cfg)), mesh=mesh, **_placed(cfg))
 
 
-def _open_data(cfg, c: TransformerConfig, tags: extraction.Tags) -> tuple[data.Split, data.Split]:
+def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Split, data.Split]:
     """The training and the validation split as the run reads them."""
     train, validation = (data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
     for split in (train, validation):
@@ -175,17 +175,15 @@ def from_block(kind, block):
     return kind(**{f.name: block[f.name] for f in dataclasses.fields(kind)})
 
 
-def _responding(split: data.Split, tags: extraction.Tags, length: int) -> data.Split:
+def _responding(split: data.Split, tags: response.Tags, length: int) -> data.Split:
     """The split whose given explanations are responses of this run."""
     filler = split.meta.get('filler_id', split.meta.get('pad_id') or 0)
     return dataclasses.replace(
-        split, respond=functools.partial(extraction.respond, tags=tags, filler=filler, length=length)
+        split, respond=functools.partial(response.respond, tags=tags, filler=filler, length=length)
     )
 
 
-def make_phases(
-    cfg, natural_prefix: list[int], tags: extraction.Tags, documents: int | None = None
-) -> tuple[Phase, ...]:
+def make_phases(cfg, natural_prefix: list[int], tags: response.Tags, documents: int | None = None) -> tuple[Phase, ...]:
     """The phases of a configuration in their order. natural_prefix: ids of the decoder prompt with a word
     in place of the activation. documents: of the training split; where not given, no duration may count epochs."""
     clocks = schedules.clocks(cfg, documents)

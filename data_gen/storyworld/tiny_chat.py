@@ -25,9 +25,10 @@ import optax
 from absl import flags
 from flax import nnx
 
-from data_gen import arrays, harmony_tokenizer, render, story_chats, storyworld
+from data_gen import arrays, render
 from data_gen.documents import Chat
-from lens import cli, hf, losses, metrics, pretrain
+from data_gen.storyworld import chats, harmony_tokenizer, pretrain, world
+from lens import cli, hf, logger, losses
 from lens.errors import LensError
 from lens.models import families
 from lens.models.transformer import Transformer
@@ -94,9 +95,9 @@ class Chats(NamedTuple):
         return Chats(*(x[rows] for x in (self.tokens, self.lengths, self.starts)))
 
 
-def messages(chat: story_chats.StoryChat, level: str | None, family: str) -> list[dict]:
+def messages(chat: chats.StoryChat, level: str | None, family: str) -> list[dict]:
     """The chat with the system line of a level, as vLLM hands it to a model of the family."""
-    turns = story_chats.row(chat)['messages']
+    turns = chats.row(chat)['messages']
     if level is None:
         return turns
     line = f'Reasoning: {level}'
@@ -106,7 +107,7 @@ def messages(chat: story_chats.StoryChat, level: str | None, family: str) -> lis
     return [{'role': 'system', 'content': ''}, {'role': 'developer', 'content': line}, *turns]
 
 
-def encode(chats: list[story_chats.StoryChat], tokenizer, family: str) -> Chats:
+def encode(chats: list[chats.StoryChat], tokenizer, family: str) -> Chats:
     """Every chat with one of LEVELS and one of DATES; in another order than they were given."""
     encoded = []
     for i, date in enumerate(DATES):
@@ -182,7 +183,7 @@ def fit(model: Transformer, chats: Chats, held_out: Chats, log_rows_V, recipe: R
     for i in range(1, steps + 1):
         tree, opt, nats = step(tree, opt, chats[rng.integers(len(chats.tokens), size=BATCH)])
         if i % EVERY == 0 or i == steps:
-            left = metrics.clock((time.monotonic() - begin) / i * (steps - i))
+            left = logger.clock((time.monotonic() - begin) / i * (steps - i))
             print(f'step {i}/{steps}  {float(nats):.3f} nats per token of the answers  ETA {left}', flush=True)
     return tree['model'], float(jax.jit(loss)(tree, held_out)[1])
 
@@ -205,8 +206,8 @@ def make(family: str, out: pathlib.Path, recipe: Recipe) -> float:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(family, pathlib.Path(folder))
         tokenizer = hf.load_tokenizer(folder)
-        seen = encode(story_chats.first_chats(CHATS), tokenizer, family)
-        unseen = story_chats.first_chats(HELD_OUT, index=storyworld.FIRST_VALIDATION_INDEX)
+        seen = encode(chats.first_chats(CHATS), tokenizer, family)
+        unseen = chats.first_chats(HELD_OUT, index=world.FIRST_VALIDATION_INDEX)
         unseen = encode(unseen, tokenizer, family)
         ids = {f'{k}_token_id': getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')}
         if family == 'llama':

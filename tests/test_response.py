@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens.extraction import Tags, extract, respond
 from lens.models.encoder import encode
+from lens.response import Tags, extract, respond
 from tests.conftest import LENGTH, TINY
 
 TAGS = Tags((8, 9), (5, 6))

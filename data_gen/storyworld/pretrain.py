@@ -18,7 +18,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from lens import cli, data, hf, losses, metrics, schedules, sharding
+from lens import cli, data, hf, logger, losses, schedules, sharding
 from lens.checkpoint import Checkpoints
 from lens.errors import LensError
 from lens.models.norm import unit_rms
@@ -168,7 +168,7 @@ class Pretrainer:
                 if i % cfg.log_every_steps == 0:
                     left = (time.monotonic() - begin) / (i - first) * (cfg.steps - i)
                     text = '  '.join(f'{k} {float(v):.3f}' for k, v in out.items())
-                    print(f'step {i}/{cfg.steps}  {text}  ETA {metrics.clock(left)}', flush=True)
+                    print(f'step {i}/{cfg.steps}  {text}  ETA {logger.clock(left)}', flush=True)
                 if i % cfg.checkpoint_every_steps == 0:
                     print(f'held out at step {i}: {self.held_out()}', flush=True)
                     checkpoints.save(i, self.state, {})

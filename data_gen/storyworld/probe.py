@@ -1,6 +1,6 @@
 """The gate of a subject: does the read block carry the facts, and what did that cost?
 
-    python -m lens.probe --model=configs/tiny_subject --data=data/storyworld --layer=3
+    python -m data_gen.storyworld.probe --model=configs/tiny_subject --data=data/storyworld --layer=3
 
 A linear probe (multinomial logistic regression) at the read block predicts every described field
 from the activation, at positions where the text has established it. Exit code 0 if every field

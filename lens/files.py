@@ -1,0 +1,75 @@
+"""Small files: each appears at once, by rename, and is read with one sentence for what is wrong with it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from lens.errors import LensError
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears whole."""
+    tmp = path.with_name(f'.{path.name}.tmp')
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_jsonl(path: pathlib.Path, rows) -> None:
+    write_text(path, ''.join(json.dumps(r) + '\n' for r in rows))
+
+
+def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensError) -> dict:
+    """Returns the JSON object of a file.
+
+    Raises `error`, a sentence that names the file and ends with the remedy, where there is none or it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise error(f'{path} does not exist: {remedy}.') from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise error(f'{path} is not valid JSON ({e}): {remedy}.') from None
+    if not isinstance(value, dict):
+        raise error(f'{path} holds no JSON object: {remedy}.')
+    return value
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """Returns the objects of all complete lines; a torn last line (the writer was killed) is left out.
+
+    Raises LensError for a line that is no JSON object. Empty where there is no file.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(errors='replace').split('\n')[:-1], 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = ''
+        if row is not None and not isinstance(row, dict):
+            raise LensError(f'{path} is damaged: line {number} is no JSON object; remove that line.')
+        rows += [row] if row is not None else []
+    return rows
+
+
+@contextlib.contextmanager
+def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder beside `out` that becomes `out` at the end, or disappears where the body fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
+    try:
+        yield tmp
+        tmp.chmod(0o755)
+        os.replace(tmp, out)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
