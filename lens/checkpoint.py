@@ -1,25 +1,53 @@
-"""Checkpoints of the trained state with Orbax: asynchronous, atomic, restored onto any mesh and process count."""
+"""Checkpoints with Orbax: asynchronous, atomic, restored onto any mesh and process count; which run they are of.
 
+`Checkpoints` is the folder of one run; `identity` says what a checkpoint must share with the run that goes on from it;
+`reopen` opens a finished run, `initial_lens` what a new one starts from.
+"""
+
+import dataclasses
+import json
+import math
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from lens import distributed, sharding
+from lens import config, data, distributed, files, lens_init, sharding
+from lens.config import Run
 from lens.errors import LensError
+from lens.models.lens import Lens
 
 T = TypeVar('T')
 # What Orbax and the libraries under it raise for files that cannot be read or written.
 FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 SHOWN = 3  # differing leaves in a message
 TEXT_BYTES = 200  # of a cause that another process tells
+# What may differ between a run and its continuation: how often, where; never what is computed.
+FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
+# Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
+PLACES = (
+    'layer',
+    'position_vectors',
+    'decoder.train',
+    'decoder.injection',
+    'decoder.norm',
+    'decoder.marker',
+    'decoder.patched_blocks',
+    'decoder.shared_map',
+    'encoder.train',
+    'encoder.output_layer',
+    'encoder.readout',
+    'encoder.current_token',
+)
+ANOTHER_VERSION = 'it is of another version; train again'
 
 
 class CheckpointError(LensError):
@@ -57,25 +85,32 @@ def _first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
 
 
+class Keep(NamedTuple):
+    """Which checkpoints stay: the newest `keep` and the `best` by held-out FVE."""
+
+    keep: int = 1
+    best: int = 0
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving waits for writes. All processes make every call.
 
-    Kept are the newest `keep`, the `best` by held-out FVE, and those after the steps `always`.
+    keep: a Keep, or a block of a configuration with its keys. always: steps whose checkpoints stay.
     say: receives sentences for the user about what went wrong and was survived.
     """
 
     def __init__(
         self,
         directory: pathlib.Path,
-        keep: int,
-        best: int = 0,
+        keep,
         always: Sequence[int] = (),
         say: Callable[[str], None] = print,
     ):
         p = ocp.training.preservation_policies
-        policies = [p.LatestN(keep)]
-        if best:
-            by_fve = p.BestN(get_metric_fn=lambda m: m['fve'], n=best, keep_checkpoints_without_metrics=False)
+        policies = [p.LatestN(keep.keep)]
+        self._best = keep.best
+        if keep.best:
+            by_fve = p.BestN(get_metric_fn=lambda m: m['fve'], n=keep.best, keep_checkpoints_without_metrics=False)
             policies.append(by_fve)
         if always:
             policies.append(p.CustomSteps(always))
@@ -109,9 +144,9 @@ class Checkpoints:
         """The one with the highest held-out FVE, where any was evaluated."""
         return max(self._fve, key=self._fve.get, default=None)
 
-    @property
-    def best_fve(self) -> float:
-        return max(self._fve.values(), default=-np.inf)
+    def is_best(self, fve: float | None) -> bool:
+        """Returns whether a step with this held-out FVE is to be saved for it."""
+        return fve is not None and self._best > 0 and fve > max(self._fve.values(), default=-np.inf)
 
     def save(self, step: int, state, info: dict, fve: float | None = None) -> None:
         """Writes in the background; the arrays may be donated as soon as this returns.
@@ -171,6 +206,28 @@ class Checkpoints:
         if damaged:
             raise damaged
         return None
+
+    def resume(self, here: dict, like: Callable[[int], T]) -> tuple[T, dict] | None:
+        """Returns (state, info) of the newest checkpoint that can be read, damaged ones after it moved away.
+
+        None where the run has not begun. here: the identity of this run. like: abstract state of a step. Raises
+        CheckpointError when the folder holds another run.
+        """
+
+        def read(step: int) -> tuple[T, dict]:
+            info = self.info(step)
+            check_identity(info, here, self.directory.parent)
+            return self.restore(step, like(step)), info
+
+        try:
+            found = self.newest(read)
+        except DamagedError as e:
+            raise CheckpointError(f'{e} None of the others can be read either: start in another --workdir.') from e
+        if found is None:
+            return None
+        step, (state, info) = found
+        self.set_aside(after=step)
+        return state, info
 
     def set_aside(self, after: int) -> None:
         """Moves the checkpoints after a step out of the way: newer ones that are damaged."""
@@ -257,3 +314,154 @@ def _of_all(text: str) -> list[str]:
         return [text]
     mine = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b'\0'), np.uint8)
     return [bytes(row).rstrip(b'\0').decode(errors='replace') for row in multihost_utils.process_allgather(mine)]
+
+
+def identity(cfg, run: Run) -> dict:
+    """Returns what a checkpoint says of the run that it belongs to, JSON values."""
+    ends = [p.end for p in run.phases]  # epochs depend on the data as well
+    documents = {x.directory.name: data.fingerprint(x) for x in (run.train, run.validation)}
+    return {'config': json.loads(cfg.to_json()), 'phase_ends': ends, 'documents': documents}
+
+
+def has_begun(here: dict, workdir: pathlib.Path) -> bool:
+    """Returns whether checkpoints are there to go on from, told without opening one.
+
+    Raises CheckpointError where config.json beside them is of another run, long before `resume` would find out.
+    """
+    if not any(p.name.isdigit() for p in workdir.glob('checkpoints/*')):
+        return False
+    try:
+        theirs = files.read_json(workdir / 'config.json', '')
+    except LensError:  # `resume` asks the checkpoints
+        return True
+    _same_config(theirs, here['config'], workdir)
+    return True
+
+
+def check_identity(info: dict, here: dict, workdir: pathlib.Path) -> None:
+    """Raises CheckpointError unless a checkpoint's `info` is of the run `here`, DamagedError where it does not say."""
+    for key in ('config', 'phase_ends', 'documents'):
+        if key not in info:
+            raise DamagedError(f'{workdir}/checkpoints: a checkpoint says no {key!r}.')
+    _same_config(info['config'], here['config'], workdir)
+    if info['phase_ends'] != here['phase_ends']:
+        raise CheckpointError(
+            f'{workdir} holds a run whose phases end at steps {info["phase_ends"]}, now {here["phase_ends"]}: epochs are '
+            'counted on the training documents, so restore data.path or use another --workdir.'
+        )
+    if info['documents'] != here['documents']:
+        raise CheckpointError(
+            f'{workdir} holds a run on other documents or labels than those that {here["config"]["data"]["path"]} has '
+            'now: restore data.path or use another --workdir.'
+        )
+
+
+def _same_config(theirs: dict, ours: dict, workdir: pathlib.Path) -> None:
+    if keys := differing(theirs, ours):
+        raise CheckpointError(
+            f'{workdir} holds a run with another configuration (differing keys: {", ".join(keys)}): '
+            'use that configuration or another --workdir.'
+        )
+
+
+def differing(a: dict, b: dict, prefix: str = '') -> list[str]:
+    """Returns the dotted keys whose values differ, but for FREE_KEYS."""
+    out = []
+    for k in sorted((a.keys() | b.keys()) - (set() if prefix else set(FREE_KEYS))):
+        x, y = a.get(k), b.get(k)
+        if isinstance(x, dict) and isinstance(y, dict):
+            out += differing(x, y, f'{prefix}{k}.')
+        elif x != y:
+            out.append(prefix + k)
+    return out
+
+
+def _config_of(workdir: pathlib.Path) -> dict:
+    """The configuration of a run."""
+    return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
+
+
+def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[int, Lens]:
+    """Returns (step, weights alone) of a checkpoint of a workdir, in the structure and placement of `like`.
+
+    step: newest | best (highest held-out FVE) | a number. Raises LensError.
+    """
+    with Checkpoints(workdir / 'checkpoints', Keep()) as checkpoints:
+
+        def read(step: int) -> Lens:
+            return checkpoints.restore(step, {'params': like})['params']
+
+        if step == 'newest':
+            found = checkpoints.newest(read)
+        else:
+            number = str(checkpoints.best_step) if step == 'best' else step
+            if number not in map(str, checkpoints.steps):
+                have = ', '.join(map(str, checkpoints.steps)) or 'none'
+                raise LensError(f'{workdir}/checkpoints has no checkpoint {step!r}: it has {have}.')
+            found = int(number), read(int(number))
+    if found is None:
+        raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Reopened:
+    """A workdir one of whose checkpoints has been restored. config: of the run, as stored."""
+
+    config: dict
+    run: Run
+    step: int
+    params: Lens
+
+
+def reopen(workdir: pathlib.Path, step: str = 'newest', data: int = -1) -> Reopened:
+    """Returns the run of a workdir with the weights of a checkpoint, on the devices that are here.
+
+    step: as in `weights`. data: devices that split a batch, -1 for all that the model does not take. Raises LensError.
+    """
+    stored = _config_of(workdir)
+    cfg = ml_collections.ConfigDict(stored)
+    try:
+        cfg.mesh.update(data=data, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
+        run = config.load(cfg, config.plan(cfg))
+    except (AttributeError, KeyError) as e:
+        raise LensError(f'{workdir}/config.json lacks a key ({e}): {ANOTHER_VERSION}.') from e
+    with jax.set_mesh(run.mesh):
+        like = lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
+        return Reopened(stored, run, *weights(workdir, like, step))
+
+
+def _is_run(folder: str) -> bool:
+    """Whether init_from is a workdir, not an exported lens."""
+    return bool(folder) and (pathlib.Path(folder) / 'checkpoints').is_dir()
+
+
+def check_start(cfg, lens: Lens, base) -> None:
+    """Raises LensError where what a new run starts from does not fit. lens, base: may be abstract."""
+    if not _is_run(cfg.init_from):
+        return lens_init.check_start(cfg, lens, base)
+    theirs, ours = (
+        _places(c, cfg.init_from) for c in (_config_of(pathlib.Path(cfg.init_from)), json.loads(cfg.to_json()))
+    )
+    if changed := [f'{k}={theirs[k]!r}' for k in theirs if theirs[k] != ours[k]]:
+        raise LensError(f'init_from={cfg.init_from} holds a lens with {", ".join(changed)}: use these keys here.')
+
+
+def _places(stored: dict, workdir: str) -> dict:
+    """The values of PLACES by dotted key."""
+    flat = ml_collections.ConfigDict(stored)
+    try:
+        values = {k: config.get(flat, k) for k in PLACES}
+    except KeyError as e:
+        raise LensError(f'{workdir}/config.json lacks a key ({e}): {ANOTHER_VERSION}.') from e
+    out = values['encoder.output_layer']
+    return values | {'encoder.output_layer': values['layer'] if out == -1 else out}
+
+
+def initial_lens(cfg, run: Run) -> Lens:
+    """Returns the lens that a run starts from: of another workdir, or as lens_init makes it. Call under
+    jax.set_mesh(run.mesh). Raises LensError."""
+    if not _is_run(cfg.init_from):
+        return lens_init.init_lens(cfg, run)
+    like = lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
+    return weights(pathlib.Path(cfg.init_from), like)[1]

@@ -1,18 +1,60 @@
-"""From a configuration to the settings of a run; what it may say is in checks.py.
+"""From a configuration to a run: every refusal, then frozen dataclasses. No weights are read but by `load`.
 
-The ConfigDict stops here: what leaves is frozen dataclasses, arrays and functions.
+The ConfigDict stops here: what leaves is dataclasses, arrays and functions.
 """
 
 import dataclasses
 import functools
+import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from lens import checks, data, hf, objectives, optimizer, prompts, response, schedules, sharding
-from lens.models.decoder import Prompt
-from lens.models.transformer import Transformer, TransformerConfig
+from lens import data, gumbel, hf, losses, objectives, optimizer, response, schedules, sharding
+from lens.errors import LensError
+from lens.models import injection, moe
+from lens.models.encoder import READOUTS
+from lens.models.injection import Injection
+from lens.models.transformer import REMAT_POLICIES, Transformer, TransformerConfig
+from lens.schedules import Clock, Schedule
+
+TRAIN_CHOICES = ('maps', 'lora', 'full')
+INITS = ('identity', 'scale', 'tuned_lens')
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+CHOICES = {
+    'data.positions': data.POSITIONS,
+    'subject.dtype': DTYPES,
+    'subject.remat': REMAT_POLICIES,
+    'subject.experts': moe.IMPLEMENTATIONS,
+    'encoder.readout': READOUTS,
+    'encoder.error': objectives.ERRORS,
+    'health.collapse': ('off', 'warn', 'stop'),
+    'decoder.train': TRAIN_CHOICES,
+    'encoder.train': TRAIN_CHOICES,
+}
+PHASE_CHOICES = {
+    'objective': objectives.OBJECTIVES,
+    'advantage': losses.ADVANTAGES,
+    'kl_to': objectives.REFERENCES,
+    'form': gumbel.FORMS,
+}
+LEAST = {  # key -> its least value
+    'explanation_len': 1,
+    'lora.rank': 1,
+    'mesh.model': 1,
+    'mesh.replica': 1,
+    'eval.quick_documents': 1,
+    'eval.documents': 2,  # controls pair documents
+    'eval.vectors': 1,
+    'eval.batch': 1,
+    'checkpoint.keep': 1,
+    'checkpoint.best': 0,
+    'data.min_pos': 0,
+}
+SLOT_WORD = 'something'  # what stands for the activation in the natural prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,29 +72,47 @@ class Intervals:
 
 
 def fires(every: int | None, step: int) -> bool:
-    """Whether an interval of micro-steps falls on `step`."""
+    """Returns whether an interval of micro-steps falls on `step`."""
     return bool(every) and step % every == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One stretch of training with one objective: micro-steps start..end-1 of the run."""
+    """One stretch of training with one objective: micro-steps start+1..end of the run.
+
+    objective, hparams and tx are what its program depends on; everything else reaches a step as `knobs`.
+    """
 
     name: str
     start: int
     end: int
-    objective: Callable
+    objective: objectives.Objective
     hparams: objectives.Hparams
     tx: optimizer.Optimizer
     documents: int
     vectors: int
-    labelled: bool
+    schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
+    table: tuple[optimizer.Row, ...] = ()
+    clip_norms: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    clip: float = 0.0
+    kl_skip: int = 0
     every: Intervals = Intervals()
 
     @property
     def steps(self) -> range:
         """Numbers of its micro-steps, counted from 1 over the run."""
         return range(self.start + 1, self.end + 1)
+
+    @property
+    def labelled(self) -> bool:
+        return not self.objective.samples
+
+    def knobs(self, t: int) -> dict:
+        """Returns the numbers of its micro-step t, from 0, as train_step takes them: numpy scalars and small arrays."""
+        values = {k: self.schedules[k](t) for k in objectives.KNOBS}
+        numbers = optimizer.numbers(self.table, self.rates, self.clip_norms, t, self.tx.accumulation)
+        return values | {'clip': np.float32(self.clip), 'kl_skip': np.int32(self.kl_skip), 'optimizer': numbers}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +128,7 @@ class EvalSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that the loop and the evaluation need."""
+    """Everything that the loop and the evaluation need. base: shapes and placements until `load`."""
 
     mesh: jax.sharding.Mesh
     tokenizer: object
@@ -81,7 +141,8 @@ class Run:
     seed: int
     tags: response.Tags
     error: str  # one of objectives.ERRORS
-    decoder_prompt: Prompt
+    injection: Injection
+    decoder_prompt: response.Prompt
     encoder_prompt: tuple[list[int], list[int]]  # token ids before and after the words
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
@@ -90,31 +151,45 @@ class Run:
     def steps(self) -> int:
         return self.phases[-1].end if self.phases else 0
 
+    def phase_of(self, step: int) -> Phase | None:
+        """Returns the phase that a checkpoint after micro-step `step` was made in; at a boundary the one that ends."""
+        return next((p for p in self.phases if step <= p.end), None)
 
-def open_run(cfg, check: Callable[['Run'], None] = lambda run: None) -> Run:
-    """Checks `cfg`, opens the data and loads the frozen base. Raises LensError.
 
-    check: is called before the weights are read, which may take minutes, with the run whose base has shapes only.
-    """
-    checks.check_values(cfg)
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise LensError(message)
+
+
+def _choice(value, choices, key: str) -> None:
+    require(value in choices, f'{key}={value!r} is not one of {", ".join(choices)}.')
+
+
+def get(cfg, key: str):
+    """Returns the value of a dotted key."""
+    return functools.reduce(lambda block, name: block[name], key.split('.'), cfg)
+
+
+def plan(cfg) -> Run:
+    """Returns the run of a configuration, its base as shapes. Raises LensError for all that can be refused without
+    weights, which may take minutes to read."""
+    check_values(cfg)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
+    check_batches(cfg, mesh)
     c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))
     tokenizer = hf.load_tokenizer(cfg.subject.path)
-    checks.check_subject(cfg, c)
-    tags = prompts.tags(tokenizer, cfg.explanation_open, cfg.explanation_close)
-    decoder_prompt = prompts.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker)
-    encoder_prompt = prompts.encoder_prompt(tokenizer, cfg.encoder.prompt)
-    checks.check_lengths(cfg, c, decoder_prompt, encoder_prompt)
-    train, validation = _open_data(cfg, c, tags)
-    checks.require(
+    check_subject(cfg, c)
+    texts = read_texts(cfg, tokenizer)
+    check_lengths(cfg, c, texts)
+    train, validation = _open_data(cfg, c, texts.tags)
+    require(
         len(cfg.phases) > 0 or bool(cfg.init_from),
         'phases is empty: name at least one phase, e.g. sft, or give init_from to evaluate an exported lens.',
     )
     for name in cfg.phases:
-        checks.check_phase(cfg, name)
-        checks.check_documents(cfg, name, train, tags)
-    prefix = tokenizer(cfg.decoder.prompt.replace(prompts.EMBED, 'something'), add_special_tokens=False)['input_ids']
-    run = Run(
+        check_phase(cfg, name)
+        check_documents(cfg, name, train, texts.tags)
+    return Run(
         mesh=mesh,
         tokenizer=tokenizer,
         base=abstract_base(cfg, c, mesh),
@@ -124,16 +199,41 @@ def open_run(cfg, check: Callable[['Run'], None] = lambda run: None) -> Run:
         length=cfg.explanation_len,
         min_pos=cfg.data.min_pos,
         seed=cfg.seed,
-        tags=tags,
+        tags=texts.tags,
         error=cfg.encoder.error,
-        decoder_prompt=decoder_prompt,
-        encoder_prompt=encoder_prompt,
-        evaluation=from_block(EvalSettings, cfg.eval),
-        phases=make_phases(cfg, prefix, tags, len(train)),
+        injection=injection.of_config(cfg.decoder, c),
+        decoder_prompt=texts.decoder,
+        encoder_prompt=texts.encoder,
+        evaluation=EvalSettings(**{f.name: cfg.eval[f.name] for f in dataclasses.fields(EvalSettings)}),
+        phases=make_phases(cfg, texts, len(train)),
     )
-    check(run)
-    base = hf.load_model(cfg.subject.path, mesh=mesh, **_how_to_run(cfg), **_placed(cfg))
+
+
+def load(cfg, run: Run) -> Run:
+    """Returns the run with the weights of its frozen base in their place. Raises ModelError."""
+    base = hf.load_model(cfg.subject.path, mesh=run.mesh, **_how_to_run(cfg), **_placed(cfg))
     return dataclasses.replace(run, base=base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation."""
+
+    decoder: response.Prompt
+    encoder: tuple[list[int], list[int]]
+    natural: tuple[int, ...]
+    tags: response.Tags
+
+
+def read_texts(cfg, tokenizer) -> Texts:
+    """Returns the prompts and tags of a configuration. Raises LensError."""
+    natural = tokenizer(cfg.decoder.prompt.replace(response.EMBED, SLOT_WORD), add_special_tokens=False)['input_ids']
+    return Texts(
+        response.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
+        response.encoder_prompt(tokenizer, cfg.encoder.prompt),
+        tuple(natural),
+        response.tags(tokenizer, cfg.explanation_open, cfg.explanation_close),
+    )
 
 
 def _how_to_run(cfg) -> dict:
@@ -143,100 +243,233 @@ def _how_to_run(cfg) -> dict:
 
 def _placed(cfg) -> dict:
     """Type of the leaves of the frozen base, and elements above which they are split over the devices of `data`."""
-    return {'dtype': checks.DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
+    return {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
 
 
 def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
-    """Shapes and placements of the frozen base as `cfg` asks for it."""
+    """Returns shapes and placements of the frozen base as `cfg` asks for it."""
     return hf.abstract_model(dataclasses.replace(c, **_how_to_run(cfg)), mesh=mesh, **_placed(cfg))
 
 
 def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Split, data.Split]:
     """The training and the validation split as the run reads them."""
-    train, validation = (data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
-    for split in (train, validation):
+    splits = tuple(data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
+    for split in splits:
         made_with = split.meta.get('tokenizer_sha256')
-        checks.require(
+        require(
             made_with in (None, hf.tokenizer_sha256(cfg.subject.path)),
             f'{split.directory} was made with another tokenizer than that of {cfg.subject.path}: pretokenize again.',
         )
-    data.check_disjoint(train, validation)
-    train, validation = (data.readable(x, cfg.data.positions, cfg.data.min_pos) for x in (train, validation))
-    longest = max(train.tokens.shape[1], validation.tokens.shape[1])
-    checks.require(
+    data.check_disjoint(*splits)
+    splits = tuple(data.readable(x, cfg.data.positions, cfg.data.min_pos) for x in splits)
+    longest = max(x.tokens.shape[1] for x in splits)
+    require(
         longest <= c.max_positions,
-        f'{train.directory} has {longest} tokens a row, the subject reads {c.max_positions}.',
-    )
-    return tuple(_responding(x, tags, cfg.explanation_len) for x in (train, validation))
-
-
-def from_block(kind, block):
-    """The dataclass `kind` from the keys of the same name of a configuration block."""
-    return kind(**{f.name: block[f.name] for f in dataclasses.fields(kind)})
-
-
-def _responding(split: data.Split, tags: response.Tags, length: int) -> data.Split:
-    """The split whose given explanations are responses of this run."""
-    filler = split.meta.get('filler_id', split.meta.get('pad_id') or 0)
-    return dataclasses.replace(
-        split, respond=functools.partial(response.respond, tags=tags, filler=filler, length=length)
+        f'{splits[0].directory} has {longest} tokens a row, the subject reads {c.max_positions}.',
     )
 
+    def responding(split: data.Split) -> data.Split:
+        """The split whose given explanations are responses of this run."""
+        filler = split.meta.get('filler_id', split.meta.get('pad_id') or 0)
+        respond = functools.partial(response.respond, tags=tags, filler=filler, length=cfg.explanation_len)
+        return dataclasses.replace(split, respond=respond)
 
-def make_phases(cfg, natural_prefix: list[int], tags: response.Tags, documents: int | None = None) -> tuple[Phase, ...]:
-    """The phases of a configuration in their order. natural_prefix: ids of the decoder prompt with a word
-    in place of the activation. documents: of the training split; where not given, no duration may count epochs."""
-    clocks = schedules.clocks(cfg, documents)
-    run_steps, phases, start = sum(c.total for c in clocks), [], 0
+    return tuple(map(responding, splits))
+
+
+def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase, ...]:
+    """Returns the phases of a configuration in their order.
+
+    documents: of the training split; where not given, no duration may count epochs. Raises LensError.
+    """
+    clocks, out = schedules.clocks(cfg, documents), []
+    run_clock = sum(c.total for c in clocks)
     for name, clock in zip(cfg.phases, clocks, strict=True):
-        p = cfg[name]
-        values = {k: schedules.parse(p[k], clock, f'{name}.{k}') for k in schedules.VALUES}
-        rates = {s: values.pop(f'learning_rate_{s}') for s in optimizer.SIDES}
-        for s, rate in rates.items():
-            checks.require(
-                min(rate.start, rate.end) >= 0, f'{name}.learning_rate_{s}={p[f"learning_rate_{s}"]!r} is negative.'
-            )
-        table = optimizer.parse_table(p.table, clock, f'{name}.table')
-        hp = objectives.Hparams(
-            layer=cfg.layer,
-            length=cfg.explanation_len,
-            tags=tags,
-            error=cfg.encoder.error,
-            group=p.group if p.objective == 'grpo' else 1,
-            mean_of=p.mean_of if p.objective == 'grpo' else 1,
-            advantage=p.advantage,
-            updates=p.updates if p.objective == 'grpo' else 1,
-            clip=p.clip,
-            kl_to=p.kl_to,
-            form=p.form,
-            resample=p.resample,
-            resample_stop_grad=p.resample_stop_grad,
-            kl_skip=p.kl_skip,
-            natural_prefix=tuple(natural_prefix),
-            **values,
-        )
-        phases.append(
-            Phase(
-                name=name,
-                start=start,
-                end=start + clock.total,
-                objective=objectives.OBJECTIVES[p.objective],
-                hparams=hp,
-                tx=optimizer.make(
-                    table, rates, checks.clip_norms(p.grad_clip, f'{name}.grad_clip', table), p.accumulate, hp.updates
-                ),
-                documents=p.documents,
-                vectors=p.vectors,
-                labelled=p.objective in objectives.NEEDS_EXPLANATIONS,
-                every=_intervals(cfg, dataclasses.replace(clock, total=run_steps)),
-            )
-        )
-        start += clock.total
-    return tuple(phases)
+        start = out[-1].end if out else 0
+        every = _intervals(cfg, dataclasses.replace(clock, total=run_clock))
+        out.append(_phase(cfg, name, clock, start, every, texts))
+    return tuple(out)
 
 
-def _intervals(cfg, clock: schedules.Clock) -> Intervals:
+def _phase(cfg, name: str, clock: Clock, start: int, every: Intervals, texts: Texts) -> Phase:
+    p, objective = cfg[name], objectives.OBJECTIVES[cfg[name].objective]
+    values = {k: schedules.parse(p[k], clock, f'{name}.{k}') for k in objectives.KNOBS}
+    rates = {}
+    for side in optimizer.SIDES:
+        key = f'learning_rate_{side}'
+        rates[side] = schedules.parse(p[key], clock, f'{name}.{key}')
+        require(min(rates[side].start, rates[side].end) >= 0, f'{name}.{key}={p[key]!r} is negative.')
+    table = optimizer.parse_table(p.table, clock, f'{name}.table')
+    counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates')}
+    hparams = objectives.Hparams(
+        layer=cfg.layer,
+        length=cfg.explanation_len,
+        on=frozenset(k for k, v in values.items() if v),
+        tags=texts.tags,
+        error=cfg.encoder.error,
+        natural_prefix=texts.natural,
+        **counts,
+        **{k: p[k] for k in ('advantage', 'kl_to', 'form', 'resample', 'resample_stop_grad')},
+    )
+    return Phase(
+        name=name,
+        start=start,
+        end=start + clock.total,
+        objective=objective,
+        hparams=hparams,
+        tx=optimizer.make(table, p.accumulate),
+        documents=p.documents,
+        vectors=p.vectors,
+        schedules=values,
+        rates=rates,
+        table=table,
+        clip_norms=optimizer.parse_clip(p.grad_clip, f'{name}.grad_clip', table),
+        clip=p.clip,
+        kl_skip=p.kl_skip,
+        every=every,
+    )
+
+
+def _intervals(cfg, clock: Clock) -> Intervals:
     """clock: of a phase, with the length of the whole run, which is what "-1" means here."""
     keys = {'evaluate': 'eval.every', 'save': 'checkpoint.every', 'keep': 'checkpoint.keep_every'}
     keys |= {'log': 'log.every', 'drift': 'log.drift'}
-    return Intervals(**{k: schedules.duration(cfg[key], clock, key) for k, key in keys.items()})
+    return Intervals(**{k: schedules.duration(get(cfg, key), clock, key) for k, key in keys.items()})
+
+
+def check_values(cfg) -> None:
+    """Raises LensError for values that are impossible with any subject and any data."""
+    for key, least in LEAST.items():
+        value = get(cfg, key)
+        need = (
+            'must not be negative' if least == 0 else 'must be positive' if least == 1 else f'must be at least {least}'
+        )
+        require(value >= least, f'{key}={value} {need}.')
+    for key, choices in CHOICES.items():
+        _choice(get(cfg, key), choices, key)
+    require(
+        cfg.subject.experts != 'tokamax' or importlib.util.find_spec('tokamax') is not None,
+        'subject.experts=tokamax needs the package tokamax: pip install tokamax, or use ragged.',
+    )
+    require(
+        not (cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)),
+        'subject.packed=True keeps the experts as bytes, which cannot be trained: drop it, or use train=lora or maps.',
+    )
+
+
+def check_subject(cfg, c: TransformerConfig) -> None:
+    """Raises LensError for values that are impossible with this subject."""
+    last, out = c.n_layers - 1, cfg.encoder.output_layer
+    require(0 <= cfg.layer <= last, f'layer={cfg.layer} is not a block of the subject, which has blocks 0..{last}.')
+    require(
+        -1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject (0..{last}, or -1 for layer).'
+    )
+    injection.of_config(cfg.decoder, c)
+    require(
+        not cfg.position_vectors or not c.ropes,
+        f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.',
+    )
+    if not cfg.init_from:
+        _check_starts(cfg)
+
+
+def _check_starts(cfg) -> None:
+    inits = (cfg.decoder.init, cfg.encoder.init)
+    for init, key in zip(inits, ('decoder.init', 'encoder.init'), strict=True):
+        _choice(init, INITS, key)
+    require(
+        cfg.encoder.init == 'identity' or cfg.encoder.readout != 'none',
+        f'encoder.init={cfg.encoder.init} starts a map that encoder.readout=none does not have: use identity.',
+    )
+    require(
+        'tuned_lens' not in inits or bool(cfg.tuned_lens),
+        'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.',
+    )
+
+
+def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
+    """Raises LensError where the subject has no positions for a prompt with its explanation."""
+    left, right = texts.decoder[:2]
+    for side, tokens in {'decoder': len(left) + len(right), 'encoder': sum(map(len, texts.encoder))}.items():
+        total = tokens + 1 + cfg.explanation_len  # the slot, or the token that was read
+        require(
+            total <= c.max_positions,
+            f'{side}.prompt and explanation_len={cfg.explanation_len} make {total} tokens, the subject reads '
+            f'{c.max_positions}.',
+        )
+
+
+def check_batches(cfg, mesh) -> None:
+    """Raises LensError where a batch of training cannot be split over the devices."""
+    for name in cfg.phases:
+        require(
+            name in cfg and 'objective' in cfg[name],
+            f'phases names {name!r}, but there is no phase block of that name.',
+        )
+        sharding.check_divides(cfg[name].documents, f'{name}.documents', mesh)
+
+
+def check_phase(cfg, name: str) -> None:
+    """Raises LensError for impossible values of the phase block `name`."""
+    p = cfg[name]
+    for key, choices in PHASE_CHOICES.items():
+        _choice(p[key], choices, f'{name}.{key}')
+    for key in ('group', 'mean_of', 'updates', 'clip', 'vectors', 'documents'):
+        require(p[key] > 0, f'{name}.{key}={p[key]} must be positive.')
+    reads = objectives.OBJECTIVES[p.objective].reads
+    require(
+        'group' not in reads or p.group >= 2,
+        f'{name}.group={p.group} must be at least 2: advantages compare the group.',
+    )
+    require(
+        p.documents * p.vectors >= 2,
+        f'{name}: one activation per step has no variance; raise documents or vectors.',
+    )
+    require(
+        p.updates == 1 or p.accumulate == 1,
+        f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.',
+    )
+    require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
+    for key, off in objectives.OPTIONAL.items():
+        require(
+            key in reads or p[key] == off,
+            f'{name}.{key}={p[key]!r} does nothing under the {p.objective} objective: use {off}.',
+        )
+    together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
+    require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')
+    require(
+        p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len,
+        f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={cfg.explanation_len}.',
+    )
+
+
+def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> None:
+    """Raises LensError where the data does not have what the phase block `name` asks for."""
+    p = cfg[name]
+    require(
+        len(train) >= p.documents,
+        f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',
+    )
+    if objectives.OBJECTIVES[p.objective].samples:
+        return
+    require(
+        train.explanations is not None,
+        f'{train.directory}/explanations.npy does not exist: the {p.objective} objective of {name} needs given '
+        'explanations.',
+    )
+    row = data.first_unlabelled(train, cfg.data.min_pos)
+    require(
+        row is None,
+        f'{train.directory}/positions.npy row {row} has no labelled position from data.min_pos={cfg.data.min_pos} on: '
+        f'{name} needs one in each document.',
+    )
+    have = train.explanations.shape[2]
+    require(
+        have == cfg.explanation_len or bool(tags),
+        f'explanation_len={cfg.explanation_len}, but the given explanations in {train.directory} have {have} tokens.',
+    )
+    around = len(tags.opening) + len(tags.closing)
+    require(
+        around < cfg.explanation_len,
+        f'explanation_len={cfg.explanation_len} leaves no room between tags of {around} tokens.',
+    )

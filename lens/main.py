@@ -8,23 +8,20 @@ from absl import flags
 from ml_collections import config_flags
 
 from lens import cli, distributed
-from lens.tools import plan_command
-from lens.train import Stopped, Trainer
+from lens.train import Stopped, train
 
 HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')
 CACHE = '~/.cache/lens/xla'  # programs that this machine has compiled before; JAX_COMPILATION_CACHE_DIR moves it
 
 
-def train(workdir: pathlib.Path) -> None:
+def run(workdir: pathlib.Path) -> None:
     distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    trainer = Trainer(CONFIG.value, workdir, PROFILE.value)
-    with jax.set_mesh(trainer.run.mesh):
-        try:
-            summary = trainer.train()
-        except Stopped as e:
-            if distributed.is_first():
-                print(f'{e}: saved in {workdir}; the same command goes on from there.')
-            return
+    try:
+        summary = train(CONFIG.value, workdir, PROFILE.value)
+    except Stopped as e:
+        if distributed.is_first():
+            print(f'{e}: saved in {workdir}; the same command goes on from there.')
+        return
     if distributed.is_first():
         print('  '.join(f'{k} {summary[k]:.3f}' for k in HEADLINE if k in summary))
         print(f'Done in {summary["wall_s"]:.0f} s. Figures: {workdir}/summary.json  Report: {workdir}/report.html')
@@ -36,8 +33,10 @@ def main(_):
     if cli.DEBUG.value:
         jax.config.update('jax_debug_nans', True)
     if PLAN.value:
-        return plan_command.run(CONFIG.value, DEVICE_GB.value)
-    train(pathlib.Path(WORKDIR.value))
+        from lens.tools import plan  # a command of its own that shares the flags of this one
+
+        return plan.run(CONFIG.value, DEVICE_GB.value)
+    run(pathlib.Path(WORKDIR.value))
 
 
 if __name__ == '__main__':
@@ -47,9 +46,7 @@ if __name__ == '__main__':
     WORKDIR = flags.DEFINE_string(
         'workdir', None, 'Folder of this run: checkpoints, metrics, summary, report. Continues if it exists.'
     )
-    PROFILE = flags.DEFINE_string(
-        'profile', '', 'START:COUNT, steps of this process: trace them in WORKDIR/profile and time the parts of a step.'
-    )
+    PROFILE = flags.DEFINE_string('profile', '', 'START:COUNT, steps of this process: trace them in WORKDIR/profile.')
     COORDINATOR = flags.DEFINE_string(
         'coordinator', None, 'HOST:PORT of process 0 of several; "auto": JAX finds all of it out (TPU pods).'
     )

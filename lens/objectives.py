@@ -1,14 +1,15 @@
-"""What is minimised: an objective is a rollout without gradient and a loss, both pure.
+"""What is minimised: an objective is a rollout without gradient and a loss, both pure, and the keys that it reads.
 
-rollout(lens, base, batch, key, hp) -> Rollout; loss(lens, base, rollout, key, hp, t, reference) -> (loss, metrics),
-t being the micro-step within the phase and `reference` the decoder at the start of the phase, where hp needs it.
+rollout(lens, base, batch, key, hp) -> Rollout; loss(lens, base, rollout, key, hp, knobs, reference) -> (loss, metrics).
+hp is what changes the program; knobs are the numbers of this micro-step (KNOBS), arrays; `reference` is the decoder at
+the start of the phase, where hp needs it.
 
-batch: tokens [R, S], positions [R, V] and, for sft, responses `explanations` [R, V, T]. The activations are
-read inside, A = subject stream after block `layer`, N = R * V of them. Formulas: losses.py.
+batch: tokens [B, S], positions [B, P] and, for sft, responses `explanations` [B, P, T]. The activations are
+read inside, A = subject stream after block `layer`, N = B * P of them. Formulas: losses.py.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,57 +17,54 @@ import jax.numpy as jnp
 import numpy as np
 
 from lens import gumbel as relaxed
-from lens import losses, sampling, schedules, sharding
+from lens import losses, sampling, sharding
 from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import Source, encode, encode_rows
 from lens.models.lens import Lens
 from lens.models.transformer import model_of
-from lens.response import NO_TAGS, Extraction, Tags, extract
-from lens.schedules import Schedule
+from lens.response import NO_TAGS, Found, Tags, find
 
 FAILED = -2.0  # reward of a response without an explanation
 ERRORS = ('nmse', 'direction')  # what the encoder minimises: losses.normalised_mse_rows, losses.direction_mse_rows
 REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
-ZERO, ONE, NO_CLAMP = (schedules.constant(x) for x in (0.0, 1.0, 1e9))
+# Keys of a phase whose value is a schedule, and so an argument of a step.
+KNOBS = ('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp')
+# Keys of a phase that only some objectives read (Objective.reads), with the value that asks for nothing.
+OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updates': 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Hparams:
-    """Constants and schedules of an objective; a weight that is not always zero enables its term.
+    """What an objective's program depends on; a static argument of a step.
 
-    Schedules are functions of the micro-step within the phase. group: samples per activation; mean_of: samples
-    whose reconstructions are averaged before they are compared. beta: weight of the KL to `kl_to`, over tokens
-    from kl_skip on. natural_prefix: token ids of the decoder prompt with a word for the activation.
-    entropy_clamp in nats, per text. updates: of one rollout, with the ratio clipped where there are several.
+    on: the KNOBS that are not zero throughout the phase; a weight that is not among them computes nothing. group:
+    samples per activation; mean_of: samples whose reconstructions are averaged before they are compared. updates: of
+    one rollout, with the ratio clipped where there are several. natural_prefix: token ids of the decoder prompt with a
+    word for the activation.
     """
 
     layer: int
     length: int
+    on: frozenset[str] = frozenset({'mse_weight'})
     tags: Tags = NO_TAGS
     error: str = 'nmse'
     group: int = 1
     mean_of: int = 1
     advantage: str = 'grpo'
     updates: int = 1
-    clip: float = 0.0
     kl_to: str = 'natural'
-    kl_skip: int = 0
     natural_prefix: tuple[int, ...] = ()
-    form: str = 'full'
+    form: str = 'two_pass'
     resample: bool = False
     resample_stop_grad: bool = True
-    tau: Schedule = ONE
-    mse_weight: Schedule = ONE
-    kl_weight: Schedule = ZERO
-    lm_weight: Schedule = ZERO
-    beta: Schedule = ZERO
-    entropy_weight: Schedule = ZERO
-    entropy_clamp: Schedule = NO_CLAMP
 
     @property
     def needs_reference(self) -> bool:
-        return bool(self.beta) and self.kl_to == 'start'
+        return 'beta' in self.on and self.kl_to == 'start'
+
+
+Knobs = Mapping[str, jax.Array]
 
 
 class Rollout(NamedTuple):
@@ -79,72 +77,72 @@ class Rollout(NamedTuple):
     logp_NxT: jax.Array | None = None
 
 
-def read(base, batch, layer: int) -> Rollout:
-    """The activations NxD in float32 and where they are from."""
-    a = subject.read(base, batch['tokens'], batch['positions'], layer)
+def extract(base, batch, layer: int) -> Rollout:
+    """Returns the activations NxD in float32 and where they are from."""
+    a = subject.activations(base, batch['tokens'], batch['positions'], layer)
     positions = batch['positions']
     token = jnp.take_along_axis(batch['tokens'], positions, axis=1)
     source = Source(token.reshape(-1), positions.reshape(-1))
     return Rollout(a.reshape(-1, a.shape[-1]).astype(jnp.float32), source, batch)
 
 
-def read_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
+def extracted_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
     del lens, key
-    return read(base, batch, hp.layer)
+    return extract(base, batch, hp.layer)
 
 
 def given_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
     """The given responses as if they had been sampled."""
     del lens, key
-    return read(base, batch, hp.layer)._replace(ids_NxT=batch['explanations'].reshape(-1, hp.length))
+    return extract(base, batch, hp.layer)._replace(ids_NxT=batch['explanations'].reshape(-1, hp.length))
 
 
 def sampled_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
     """group * mean_of responses of every activation."""
-    roll, n = read(base, batch, hp.layer), hp.group * hp.mean_of
+    roll, n = extract(base, batch, hp.layer), hp.group * hp.mean_of
     frozen = jax.lax.stop_gradient(lens.decoder)
-    a = dec.centred(frozen, roll.a_NxD, roll.source.position_N)
+    a = dec.without_position(frozen, roll.a_NxD, roll.source.position_N)
     s = sampling.sample(frozen, base, a, key, length=hp.length, group=n)
     tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
     return Rollout(*tiled, batch, s.ids_NxT, s.logp_NxT)
 
 
-def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
+def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
     """Given explanations: decoder cross-entropy plus the encoder's error on the same texts."""
     del key, reference
-    found = extract(roll.ids_NxT, hp.tags)
+    found = find(roll.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
-    logp, entropy = dec.score(lens.decoder, base, _centred(lens, roll), roll.ids_NxT)
+    logp, entropy = dec.score(lens.decoder, base, _vectors(lens, roll), roll.ids_NxT)
     ce = losses.cross_entropy(logp, mask)
     pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, found.span if hp.tags else None)
-    loss, metrics = _reconstruction(base, roll, pred, found, hp, t)
+    loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
     return ce + loss, {'loss_decoder': ce, 'entropy_nats': losses.masked_mean(entropy, mask)} | metrics
 
 
-def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
+def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
     """Sampled explanations: decoder by policy gradient, encoder by its error on the same samples.
 
     The samples are constants for both sides, so decoder parameters get gradient from the policy gradient,
     the KLs and the entropy bonus only, encoder parameters from the error alone.
     """
     del key
-    ids, found = roll.ids_NxT, extract(roll.ids_NxT, hp.tags)
+    ids, found = roll.ids_NxT, find(roll.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
     pred = encode(lens.encoder, base, ids, roll.source, found.span if hp.tags else None)
     if hp.mean_of > 1:
         pred = _mean_of(pred, hp.mean_of)
-    loss, metrics = _reconstruction(base, roll, pred, found, hp, t)
+    loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
     reward = jnp.where(found.found_N, -error_rows(pred, roll.a_NxD, hp.error), FAILED)
     advantage = _advantages(jax.lax.stop_gradient(reward), hp)
 
-    logits = dec.teacher_forced_logits(lens.decoder, base, _centred(lens, roll), ids)
+    logits = dec.teacher_forced_logits(lens.decoder, base, _vectors(lens, roll), ids)
     logp = losses.token_log_probs(logits, ids)
     old = roll.logp_NxT if hp.updates > 1 else None
-    policy = losses.policy_gradient(logp, advantage, mask, old, hp.clip)
-    language, more = _language(lens, base, roll, logits, logp, mask, hp, t, reference)
-    if hp.entropy_weight:
-        entropy = losses.clamped_entropy(losses.entropy(logits), mask, hp.entropy_clamp(t))
-        language -= hp.entropy_weight(t) * entropy
+    policy = losses.policy_gradient(logp, advantage, mask, old, knobs['clip'])
+    language, more = _language(lens, base, roll, logits, logp, mask, hp, knobs, reference)
+    if 'entropy_weight' in hp.on:
+        entropy = losses.clamped_entropy(losses.entropy(logits), mask, knobs['entropy_clamp'])
+        language -= knobs['entropy_weight'] * entropy
     metrics |= more | {
         'loss_decoder': policy,
         'reward': jnp.mean(reward),
@@ -155,48 +153,55 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
     return loss + policy + language, metrics
 
 
-def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
+def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
     """Sampled explanations and one backward pass through the words, straight-through (gumbel.py)."""
     model = model_of(lens.encoder, base)
     words = relaxed.rollout(
         lens.decoder,
         base,
-        _centred(lens, roll),
+        _vectors(lens, roll),
         jax.lax.stop_gradient(model.table),
         key,
         length=hp.length,
-        tau=hp.tau(t),
+        tau=knobs['tau'],
         form=hp.form,
     )
     roll = roll._replace(ids_NxT=words.ids_NxT, logp_NxT=words.logp_NxT)
-    found = extract(words.ids_NxT, hp.tags)
+    found = find(words.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
     rows = model.lookup(words.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
     rows = words.words_NxTxE + rows - jax.lax.stop_gradient(rows)
     pred = encode_rows(lens.encoder, base, rows, roll.source, found.span if hp.tags else None)
-    loss, metrics = _reconstruction(base, roll, pred, found, hp, t)
+    loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
     logp = losses.token_log_probs(words.logits_NxTxV, words.ids_NxT)
-    language, more = _language(lens, base, roll, words.logits_NxTxV, logp, mask, hp, t, reference)
-    if hp.entropy_weight:
-        language -= hp.entropy_weight(t) * losses.masked_mean(losses.entropy(words.logits_NxTxV), mask)
-    return loss + language, metrics | more | {'tau': jnp.maximum(hp.tau(t), relaxed.MIN_TAU)}
+    language, more = _language(lens, base, roll, words.logits_NxTxV, logp, mask, hp, knobs, reference)
+    if 'entropy_weight' in hp.on:
+        language -= knobs['entropy_weight'] * losses.masked_mean(losses.entropy(words.logits_NxTxV), mask)
+    return loss + language, metrics | more | {'tau': jnp.maximum(knobs['tau'], relaxed.MIN_TAU)}
 
 
-class Objective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One entry of OBJECTIVES.
+
+    reads: of OPTIONAL and `group`, the keys of a phase that it reads. shows: (metric, word) that a progress line begins
+    with. samples: it learns from texts of its own, which may collapse; otherwise from given explanations.
+    """
+
     rollout: Callable
     loss: Callable
+    reads: frozenset[str] = frozenset()
+    shows: tuple[str, str] = ('loss_encoder', 'loss')
+    samples: bool = True
 
 
 OBJECTIVES = {
-    'sft': Objective(given_rollout, sft),
-    'grpo': Objective(sampled_rollout, grpo),
-    'gumbel': Objective(read_rollout, gumbel),
-}
-NEEDS_EXPLANATIONS = frozenset({'sft'})
-UNREAD = {  # keys of a phase that an objective does not read, with the values that ask for nothing
-    'sft': {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updates': 1},
-    'grpo': {},
-    'gumbel': {'mean_of': 1, 'updates': 1},
+    'sft': Objective(given_rollout, sft, shows=('loss_decoder', 'decoder loss'), samples=False),
+    # the policy-gradient loss is 0 by construction: show what it maximises
+    'grpo': Objective(sampled_rollout, grpo, frozenset({'group', *OPTIONAL}), ('reward', 'reward')),
+    'gumbel': Objective(
+        extracted_rollout, gumbel, frozenset({'lm_weight', 'beta', 'entropy_weight'}), ('entropy_nats', 'entropy')
+    ),
 }
 
 
@@ -230,8 +235,8 @@ def repeated(ids_NxT, mask_NxT):
     return jnp.sum((first[1:] == first[:-1]) & (second[1:] == second[:-1])) / len(first)
 
 
-def _centred(lens: Lens, roll: Rollout):
-    return dec.centred(lens.decoder, roll.a_NxD, roll.source.position_N)
+def _vectors(lens: Lens, roll: Rollout):
+    return dec.without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
 
 
 def _mean_of(pred_NxD, m: int):
@@ -247,7 +252,7 @@ def _advantages(reward_N, hp: Hparams):
     return subject.tile_rows(shared, hp.mean_of)
 
 
-def _reconstruction(base, roll: Rollout, pred, found: Extraction, hp: Hparams, t):
+def _reconstruction(base, roll: Rollout, pred, found: Found, hp: Hparams, knobs: Knobs):
     """The encoder's terms: its error and the functional KL, over the responses that hold an explanation.
 
     A mean, or a difference to the next document, counts where every response that is part of it holds one. In the
@@ -268,11 +273,11 @@ def _reconstruction(base, roll: Rollout, pred, found: Extraction, hp: Hparams, t
     if hp.tags:
         metrics |= {'extracted': jnp.mean(extracted), 'response_tokens': jnp.mean(found.end_N.astype(jnp.float32))}
         metrics['text_len'] = losses.masked_mean(found.length_N.astype(jnp.float32), extracted)
-    loss = hp.mse_weight(t) * mse if hp.mse_weight else 0.0
-    if hp.kl_weight:
+    loss = knobs['mse_weight'] * mse if 'mse_weight' in hp.on else 0.0
+    if 'kl_weight' in hp.on:
         kl = losses.masked_mean(_functional_kl(base, roll, changed, per_activation, hp), kept)
         metrics['kl_functional_nats'] = kl
-        loss += hp.kl_weight(t) * kl
+        loss += knobs['kl_weight'] * kl
     return loss, metrics
 
 
@@ -288,7 +293,7 @@ def _functional_kl(base, roll: Rollout, pred, per_activation: int, hp: Hparams):
     return losses.kl(*jnp.split(logits, 2, axis=1)).reshape(-1)
 
 
-def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, t, reference):
+def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, knobs: Knobs, reference):
     """What keeps the words language: KL to a reference, LM KL to the natural prefix."""
     metrics = {
         'entropy_nats': losses.masked_mean(losses.entropy(jax.lax.stop_gradient(logits)), mask),
@@ -299,18 +304,18 @@ def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, 
         metrics |= {'logp_diff_max': jnp.max(gap * mask), 'logp_diff_mean': losses.masked_mean(gap, mask)}
     loss = 0.0
     natural = None
-    if hp.lm_weight or (hp.beta and hp.kl_to == 'natural'):
+    if 'lm_weight' in hp.on or ('beta' in hp.on and hp.kl_to == 'natural'):
         natural = dec.natural_logits(base, jnp.asarray(hp.natural_prefix), roll.ids_NxT)
-    if hp.beta:
+    if 'beta' in hp.on:
         if hp.kl_to == 'start':
             fixed = jax.lax.stop_gradient(reference)
-            a = dec.centred(fixed, roll.a_NxD, roll.source.position_N)
+            a = dec.without_position(fixed, roll.a_NxD, roll.source.position_N)
             logq = dec.score(fixed, base, a, roll.ids_NxT)[0]
         else:
             logq = losses.token_log_probs(natural, roll.ids_NxT)
-        metrics[f'kl_{hp.kl_to}_nats'] = losses.k3(logp, logq, mask * (jnp.arange(hp.length) >= hp.kl_skip))
-        loss += hp.beta(t) * metrics[f'kl_{hp.kl_to}_nats']
-    if hp.lm_weight:
+        metrics[f'kl_{hp.kl_to}_nats'] = losses.k3(logp, logq, mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
+        loss += knobs['beta'] * metrics[f'kl_{hp.kl_to}_nats']
+    if 'lm_weight' in hp.on:
         metrics['kl_lm_nats'] = losses.masked_mean(losses.kl(natural, logits), mask)
-        loss += hp.lm_weight(t) * metrics['kl_lm_nats']
+        loss += knobs['lm_weight'] * metrics['kl_lm_nats']
     return loss, metrics

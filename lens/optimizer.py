@@ -1,4 +1,8 @@
-"""What trains and how: a table of rows over leaf paths, AdamW, clipping by group, accumulation, norms."""
+"""What trains and how: a table of rows over leaf paths, AdamW, clipping by group, accumulation, norms.
+
+The optax chain is built inside the step, with rates, decays, norms and who is awake as traced numbers: a program
+depends on which rows there are, not on their numbers.
+"""
 
 import dataclasses
 import re
@@ -6,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lens import schedules, sharding
@@ -16,10 +21,6 @@ SIDES = ('decoder', 'encoder')
 B1, B2, EPSILON = 0.9, 0.999, 1e-8
 FROZEN = 'frozen'
 ROW_FORM = '(regex, multiplier, weight decay, clip group, unfreeze duration), or (regex, None) for frozen parameters'
-
-
-class TableError(LensError):
-    """The optimizer table is malformed or leaves a parameter out; the message names the key or the path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Row:
 
 
 def parse_table(table, clock: Clock, key: str) -> tuple[Row, ...]:
-    """The rows of a table of a configuration (tuples or lists). Raises LensError naming `key`."""
+    """Returns the rows of a table of a configuration (tuples or lists). Raises LensError naming `key`."""
 
     def row(entry) -> Row:
         entry = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
@@ -51,128 +52,151 @@ def parse_table(table, clock: Clock, key: str) -> tuple[Row, ...]:
             weight_decay, clip, unfreeze = rest
             multiplier, weight_decay = float(multiplier), float(weight_decay)
         except (ValueError, TypeError, re.error) as e:
-            raise TableError(f'{key}: {entry!r} is not a row; accepted: {ROW_FORM}.') from e
+            raise LensError(f'{key}: {entry!r} is not a row; accepted: {ROW_FORM}.') from e
         if multiplier < 0 or weight_decay < 0:
-            raise TableError(f'{key}: {entry!r} has a negative multiplier or weight decay.')
+            raise LensError(f'{key}: {entry!r} has a negative multiplier or weight decay.')
         first = schedules.duration(unfreeze, clock, f'{key}: {pattern}')
         return Row(pattern, None) if first is None else Row(pattern, multiplier, weight_decay, str(clip), first)
 
     return tuple(row(entry) for entry in table)
 
 
+def parse_clip(value, key: str, table: tuple[Row, ...]) -> dict[str, float]:
+    """Returns the global norm of every clip group of the table, from one norm or pairs. Raises LensError."""
+    groups = dict.fromkeys(row.clip for row in table if row.multiplier is not None)
+    try:
+        pairs = isinstance(value, (tuple, list))
+        norms = {str(k): float(v) for k, v in value} if pairs else dict.fromkeys(groups, float(value))
+    except (TypeError, ValueError) as e:
+        raise LensError(
+            f"{key}={value!r} is neither a norm nor pairs of a clip group and its norm, (('decoder', 0.05), …)."
+        ) from e
+    if not min(norms.values(), default=1) > 0:
+        raise LensError(f'{key}={value!r} must be positive; 1e9 clips nothing.')
+    if unknown := ', '.join(norms.keys() - groups.keys()):
+        raise LensError(f'{key} names {unknown}, which is no clip group of the table: it has {", ".join(groups)}.')
+    if missing := [g for g in groups if g not in norms]:
+        raise LensError(f'{key} has no norm for the clip group {missing[0]!r}: it has {", ".join(norms)}.')
+    return norms
+
+
 def side(path: str) -> str:
-    """'decoder' or 'encoder' for a leaf path of the trainable tree."""
+    """Returns 'decoder' or 'encoder' for a leaf path of the trainable tree."""
     return path.split('/')[0]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Optimizer:
-    """An optax.GradientTransformation that also says which leaves it trains: trained(path) -> bool."""
-
-    init: Callable
-    update: Callable
-    trained: Callable[[str], bool]
-
-
-def _paths(tree):
-    """The tree with every leaf's path in its place."""
-    return jax.tree_util.tree_map_with_path(lambda kp, _: sharding.path(kp), tree)
 
 
 def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def make(
-    table: tuple[Row, ...],
-    learning_rates: Mapping[str, Schedule],
-    clip: float | Mapping[str, float],
-    accumulation: int = 1,
-    updates: int = 1,
-) -> Optimizer:
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
     """AdamW (0.9, 0.999, 1e-8; moments in float32) for a tree whose first path element is a side.
 
-    learning_rates: by side, of the micro-step. clip: global norm of each clip group, one number or
-    by group. accumulation: micro-steps whose mean gradient makes one update; updates: how many a micro-step
-    makes. Before its unfreeze time a leaf is neither updated nor decayed nor counted in a norm, and its moments
-    start from zero there. Frozen leaves have no state. Raises LensError for a leaf
-    that no row covers and for a clip group without a norm.
+    What a program depends on, and so a static argument of a step: (pattern, clip group or None where frozen,
+    whether it sleeps at first) of every row, and of how many micro-steps the mean gradient makes one update. The
+    numbers are `values`, see `numbers`. Before its unfreeze time a leaf is neither updated nor decayed nor counted in
+    a norm, and its moments start from zero there. Frozen leaves have no state. Raises LensError for a leaf that no
+    row covers.
     """
 
-    def row_of(path: str) -> int:
-        found = next((i for i, r in enumerate(table) if re.search(r.pattern, path)), None)
+    rows: tuple[tuple[str, str | None, bool], ...]
+    accumulation: int = 1
+
+    def init(self, params):
+        n = len(self.rows)  # the numbers of `update` do not enter a state
+        values = {'rate': np.zeros((n, len(SIDES))), 'decay': np.zeros(n), 'awake': np.zeros(n, bool)}
+        return self._chain(values | {'clip': dict.fromkeys(self._groups(), 1.0)}).init(_float32(params))
+
+    def update(self, grads, state, params, values: Mapping):
+        """Returns (updates, state) of one micro-step."""
+        return self._chain(values).update(_float32(grads), state, _float32(params))
+
+    def trained(self, path: str) -> bool:
+        return self.rows[self._row_of(path)][1] is not None
+
+    def _row_of(self, path: str) -> int:
+        found = next((i for i, (pattern, *_) in enumerate(self.rows) if re.search(pattern, path)), None)
         if found is None:
-            raise TableError(f'no row of the optimizer table covers {path}: add one, ({path!r}, None) to freeze it.')
+            raise LensError(f'no row of the optimizer table covers {path}: add one, ({path!r}, None) to freeze it.')
         return found
 
-    def trained(path: str) -> bool:
-        return table[row_of(path)].multiplier is not None
+    def _groups(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(clip for _, clip, _ in self.rows if clip is not None))
 
-    def labels(of: Callable[[str], str]):
-        return lambda tree: jax.tree.map(of, _paths(tree))
+    def _chain(self, values: Mapping) -> optax.GradientTransformation:
+        def labels(of: Callable[[str], str]):
+            return lambda tree: jax.tree_util.tree_map_with_path(lambda kp, _: of(sharding.path(kp)), tree)
 
-    def group(path: str) -> str:
-        return f'clip_{table[row_of(path)].clip}' if trained(path) else FROZEN
+        def group(path: str) -> str:
+            return f'clip_{self.rows[self._row_of(path)][1]}' if self.trained(path) else FROZEN
 
-    def row_and_side(path: str) -> str:
-        return f'{side(path)}_{row_of(path)}'
+        def row_and_side(path: str) -> str:
+            return f'{side(path)}_{self._row_of(path)}'
 
-    def asleep_until(unfreeze: int, inner):
-        first = -(-unfreeze * updates // accumulation)  # optimizer step
-        return optax.conditionally_mask(inner, lambda step: step >= first) if first else inner
+        def awake(i: int, inner):
+            return optax.conditionally_mask(inner, lambda step: values['awake'][i]) if self.rows[i][2] else inner
 
-    def one(row: Row, name: str):
-        def rate(count):
-            return -row.multiplier * learning_rates[name](count * accumulation // updates)
+        def one(i: int, s: int):
+            adam = optax.scale_by_adam(B1, B2, EPSILON, mu_dtype=jnp.float32)
+            decayed = optax.chain(adam, optax.add_decayed_weights(values['decay'][i]))
+            return optax.chain(awake(i, decayed), optax.scale(-values['rate'][i, s]))
 
-        adam = optax.chain(
-            optax.scale_by_adam(B1, B2, EPSILON, mu_dtype=jnp.float32), optax.add_decayed_weights(row.weight_decay)
-        )
-        return optax.chain(asleep_until(row.unfreeze, adam), optax.scale_by_schedule(rate))
+        def clipped(name: str):
+            rows = {f'{s}_{i}': (i, k) for i, r in enumerate(self.rows) for k, s in enumerate(SIDES) if r[1] == name}
+            counted = {label: awake(i, optax.identity()) for label, (i, _) in rows.items()}
+            return optax.chain(
+                optax.partition(counted, labels(row_and_side)),
+                optax.clip_by_global_norm(values['clip'][name]),
+                optax.partition({label: one(i, k) for label, (i, k) in rows.items()}, labels(row_and_side)),
+            )
 
-    def clipped(name: str):
-        rows = {f'{s}_{i}': (row, s) for i, row in enumerate(table) for s in SIDES if row.clip == name}
-        awake = {k: asleep_until(row.unfreeze, optax.identity()) for k, (row, _) in rows.items()}
-        norm = clip.get(name) if isinstance(clip, Mapping) else clip
-        if norm is None:
-            raise TableError(f'grad_clip has no norm for the clip group {name!r}: it has {", ".join(clip)}.')
-        return optax.chain(
-            optax.partition(awake, labels(row_and_side)),
-            optax.clip_by_global_norm(norm),
-            optax.partition({k: one(*v) for k, v in rows.items()}, labels(row_and_side)),
-        )
+        groups = {f'clip_{name}': accumulated(clipped(name), self.accumulation) for name in self._groups()}
+        return optax.partition(groups | {FROZEN: optax.set_to_zero()}, labels(group))
 
-    names = dict.fromkeys(row.clip for row in table if row.multiplier is not None)
-    groups = {f'clip_{name}': accumulated(clipped(name), accumulation) for name in names}
-    tx = optax.partition(groups | {FROZEN: optax.set_to_zero()}, labels(group))
+
+def make(table: tuple[Row, ...], accumulation: int = 1) -> Optimizer:
+    """Returns the Optimizer of a table."""
     return Optimizer(
-        lambda params: tx.init(_float32(params)),
-        lambda grads, state, params: tx.update(_float32(grads), state, _float32(params)),
-        trained,
+        tuple((r.pattern, None if r.multiplier is None else r.clip, r.unfreeze > 0) for r in table), accumulation
     )
 
 
+def numbers(
+    table: tuple[Row, ...], rates: Mapping[str, Schedule], clip: Mapping[str, float], t: int, accumulation: int
+) -> dict:
+    """Returns the values of Optimizer.update at micro-step t of the phase, numpy.
+
+    rate [rows, sides], decay [rows], awake [rows], clip by group. All micro-steps of an optimizer step have those of
+    its first one; a row wakes at the first optimizer step that begins at its unfreeze time or after it.
+    """
+    first = t // accumulation * accumulation
+    by_side = np.array([rates[s](first) if s in rates else 0.0 for s in SIDES], np.float32)
+    scale = np.array([r.multiplier or 0.0 for r in table], np.float32)
+    return {
+        'rate': scale[:, None] * by_side,
+        'decay': np.array([r.weight_decay for r in table], np.float32),
+        'awake': np.array([first >= r.unfreeze for r in table]),
+        'clip': {k: np.float32(v) for k, v in clip.items()},
+    }
+
+
 def accumulated(tx: optax.GradientTransformation, micro_steps: int) -> optax.GradientTransformation:
-    """`tx` applied to the mean gradient of every `micro_steps` micro-steps; zero updates between."""
+    """Returns `tx` applied to the mean gradient of every `micro_steps` micro-steps; zero updates between."""
     return optax.MultiSteps(tx, micro_steps).gradient_transformation() if micro_steps > 1 else tx
 
 
 def norms_by_side(tree, counted: Callable[[str], bool] = lambda path: True) -> dict[str, jax.Array]:
-    """Global L2 norm of the decoder's and of the encoder's leaves for whose path `counted` holds."""
-    leaves = [(sharding.path(kp), x) for kp, x in jax.tree_util.tree_leaves_with_path(tree)]
-    return {
-        name: jnp.sqrt(
-            sum(
-                (jnp.sum(x.astype(jnp.float32) ** 2) for path, x in leaves if side(path) == name and counted(path)),
-                start=jnp.float32(0),
-            )
-        )
-        for name in SIDES
-    }
+    """Returns the global L2 norm of the decoder's and of the encoder's leaves for whose path `counted` holds."""
+    squares = dict.fromkeys(SIDES, jnp.float32(0))
+    for kp, x in jax.tree_util.tree_leaves_with_path(tree):
+        if counted(path := sharding.path(kp)):
+            squares[side(path)] += jnp.sum(x.astype(jnp.float32) ** 2)
+    return {name: jnp.sqrt(x) for name, x in squares.items()}
 
 
 def step_norms(grads, updates, params, trained: Callable[[str], bool]) -> dict[str, jax.Array]:
-    """Metrics of one step by side: norm of the gradient of trained leaves, of the update, and the ratio of the
+    """Returns metrics of one step by side: norm of the gradient of trained leaves, of the update, and the ratio of the
     update to the parameters after it."""
     update, after = norms_by_side(updates), norms_by_side(params)
     return (
@@ -182,8 +206,9 @@ def step_norms(grads, updates, params, trained: Callable[[str], bool]) -> dict[s
     )
 
 
+@jax.jit
 def drift(params, start) -> dict[str, jax.Array]:
-    """Sum over leaves of |theta - theta_0| by the sum of |theta_0|, of each side. start: theta_0, the same tree."""
+    """Returns the sum over leaves of |theta - theta_0| by the sum of |theta_0|, of each side. start: theta_0."""
 
     def total(tree):
         out = dict.fromkeys(SIDES, jnp.float32(0))
@@ -193,4 +218,4 @@ def drift(params, start) -> dict[str, jax.Array]:
 
     moved = jax.tree.map(lambda x, y: x.astype(jnp.float32) - y.astype(jnp.float32), params, start)
     moved, size = total(moved), total(start)
-    return {name: moved[name] / (size[name] + 1e-12) for name in SIDES}
+    return {f'drift_{name}': moved[name] / (size[name] + 1e-12) for name in SIDES}

@@ -1,204 +1,214 @@
-"""The one loop for every objective: restore, step, metrics of the previous step, evaluate, checkpoint, stop."""
+"""The life of a run: plan, load, restore or begin; then step, log, evaluate, save; at the end figures and a report."""
 
 import contextlib
 import functools
-import json
 import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax import struct
 
-from lens import checks, config, data, distributed, files, logger, optimizer, resume, sharding
+from lens import checkpoint, config, data, distributed, evaluate, files, flops, lens_init, logger, optimizer, sharding
 from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
-from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
-from lens.health import Profile
-from lens.lens_init import State, check, init_lens, init_state
-from lens.models.lens import parameter_count
-from lens.record import Record, announce
-from lens.timing import split_step, step_prefixes
+from lens.models.decoder import Decoder
+from lens.models.lens import Lens, parameter_count
 
 
-@functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx', 'start'), donate_argnames=('state',))
-def train_step(state: State, base, batch, key, *, objective, hparams, tx, start=0) -> tuple[State, dict]:
-    """One micro-step of a phase that began at micro-step `start` of the run. `base` is an argument, never
-    donated; the randomness is fold_in(key, step)."""
+class State(struct.PyTreeNode):
+    """What a step changes: count of micro-steps, trainable tree, optimizer state.
+
+    reference: the decoder at the start of the phase, where its objective compares with it; otherwise ().
+    """
+
+    step: jax.Array
+    params: Lens
+    opt: optax.OptState
+    reference: Decoder | tuple = ()
+
+
+@functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx'), donate_argnames=('state',))
+def train_step(state: State, base, batch, key, knobs, *, objective, hparams, tx) -> tuple[State, dict]:
+    """Returns the state after one micro-step and its metrics.
+
+    `base` is an argument, never donated; the randomness is fold_in(key, step); knobs are the numbers of this step
+    (Phase.knobs), so that one program serves every learning rate, weight and phase start.
+    """
     key = jax.random.fold_in(key, state.step)
     roll = objective.rollout(state.params, base, batch, key, hparams)
     params, opt, metrics = state.params, state.opt, {}
     for _ in range(hparams.updates):
         loss = jax.grad(objective.loss, has_aux=True)
-        grads, out = loss(params, base, roll, key, hparams, state.step - start, state.reference)
-        updates, opt = tx.update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
+        grads, out = loss(params, base, roll, key, hparams, knobs, state.reference)
+        with jax.named_scope('update'):
+            updates, opt = tx.update(grads, opt, params, knobs['optimizer'])
+            params = optax.apply_updates(params, updates)
         # figures of the first update: later ones are off-policy
         metrics = metrics or out | optimizer.step_norms(grads, updates, params, tx.trained)
     return State(state.step + 1, params, opt, state.reference), metrics
+
+
+def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
+    """Returns shapes and placements of the state in `phase`, of an abstract lens."""
+    opt = jax.eval_shape(phase.tx.init, params) if phase else ()
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    opt, step = sharding.with_placement((opt, {'step': step}), mesh, sharding.SPLIT_ABOVE)
+    reference = params.decoder if phase and phase.hparams.needs_reference else ()
+    return State(params=params, opt=opt, reference=reference, **step)
+
+
+def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
+    """Returns a state with a fresh optimizer for `phase`; without one where there is nothing to train."""
+    opt = ()
+    if phase:
+        place = sharding.shardings(jax.eval_shape(phase.tx.init, params), mesh, sharding.SPLIT_ABOVE)
+        opt = jax.jit(phase.tx.init, out_shardings=place)(params)
+    needed = phase and phase.hparams.needs_reference
+    reference = jax.tree.map(jnp.copy, params.decoder) if needed else ()  # a step donates params
+    count = sharding.place({'step': jnp.asarray(step, jnp.int32)}, mesh)
+    return State(params=params, opt=opt, reference=reference, **count)
 
 
 class Stopped(Exception):
     """A signal ended the run before its end; its state is saved. The message says at which step."""
 
 
-class Trainer:
-    """One run in one workdir. profile: the window of --profile, START:COUNT."""
+def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
+    """Runs or continues a run to its end; returns the summary ({} but on the first process).
 
-    def __init__(self, cfg, workdir: pathlib.Path, profile: str = ''):
-        self.cfg, self.workdir, self.began = cfg, workdir, time.monotonic()
-        self.config = json.loads(cfg.to_json())
-        self.run: Run = config.open_run(cfg, self._check)
-        self.identity = resume.identity(self.config, self.run)
-        self.key = jax.random.key(cfg.seed)
-        self.evaluator = Evaluator(self.run)
-        self.profile = Profile.parse(profile, workdir, self._say)
-
-    def _check(self, run: Run) -> None:
-        """What needs no weights is refused before they are read."""
-        checks.check_batches(self.cfg, run.mesh)
-        check(self.cfg, run, new=not resume.has_begun(self.config, self.workdir))
-
-    def _say(self, text: str) -> None:
-        """To the user; on the bar where there is one."""
-        if hasattr(self, 'record'):
-            self.record.say(text)
-        elif distributed.is_first():
-            print(text)
-
-    def train(self) -> dict:
-        """Runs or continues to the end; returns the summary. Raises Stopped after SIGTERM or SIGUSR1."""
-        run, cfg = self.run, self.cfg
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        c, always = cfg.checkpoint, [s for p in run.phases for s in p.steps if fires(p.every.keep, s)]
-        with (
-            contextlib.closing(self.profile),
-            distributed.Stop() as self.stop,
-            Checkpoints(self.workdir / 'checkpoints', c.keep, c.best, always, self._say) as self.checkpoints,
-        ):
-            found = resume.newest(cfg, self.identity, run, self.checkpoints, self.workdir)
-            state, info = found or (init_state(init_lens(cfg, run), None, run.mesh), {})
-            step = int(state.step)
-            self.checkpoints.clean()
+    profile: the window of --profile, START:COUNT. Raises Stopped after a signal, LensError for what a user can mend.
+    """
+    began = time.monotonic()
+    run = config.plan(cfg)
+    here = checkpoint.identity(cfg, run)
+    with (
+        jax.set_mesh(run.mesh),
+        distributed.Stop() as stop,
+        logger.Logger(cfg, run, workdir, began) as log,
+        contextlib.closing(logger.Profile.parse(profile, workdir, log.say)) as window,
+    ):
+        abstract = lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
+        for phase in run.phases:
+            jax.eval_shape(phase.tx.init, abstract)  # refuses a table that leaves a parameter out
+        if not checkpoint.has_begun(here, workdir):
+            checkpoint.check_start(cfg, abstract, run.base)
+        run = config.load(cfg, run)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, _kept_steps(run), log.say) as checkpoints:
+            found = checkpoints.resume(here, lambda step: abstract_state(abstract, run.phase_of(step), run.mesh))
+            state, info = found or (init_state(checkpoint.initial_lens(cfg, run), None, run.mesh), {})
+            checkpoints.clean()
             if distributed.is_first():
-                files.write_json(self.workdir / 'config.json', self.config)
-            abstract = jax.eval_shape(lambda x: x, state.params)
-            collapse = info.get('collapse')
-            with Record(cfg, run, self.workdir, self.began, abstract, step, collapse, self.checkpoints) as self.record:
-                sizes = {s: parameter_count(getattr(state.params, s)) for s in optimizer.SIDES}
-                self._say(announce(cfg, run, sizes, parameter_count(run.base), step))
-                iterator_state = info.get('data')
-                for phase in run.phases:
-                    if step < phase.end:
-                        if step == phase.start:
-                            state = init_state(state.params, phase, run.mesh, step)
-                        state = self._phase(phase, state, iterator_state)
-                        step, iterator_state = phase.end, None
-                if not run.phases and self.checkpoints.latest_step is None:  # evaluation of an exported lens
-                    self._save(0, state, None)
-                return self._finish(state)
+                files.write_json(workdir / 'config.json', here['config'])
+            step, key, last_figures = int(state.step), jax.random.key(cfg.seed), None
+            initial = functools.cache(lambda: checkpoint.initial_lens(cfg, run))  # made again when first asked for
+            evaluator = evaluate.Evaluator(run)
+            log.last_good = lambda: checkpoints.latest_step
+            log.open(step, info.get('collapse'))
+            sizes = {s: parameter_count(getattr(state.params, s)) for s in optimizer.SIDES}
+            log.say(logger.announce(cfg, run, sizes, parameter_count(run.base), step))
 
-    def _save(self, step: int, state: State, iterator_state: dict | None, fve: float | None = None) -> None:
-        info = self.identity | {'data': iterator_state}
-        with self.record.clock.part('checkpoint'):
-            self.checkpoints.save(step, state, info | {'collapse': self.record.watch.get_state()}, fve)
+            def save(step: int, state: State, batches=None, fve: float | None = None) -> None:
+                iterator = batches and {'data': batches.get_state()}
+                with log.part('checkpoint'):
+                    checkpoints.save(step, state, here | (iterator or {}) | {'collapse': log.watch.get_state()}, fve)
 
-    def _phase(self, phase: Phase, state: State, iterator_state: dict | None) -> State:
-        run, every, record = self.run, phase.every, self.record
-        batches = data.train_batches(
-            run.train,
-            documents=phase.documents,
-            vectors=phase.vectors,
-            min_pos=run.min_pos,
-            labelled=phase.labelled,
-            seed=run.seed + phase.start,
-            rows=sharding.local_rows(run.mesh, phase.documents),
-        )
-        if iterator_state is not None:
-            batches.set_state(iterator_state)
-        static = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx, 'start': phase.start}
-        first = int(state.step) + 1
-        for step in range(first, phase.end + 1):
-            with record.clock.part('data'):
-                rows = next(batches)
-                del rows['doc_id']
-                batch = sharding.put_batch(rows, run.mesh, phase.documents)
-            if self.profile.at(step):
-                self._split(phase, step, step_prefixes(train_step, state, run.base, batch, self.key, **static))
-            with record.clock.part('compile' if step == first else 'step'):
-                state, out = train_step(state, run.base, batch, self.key, **static)
-                record.dispatched(phase, step, out)
-                if step == first:
-                    record.settle()
-            last, stop = step == phase.end, self.stop.asked(step)
-            evaluate, save = fires(every.evaluate, step), fires(every.save, step) or fires(every.keep, step)
-            drift = fires(every.drift, step)
-            if evaluate or save or last or stop or drift:
-                with record.clock.part('step'):
-                    record.settle(pause=True)
-            fve = self._evaluate(phase, step, state, full=last) if evaluate or last else None
-            if drift:
-                self._drift(phase, step, state)
-            if save or last or stop or (fve is not None and self._is_best(fve)):
-                self._save(step, state, batches.get_state(), fve)
-                record.write(step, phase, 'time', record.time())
-            if stop:
-                raise Stopped(f'Stopped at step {step} of {run.steps} by {self.stop.name}')
-        return state
+            for phase in [p for p in run.phases if step < p.end]:
+                if step == phase.start:
+                    state, info = init_state(state.params, phase, run.mesh, step), {}
+                batches = _batches(run, phase, info.get('data'))
+                program = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx}
+                first = step + 1
+                for step in range(first, phase.end + 1):
+                    every, last = phase.every, step == phase.end
+                    with log.part('data'):
+                        rows = next(batches)
+                        del rows['doc_id']
+                        batch = sharding.put_batch(rows, run.mesh, phase.documents)
+                    window.at(step)
+                    knobs = phase.knobs(step - phase.start - 1)
+                    with log.part('compile' if step == first else 'step'):
+                        if step == first:
+                            traced = train_step.trace(state, run.base, batch, key, knobs, **program)
+                            log.flops[phase.name] = flops.by_scope(traced.jaxpr)
+                        state, out = train_step(state, run.base, batch, key, knobs, **program)
+                        log.sent(phase, step, out)
+                        if step == first:
+                            log.settle()
+                    stopping, fve = stop.asked(step), None
+                    evaluates = fires(every.evaluate, step) or last
+                    drifts = fires(every.drift, step)
+                    saves = fires(every.save, step) or fires(every.keep, step) or last or stopping
+                    if evaluates or drifts or saves:
+                        with log.part('step'):
+                            log.settle(pause=True)
+                    if evaluates:
+                        with log.part('evaluation'):
+                            figures = evaluator.full(state.params) if last else evaluator.quick(state.params)
+                        last_figures = figures if last else last_figures
+                        values = figures.values() if last else figures
+                        fve = figures.fve_quick if last else figures['fve']
+                        log.held_out(phase, step, values, full=last)
+                    if drifts:
+                        moved = sharding.fetch(optimizer.drift(state.params, initial()))
+                        log.write(step, phase, 'drift', {k: float(v) for k, v in moved.items()})
+                    if saves or checkpoints.is_best(fve):
+                        save(step, state, batches, fve)
+                        log.write(step, phase, 'time', log.time())
+                    if stopping:
+                        raise Stopped(f'Stopped at step {step} of {run.steps} by {stop.name}')
+            if not run.phases and checkpoints.latest_step is None:  # evaluation of an exported lens
+                save(0, state)
+            if last_figures is None:  # restarted after the last step
+                with log.part('evaluation'):
+                    last_figures = evaluator.full(state.params)
+            return _finish(cfg, run, workdir, here['config'], last_figures, checkpoints, log)
 
-    def _is_best(self, fve: float) -> bool:
-        return self.cfg.checkpoint.best > 0 and fve > self.checkpoints.best_fve
 
-    def _split(self, phase: Phase, step: int, programs: dict) -> None:
-        """Measures the parts of a step, which the host cannot see."""
-        with self.record.clock.part('log'):
-            self.record.settle(pause=True)
-            parts = split_step(programs)
-        self.record.write(step - 1, phase, 'profile', parts)
-        self._say('Seconds of a step: ' + '  '.join(f'{k.removesuffix("_s")} {v:.4f}' for k, v in parts.items()))
+def _kept_steps(run: Run) -> list[int]:
+    """The steps whose checkpoints are never deleted."""
+    return [s for p in run.phases for s in p.steps if fires(p.every.keep, s)]
 
-    def _drift(self, phase: Phase, step: int, state: State) -> None:
-        """How far the parameters are from where the run started; that state is made again when first asked for."""
-        if not hasattr(self, 'initial'):
-            self.initial = init_lens(self.cfg, self.run)
-        values = sharding.fetch(jax.jit(optimizer.drift)(state.params, self.initial))
-        self.record.write(step, phase, 'drift', {f'drift_{k}': float(v) for k, v in values.items()})
 
-    def _evaluate(self, phase: Phase, step: int, state: State, full: bool) -> float:
-        """Held-out figures of the first documents, or of all; returns the FVE of the first, to compare checkpoints."""
-        with self.record.clock.part('evaluation'):
-            if full:
-                self.last: Evaluation = self.evaluator.full(state.params)
-                values = self.last.values()
-            else:
-                values = self.evaluator.quick(state.params)
-        self.record.held_out(phase, step, values, full)
-        return self.last.fve_quick if full else values['fve']
+def _batches(run: Run, phase: Phase, iterator_state: dict | None):
+    """This process's rows of the batches of a phase, from its start or from where a checkpoint was made."""
+    batches = data.train_batches(
+        run.train,
+        documents=phase.documents,
+        vectors=phase.vectors,
+        min_pos=run.min_pos,
+        labelled=phase.labelled,
+        seed=run.seed + phase.start,
+        rows=sharding.local_rows(run.mesh, phase.documents),
+    )
+    if iterator_state is not None:
+        batches.set_state(iterator_state)
+    return batches
 
-    def _finish(self, state: State) -> dict:
-        """Final figures, samples, summary and report."""
-        run = self.run
-        if not hasattr(self, 'last'):  # restarted after the last step
-            with self.record.clock.part('evaluation'):
-                self.last = self.evaluator.full(state.params)
-        if not distributed.is_first():
-            return {}
-        self.last.figures.update(figure_after_sft(self.workdir, run))
-        summary = (
-            self.last.values()
-            | {
-                'steps': run.steps,
-                'wall_s': round(self.record.wall_s, 1),
-                'config': self.config,
-                'subject': self.cfg.subject.path,
-                'layer': run.layer,
-                'seed': run.seed,
-                'activations': self.last.activations,
-                'documents': self.last.documents,
-                'best_step': self.checkpoints.best_step,
-            }
-            | self.record.time()
-            | logger.provenance()
-        )
-        files.write_json(self.workdir / 'summary.json', summary)
-        write_results(self.workdir, self.last, run.steps)
-        return summary
+
+def _finish(cfg, run: Run, workdir: pathlib.Path, stored: dict, result, checkpoints: Checkpoints, log) -> dict:
+    """Writes final figures, samples, summary and report; returns the summary."""
+    if not distributed.is_first():
+        return {}
+    result.figures.update(evaluate.figure_after_sft(workdir, run))
+    summary = (
+        result.values()
+        | {
+            'steps': run.steps,
+            'wall_s': round(log.wall_s, 1),
+            'config': stored,
+            'subject': cfg.subject.path,
+            'layer': run.layer,
+            'seed': run.seed,
+            'activations': result.activations,
+            'documents': result.documents,
+            'best_step': checkpoints.best_step,
+        }
+        | log.time()
+        | logger.provenance()
+    )
+    files.write_json(workdir / 'summary.json', summary)
+    evaluate.write_results(workdir, result, run.steps)
+    return summary

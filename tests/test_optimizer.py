@@ -1,5 +1,6 @@
 """The optimizer against AdamW in float64 numpy: rows of the table, clip groups, unfreezing, accumulation."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,8 @@ import pytest
 
 from configs import base
 from lens import optimizer, sharding
-from lens.optimizer import Row, TableError, parse_table
+from lens.errors import LensError
+from lens.optimizer import Row, parse_table
 from lens.schedules import Clock, constant, parse
 from tests.conftest import make_base, make_lens
 
@@ -63,13 +65,24 @@ def random_flat(seed, scale=1.0):
     return {k: (scale * rng.normal(size=s)).astype(np.float32) for k, s in SHAPES.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def init(tx, params):
+    return tx.init(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def update(tx, *args):
+    return tx.update(*args)
+
+
 def run(gradients, table=TABLE, clip=None, rates=RATES, accumulation=1):
     """Updates by path of every step, and the last optimizer state; parameters follow the updates."""
-    tx = optimizer.make(table, rates, CLIP if clip is None else clip, accumulation)
-    update, params, out = jax.jit(tx.update), nest(random_flat(1)), []
-    state = jax.jit(tx.init)(params)
-    for g in gradients:
-        updates, state = update(nest(g), state, params)
+    clip = CLIP if clip is None else clip
+    norms = optimizer.parse_clip(tuple(clip.items()) if isinstance(clip, dict) else clip, 'clip', table)
+    tx, params, out = optimizer.make(table, accumulation), nest(random_flat(1)), []
+    state = init(tx, params)
+    for t, g in enumerate(gradients):
+        updates, state = update(tx, nest(g), state, params, optimizer.numbers(table, rates, norms, t, accumulation))
         params = jax.tree.map(jnp.add, params, updates)
         out.append(flatten(updates))
     return out, state
@@ -154,7 +167,7 @@ def test_unfreezing_is_training_fresh_from_that_step():
         if k.startswith('encoder') and 'prompt' not in k:
             assert not got[0][k].any() and not got[1][k].any() and got[2][k].any()
             for a, b in zip(got[2:], fresh, strict=True):
-                np.testing.assert_array_equal(a[k], b[k], err_msg=k)
+                np.testing.assert_allclose(a[k], b[k], rtol=1e-5, atol=1e-6 * np.abs(b[k]).max(), err_msg=k)
 
 
 def test_sleeping_leaves_do_not_count_in_the_norm_of_their_group():
@@ -188,20 +201,21 @@ def test_frozen_leaves_have_no_state_and_do_not_move():
 
 def test_moments_are_float32_whatever_the_gradient():
     tree = {'decoder': {'w': jnp.ones((3, 2), jnp.bfloat16)}}
-    tx = optimizer.make((Row('.', 1.0, 0.0, 'g'),), {'decoder': constant(1e-3), 'encoder': constant(1.0)}, 1.0)
-    updates, state = tx.update(tree, tx.init(tree), tree)
+    table = (Row('.', 1.0, 0.0, 'g'),)
+    tx, values = optimizer.make(table), optimizer.numbers(table, {'decoder': constant(1e-3)}, {'g': 1.0}, 0, 1)
+    updates, state = tx.update(tree, tx.init(tree), tree, values)
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves((updates, state)))
 
 
 def test_a_leaf_without_a_row_is_named():
-    tx = optimizer.make(TABLE[:4], RATES, CLIP)
-    with pytest.raises(TableError, match=r'no row of the optimizer table covers encoder/adapters/q/a: add one'):
+    tx = optimizer.make(TABLE[:4])
+    with pytest.raises(LensError, match=r'no row of the optimizer table covers encoder/adapters/q/a: add one'):
         tx.init(nest(random_flat(1)))
 
 
 def test_a_group_without_a_norm_is_named():
-    with pytest.raises(TableError, match=r"grad_clip has no norm for the clip group 'small': it has decoder, encoder"):
-        optimizer.make(TABLE, RATES, {'decoder': 1.0, 'encoder': 1.0})
+    with pytest.raises(LensError, match=r"grad_clip has no norm for the clip group 'small': it has decoder, encoder"):
+        optimizer.parse_clip((('decoder', 1.0), ('encoder', 1.0)), 'sft.grad_clip', TABLE)
 
 
 def test_tables_of_configurations():
@@ -217,15 +231,15 @@ def test_tables_of_configurations():
     'row', ['x', ('a',), ('a', 1.0), ('a', 1.0, 0.0, 'g'), ('(', None), ('a', 'fast', 0.0, 'g', 0), (3, None), 5]
 )
 def test_bad_rows_name_the_key_and_the_form(row):
-    with pytest.raises(TableError, match=r'sft.table: .* is not a row; accepted: \(regex, multiplier') as e:
+    with pytest.raises(LensError, match=r'sft.table: .* is not a row; accepted: \(regex, multiplier') as e:
         parse_table((row,), Clock(), 'sft.table')
     assert '\n' not in str(e.value)
 
 
 def test_bad_unfreeze_times_and_negative_numbers():
-    with pytest.raises(optimizer.LensError, match=r"sft.table: a='soon' is not a duration; accepted"):
+    with pytest.raises(LensError, match=r"sft.table: a='soon' is not a duration; accepted"):
         parse_table((('a', 1.0, 0.0, 'g', 'soon'),), Clock(), 'sft.table')
-    with pytest.raises(TableError, match=r'sft.table: .* has a negative multiplier or weight decay'):
+    with pytest.raises(LensError, match=r'sft.table: .* has a negative multiplier or weight decay'):
         parse_table((('a', -1.0, 0.0, 'g', 0),), Clock(), 'sft.table')
 
 
@@ -249,31 +263,16 @@ def test_the_table_of_the_recipes_trains_everything_and_decays_matrices_alone():
         assert row_of(rows, path).weight_decay == want, path
 
 
-@pytest.mark.slow
-def test_on_a_mesh_as_on_one_device():
-    """Unfreezing and accumulation over sharded parameters, in Explicit mode."""
-    rows = parse_table(base.table(0.1, '3s'), Clock(), 'sft.table')
-    tx = optimizer.make(rows, RATES, 1.0, 2)
-    lens = make_lens(make_base(), own_base=True)
-    grads = [jax.tree.map(lambda x, i=i: jnp.cos(x * (7 + i)), lens) for i in range(6)]
-    results = []
-    for shape in ((1, 1), (2, 4)):
-        mesh = sharding.make_mesh(*shape)
-        with jax.set_mesh(mesh):
-            params = sharding.place(lens, mesh)
-            places = sharding.shardings(jax.eval_shape(tx.init, params), mesh)
-            state, update = jax.jit(tx.init, out_shardings=places)(params), jax.jit(tx.update)
-            for g in grads:
-                updates, state = update(sharding.place(g, mesh), state, params)
-                params = jax.tree.map(jnp.add, params, updates)
-            results.append(flatten(params))
-            got = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(params)}
-            want = sharding.shardings(params, mesh)
-            for kp, place in jax.tree_util.tree_leaves_with_path(want):
-                path = sharding.path(kp)
-                assert got[path].sharding.is_equivalent_to(place, got[path].ndim), path
-    for k, x in results[0].items():
-        np.testing.assert_allclose(results[1][k], x, rtol=1e-4, atol=1e-6, err_msg=k)
+def test_no_number_of_the_table_compiles_another_program():
+    """Rates, multipliers, decays, norms, unfreeze times and steps are arguments."""
+    before = update._cache_size()
+    for change in range(4):
+        table = tuple(
+            dataclasses.replace(r, multiplier=r.multiplier and 0.1 * (change + 1), weight_decay=0.1 * change)
+            for r in with_unfreeze(2 + change)
+        )
+        run(GRADIENTS[:1], table, clip=dict.fromkeys(CLIP, 1.0 + change), rates={s: constant(change) for s in RATES})
+    assert update._cache_size() - before <= 1
 
 
 def side_norm(flat, name):
@@ -281,7 +280,7 @@ def side_norm(flat, name):
 
 
 def test_step_norms_count_the_gradient_of_trained_leaves_only():
-    tx = optimizer.make(TABLE, RATES, CLIP)
+    tx = optimizer.make(TABLE)
     grads, updates, params = random_flat(5, 3.0), random_flat(6, 0.2), random_flat(7)
     got = optimizer.step_norms(nest(grads), nest(updates), nest(params), tx.trained)
     trained = {k: x for k, x in grads.items() if k != 'decoder/base/embedding'}
@@ -305,5 +304,7 @@ def test_drift():
     for s in optimizer.SIDES:
         mine = [k for k in SHAPES if k.startswith(s)]
         moved = sum(np.linalg.norm(now[k].astype(float) - start[k]) for k in mine)
-        np.testing.assert_allclose(got[s], moved / sum(np.linalg.norm(start[k].astype(float)) for k in mine), rtol=1e-5)
-    assert optimizer.drift(nest(now), nest(now)) == {'decoder': 0, 'encoder': 0}
+        np.testing.assert_allclose(
+            got[f'drift_{s}'], moved / sum(np.linalg.norm(start[k].astype(float)) for k in mine), rtol=1e-5
+        )
+    assert optimizer.drift(nest(now), nest(now)) == {'drift_decoder': 0, 'drift_encoder': 0}

@@ -1,25 +1,22 @@
-"""Durations and schedules against plain numpy formulas at every step; a configuration drawn."""
+"""Durations and schedules against plain numpy formulas at every step."""
 
 import json
-import math
-import subprocess
-import sys
 
-import jax
 import ml_collections
 import numpy as np
 import pytest
 
-from configs import base, tiny
+from configs import base
 from lens import schedules
-from lens.schedules import Clock, ScheduleError, constant, duration, parse
+from lens.errors import LensError
+from lens.schedules import Clock, constant, duration, parse
 
 CLOCK = Clock(accumulation=3, steps_per_epoch=14, total=90)
 STEPS = np.arange(120)
 
 
 def values(text, clock=CLOCK, steps=STEPS):
-    return np.asarray(jax.vmap(parse(text, clock, 'sft.tau'))(steps))
+    return parse(text, clock, 'sft.tau')(steps)
 
 
 def check(text, want, clock=CLOCK):
@@ -64,15 +61,15 @@ def test_never():
     'value', ['', 's', '5x', '1.5s', '0.5os', '-2', '-1s', '1e-3', '1e5', 2.5, True, '5 e', 'None']
 )
 def test_bad_durations_name_the_key_and_the_forms(value):
-    with pytest.raises(ScheduleError, match=r'eval.every=.* is not a duration; accepted: 600, "600s" .*"0.5e"') as e:
+    with pytest.raises(LensError, match=r'eval.every=.* is not a duration; accepted: 600, "600s" .*"0.5e"') as e:
         duration(value, CLOCK, 'eval.every')
     assert '\n' not in str(e.value)
 
 
 def test_units_that_are_not_known_here():
-    with pytest.raises(ScheduleError, match=r"sft.steps='5e' counts epochs, but the data is not known here"):
+    with pytest.raises(LensError, match=r"sft.steps='5e' counts epochs, but the data is not known here"):
         duration('5e', Clock(), 'sft.steps')
-    with pytest.raises(ScheduleError, match=r'sft.steps=-1 has no phase to fill'):
+    with pytest.raises(LensError, match=r'sft.steps=-1 has no phase to fill'):
         duration(-1, Clock(steps_per_epoch=3), 'sft.steps')
 
 
@@ -89,16 +86,6 @@ def test_cosine():
     check('cosine 2 0.5', 0.5 + 0.75 * (1 + np.cos(np.pi * fraction(0, 87))))
 
 
-def test_exponential():
-    check('exponential 2 0.02', 2 * 0.01 ** fraction(0, 87))
-    check('exponential -2 -0.02', -2 * 0.01 ** fraction(0, 87))
-
-
-def test_polynomial():
-    check('polynomial 2 0.5 power 3', 0.5 + 1.5 * (1 - fraction(0, 87)) ** 3)
-    check('polynomial 2 0.5', 2 + fraction(0, 87) * (0.5 - 2))
-
-
 def test_after_and_over_and_the_order_of_clauses():
     want = 0.5 + 0.75 * (1 + np.cos(np.pi * fraction(21, 21 + 30 - 3)))
     for text in ('cosine 2 0.5 after 7os over 30s', 'cosine 2 0.5 over 10os after 21'):
@@ -106,31 +93,15 @@ def test_after_and_over_and_the_order_of_clauses():
 
 
 def test_over_minus_one_is_what_remains():
-    for text in ('cosine 2 0.5 after 7os warmup 9s', 'linear 1 0.1 warmup 5s', 'polynomial 1 0 after 20s power 2'):
-        assert parse(f'{text} over -1', CLOCK, 'x') == parse(text, CLOCK, 'x')
+    for text in ('cosine 2 0.5 after 7os warmup 9s', 'linear 1 0.1 warmup 5s'):
+        np.testing.assert_array_equal(values(f'{text} over -1'), values(text))
 
 
-def test_restarts_grow():
-    t, want = np.arange(90), np.zeros(90)
-    for first, length in ((0, 12), (12, 24), (36, 48), (84, 96)):
-        u = np.clip((t - first) / (length - 3), 0, 1)
-        want = np.where(t >= first, 0.5 + 0.75 * (1 + np.cos(np.pi * u)), want)
-    check('restarts 2 0.5 every 12s growing 2', want)
-
-
-def test_restarts_of_equal_length():
-    t = np.arange(90)
-    u = np.clip(t % 30 / 27, 0, 1)
-    check('restarts 2 0.5 every 10os', 0.5 + 0.75 * (1 + np.cos(np.pi * u)))
-
-
-@pytest.mark.parametrize(
-    'text', ['constant 2', 'linear 2 0.5', 'cosine 2 0.5', 'exponential 2 0.5', 'polynomial 2 0.5']
-)
+@pytest.mark.parametrize('text', ['constant 2', 'linear 2 0.5', 'cosine 2 0.5'])
 def test_warm_up_of_every_kind(text):
     got = values(f'{text} warmup 6os')
     want = 2 * (1e-7 + (1 - 1e-7) * np.arange(18) / 18)
-    np.testing.assert_allclose(got[:18], want, rtol=1e-6)
+    np.testing.assert_allclose(got[:18], want, rtol=1e-6, atol=2 * np.finfo(np.float32).eps)
     assert got[18] == 2
     if text != 'constant 2':
         assert got[87] == np.float32(0.5) and (np.diff(got[18:88]) < 0).all()
@@ -142,7 +113,7 @@ def test_warm_up_comes_before_the_constant_part():
 
 
 @pytest.mark.parametrize('accumulation', [1, 3, 4, 7])
-@pytest.mark.parametrize('kind', ['linear', 'cosine', 'exponential', 'polynomial'])
+@pytest.mark.parametrize('kind', ['linear', 'cosine'])
 def test_the_floor_is_exact_at_the_last_optimizer_step_and_not_before(kind, accumulation):
     clock = Clock(accumulation, None, 12 * accumulation)
     at = np.arange(12) * accumulation  # where optimizer steps begin
@@ -162,32 +133,17 @@ def test_one_step_phases():
     assert values('cosine 2 0.5', Clock(1, None, 1), np.arange(1)) == np.float32(0.5)
 
 
-@pytest.mark.parametrize('text', ['cosine 2 0.5 warmup 6s', 'restarts 2 0.5 every 12s growing 1.5', '3'])
-def test_jit_static_and_traced(text):
-    s = parse(text, CLOCK, 'sft.tau')
-    traces = []
-
-    def f(schedule, t):
-        traces.append(t)
-        return schedule(t)
-
-    jitted = jax.jit(f, static_argnums=0)
-    for t in (0, 5, 40):
-        got = jitted(parse(text, CLOCK, 'other.key'), t)  # an equal schedule: compiled once
-        assert got.dtype == np.float32 and got.shape == ()
-        np.testing.assert_allclose(got, s(t), rtol=1e-6)
-    assert len(traces) == 1 and hash(s) == hash(parse(text, CLOCK, 'k')) and s != parse('4', CLOCK, 'k')
+def test_one_step_at_a_time_as_all_at_once():
+    """Also across the blocks that values are made in."""
+    schedule = parse('cosine 2 0.5 warmup 6s', Clock(1, None, 3000), 'sft.tau')
+    at = np.array([0, 5, 6, 1023, 1024, 2999, 4000])
+    assert [schedule(int(t)) for t in at] == schedule(at).tolist()
+    assert schedule(7).dtype == np.float32 and schedule(at).dtype == np.float32
 
 
-def test_always_zero_and_floats():
-    zero = parse('linear 0 0', CLOCK, 'k')
-    assert zero.always_zero and not zero and float(zero) == 0
-    ramp = parse('linear 0 1', CLOCK, 'k')
-    assert ramp and not ramp.always_zero
-    assert float(parse('2.5', CLOCK, 'k')) == 2.5 == float(constant(2.5))
-    for s in (ramp, parse('constant 1 warmup 3s', CLOCK, 'k')):
-        with pytest.raises(TypeError):
-            float(s)
+def test_what_is_zero_everywhere_is_off():
+    assert not parse('linear 0 0', CLOCK, 'k') and not constant(0)
+    assert parse('linear 0 1', CLOCK, 'k') and parse('cosine 1 0', CLOCK, 'k')
 
 
 @pytest.mark.parametrize(
@@ -196,7 +152,7 @@ def test_always_zero_and_floats():
         ('', 'is not a value'),
         (None, 'is not a value'),
         (True, 'is not a value'),
-        ('quadratic 1 0', 'is not a value'),
+        ('exponential 1 0.1', 'is not a value'),
         ('cosine 1', 'is not a value'),
         ('cosine one 0', 'is not a value'),
         ('1 2', 'is not a value'),
@@ -205,23 +161,16 @@ def test_always_zero_and_floats():
         ('cosine 1 0 power 2', "has a clause 'power' that cosine does not take"),
         ('constant 1 over 5s', "has a clause 'over'"),
         ('linear 1 0 over 5s over 6s', "has a clause 'over'"),
-        ('polynomial 1 0 power two', "has a 'power' that is not a number"),
-        ('polynomial 1 0 power 0', 'needs power above 0'),
-        ('exponential 1 0', 'goes through zero'),
-        ('restarts 1 0', 'needs the length of the first cycle'),
-        ('restarts 1 0 every 9s growing 0.5', 'growing of at least 1'),
     ],
 )
 def test_bad_values_name_the_key_and_the_forms(value, problem):
-    with pytest.raises(
-        ScheduleError, match=r'^grpo.tau=.*accepted: a number, "constant 1", "linear 1 0.1".*"0.5e"'
-    ) as e:
+    with pytest.raises(LensError, match=r'^grpo.tau=.*accepted: a number, "constant 1", "linear 1 0.1".*"0.5e"') as e:
         parse(value, CLOCK, 'grpo.tau')
     assert problem in str(e.value) and '\n' not in str(e.value)
 
 
 def test_a_bad_duration_inside_a_value_names_its_clause():
-    with pytest.raises(ScheduleError, match=r"grpo.tau: over='5x' is not a duration; accepted"):
+    with pytest.raises(LensError, match=r"grpo.tau: over='5x' is not a duration; accepted"):
         parse('cosine 1 0 over 5x', CLOCK, 'grpo.tau')
 
 
@@ -233,47 +182,8 @@ def test_clocks_of_phases():
     assert sft == Clock(4, 7, 16)  # 14 micro-steps, rounded up to whole optimizer steps
     assert grpo == Clock(1, 17, 11)
     c.grpo.steps = 0
-    with pytest.raises(ScheduleError, match=r'grpo.steps=0 must be positive; drop the phase'):
+    with pytest.raises(LensError, match=r'grpo.steps=0 must be positive; drop the phase'):
         schedules.clocks(c, 50)
-
-
-def test_the_drawing_has_a_panel_for_every_value_of_every_phase(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    seen = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
-    c = tiny.get_config()
-    c.grpo.tau = 'cosine 5 0.1 after 100s'
-    c.grpo.table = (('^encoder/base/', None), ('^encoder/', 0.5, 0.0, 'encoder', '90s'), ('.', 1.0, 0.0, 'all', '0'))
-    schedules.draw(c, None, tmp_path / 'new/s.png')
-    assert (tmp_path / 'new/s.png').read_bytes().startswith(b'\x89PNG')
-    axes = {a.get_title().split(' = ')[0]: a for a in seen[0].axes}
-    shown = {v for v in schedules.VALUES if any(c[p][v] != 0 for p in c.phases)}
-    assert set(axes) == {f'{p}.{v}' for p in c.phases for v in shown} and len(shown) < len(schedules.VALUES)
-    t, tau = axes['grpo.tau'].lines[0].get_data()
-    want = np.where(t < 100, 5, 0.1 + 2.45 * (1 + np.cos(math.pi * np.clip((t - 100) / 349, 0, 1))))
-    np.testing.assert_allclose(tau, want, rtol=1e-4)
-    rates = {line.get_label(): line.get_data() for line in axes['grpo.learning_rate_encoder'].lines}
-    assert set(rates) == {'x 0.5 from 90 on: ^encoder/', 'x 1 from 0 on: .'}
-    (t, half), (_, whole) = rates['x 0.5 from 90 on: ^encoder/'], rates['x 1 from 0 on: .']
-    np.testing.assert_allclose(half, np.where(t < 90, 0, whole / 2), rtol=1e-6)
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, '-m', 'lens.schedules', *arguments], capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_command(tmp_path):
-    done = run(
-        '--config=configs/tiny.py', f'--out={tmp_path}/s.png', '--config.sft.tau=linear 1 0.1', '--config.sft.steps=40'
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith(f'{tmp_path}/s.png') and (tmp_path / 's.png').exists()
-    bad = run('--config=configs/tiny.py', f'--out={tmp_path}/t.png', '--config.sft.tau=linear 1')
-    assert bad.returncode == 1 and "sft.tau='linear 1' is not a value" in bad.stderr and 'Traceback' not in bad.stderr
-    assert not (tmp_path / 't.png').exists()
 
 
 @pytest.mark.parametrize('value', [600, '600s', '5e', -1, None, 0.5])
