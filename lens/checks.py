@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from lens import data, gumbel, health, losses, objectives, optimizer, response, sharding
 from lens.errors import LensError
 from lens.models import injection, moe
-from lens.models.decoder import Prompt
 from lens.models.encoder import READOUTS
 from lens.models.transformer import REMAT_POLICIES, TransformerConfig
 
@@ -77,25 +76,12 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     require(
         -1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject (0..{last}, or -1 for layer).'
     )
-    _check_decoder(cfg.decoder, c)
+    injection.of_config(cfg.decoder, c)
     require(
         not cfg.position_vectors or not c.ropes,
         f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.',
     )
     _check_starts(cfg, c)
-
-
-def _check_decoder(d, c: TransformerConfig) -> None:
-    _choice(d.injection, injection.FAMILIES, 'decoder.injection')
-    n = d.patched_blocks
-    require(-1 <= n <= c.n_layers, f'decoder.patched_blocks={n} is not in -1..{c.n_layers}, the blocks of the subject.')
-    require(d.norm >= 0, f'decoder.norm={d.norm} must not be negative.')
-    if d.injection == 'add':
-        require(
-            c.n_layers > injection.ADD_BLOCK,
-            f'decoder.injection=add writes at block {injection.ADD_BLOCK}, the subject has {c.n_layers} blocks.',
-        )
-        require(bool(d.marker), 'decoder.injection=add needs decoder.marker, a text of one token for the slot.')
 
 
 def _check_starts(cfg, c: TransformerConfig) -> None:
@@ -113,7 +99,7 @@ def _check_starts(cfg, c: TransformerConfig) -> None:
     )
 
 
-def check_lengths(cfg, c: TransformerConfig, decoder: Prompt, encoder: tuple[list[int], list[int]]) -> None:
+def check_lengths(cfg, c: TransformerConfig, decoder: response.Prompt, encoder: tuple[list[int], list[int]]) -> None:
     """Raises ConfigError where the subject has no positions for a prompt with its explanation."""
     sides = {'decoder': len(decoder.left) + len(decoder.right), 'encoder': sum(map(len, encoder))}
     for side, tokens in sides.items():

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-from lens import checks, data, hf, objectives, optimizer, prompts, response, schedules, sharding
-from lens.models.decoder import Prompt
+from lens import checks, data, hf, objectives, optimizer, response, schedules, sharding
 from lens.models.transformer import Transformer, TransformerConfig
 
 
@@ -81,7 +80,7 @@ class Run:
     seed: int
     tags: response.Tags
     error: str  # one of objectives.ERRORS
-    decoder_prompt: Prompt
+    decoder_prompt: response.Prompt
     encoder_prompt: tuple[list[int], list[int]]  # token ids before and after the words
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
@@ -101,9 +100,9 @@ def open_run(cfg, check: Callable[['Run'], None] = lambda run: None) -> Run:
     c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))
     tokenizer = hf.load_tokenizer(cfg.subject.path)
     checks.check_subject(cfg, c)
-    tags = prompts.tags(tokenizer, cfg.explanation_open, cfg.explanation_close)
-    decoder_prompt = prompts.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker)
-    encoder_prompt = prompts.encoder_prompt(tokenizer, cfg.encoder.prompt)
+    tags = response.tags(tokenizer, cfg.explanation_open, cfg.explanation_close)
+    decoder_prompt = response.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker)
+    encoder_prompt = response.encoder_prompt(tokenizer, cfg.encoder.prompt)
     checks.check_lengths(cfg, c, decoder_prompt, encoder_prompt)
     train, validation = _open_data(cfg, c, tags)
     checks.require(
@@ -113,7 +112,7 @@ def open_run(cfg, check: Callable[['Run'], None] = lambda run: None) -> Run:
     for name in cfg.phases:
         checks.check_phase(cfg, name)
         checks.check_documents(cfg, name, train, tags)
-    prefix = tokenizer(cfg.decoder.prompt.replace(prompts.EMBED, 'something'), add_special_tokens=False)['input_ids']
+    prefix = tokenizer(cfg.decoder.prompt.replace(response.EMBED, 'something'), add_special_tokens=False)['input_ids']
     run = Run(
         mesh=mesh,
         tokenizer=tokenizer,

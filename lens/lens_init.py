@@ -21,11 +21,12 @@ from lens import lens_folder, sharding, translators
 from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, open_run
 from lens.errors import LensError
-from lens.models import lora, subject
-from lens.models.decoder import Decoder, DecoderConfig, Prompt, scaled_identity
+from lens.models import injection, lora, subject
+from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
 from lens.models.lens import Lens
 from lens.models.transformer import TransformerConfig
+from lens.response import Prompt
 
 PLACES = (  # keys that say where a lens reads and writes
     'layer',
@@ -67,17 +68,14 @@ def configs(cfg, prompt: Prompt, base: TransformerConfig) -> tuple[DecoderConfig
     """Of the decoder and of the encoder on a base."""
     d, e = cfg.decoder, cfg.encoder
     output_layer = cfg.layer if e.output_layer == -1 else e.output_layer
-    blocks = base.n_layers if d.patched_blocks == -1 else d.patched_blocks
-    norm = float(d.norm) or base.d_model**0.5
-    where = {'more_slots': prompt.more_slots, 'marker': prompt.marker}
     return (
-        DecoderConfig(blocks, d.shared_map, cfg.layer, d.injection, norm, **where),
+        DecoderConfig(injection.of_config(d, base), cfg.layer, prompt.more_slots, prompt.marker),
         EncoderConfig(output_layer, e.readout, e.current_token),
     )
 
 
 def make_lens(cfg, prompts, base, start: Start, key) -> Lens:
-    """The trainable tree at step 0, a pure function. prompts: a decoder.Prompt and the encoder's token ids (left,
+    """The trainable tree at step 0, a pure function. prompts: a Prompt and the encoder's token ids (left,
     right)."""
     dec_config, enc_config = configs(cfg, prompts[0], base.config)
     output_layer = enc_config.output_layer
@@ -97,7 +95,7 @@ def make_lens(cfg, prompts, base, start: Start, key) -> Lens:
             prompts[0].left,
             prompts[0].right,
             base,
-            start.maps if dec_config.injection == 'affine' else None,
+            start.maps if dec_config.injection.n_maps else None,
             **trained(cfg.decoder, base.config.n_layers, dec_key),
         ),
         Encoder(
@@ -114,7 +112,7 @@ def abstract_lens(cfg, prompts, base, mesh) -> Lens:
     """Shapes and placements of make_lens. `base` may be abstract itself. Call under jax.set_mesh(mesh)."""
     d = base.config.d_model
     c, _ = configs(cfg, prompts[0], base.config)
-    shapes = Start(((c.n_maps, d, d), (c.n_maps, d)), ((d, d), (d,)))
+    shapes = Start(((c.injection.n_maps, d, d), (c.injection.n_maps, d)), ((d, d), (d,)))
     start = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s[0], int)
     )
@@ -196,20 +194,21 @@ def _start(cfg, run: Run) -> Start:
     """Maps and read-out by cfg.decoder.init and cfg.encoder.init. Raises LensError."""
     c_base = run.base.config
     (c, e), d = configs(cfg, run.decoder_prompt, c_base), c_base.d_model
-    maps = jnp.tile(jnp.eye(d, dtype=jnp.float32), (c.n_maps, 1, 1)), jnp.zeros((c.n_maps, d), jnp.float32)
+    n_maps = c.injection.n_maps
+    maps = jnp.tile(jnp.eye(d, dtype=jnp.float32), (n_maps, 1, 1)), jnp.zeros((n_maps, d), jnp.float32)
     readout = jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32)
-    of_maps, of_readout = cfg.decoder.init if c.injection == 'affine' else 'identity', cfg.encoder.init
+    of_maps, of_readout = cfg.decoder.init if n_maps else 'identity', cfg.encoder.init
     if 'scale' in (of_maps, of_readout):
         norms = _stream_norms(run)
         if of_maps == 'scale':
-            maps = scaled_identity(c, c_base.embed_scale, d, norms)
+            maps = scaled_identity(c.injection, cfg.layer, c_base.embed_scale, d, norms)
         if of_readout == 'scale':
             readout = readout[0] * (norms[cfg.layer + 1] / norms[e.output_layer + 1]), readout[1]
     if 'tuned_lens' in (of_maps, of_readout):
         lens = translators.read(cfg.tuned_lens, c_base)
         if of_maps == 'tuned_lens':
-            w, b = zip(*(translators.compose(*lens, cfg.layer + 1, k)[:2] for k in range(c.n_maps)), strict=True)
-            scale = 1.0 if c.patched_blocks else c_base.embed_scale
+            w, b = zip(*(translators.compose(*lens, cfg.layer + 1, k)[:2] for k in range(n_maps)), strict=True)
+            scale = c_base.embed_scale if c.injection.at_input else 1.0
             maps = np.stack(w) / scale, np.stack(b) / scale
         if of_readout == 'tuned_lens':
             readout = translators.compose(*lens, e.output_layer + 1, cfg.layer + 1)[:2]

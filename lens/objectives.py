@@ -22,7 +22,7 @@ from lens.models import subject
 from lens.models.encoder import Source, encode, encode_rows
 from lens.models.lens import Lens
 from lens.models.transformer import model_of
-from lens.response import NO_TAGS, Extraction, Tags, extract
+from lens.response import NO_TAGS, Found, Tags, find
 from lens.schedules import Schedule
 
 FAILED = -2.0  # reward of a response without an explanation
@@ -81,7 +81,7 @@ class Rollout(NamedTuple):
 
 def read(base, batch, layer: int) -> Rollout:
     """The activations NxD in float32 and where they are from."""
-    a = subject.read(base, batch['tokens'], batch['positions'], layer)
+    a = subject.activations(base, batch['tokens'], batch['positions'], layer)
     positions = batch['positions']
     token = jnp.take_along_axis(batch['tokens'], positions, axis=1)
     source = Source(token.reshape(-1), positions.reshape(-1))
@@ -103,7 +103,7 @@ def sampled_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
     """group * mean_of responses of every activation."""
     roll, n = read(base, batch, hp.layer), hp.group * hp.mean_of
     frozen = jax.lax.stop_gradient(lens.decoder)
-    a = dec.centred(frozen, roll.a_NxD, roll.source.position_N)
+    a = dec.without_position(frozen, roll.a_NxD, roll.source.position_N)
     s = sampling.sample(frozen, base, a, key, length=hp.length, group=n)
     tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
     return Rollout(*tiled, batch, s.ids_NxT, s.logp_NxT)
@@ -112,7 +112,7 @@ def sampled_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
 def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
     """Given explanations: decoder cross-entropy plus the encoder's error on the same texts."""
     del key, reference
-    found = extract(roll.ids_NxT, hp.tags)
+    found = find(roll.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
     logp, entropy = dec.score(lens.decoder, base, _centred(lens, roll), roll.ids_NxT)
     ce = losses.cross_entropy(logp, mask)
@@ -128,7 +128,7 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
     the KLs and the entropy bonus only, encoder parameters from the error alone.
     """
     del key
-    ids, found = roll.ids_NxT, extract(roll.ids_NxT, hp.tags)
+    ids, found = roll.ids_NxT, find(roll.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
     pred = encode(lens.encoder, base, ids, roll.source, found.span if hp.tags else None)
     if hp.mean_of > 1:
@@ -169,7 +169,7 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, t, reference):
         form=hp.form,
     )
     roll = roll._replace(ids_NxT=words.ids_NxT, logp_NxT=words.logp_NxT)
-    found = extract(words.ids_NxT, hp.tags)
+    found = find(words.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
     rows = model.lookup(words.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
     rows = words.words_NxTxE + rows - jax.lax.stop_gradient(rows)
@@ -231,7 +231,7 @@ def repeated(ids_NxT, mask_NxT):
 
 
 def _centred(lens: Lens, roll: Rollout):
-    return dec.centred(lens.decoder, roll.a_NxD, roll.source.position_N)
+    return dec.without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
 
 
 def _mean_of(pred_NxD, m: int):
@@ -247,7 +247,7 @@ def _advantages(reward_N, hp: Hparams):
     return subject.tile_rows(shared, hp.mean_of)
 
 
-def _reconstruction(base, roll: Rollout, pred, found: Extraction, hp: Hparams, t):
+def _reconstruction(base, roll: Rollout, pred, found: Found, hp: Hparams, t):
     """The encoder's terms: its error and the functional KL, over the responses that hold an explanation.
 
     A mean, or a difference to the next document, counts where every response that is part of it holds one. In the
@@ -304,7 +304,7 @@ def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, 
     if hp.beta:
         if hp.kl_to == 'start':
             fixed = jax.lax.stop_gradient(reference)
-            a = dec.centred(fixed, roll.a_NxD, roll.source.position_N)
+            a = dec.without_position(fixed, roll.a_NxD, roll.source.position_N)
             logq = dec.score(fixed, base, a, roll.ids_NxT)[0]
         else:
             logq = losses.token_log_probs(natural, roll.ids_NxT)
