@@ -145,7 +145,7 @@ def whole_model(c: TransformerConfig, size: str, dtype) -> None:
     prefill_s = seconds(program, model, ids)
     report(size=size, weights_gb=bytes_of_model / 1e9, prefill_tokens_s=batch * length / prefill_s, compile_s=compile_s)
     positions = jnp.full((batch, 1), length - 1)
-    program, compile_s = compiled(lambda m, i, p: subject.read(m, i, p, 16), model, ids, positions)
+    program, compile_s = compiled(lambda m, i, p: subject.activations(m, i, p, 16), model, ids, positions)
     report(read_tokens_s=batch * length / seconds(program, model, ids, positions), compile_s=compile_s)
     short, at = ids[:, :64], jnp.full(batch, 30)
     value = jnp.zeros((batch, c.d_model), dtype)

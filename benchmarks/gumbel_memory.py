@@ -20,6 +20,7 @@ from flax import nnx
 
 from lens import gumbel
 from lens.models.decoder import Decoder, DecoderConfig
+from lens.models.injection import Affine
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
 from tests import naive_rollout
@@ -69,9 +70,9 @@ def seconds(run, arguments) -> float:
 
 def main(_):
     base = Transformer(SHAPE, rngs=nnx.Rngs(0))
-    config = DecoderConfig(patched_blocks=2, shared_map=False, layer=3)
+    config = DecoderConfig(Affine(patched_blocks=2), layer=3)
     d = SHAPE.d_model
-    maps = jnp.tile(jnp.eye(d), (config.patched_blocks, 1, 1)), jnp.zeros((config.patched_blocks, d))
+    maps = jnp.tile(jnp.eye(d), (2, 1, 1)), jnp.zeros((2, d))
     decoder = Decoder(config, [3, 7, 11, 2, 5], [9, 4], base, maps, own_base=False, adapters=None)
     activation_NxD = jax.random.normal(jax.random.key(1), (ROWS.value, d))
     arguments = decoder, base, activation_NxD

@@ -58,7 +58,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.advantage = 'grpo'  # grpo | rloo | dr_grpo
     p.updates = 1  # grpo: optimizer steps on the same explanations; above 1 the probability ratio is clipped
     p.clip = 0.2  # grpo: that ratio stays in 1 - clip .. 1 + clip
-    p.form = 'two_pass'  # gumbel: full (exact gradient) | truncated (prompt's cache only) | two_pass (teacher forced)
+    p.form = 'two_pass'  # gumbel: full (exact gradient) | two_pass (teacher forced)
     p.tau = free(1.0)  # V, gumbel: temperature of the relaxed tokens, at least 0.1
     p.lm_weight = free(
         0.0

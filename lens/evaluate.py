@@ -16,11 +16,11 @@ from lens import cli, data, files, metrics, report, sampling, sharding
 from lens.config import Run
 from lens.errors import LensError
 from lens.lens_init import reopen
-from lens.models.decoder import centred
+from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.objectives import comparable, read
-from lens.response import NO_TAGS, extract
+from lens.response import NO_TAGS, find
 
 MEANINGS = {
     'fve': (
@@ -103,7 +103,7 @@ def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, tags, error,
     explanation are -1; a response without one is reconstructed as the zero vector.
     """
     roll = read(base, batch, layer)
-    a = centred(lens.decoder, roll.a_NxD, roll.source.position_N)
+    a = without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
     draw_key, permute_key = jax.random.split(key)
     vectors, temperatures = {'': a, '_greedy': a}, [1.0, 0.0]
     if controls:
@@ -115,14 +115,14 @@ def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, tags, error,
     texts = _separate(ids, vectors)
     if controls:
         noise = jax.random.uniform(permute_key, texts[''].shape, out_sharding=sharding.out(sharding.rows(2)))
-        inside, at = _inside(extract(texts[''], tags), length), jnp.arange(length)
+        inside, at = _inside(find(texts[''], tags), length), jnp.arange(length)
         start = jnp.argmax(inside, axis=1, keepdims=True)
         order = jnp.argsort(jnp.where(inside, start + noise, at + (at > start)), axis=1)
         texts['_words_permuted'] = jnp.take_along_axis(texts[''], order, axis=1)
         texts['_previous_tokens'] = batch['previous'].reshape(-1, length)
         if 'explanations' in batch:
             texts['_given'] = batch['explanations'].reshape(-1, length)
-    found = {k: extract(ids, NO_TAGS if k == '_previous_tokens' else tags) for k, ids in texts.items()}
+    found = {k: find(ids, NO_TAGS if k == '_previous_tokens' else tags) for k, ids in texts.items()}
     span = tuple(_interleave(x) for x in zip(*(f.span for f in found.values()), strict=True)) if tags else None
     source = jax.tree.map(lambda x: _interleave([x] * len(texts)), roll.source)
     pred = _separate(encode(lens.encoder, base, _interleave(texts.values()), source, span), texts)

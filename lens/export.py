@@ -168,7 +168,7 @@ def _side_line(spec: dict, side: str) -> str:
     }[spec['trained'][side]]
     c = spec[side]
     if side == 'decoder':
-        n = c['patched_blocks']
+        n = c.get('patched_blocks')
         if c['injection'] != 'affine':
             act = {'replace': f'put into the slot at norm {c["norm"]:g}', 'add': 'added to the slot after block 1'}
             return f'{how}; the activation is {act[c["injection"]]}; prompt {_code(c["prompt"])}'

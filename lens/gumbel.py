@@ -2,11 +2,10 @@
 
 Token t is argmax z_t with z_t = logits_t + temperature * Gumbel noise, an exact draw. Where a table row of it
 is read, the row's gradient is that of softmax(z_t / max(tau, MIN_TAU)) times the table: tau changes the
-gradient, never the token. Three gradients of one rollout:
+gradient, never the token. Two gradients of one rollout:
 
-full       exact: through the rows that the decoder is fed back, and the keys and values of its own tokens.
-truncated  neither of the two; every token keeps its way to the prompt's keys and values, and to the maps.
-two_pass   no sampled history either: the tokens are given, as in teacher forcing, and relaxed on the way out.
+full      exact: through the rows that the decoder is fed back, and the keys and values of its own tokens.
+two_pass  no sampled history: the tokens are given, as in teacher forcing, and relaxed on the way out.
 
 Reverse mode through the sampling loop would store a cache per token. At step t the cache is the final one before
 position t, so the loop backwards linearises each step anew at the final cache and carries one cotangent of
@@ -25,12 +24,11 @@ from lens.models import decoder as dec
 from lens.models.attention import KVCache, Stream
 from lens.models.transformer import REMAT_POLICIES, at_layer, model_of
 
-FORMS = ('full', 'truncated', 'two_pass')
+FORMS = ('full', 'two_pass')
 MIN_TAU = 0.1
-ROWS = sharding.rows(2)
 
 
-class Rollout(NamedTuple):
+class Words(NamedTuple):
     """Tokens of N explanations. logits: float32, of the draw of each token, differentiable in every form.
 
     words: rows of the given table, exactly table[ids] in value. logp: of the tokens by the sampler, where `logits`
@@ -38,55 +36,48 @@ class Rollout(NamedTuple):
     """
 
     ids_NxT: jax.Array
-    words_NxTxE: jax.Array
+    words_NxTxW: jax.Array
     logits_NxTxV: jax.Array
     logp_NxT: jax.Array | None = None
 
 
 def rollout(
-    decoder, base, activation_NxD, table_VxE, key, *, length: int, tau, temperature=1.0, form: str = 'full'
-) -> Rollout:
+    decoder, base, activation_NxD, table_VxW, key, *, length: int, tau, temperature=1.0, form: str = 'full'
+) -> Words:
     """One explanation of `length` tokens per activation: the tokens of sampling.sample for the same key.
 
-    table_VxE: whose rows the reader of the words takes in, a constant. tau: may be traced. temperature: a
+    table_VxW: whose rows the reader of the words takes in, a constant. tau: may be traced. temperature: a
     number, or one per activation [N]. Gradients reach the decoder and the activations; base, table, tau and
     temperature are constants. Of the decoder's own embedding table, too, the relaxation is a constant function;
-    a row that it feeds back has a lookup's gradient ('full' and 'two_pass').
+    a row that it feeds back has a lookup's gradient.
     """
     if form not in FORMS:
         raise ValueError(f'form={form!r} is none of {", ".join(FORMS)}')
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), activation_NxD.shape[:1])
-    arguments = decoder, base, activation_NxD, table_VxE, key, jnp.asarray(tau, jnp.float32), temperature
-    return _two_pass(length, *arguments) if form == 'two_pass' else _rollout(form, length, *arguments)
-
-
-def _perturbed(logits_NxV, key, t, temperature_N):
-    """z of token t: what its id is the argmax of."""
-    temperature_N = sharding.reshard(temperature_N, sharding.rows(1))
-    logits_NxV = sharding.reshard(logits_NxV, ROWS)
-    return logits_NxV + temperature_N[:, None] * sampling.noise(key, t, logits_NxV.shape)
+    roll = _full if form == 'full' else _two_pass
+    return roll(length, decoder, base, activation_NxD, table_VxW, key, jnp.asarray(tau, jnp.float32), temperature)
 
 
 def _relaxed_rows(perturbed_NxV, tau, tables):
     """softmax(z / max(tau, MIN_TAU)) times each of the tables."""
     soft = jax.nn.softmax(perturbed_NxV / jnp.maximum(tau, MIN_TAU), axis=-1)
 
-    def rows(table_VxE):
-        vocabulary = sharding.like(table_VxE)
+    def rows(table_VxW):
+        vocabulary = sharding.like(table_VxW)
         placed = sharding.reshard(
-            soft.astype(table_VxE.dtype), sharding.P(sharding.ROW_AXES, vocabulary and vocabulary[0])
+            soft.astype(table_VxW.dtype), sharding.P(sharding.ROW_AXES, vocabulary and vocabulary[0])
         )
-        return jnp.einsum('nv,ve->ne', placed, table_VxE, out_sharding=sharding.out(ROWS))
+        return jnp.einsum('nv,vw->nw', placed, table_VxW, out_sharding=sharding.out(sampling.ROWS))
 
     return jax.tree.map(rows, jax.lax.stop_gradient(tables))
 
 
-def _lookup(table_VxE, ids_NxT):
-    return table_VxE.at[ids_NxT].get(out_sharding=sharding.out(sharding.ACT))
+def _lookup(table_VxW, ids_NxT):
+    return table_VxW.at[ids_NxT].get(out_sharding=sharding.out(sharding.ACT))
 
 
-def _two_pass(length: int, decoder, base, activation_NxD, table_VxE, key, tau, temperature_N) -> Rollout:
-    base, table_VxE = jax.lax.stop_gradient((base, table_VxE))
+def _two_pass(length: int, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N) -> Words:
+    base, table_VxW = jax.lax.stop_gradient((base, table_VxW))
     frozen = jax.lax.stop_gradient(decoder)
     ids, logp = sampling.sample(frozen, base, activation_NxD, key, length=length, temperature=temperature_N)
     logits = dec.teacher_forced_logits(decoder, base, activation_NxD, ids)
@@ -94,67 +85,49 @@ def _two_pass(length: int, decoder, base, activation_NxD, table_VxE, key, tau, t
 
     @jax.checkpoint
     def relaxed(logits_NxV, t):
-        return _relaxed_rows(_perturbed(logits_NxV, key, t, temperature_N), tau, table_VxE)
+        return _relaxed_rows(sampling.perturbed(logits_NxV, key, t, temperature_N), tau, table_VxW)
 
     def body(_, at):
         mixed = relaxed(*at)
         return None, mixed - jax.lax.stop_gradient(mixed)  # zero, with a gradient
 
-    _, push_TxNxE = jax.lax.scan(body, None, (jnp.moveaxis(logits, 1, 0), jnp.arange(length)))
-    return Rollout(ids, _lookup(table_VxE, ids) + jnp.moveaxis(push_TxNxE, 0, 1), logits, logp)
+    _, push_TxNxW = jax.lax.scan(body, None, (jnp.moveaxis(logits, 1, 0), jnp.arange(length)))
+    return Words(ids, _lookup(table_VxW, ids) + jnp.moveaxis(push_TxNxW, 0, 1), logits, logp)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rollout(form: str, length: int, decoder, base, activation_NxD, table_VxE, key, tau, temperature_N) -> Rollout:
-    del form, tau  # of the gradient
-    return _draw(length, decoder, base, activation_NxD, table_VxE, key, temperature_N)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _full(length: int, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N) -> Words:
+    return _forward(length, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N)[0]
 
 
-def _draw(length: int, decoder, base, activation_NxD, table_VxE, key, temperature_N) -> tuple[Rollout, KVCache]:
-    """The loop of sampling.sample; also its logits and the final cache, which lacks the last token."""
+def _forward(length, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N):
+    """The loop of sampling.sample; the final cache lacks the last token."""
     logits, cache = dec.prefill(decoder, base, activation_NxD, length)
-    logits = sharding.reshard(logits, ROWS)
-    n, vocabulary = logits.shape
-    kept_NxTxV = jnp.zeros((n, length, vocabulary), out_sharding=sharding.out(sharding.rows(3)))
 
-    def draw(logits_NxV, kept_NxTxV, t):
-        ids = jnp.argmax(_perturbed(logits_NxV, key, t, temperature_N), axis=-1).astype(jnp.int32)
-        return ids, jax.lax.dynamic_update_index_in_dim(kept_NxTxV, logits_NxV, t, 1)
+    def keep(logits_NxV, ids_N):
+        return logits_NxV
 
-    def body(carry, t):
-        logits, cache, kept = carry
-        ids, kept = draw(logits, kept, t)
-        logits, cache = dec.step(decoder, base, ids, cache, t)
-        return (sharding.reshard(logits, ROWS), cache, kept), ids
-
-    (logits, cache, kept), ids_TxN = jax.lax.scan(body, (logits, cache, kept_NxTxV), jnp.arange(length - 1))
-    last, kept = draw(logits, kept, length - 1)
-    ids = jnp.concatenate([ids_TxN.T, last[:, None]], axis=1)
-    return Rollout(ids, _lookup(table_VxE, ids), kept), cache
+    ids, kept, cache = sampling.draw(
+        decoder, base, logits, cache, key, length=length, temperature_N=temperature_N, keep=keep
+    )
+    residuals = decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids, cache
+    return Words(ids, _lookup(table_VxW, ids), kept), residuals
 
 
-def _forward(form, length, decoder, base, activation_NxD, table_VxE, key, tau, temperature_N):
-    del form
-    out, cache = _draw(length, decoder, base, activation_NxD, table_VxE, key, temperature_N)
-    return out, (decoder, base, activation_NxD, table_VxE, key, tau, temperature_N, out.ids_NxT, cache)
-
-
-def _backward(form, length, residuals, cotangents):
-    """Cotangents of _rollout's arguments: the steps in reverse, each linearised at the final cache."""
-    decoder, base, activation_NxD, table_VxE, key, tau, temperature_N, ids_NxT, cache = residuals
-    d_words_NxTxE, d_logits_NxTxV = cotangents.words_NxTxE, cotangents.logits_NxTxV
+def _backward(length, residuals, cotangents):
+    """Cotangents of _full's arguments: the steps in reverse, each linearised at the final cache."""
+    decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids_NxT, cache = residuals
+    d_words_NxTxW, d_logits_NxTxV = cotangents.words_NxTxW, cotangents.logits_NxTxV
     own_table_VxD = model_of(decoder, base).table
-    full = form == 'full'
-    tables = (table_VxE, own_table_VxD) if full else (table_VxE,)
+    tables = table_VxW, own_table_VxD
 
     def logits_cotangent(logits_NxV, t, d_row_NxD):
         """Of the logits of token t: their own, and that of the rows made of them, read and fed back."""
 
         def relaxed(logits_NxV):
-            return _relaxed_rows(_perturbed(logits_NxV, key, t, temperature_N), tau, tables)
+            return _relaxed_rows(sampling.perturbed(logits_NxV, key, t, temperature_N), tau, tables)
 
-        d_word = _token(d_words_NxTxE, t)
-        (through_rows,) = jax.vjp(relaxed, logits_NxV)[1]((d_word, d_row_NxD) if full else (d_word,))
+        (through_rows,) = jax.vjp(relaxed, logits_NxV)[1]((_token(d_words_NxTxW, t), d_row_NxD))
         return _token(d_logits_NxTxV, t) + through_rows
 
     def body(carry, t):
@@ -163,9 +136,8 @@ def _backward(form, length, residuals, cotangents):
         (logits, _), transpose = jax.vjp(step, decoder, _lookup(own_table_VxD, _token(ids_NxT, t)[:, None]), cache)
         start = decoder.prompt_len + t
         d_kv = jax.tree.map(lambda d, x: _slots(d, start, 1, x.dtype), d_cache, cache)
-        d_kv = d_kv if full else jax.tree.map(jnp.zeros_like, d_kv)
         d_step, d_rows_Nx1xD, d_read = transpose((logits_cotangent(logits, t + 1, d_row), d_kv))
-        d_row = d_rows_Nx1xD[:, 0] if full else d_row
+        d_row = d_rows_Nx1xD[:, 0]
         return (_add(d_decoder, d_step), _add(d_cache, d_read), d_row), d_row
 
     d_decoder, d_cache = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (decoder, cache))
@@ -182,11 +154,11 @@ def _backward(form, length, residuals, cotangents):
     return d_decoder, None, d_activation, None, None, None, None
 
 
-_rollout.defvjp(_forward, _backward)
+_full.defvjp(_forward, _backward)
 
 
-def _token(x_NxTx, t):
-    return jax.lax.dynamic_index_in_dim(x_NxTx, t, 1, keepdims=False)
+def _token(x, t):
+    return jax.lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
 
 
 def _slots(x_LxNxSxKxh, start, n: int, dtype):
@@ -194,25 +166,26 @@ def _slots(x_LxNxSxKxh, start, n: int, dtype):
 
 
 def _add(sums, terms):
-    """sums + terms, leaf by leaf in the dtype of the sums."""
     return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, terms)
 
 
+@jax.named_scope('prefill')
 def _start(decoder, activation_NxD, *, base, ids_NxT):
     """dec.prefill to differentiate: logits NxV of the first token, the prompt's keys and values, the
     decoder's rows of the tokens that it is fed back."""
     model = model_of(decoder, base)
     x, hook = dec.prompt_rows(decoder, model, activation_NxD)
     x, prompt = _run_layers(model, decoder.adapters, model.enter(x), 0, None, hook)
-    return sharding.reshard(model.logits(x[:, -1:])[:, 0], ROWS), prompt, model.lookup(ids_NxT)
+    return sharding.reshard(model.logits(x[:, -1:])[:, 0], sampling.ROWS), prompt, model.lookup(ids_NxT)
 
 
+@jax.named_scope('decode')
 def _step(decoder, row_Nx1xD, cache, *, base, t):
     """dec.step to differentiate: logits NxV of token t+1 after `row` of token t, and its keys and values."""
     model = model_of(decoder, base)
     start = decoder.prompt_len + t
     x, written = _run_layers(model, decoder.adapters, model.enter(row_Nx1xD, start), start, cache)
-    return sharding.reshard(model.logits(x)[:, 0], ROWS), written
+    return sharding.reshard(model.logits(x)[:, 0], sampling.ROWS), written
 
 
 def _run_layers(model, adapters, x_NxTxD, start, cache: KVCache | None, before_block=None):

@@ -40,10 +40,7 @@ def settings(lens: Lens) -> dict:
     return {
         'layer': d.config.layer,
         'decoder.train': trained(d),
-        'decoder.patched_blocks': d.config.patched_blocks,
-        'decoder.shared_map': d.config.shared_map,
-        'decoder.injection': d.config.injection,
-        'decoder.norm': d.config.norm,
+        **d.config.injection.settings(),
         'decoder.more_slots': list(d.config.more_slots),
         'decoder.marker_id': d.config.marker,
         'encoder.train': trained(e),
@@ -73,18 +70,11 @@ def _meaning(name: str, lens: Lens) -> str:
             f'Low-rank factor {factor.upper()} {shape} of matrix {matrix}, used as x W + (x A) B with alpha / rank '
             f'inside A; already merged into {side}/ and kept here so that training can go on.'
         )
-    n = d.patched_blocks
-    if n == 0:
-        where = 'fills the slot of the input, in units of the embedding table (before embed_scale and position vectors)'
-    elif d.shared_map:
-        where = f'overwrites the slot in the residual stream that enters each of blocks 0..{n - 1}'
-    else:
-        where = f'number k overwrites the slot in the residual stream that enters block k, for k = 0..{n - 1}'
     position = 'Vectors [positions, d], in units of the residual stream, that are {} at the position that was read.'
     rows = 'Soft prompt [tokens, d] {} the {}, in units of the embedding table (times embed_scale = inputs_embeds).'
     return {
         'decoder/maps_w': f'W [maps, d_in, d_out] of y = a @ W + b, the activation a a row vector (transpose it for '
-        f'torch.nn.Linear); y {where}.',
+        f'torch.nn.Linear); y {d.injection.place}.',
         'decoder/maps_b': 'b [maps, d] of y = a @ W + b, see decoder/maps_w.',
         'decoder/prompt_left': rows.format('before', 'slot'),
         'decoder/prompt_right': rows.format('after', 'slot'),

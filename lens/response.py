@@ -1,10 +1,17 @@
-"""Where the explanation is in a response: between an opening and a closing tag, both token sequences."""
+"""Prompts and tags as token ids, and where the explanation stands in a response: between two tags."""
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from lens.errors import LensError
+
+EMBED, TEXT = '<embed>', '<text>'
+# What a special token looks like in a prompt; other tags are ordinary text.
+SPECIAL_LITERAL = r'<\|[^|<>]+\|>|</?s>|<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn)>|\[[A-Z]+\]'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +28,16 @@ class Tags:
 NO_TAGS = Tags()
 
 
-class Extraction(NamedTuple):
+class Prompt(NamedTuple):
+    """Token ids left and right of the first slot; rows of `right` that are slots as well; the token in the slots."""
+
+    left: list[int]
+    right: list[int]
+    more_slots: tuple[int, ...] = ()
+    marker: int = 0
+
+
+class Found(NamedTuple):
     """Of every response: the words start..start+length-1, the tokens up to and with the closing tag, success."""
 
     start_N: jnp.ndarray
@@ -40,17 +56,15 @@ class Extraction(NamedTuple):
 
 def _first(ids_NxT, tag: tuple[int, ...], begin_N):
     """(index of the first occurrence of `tag` at or after begin, whether there is one)."""
-    n, t = ids_NxT.shape
-    hit = jnp.ones((n, t), bool)
+    t = ids_NxT.shape[1]
+    hit = jnp.arange(t) >= begin_N[:, None]
     for k, token in enumerate(tag):
-        shifted = jnp.pad(ids_NxT[:, k:], ((0, 0), (0, k)), constant_values=-1)
-        hit &= shifted == token
-    hit &= jnp.arange(t) >= begin_N[:, None]
+        hit &= jnp.pad(ids_NxT[:, k:], ((0, 0), (0, k)), constant_values=-1) == token
     return jnp.argmax(hit, axis=1).astype(jnp.int32), hit.any(1)
 
 
-def extract(ids_NxT, tags: Tags) -> Extraction:
-    """The first closed pair of tags with at least one token between them.
+def find(ids_NxT, tags: Tags) -> Found:
+    """Finds the first closed pair of tags with at least one token between them.
 
     A response without one has failed: all its tokens count, the explanation is what follows the opening tag, or
     all of it. Without tags nothing fails.
@@ -58,31 +72,88 @@ def extract(ids_NxT, tags: Tags) -> Extraction:
     t = ids_NxT.shape[1]
     zero = jnp.zeros_like(ids_NxT[:, 0])
     if not tags:
-        return Extraction(zero, zero + t, zero + t, zero == 0)
-    opened, has_opening = _first(ids_NxT, tags.opening, zero) if tags.opening else (zero, zero == 0)
+        return Found(zero, zero + t, zero + t, zero == 0)
+    opened, has_opening = _first(ids_NxT, tags.opening, zero)
     start = jnp.where(has_opening, opened + len(tags.opening), 0)
     closed, has_closing = _first(ids_NxT, tags.closing, start)
     found = has_opening & has_closing & (closed > start)
-    stop = jnp.where(found, closed, t)
     start = jnp.minimum(start, t - 1)
-    return Extraction(start, jnp.maximum(stop - start, 1), jnp.where(found, closed + len(tags.closing), t), found)
+    length = jnp.maximum(jnp.where(found, closed, t) - start, 1)
+    return Found(start, length, jnp.where(found, closed + len(tags.closing), t), found)
 
 
 def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndarray:
-    """Responses [..., length] of given explanations [..., T]: opening tag, words, closing tag, filler.
+    """Makes responses [..., length] of given explanations [..., T]: opening tag, words, closing tag, filler.
 
     The filler at the end of a label is no word. Labels that leave no room for the tags are cut. Without tags the
-    labels are what is written.
+    labels themselves are the responses.
     """
     if not tags:
         return labels
-    t, room = labels.shape[-1], length - len(tags.opening) - len(tags.closing)
-    words = np.where(labels != filler, np.arange(1, t + 1), 0).max(-1).clip(1, room)
-    out = np.full((*labels.shape[:-1], length), filler, labels.dtype)
-    out[..., : len(tags.opening)] = tags.opening
-    body = np.arange(min(t, room)) < words[..., None]
-    inner = out[..., len(tags.opening) : len(tags.opening) + body.shape[-1]]
-    inner[body] = labels[..., : body.shape[-1]][body]
-    close = (len(tags.opening) + words)[..., None] + np.arange(len(tags.closing))
-    np.put_along_axis(out, close, np.broadcast_to(np.asarray(tags.closing, labels.dtype), close.shape), -1)
-    return out
+    room = length - len(tags.opening) - len(tags.closing)
+
+    def response(label):
+        words = np.flatnonzero(label != filler)[-1:].sum() + 1  # one at least
+        body = [*tags.opening, *label[: min(words, room)], *tags.closing]
+        return np.pad(np.asarray(body, label.dtype), (0, length - len(body)), constant_values=filler)
+
+    return np.apply_along_axis(response, -1, labels)
+
+
+def sites(ids: list[int], marker: int) -> tuple[int, ...]:
+    """Indices of the marker in `ids` that have neighbours."""
+    return tuple(i for i in range(1, len(ids) - 1) if ids[i] == marker)
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)['input_ids']
+
+
+def _prompt_ids(tokenizer, text: str, key: str) -> list[int]:
+    """Token ids of a part of a prompt, in which special tokens are written out and must be one token each."""
+    for literal in re.findall(SPECIAL_LITERAL, text):
+        if len(_ids(tokenizer, literal)) != 1:
+            raise LensError(
+                f'{key} holds {literal}, which is no token of the subject: write one that its tokenizer has.'
+            )
+    return _ids(tokenizer, text)
+
+
+def encoder_prompt(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Token ids before and after the words, which stand where <text> comes last. Raises LensError."""
+    if TEXT not in text:
+        raise LensError(f'encoder.prompt={text!r} must contain {TEXT}.')
+    before, after = text.rsplit(TEXT, 1)  # an earlier one is a tag
+    return _prompt_ids(tokenizer, before, 'encoder.prompt'), _prompt_ids(tokenizer, after, 'encoder.prompt')
+
+
+def decoder_prompt(tokenizer, text: str, marker: str) -> Prompt:
+    """Token ids around the slots; with a marker, of the whole text, as its readers tokenise it. Raises LensError."""
+    key, count = 'decoder.prompt', text.count(EMBED)
+    if not count:
+        raise LensError(f'{key}={text!r} must contain {EMBED}.')
+    parts = [_prompt_ids(tokenizer, part, key) for part in text.split(EMBED)]
+    ids, found, token = parts[0], [], [0]
+    for part in parts[1:]:
+        found.append(len(ids))
+        ids = [*ids, 0, *part]
+    if marker:
+        token = _ids(tokenizer, marker)
+        if len(token) != 1:
+            raise LensError(f'decoder.marker={marker!r} is {len(token)} tokens of the subject, it must be one.')
+        ids = _ids(tokenizer, text.replace(EMBED, marker))
+        found = sites(ids, token[0])
+        if not len(found) == count == ids.count(token[0]):
+            raise LensError(
+                f'{key}={text!r} has {count} slots, but with decoder.marker={marker!r} in them its tokens have '
+                f'{len(found)} inside: put text around each slot and take a marker that does not merge with it.'
+            )
+    first = found[0]
+    return Prompt(ids[:first], ids[first + 1 :], tuple(i - first - 1 for i in found[1:]), token[0])
+
+
+def tags(tokenizer, opening: str, closing: str) -> Tags:
+    """What an explanation stands between. Raises LensError."""
+    if opening and not closing:
+        raise LensError(f'explanation_open={opening!r} needs an explanation_close.')
+    return Tags(tuple(_ids(tokenizer, opening)), tuple(_ids(tokenizer, closing)))

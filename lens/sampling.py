@@ -9,6 +9,8 @@ from lens import losses, sharding
 from lens.models import decoder as dec
 from lens.models.subject import tile_rows
 
+ROWS = sharding.rows(2)
+
 
 class Samples(NamedTuple):
     """Explanations ids_NxT with their log-probabilities logp_NxT; rows of one activation contiguous."""
@@ -18,39 +20,53 @@ class Samples(NamedTuple):
 
 
 def noise(key, t, shape: tuple[int, int]):
-    """Standard Gumbel noise NxV of token t, the same on every mesh."""
-    place = sharding.out(sharding.rows(2))
-    return jax.random.gumbel(jax.random.fold_in(key, t), shape, jnp.float32, out_sharding=place)
+    """Draws standard Gumbel noise NxV for token t, the same on every mesh."""
+    return jax.random.gumbel(jax.random.fold_in(key, t), shape, jnp.float32, out_sharding=sharding.out(ROWS))
+
+
+def perturbed(logits_NxV, key, t, temperature_N):
+    """logits + temperature * noise of token t: what its id is the argmax of."""
+    temperature_N = sharding.reshard(temperature_N, sharding.rows(1))
+    return sharding.reshard(logits_NxV, ROWS) + temperature_N[:, None] * noise(key, t, logits_NxV.shape)
+
+
+def draw(decoder, base, logits_NxV, cache, key, *, length: int, temperature_N, keep):
+    """Draws `length` tokens a row after a prompt of which prefill gave logits and cache.
+
+    Returns (ids NxT, keep(logits NxV, ids N) of every token on a second axis, the cache without the last token).
+    """
+    logits = sharding.reshard(logits_NxV, ROWS)
+    kept = jax.eval_shape(lambda x: keep(x, jnp.argmax(x, axis=-1)), logits)
+    shape = (len(logits), length, *kept.shape[1:])
+    kept = jnp.zeros(shape, kept.dtype, out_sharding=sharding.out(sharding.rows(len(shape))))
+
+    def token(logits, kept, t):
+        ids_N = jnp.argmax(perturbed(logits, key, t, temperature_N), axis=-1).astype(jnp.int32)
+        return ids_N, jax.lax.dynamic_update_index_in_dim(kept, keep(logits, ids_N), t, 1)
+
+    def body(carry, t):
+        logits, cache, kept = carry
+        ids_N, kept = token(logits, kept, t)
+        logits, cache = dec.step(decoder, base, ids_N, cache, t)
+        return (sharding.reshard(logits, ROWS), cache, kept), ids_N
+
+    (logits, cache, kept), ids_TxN = jax.lax.scan(body, (logits, cache, kept), jnp.arange(length - 1))
+    last_N, kept = token(logits, kept, length - 1)
+    return jnp.concatenate([ids_TxN.T, last_N[:, None]], axis=1), kept, cache
 
 
 def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, temperature=1.0) -> Samples:
-    """Exactly `length` tokens for each activation, `group` times: N = B * group rows.
+    """Draws exactly `length` tokens for each activation, `group` times: N = B * group rows.
 
     Exact draws from softmax(logits / temperature) as argmax(logits + temperature * Gumbel noise), so 0
     is greedy; a number, or one per activation [B]. logp is at temperature 1. The noise of a row depends
     on key, step and row alone: every mesh draws the same tokens from the same logits.
     """
     temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
-    temperature_Nx1 = tile_rows(temperature_B, group)[:, None]
     logits_BxV, cache = dec.prefill(decoder, base, activation_BxD, length)
-    logits = tile_rows(logits_BxV, group)
     spec = sharding.like(cache.k_LxBxSxKxh)
     cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=spec), cache)
-
-    def draw(logits_NxV, t):
-        perturbed = logits_NxV + temperature_Nx1 * noise(key, t, logits_NxV.shape)
-        ids = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
-        return ids, losses.token_log_probs(logits_NxV, ids)
-
-    def body(carry, t):
-        logits, cache = carry
-        ids, logp = draw(logits, t)
-        logits, cache = dec.step(decoder, base, ids, cache, t)
-        return (sharding.reshard(logits, sharding.rows(2)), cache), (ids, logp)
-
-    (logits, cache), (ids, logp) = jax.lax.scan(body, (logits, cache), jnp.arange(length - 1))
-    last_ids, last_logp = draw(logits, length - 1)
-    return Samples(
-        jnp.concatenate([ids.T, last_ids[:, None]], axis=1),
-        jnp.concatenate([logp.T, last_logp[:, None]], axis=1),
-    )
+    logits_NxV, temperature_N = tile_rows(logits_BxV, group), tile_rows(temperature_B, group)
+    keep = losses.token_log_probs
+    ids, logp, _ = draw(decoder, base, logits_NxV, cache, key, length=length, temperature_N=temperature_N, keep=keep)
+    return Samples(ids, logp)

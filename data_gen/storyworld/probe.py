@@ -29,7 +29,7 @@ BATCH = 100  # documents per forward
 def activations(model, split: data.Split, documents: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """(activations NxD, established values NxF) at POSITIONS positions of the first documents."""
     held = data.held_out(split, documents=documents, vectors=POSITIONS, min_pos=MIN_POS, seed=1)
-    read = jax.jit(subject.read, static_argnames='layer')
+    read = jax.jit(subject.activations, static_argnames='layer')
     parts = [
         np.asarray(read(model, held['tokens'][i : i + BATCH], held['positions'][i : i + BATCH], layer=layer))
         for i in range(0, len(held['tokens']), BATCH)

@@ -106,6 +106,7 @@ class Attention(nnx.Module):
         self.k_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
         self.sinks = zeros(c.sinks, (k, g))
 
+    @jax.named_scope('attention')
     def __call__(self, x_BxTxD, layer, positions, c, past: KVCache | Stream | None, adapters):
         """Tokens at `positions`, and what they look at besides themselves.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lens import sharding
-from lens.models.transformer import Transformer, model_of
+from lens.models.transformer import Transformer, model_of, rows_for
 
 READOUTS = ('affine', 'linear', 'none')
 
@@ -48,7 +48,7 @@ class Encoder(nnx.Module):
         readout=None,
         positions: bool = False,
     ):
-        """readout: (W [d, d], b [d]) at the start; the identity where not given."""
+        """readout: (W DxD, b D) at the start; the identity where not given."""
         self.config = c
         d = base.config.d_model
         w, b = readout or (jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32))
@@ -68,19 +68,20 @@ def encode(encoder: Encoder, base: Transformer, ids_BxT, source: Source | None =
     return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT), source, span)
 
 
+@jax.named_scope('encode')
 def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source | None = None, span=None):
     """Reconstruction BxD (float32) from words given as rows of the encoder's embedding table.
 
-    Input rows: [left, words, right, current token], the special vector added to the last one, all in the units
-    of the embedding table. source: needed by an encoder with a current token or positions. span: (start_B, length_B) of the words that are read; None: all. What is right of a
-    row's last position is never seen by it, so rows of any length run together.
+    Input rows: [left, words, right, current token], the special vector added to the last one, all in the units of
+    the embedding table. source: needed by an encoder with a current token or positions. span: (start_B, length_B)
+    of the words that are read; None: all. What is right of a row's last position is never seen by it, so rows of
+    any length run together.
     """
     model = model_of(encoder, base)
     left, dtype = len(encoder.prompt_left), model.embedding.dtype
 
-    def rows(p_LxD):
-        shape = (words_BxTxD.shape[0], *p_LxD.shape)
-        return jnp.broadcast_to(p_LxD, shape, out_sharding=sharding.out(sharding.ACT)).astype(dtype)
+    def rows(p_QxD):
+        return rows_for(len(words_BxTxD), p_QxD, dtype)
 
     tail = rows(encoder.prompt_right[...])
     if encoder.config.current_token:
@@ -103,11 +104,11 @@ def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source
     return y
 
 
-def _close_up(x_BxLxD, left: int, words: int, start_B, length_B):
+def _close_up(x_BxTxD, left: int, words: int, start_B, length_B):
     """Rows [left, words[start : start + length], tail] of each row, and the index of its last one."""
-    at_L, tail = jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[1] - left - words
+    at_T, tail = jnp.arange(x_BxTxD.shape[1]), x_BxTxD.shape[1] - left - words
     start, length = start_B[:, None], length_B[:, None]
-    from_BxL = jnp.where(at_L < left, at_L, at_L + start)
-    from_BxL = jnp.where(at_L < left + length, from_BxL, at_L - length + words)
-    x = jnp.take_along_axis(x_BxLxD, jnp.minimum(from_BxL, x_BxLxD.shape[1] - 1)[..., None], axis=1)
+    from_BxT = jnp.where(at_T < left, at_T, at_T + start)
+    from_BxT = jnp.where(at_T < left + length, from_BxT, at_T - length + words)
+    x = jnp.take_along_axis(x_BxTxD, jnp.minimum(from_BxT, x_BxTxD.shape[1] - 1)[..., None], axis=1)
     return x, left + length_B + tail - 1

@@ -1,54 +1,162 @@
-"""How a vector enters a prompt: pure functions of a stream, its slots and the vectors.
+"""How an activation enters a prompt: one object each, with its rows, its hook, its maps, its settings, its checks.
 
-affine   trained maps of the vector overwrite the slot at the input or at the entrance of the first N blocks
-replace  the row of the slot at the input is the vector itself, rescaled to a fixed norm
-add      the stream that leaves block 1 keeps its direction at the slot and gets the vector's beside it, norm-matched
+Affine   trained maps of it overwrite the slot at the input or at the entrance of the first blocks
+Replace  the row of the slot at the input is the activation itself, rescaled to a fixed norm
+Add      the stream that leaves block 1 keeps its direction at the slot and gets that of the activation, norm-matched
 
-`replace` and `add` are the families A and B of natural language autoencoders. They mark their slots in the
-prompt by a token of its own, the marker.
+Replace and Add are the families A and B of natural language autoencoders. They mark their slots in the prompt by a
+token of its own, the marker. A new one is a class like these and its name in INJECTIONS; its fields are keys of
+cfg.decoder.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-FAMILIES = ('affine', 'replace', 'add')
-ADD_BLOCK = 2  # block at whose entrance `add` acts
+from lens import sharding
+from lens.errors import LensError
+
+ADD_BLOCK = 2  # block at whose entrance Add acts
 
 
-def sites(ids: Sequence[int], marker: int, left: int | None = None, right: int | None = None) -> tuple[int, ...]:
-    """Indices of the marker in `ids` that have neighbours, and these ones where they are given."""
-    ids = np.asarray(ids)
-    hit = ids[1:-1] == marker
-    if left is not None:
-        hit &= ids[:-2] == left
-    if right is not None:
-        hit &= ids[2:] == right
-    return tuple((np.flatnonzero(hit) + 1).tolist())
+class Injection:
+    """What every injection has. n_maps: trained maps y = a W + b, in Decoder.maps_w and maps_b. place: where y goes,
+    for a reader of exported weights. at_input: whether y is in units of the embedding table, not of the stream."""
+
+    name: ClassVar[str]
+    n_maps = 0
+    place = ''
+    at_input = True
+
+    @classmethod
+    def from_config(cls, d, c) -> 'Injection':
+        """Of cfg.decoder for a base of TransformerConfig `c`. Raises LensError for values that are impossible."""
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """What decides how an activation enters, by configuration key."""
+        return {'decoder.injection': self.name} | {f'decoder.{k}': v for k, v in dataclasses.asdict(self).items()}
+
+    def enter(self, decoder, model, a_BxD) -> tuple[jax.Array, Callable | None]:
+        """(row BxD of every slot of the prompt, before_block of Transformer.run_layers or None).
+
+        The row is in units of the embedding table, what the hook writes in those of the stream. a_BxD: float32.
+        """
+        raise NotImplementedError
 
 
-def _at_slots(x_BxTxD, slots: tuple[int, ...], values_BxSxD):
-    """(where a slot is [T, 1], the values spread over the positions BxTxD in float32)."""
-    if len(slots) != values_BxSxD.shape[1]:
-        raise ValueError(f'{len(slots)} slots for {values_BxSxD.shape[1]} vectors')
-    hit_TxS = jnp.arange(x_BxTxD.shape[1])[:, None] == jnp.asarray(slots, jnp.int32)
-    spread = jnp.einsum(
-        'ts,bsd->btd', hit_TxS.astype(jnp.float32), values_BxSxD.astype(jnp.float32), precision='highest'
-    )
-    return hit_TxS.any(1)[:, None], spread
+@dataclasses.dataclass(frozen=True)
+class Affine(Injection):
+    """Map k overwrites the slot in the stream that enters block k, for the first patched_blocks; with 0 of them the
+    one map fills the slot of the input. shared_map: one map for all blocks."""
+
+    patched_blocks: int
+    shared_map: bool = False
+    name = 'affine'
+
+    @classmethod
+    def from_config(cls, d, c):
+        n = d.patched_blocks
+        if not -1 <= n <= c.n_layers:
+            raise LensError(f'decoder.patched_blocks={n} is not in -1..{c.n_layers}, the blocks of the subject.')
+        return cls(c.n_layers if n == -1 else n, d.shared_map)
+
+    @property
+    def n_maps(self) -> int:
+        return 1 if self.shared_map else max(self.patched_blocks, 1)
+
+    @property
+    def at_input(self) -> bool:
+        return self.patched_blocks == 0
+
+    @property
+    def place(self) -> str:
+        last = self.patched_blocks - 1
+        if last < 0:
+            return (
+                'fills the slot of the input, in units of the embedding table (before embed_scale and position vectors)'
+            )
+        if self.shared_map:
+            return f'overwrites the slot in the residual stream that enters each of blocks 0..{last}'
+        return f'number k overwrites the slot in the residual stream that enters block k, for k = 0..{last}'
+
+    def enter(self, decoder, model, a_BxD):
+        del model
+        weights, bias = sharding.gathered(decoder.maps_w[...]), decoder.maps_b[...][:, None]
+        maps_MxBxD = jnp.einsum('bd,mde->mbe', a_BxD, weights) + bias
+
+        def patch(x_BxTxD, block):
+            value_BxD = maps_MxBxD[jnp.minimum(block, self.n_maps - 1)]
+            return jnp.where(block < self.patched_blocks, overwrite(x_BxTxD, decoder.slots, value_BxD), x_BxTxD)
+
+        return maps_MxBxD[0], patch if self.patched_blocks else None
 
 
-def overwrite(x_BxTxD, slots: tuple[int, ...], values_BxSxD):
-    """x with the rows at the slots replaced by the values, one each."""
-    hit, spread = _at_slots(x_BxTxD, slots, values_BxSxD)
-    return jnp.where(hit, spread.astype(x_BxTxD.dtype), x_BxTxD)
+@dataclasses.dataclass(frozen=True)
+class Replace(Injection):
+    """norm: of the row in the slot, in units of the stream."""
+
+    norm: float
+    name = 'replace'
+
+    @classmethod
+    def from_config(cls, d, c):
+        if d.norm < 0:
+            raise LensError(f'decoder.norm={d.norm} must not be negative.')
+        return cls(float(d.norm) or c.d_model**0.5)
+
+    def enter(self, decoder, model, a_BxD):
+        return fixed_norm(a_BxD, self.norm) / model.config.embed_scale, None
 
 
-def add_norm_matched(x_BxTxD, slots: tuple[int, ...], vectors_BxSxD):
+@dataclasses.dataclass(frozen=True)
+class Add(Injection):
+    name = 'add'
+
+    @classmethod
+    def from_config(cls, d, c):
+        if c.n_layers <= ADD_BLOCK:
+            raise LensError(f'decoder.injection=add writes at block {ADD_BLOCK}, the subject has {c.n_layers} blocks.')
+        if not d.marker:
+            raise LensError('decoder.injection=add needs decoder.marker, a text of one token for the slot.')
+        return cls()
+
+    def enter(self, decoder, model, a_BxD):
+        def add(x_BxTxD, block):
+            return jnp.where(block == ADD_BLOCK, add_norm_matched(x_BxTxD, decoder.slots, a_BxD), x_BxTxD)
+
+        marker_1xD = jax.lax.stop_gradient(model.embedding_rows([decoder.config.marker]))
+        return jnp.broadcast_to(marker_1xD, a_BxD.shape, out_sharding=sharding.like(a_BxD)), add
+
+
+INJECTIONS = {kind.name: kind for kind in (Affine, Replace, Add)}
+
+
+def of_config(d, c) -> Injection:
+    """The injection of cfg.decoder for a base of TransformerConfig `c`. Raises LensError."""
+    if d.injection not in INJECTIONS:
+        raise LensError(f'decoder.injection={d.injection!r} is not one of {", ".join(INJECTIONS)}.')
+    return INJECTIONS[d.injection].from_config(d, c)
+
+
+def _at(slots: tuple[int, ...], x_BxTxD):
+    """Where a slot is, Tx1."""
+    return np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
+
+
+def overwrite(x_BxTxD, slots: tuple[int, ...], value_BxD):
+    """x with the rows at the slots replaced by the value."""
+    return jnp.where(_at(slots, x_BxTxD), value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
+
+
+def add_norm_matched(x_BxTxD, slots: tuple[int, ...], vector_BxD):
     """h + |h| v / (|v| + 1e-9) at the slots; the vector is rounded to the dtype of the stream first."""
-    hit, v = _at_slots(x_BxTxD, slots, vectors_BxSxD.astype(x_BxTxD.dtype))
+    hit = _at(slots, x_BxTxD)
+    v = vector_BxD[:, None].astype(x_BxTxD.dtype).astype(jnp.float32)
     h = jnp.where(hit, x_BxTxD.astype(jnp.float32), 1.0)  # elsewhere any row with a norm that has a gradient
     size = jnp.linalg.norm(h, axis=-1, keepdims=True)
     added = size * v / (jnp.linalg.norm(jax.lax.stop_gradient(v), axis=-1, keepdims=True) + 1e-9)

@@ -36,57 +36,57 @@ def activate(gate_up_Nx2xF, dtype):
     return ((up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)).astype(dtype)
 
 
-def _order(keys_M):
+def _order(keys_A):
     """argsort, stable. jnp.argsort types its result as equal on all devices inside shard_map, which can
     drop sums from gradients without an error."""
-    return jax.lax.sort((keys_M, jax.lax.iota(jnp.int32, keys_M.size)), num_keys=1)[1]
+    return jax.lax.sort((keys_A, jax.lax.iota(jnp.int32, keys_A.size)), num_keys=1)[1]
 
 
-def _grouped(multiply, x_NxD, choice_Nxk, weight_Nxk, w: Experts):
+def _grouped(multiply, x_NxD, choice_NxC, weight_NxC, w: Experts):
     """The (token, choice) rows in order of expert, one product per group of rows; NxD in float32.
 
-    multiply(rows_MxK, w_ExKxH, sizes_E) -> MxH: rows of group e times w[e]. Choices outside 0..E-1 belong
+    multiply(rows_AxI, w_ExIxO, sizes_E) -> AxO: rows of group e times w[e]. Choices outside 0..E-1 belong
     to another shard; they come last, beyond all groups.
     """
     n_experts, d, _, f = w.gate_up_ExDx2xF.shape
-    n, k = choice_Nxk.shape
-    expert_M = choice_Nxk.reshape(-1)
-    expert_M = jnp.where((expert_M >= 0) & (expert_M < n_experts), expert_M, n_experts)
-    order_M = _order(expert_M)
-    expert_M = expert_M[order_M]
-    sizes_E = jnp.sum(expert_M[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
-    here_Mx1 = (expert_M < n_experts)[:, None]
-    expert_M = jnp.minimum(expert_M, n_experts - 1)
+    n, k = choice_NxC.shape
+    expert_A = choice_NxC.reshape(-1)
+    expert_A = jnp.where((expert_A >= 0) & (expert_A < n_experts), expert_A, n_experts)
+    order_A = _order(expert_A)
+    expert_A = expert_A[order_A]
+    sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    here_Ax1 = (expert_A < n_experts)[:, None]
+    expert_A = jnp.minimum(expert_A, n_experts - 1)
 
-    def product(rows_MxK, w_ExKxH):
+    def product(rows_AxI, w_ExIxO):
         # Rows beyond the groups are undefined in the product and in its gradient: masked on both sides.
-        return jnp.where(here_Mx1, multiply(jnp.where(here_Mx1, rows_MxK, 0), w_ExKxH, sizes_E), 0)
+        return jnp.where(here_Ax1, multiply(jnp.where(here_Ax1, rows_AxI, 0), w_ExIxO, sizes_E), 0)
 
     # A permutation, not a gather with repeats: its transpose is then deterministic on GPU too.
-    rows_MxD = jnp.repeat(x_NxD, k, axis=0).at[order_M].get(unique_indices=True)
-    gate_up = product(rows_MxD, w.gate_up_ExDx2xF.reshape(n_experts, d, 2 * f)).reshape(-1, 2, f)
-    h_MxF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF[expert_M], x_NxD.dtype)
-    y_MxD = product(h_MxF, w.down_ExFxD) + w.down_bias_ExD[expert_M]
-    y_MxD = jnp.where(here_Mx1, y_MxD, 0).astype(x_NxD.dtype)
-    y_NxkxD = y_MxD.at[_order(order_M)].get(unique_indices=True).reshape(n, k, d)
-    return jnp.einsum('nkd,nk->nd', y_NxkxD, weight_Nxk, preferred_element_type=jnp.float32)
+    rows_AxD = jnp.repeat(x_NxD, k, axis=0).at[order_A].get(unique_indices=True)
+    gate_up = product(rows_AxD, w.gate_up_ExDx2xF.reshape(n_experts, d, 2 * f)).reshape(-1, 2, f)
+    h_AxF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF[expert_A], x_NxD.dtype)
+    y_AxD = product(h_AxF, w.down_ExFxD) + w.down_bias_ExD[expert_A]
+    y_AxD = jnp.where(here_Ax1, y_AxD, 0).astype(x_NxD.dtype)
+    y_NxCxD = y_AxD.at[_order(order_A)].get(unique_indices=True).reshape(n, k, d)
+    return jnp.einsum('nkd,nk->nd', y_NxCxD, weight_NxC, preferred_element_type=jnp.float32)
 
 
-def _dense(x_NxD, choice_Nxk, weight_Nxk, w: Experts):
+def _dense(x_NxD, choice_NxC, weight_NxC, w: Experts):
     """Every expert for every token, to check the others against; NxD in float32."""
     gate_up = jnp.einsum('nd,edcf->necf', x_NxD, w.gate_up_ExDx2xF).astype(jnp.float32) + w.gate_up_bias_Ex2xF
     y_NxExD = jnp.einsum('nef,efd->ned', activate(gate_up, x_NxD.dtype), w.down_ExFxD) + w.down_bias_ExD
-    chosen_NxkxE = choice_Nxk[..., None] == jnp.arange(y_NxExD.shape[1])
-    weight_NxE = jnp.sum(jnp.where(chosen_NxkxE, weight_Nxk[..., None], 0), axis=1)
+    chosen_NxCxE = choice_NxC[..., None] == jnp.arange(y_NxExD.shape[1])
+    weight_NxE = jnp.sum(jnp.where(chosen_NxCxE, weight_NxC[..., None], 0), axis=1)
     return jnp.einsum('ned,ne->nd', y_NxExD, weight_NxE)
 
 
-def _tokamax_ragged_dot(rows_MxK, w_ExKxH, sizes_E):
+def _tokamax_ragged_dot(rows_AxI, w_ExIxO, sizes_E):
     try:
         import tokamax
     except ImportError as e:
         raise LensError("experts='tokamax' needs a package: pip install tokamax, or set experts='ragged'.") from e
-    return tokamax.ragged_dot(rows_MxK, w_ExKxH, sizes_E)
+    return tokamax.ragged_dot(rows_AxI, w_ExIxO, sizes_E)
 
 
 # `experts` of the config -> how a shard runs its experts
@@ -97,10 +97,10 @@ IMPLEMENTATIONS = {
 }
 
 
-def _planned_dot(rows_MxK, w_ExKxH, sizes_E):
+def _planned_dot(rows_AxI, w_ExIxO, sizes_E):
     """One product of the shapes, FLOPs and operands of a grouped one, all of whose weights are in memory."""
     del sizes_E
-    return rows_MxK @ jax.lax.optimization_barrier(w_ExKxH)[0]
+    return rows_AxI @ jax.lax.optimization_barrier(w_ExIxO)[0]
 
 
 # Not for a user: for programs that are compiled and never run (lens.plan), where `ragged` has no kernel and becomes a
@@ -109,7 +109,7 @@ PLANNED = {'planned': functools.partial(_grouped, _planned_dot)}
 
 
 def _top_k(x_BxTxE, k: int):
-    """(values, indices) BxTxk of the largest, row by row where the rows live: the partitioner gathers them first."""
+    """(values, indices) BxTxC of the largest, row by row where the rows live: the partitioner gathers them first."""
 
     def local(x):
         return tuple(jax.lax.top_k(x, k))
@@ -152,7 +152,7 @@ class MoE(nnx.Module):
         self.down_bias = nnx.Param(jnp.zeros((e, d), dtype))
 
     def route(self, x_BxTxD, top_k: int):
-        """(experts, weights), each BxTxk: the largest logits and, in float32, the softmax over those alone."""
+        """(experts, weights), each BxTxC: the largest logits and, in float32, the softmax over those alone."""
         logits = jnp.einsum('btd,de->bte', x_BxTxD, self.router_w[...], preferred_element_type=jnp.float32)
         # Rounded once, after the bias: in bfloat16 the rounding decides which experts tie.
         logits = (logits + self.router_bias[...].astype(jnp.float32)).astype(x_BxTxD.dtype)
@@ -162,13 +162,14 @@ class MoE(nnx.Module):
     def _stored(self) -> dict[str, jax.Array]:
         return {k: v[...] for k, v in vars(self).items() if k.startswith(('gate_up', 'down'))}
 
+    @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c):
         """BxTxD, like x. Raises LensError when c.experts names a package that is missing."""
         choice, weight = self.route(x_BxTxD, c.top_k)
         stored = self._stored()
 
-        def run(x_BxTxD, choice_BxTxk, weight_BxTxk, stored):
-            rows = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, choice_BxTxk, weight_BxTxk))
+        def run(x_BxTxD, choice_BxTxC, weight_BxTxC, stored):
+            rows = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, choice_BxTxC, weight_BxTxC))
             y_NxD = (IMPLEMENTATIONS | PLANNED)[c.experts](*rows, _unpack(stored, x_BxTxD.dtype))
             return y_NxD.reshape(x_BxTxD.shape)
 
@@ -177,17 +178,17 @@ class MoE(nnx.Module):
 
         axis = sharding.like(stored['down_bias'])[0]  # 'model', or None where it does not divide the experts
 
-        def run_shard(x_BxTxD, choice_BxTxk, weight_BxTxk, stored):
+        def run_shard(x_BxTxD, choice_BxTxC, weight_BxTxC, stored):
             # Whatever meets per-device values is typed so at the entrance: its gradient is summed there, and
             # kernels with gradients of their own need no knowledge of the mesh.
             stored = jax.lax.pcast(stored, sharding.ROW_AXES, to='varying')
             if axis is None:
-                return run(x_BxTxD, choice_BxTxk, weight_BxTxk, stored).astype(x_BxTxD.dtype)
-            x_BxTxD, choice_BxTxk, weight_BxTxk = jax.lax.pcast(
-                (x_BxTxD, choice_BxTxk, weight_BxTxk), axis, to='varying'
+                return run(x_BxTxD, choice_BxTxC, weight_BxTxC, stored).astype(x_BxTxD.dtype)
+            x_BxTxD, choice_BxTxC, weight_BxTxC = jax.lax.pcast(
+                (x_BxTxD, choice_BxTxC, weight_BxTxC), axis, to='varying'
             )
             first = jax.lax.axis_index(axis) * stored['down_bias'].shape[0]
-            y_BxTxD = run(x_BxTxD, choice_BxTxk - first, weight_BxTxk, stored)
+            y_BxTxD = run(x_BxTxD, choice_BxTxC - first, weight_BxTxC, stored)
             return jax.lax.psum(y_BxTxD, axis).astype(x_BxTxD.dtype)
 
         specs = (sharding.ACT, sharding.ACT, sharding.ACT, sharding.P(axis))

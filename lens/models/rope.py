@@ -63,12 +63,12 @@ def tables(positions: jax.Array, ropes: tuple[Rope, ...], which, head_dim: int) 
     return jnp.sin(angles) * scale_R[which], jnp.cos(angles) * scale_R[which]
 
 
-def rotate(x_BxTxNxh: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Half-split layout (dimension i pairs with i + h/2); any head axes between T and h.
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates x [B, T, ..., h] in the half-split layout (dimension i pairs with i + h/2), any head axes in between.
 
-    sin, cos: [T, h/2] or, per row, [B, T, h/2].
+    sin, cos: [T, i] or, per row, [B, T, i].
     """
-    extra = (1,) * (x_BxTxNxh.ndim - 3)
+    extra = (1,) * (x.ndim - 3)
     sin, cos = (t.reshape(*t.shape[:-1], *extra, t.shape[-1]) for t in (sin, cos))
-    a, b = jnp.split(x_BxTxNxh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxh.dtype)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -7,9 +7,9 @@ from lens import sharding
 from lens.models.transformer import Transformer
 
 
-def gather_positions(x_BxTxD, positions_BxV):
-    """x[b, positions[b, v]] -> BxVxD."""
-    return jnp.take_along_axis(x_BxTxD, positions_BxV[..., None], axis=1)
+def gather_positions(x_BxTxD, positions_BxP):
+    """x[b, positions[b, p]] -> BxPxD."""
+    return jnp.take_along_axis(x_BxTxD, positions_BxP[..., None], axis=1)
 
 
 def overwrite(x_BxTxD, position_B, value_BxD):
@@ -18,14 +18,15 @@ def overwrite(x_BxTxD, position_B, value_BxD):
     return jnp.where(hit_BxT[..., None], value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
 
 
-def read(subject: Transformer, tokens_BxS, positions_BxV, layer: int):
-    """Activations BxVxD: output of block `layer` (0-based) at each position, without gradient.
+@jax.named_scope('read')
+def activations(subject: Transformer, tokens_BxS, positions_BxP, layer: int):
+    """Read activations BxPxD: the output of block `layer` (0-based) at each position, without gradient.
 
     This is Hugging Face's hidden_states[layer + 1], for the last block before the final norm. The
     forward stops after that block.
     """
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    return jax.lax.stop_gradient(gather_positions(x, positions_BxV))
+    return jax.lax.stop_gradient(gather_positions(x, positions_BxP))
 
 
 def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
@@ -39,18 +40,19 @@ def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
     return subject.logits(subject.run_layers(x, layer + 1, c.n_layers))
 
 
-def logits_at(subject: Transformer, tokens_BxS, positions_BxV, values_BxVxD, layer: int):
-    """Next-token logits BxVxVocab at each position when the output of block `layer` there is replaced by its value.
+@jax.named_scope('patch')
+def logits_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, layer: int):
+    """Next-token logits BxPxV at each position when the output of block `layer` there is replaced by its value.
 
-    Row v is patch(...)[b, positions_BxV[b, v]] with that one value put in: replacements do not see each
+    Row p is patch(...)[b, positions_BxP[b, p]] with that one value put in: replacements do not see each
     other, so a position may come twice, say with the activation and with a reconstruction of it. The
-    natural stream runs once for all of them and the gradient passes through V tokens a row, not S;
-    it reaches values_BxVxD alone, the subject is a constant. Positions are 0..S-1, not checked. Raises
+    natural stream runs once for all of them and the gradient passes through P tokens a row, not S;
+    it reaches values_BxPxD alone, the subject is a constant. Positions are 0..S-1, not checked. Raises
     ValueError for a layer that the subject does not have.
     """
     subject = jax.lax.stop_gradient(subject)
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    y = subject.run_beside(x, values_BxVxD.astype(x.dtype), positions_BxV, layer + 1, subject.config.n_layers)
+    y = subject.run_beside(x, values_BxPxD.astype(x.dtype), positions_BxP, layer + 1, subject.config.n_layers)
     return subject.logits(y)
 
 
@@ -70,6 +72,6 @@ def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):
 
 
 def tile_rows(x, group: int):
-    """Each row repeated `group` times, copies contiguous: BxVx... -> (B*group)x..., batch-sharded."""
+    """Each row repeated `group` times, copies contiguous: BxPx... -> (B*group)x..., batch-sharded."""
     spec = sharding.out(sharding.rows(x.ndim))
     return jnp.repeat(x, group, axis=0, out_sharding=spec)

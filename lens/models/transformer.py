@@ -91,6 +91,7 @@ class MLP(nnx.Module):
         self.up_bias = zeros(c.mlp_bias, c.d_ff)
         self.down_bias = zeros(c.mlp_bias, c.d_model)
 
+    @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c: TransformerConfig, adapters):
         act = jax.nn.silu if c.mlp == 'silu' else jax.nn.gelu  # gelu: the tanh approximation
         h = lora.project('btd,df->btf', x_BxTxD, self.up, adapters, 'up', bias=self.up_bias)
@@ -112,6 +113,7 @@ class Block(nnx.Module):
         self.mlp = nnx.data(None if c.n_experts else MLP(c, rngs=rngs, dtype=dtype))
         self.moe = nnx.data(MoE(c, rngs=rngs, dtype=dtype) if c.n_experts else None)
 
+    @jax.named_scope('block')
     def __call__(self, x_BxTxD, layer, positions, c, past, adapters):
         """(stream after the block, keys and values), with the arguments of Attention."""
         y, out = self.attn(self.attn_norm(x_BxTxD, c.norm_eps), layer, positions, c, past, adapters)
@@ -145,16 +147,16 @@ def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_bl
 
 
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c'))
-def _run_beside(blocks, x_BxSxD, y_BxVxD, positions_BxV, *, lo, hi, c):
+def _run_beside(blocks, x_BxSxD, y_BxPxD, positions_BxP, *, lo, hi, c):
     """Blocks lo..hi-1 of y beside x, see Transformer.run_beside."""
     _check_range(lo, hi, c)
     if lo == hi:
-        return y_BxVxD
+        return y_BxPxD
     positions_S = jnp.arange(x_BxSxD.shape[1])
 
     @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[c.remat])
     def beside(y, stream, i):
-        return at_layer(blocks, i)(y, i, positions_BxV, c, stream, None)[0]
+        return at_layer(blocks, i)(y, i, positions_BxP, c, stream, None)[0]
 
     def layer(carry, i):
         x, y = carry
@@ -162,7 +164,7 @@ def _run_beside(blocks, x_BxSxD, y_BxVxD, positions_BxV, *, lo, hi, c):
         x, stream = at_layer(blocks, i)(x, i, positions_S, c, None, None)
         return (x, beside(y, stream, i)), None
 
-    carry, _ = jax.lax.scan(layer, (x_BxSxD, y_BxVxD), jnp.arange(lo, hi - 1))
+    carry, _ = jax.lax.scan(layer, (x_BxSxD, y_BxPxD), jnp.arange(lo, hi - 1))
     # Outside the scan: of the last block, only keys and values of x are needed.
     (_, y), _ = layer(carry, hi - 1)
     return y
@@ -176,6 +178,11 @@ def _check_range(lo: int, hi: int, c: TransformerConfig):
 def model_of(side, base: 'Transformer') -> 'Transformer':
     """The model that a decoder or an encoder runs: its own base where it trains one, else the frozen one."""
     return base if side.base is None else side.base
+
+
+def rows_for(batch: int, p_QxD, dtype):
+    """The rows of a prompt for every row of a batch, BxQxD in `dtype`."""
+    return jnp.broadcast_to(p_QxD, (batch, *p_QxD.shape), out_sharding=sharding.out(sharding.ACT)).astype(dtype)
 
 
 class Transformer(nnx.Module):
@@ -255,15 +262,15 @@ class Transformer(nnx.Module):
         )
         return out
 
-    def run_beside(self, x_BxSxD, y_BxVxD, positions_BxV, lo: int, hi: int):
-        """Residual stream BxVxD after blocks lo..hi-1 of tokens that each replace one of x, alone.
+    def run_beside(self, x_BxSxD, y_BxPxD, positions_BxP, lo: int, hi: int):
+        """Residual stream BxPxD after blocks lo..hi-1 of tokens that each replace one of x, alone.
 
-        y_BxVxD[b, v] enters block lo at positions_BxV[b, v] (below S) instead of x_BxSxD[b] there. It sees the
+        y_BxPxD[b, p] enters block lo at positions_BxP[b, p] (below S) instead of x_BxSxD[b] there. It sees the
         tokens of x before that position, and itself: what run_layers gives there for x with this one
         token replaced. x and the weights are constants: the gradient reaches y alone.
         """
         blocks, x = jax.lax.stop_gradient((self.blocks, x_BxSxD))
-        return _run_beside(blocks, x, y_BxVxD, positions_BxV, lo=lo, hi=hi, c=self.config)
+        return _run_beside(blocks, x, y_BxPxD, positions_BxP, lo=lo, hi=hi, c=self.config)
 
     def logits(self, x_BxTxD):
         """Final norm and output head; BxTxV in float32."""

@@ -14,14 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import config, prompts, sharding
+from lens import config, response, sharding
 from lens.config import Phase
 from lens.lens_init import State, abstract_lens, abstract_state
 from lens.models import moe
-from lens.models.decoder import Prompt
 from lens.models.lens import Lens
 from lens.models.transformer import Transformer, TransformerConfig
-from lens.response import Tags
+from lens.response import Prompt, Tags
 from lens.tools import flops, hlo
 from lens.train import train_step
 
@@ -44,18 +43,18 @@ class WordTokenizer:
         self.ids = {}
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        words = re.findall(rf'{prompts.SPECIAL_LITERAL}|<[^<>\s]+>|[A-Za-z0-9_]+|[^\s]', text)
+        words = re.findall(rf'{response.SPECIAL_LITERAL}|<[^<>\s]+>|[A-Za-z0-9_]+|[^\s]', text)
         return {'input_ids': [self.ids.setdefault(w, len(self.ids)) for w in words]}
 
 
 def read_texts(cfg, tokenizer) -> Texts:
-    """Raises PromptError."""
-    natural = cfg.decoder.prompt.replace(prompts.EMBED, 'something')
+    """Raises LensError."""
+    natural = cfg.decoder.prompt.replace(response.EMBED, 'something')
     return Texts(
-        prompts.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
-        prompts.encoder_prompt(tokenizer, cfg.encoder.prompt),
+        response.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
+        response.encoder_prompt(tokenizer, cfg.encoder.prompt),
         tokenizer(natural, add_special_tokens=False)['input_ids'],
-        prompts.tags(tokenizer, cfg.explanation_open, cfg.explanation_close),
+        response.tags(tokenizer, cfg.explanation_open, cfg.explanation_close),
     )
 
 
