@@ -15,11 +15,11 @@ from absl import flags
 from lens import cli, data, files, metrics, report, sampling, sharding
 from lens.config import Run
 from lens.errors import LensError
-from lens.lens_init import reopen
+from lens.checkpoint import reopen
 from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
-from lens.objectives import comparable, read
+from lens.objectives import comparable, extract as read
 from lens.response import NO_TAGS, find
 
 MEANINGS = {

@@ -170,7 +170,7 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refe
     found = find(words.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
     rows = model.lookup(words.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
-    rows = words.words_NxTxE + rows - jax.lax.stop_gradient(rows)
+    rows = words.words_NxTxW + rows - jax.lax.stop_gradient(rows)
     pred = encode_rows(lens.encoder, base, rows, roll.source, found.span if hp.tags else None)
     loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
     logp = losses.token_log_probs(words.logits_NxTxV, words.ids_NxT)

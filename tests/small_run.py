@@ -2,14 +2,12 @@
 
 import pathlib
 
-import jax
-
 from configs import tiny
 from data_gen.storyworld import world as story_world
 from lens import hf
 from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
-from lens.train import Trainer
+from lens.train import train as train
 from tests.tiny_world import make_base
 
 TOKENIZER = 'configs/tiny_subject'
@@ -39,12 +37,6 @@ def config(world, **changes):
         block, _, name = key.rpartition('__')
         (c[block] if block else c)[name] = value
     return c
-
-
-def train(cfg, workdir):
-    trainer = Trainer(cfg, pathlib.Path(workdir))
-    with jax.set_mesh(trainer.run.mesh):
-        return trainer.train()
 
 
 def figures(summary):

@@ -1,12 +1,16 @@
 """A tiny random subject and lens in which every dimension is distinct. Importing it touches no device."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lens import sharding
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
+from lens.models.injection import Affine
 from lens.models.lens import Lens
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
@@ -30,29 +34,44 @@ LAYER = 1
 LENGTH = 5
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _random(config, key):
+    return Transformer(config, rngs=nnx.Rngs(key))
+
+
 def make_base(config=TINY, seed=0):
     """A random model whose norms are not ones, so that a forgotten norm shows."""
-    model = Transformer(config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
 
     def shake(kp, x):
-        return x * (1 + 0.3 * rng.standard_normal(x.shape).astype(np.float32)) if 'norm' in sharding.path(kp) else x
+        x = np.asarray(x)
+        if 'norm' in sharding.path(kp):
+            x = x * (1 + 0.3 * rng.standard_normal(x.shape).astype(np.float32))
+        return jnp.asarray(x)
 
-    return jax.tree_util.tree_map_with_path(shake, model)
+    return jax.tree_util.tree_map_with_path(shake, _random(config, jax.random.key(seed)))
 
 
-def make_lens(base, *, own_base=False, patched=2, shared=False, adapters=(None, None), seed=2):
-    """A lens with random maps, prompts and read-out: nothing is at its initial value."""
-    c = DecoderConfig(patched, shared, LAYER)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _lens(base, injection, own_base, adapters):
+    norms = np.arange(1, 5, dtype=np.float32)
     decoder = Decoder(
-        c,
+        DecoderConfig(injection, LAYER),
         [3, 7],
         [9],
         base,
-        scaled_identity(c, 1.0, TINY.d_model, np.arange(1, 5, dtype=np.float32)),
+        scaled_identity(injection, LAYER, 1.0, base.config.d_model, norms),
         own_base=own_base,
         adapters=adapters[0],
     )
     encoder = Encoder(EncoderConfig(LAYER, 'affine'), [5], [6, 8], base, own_base=own_base, adapters=adapters[1])
+    return Lens(decoder, encoder)
+
+
+def make_lens(base, *, own_base=False, patched=2, shared=False, adapters=(None, None), seed=2):
+    """A lens with random maps, prompts and read-out: nothing is at its initial value."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), Lens(decoder, encoder))
+    start = _lens(base, Affine(patched, shared), own_base, adapters)
+    return jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32)), start
+    )
