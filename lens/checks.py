@@ -4,7 +4,7 @@ import importlib.util
 
 import jax.numpy as jnp
 
-from lens import data, gumbel, health, losses, objectives, optimizer, response, sharding
+from lens import collapse, data, gumbel, losses, objectives, optimizer, response, sharding
 from lens.errors import LensError
 from lens.models import injection, moe
 from lens.models.decoder import Prompt
@@ -59,7 +59,7 @@ def check_values(cfg) -> None:
     )
     _choice(cfg.encoder.readout, READOUTS, 'encoder.readout')
     _choice(cfg.encoder.error, objectives.ERRORS, 'encoder.error')
-    _choice(cfg.health.collapse, health.ACTIONS, 'health.collapse')
+    _choice(cfg.health.collapse, collapse.ACTIONS, 'health.collapse')
     require(cfg.checkpoint.best >= 0, f'checkpoint.best={cfg.checkpoint.best} must not be negative.')
     _choice(cfg.decoder.train, TRAIN_CHOICES, 'decoder.train')
     _choice(cfg.encoder.train, TRAIN_CHOICES, 'encoder.train')

@@ -18,7 +18,9 @@ class Samples(NamedTuple):
 
 
 def noise(key, t, shape: tuple[int, int]):
-    """Standard Gumbel noise NxV of token t, the same on every mesh."""
+    """Standard Gumbel noise NxV of token t, the same on every mesh. key: one, or one for each row [N]."""
+    if key.ndim:
+        return jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, t), shape[1:], jnp.float32))(key)
     place = sharding.out(sharding.rows(2))
     return jax.random.gumbel(jax.random.fold_in(key, t), shape, jnp.float32, out_sharding=place)
 
@@ -28,7 +30,8 @@ def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, t
 
     Exact draws from softmax(logits / temperature) as argmax(logits + temperature * Gumbel noise), so 0
     is greedy; a number, or one per activation [B]. logp is at temperature 1. The noise of a row depends
-    on key, step and row alone: every mesh draws the same tokens from the same logits.
+    on key, step and row alone (on its own key where `key` has one for each [N]):
+    every mesh draws the same tokens from the same logits.
     """
     temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
     temperature_Nx1 = tile_rows(temperature_B, group)[:, None]

@@ -13,11 +13,10 @@ from lens import checks, config, data, distributed, files, logger, optimizer, re
 from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.evaluate import Evaluation, Evaluator, figure_after_sft, write_results
-from lens.health import Profile
 from lens.lens_init import State, check, init_lens, init_state
+from lens.logger import Logger, Profile, announce
 from lens.models.lens import parameter_count
-from lens.record import Record, announce
-from lens.timing import split_step, step_prefixes
+from lens.tools import flops
 
 
 @functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx', 'start'), donate_argnames=('state',))
@@ -51,7 +50,7 @@ class Trainer:
         self.identity = resume.identity(self.config, self.run)
         self.key = jax.random.key(cfg.seed)
         self.evaluator = Evaluator(self.run)
-        self.profile = Profile.parse(profile, workdir, self._say)
+        self.profile = Profile(profile, workdir, self._say)
 
     def _check(self, run: Run) -> None:
         """What needs no weights is refused before they are read."""
@@ -83,7 +82,12 @@ class Trainer:
                 files.write_json(self.workdir / 'config.json', self.config)
             abstract = jax.eval_shape(lambda x: x, state.params)
             collapse = info.get('collapse')
-            with Record(cfg, run, self.workdir, self.began, abstract, step, collapse, self.checkpoints) as self.record:
+            with Logger(cfg, run, self.workdir, self.began) as self.record:
+                self.record.last_good = lambda: self.checkpoints.latest_step
+                for phase in run.phases:
+                    parts = flops.step_flops(run.base.config, phase, abstract, run.train.tokens.shape[1])
+                    self.record.flops[phase.name] = {k: v for k, v in parts.items() if k != 'sampling'}
+                self.record.open(step, collapse)
                 sizes = {s: parameter_count(getattr(state.params, s)) for s in optimizer.SIDES}
                 self._say(announce(cfg, run, sizes, parameter_count(run.base), step))
                 iterator_state = info.get('data')
@@ -99,7 +103,7 @@ class Trainer:
 
     def _save(self, step: int, state: State, iterator_state: dict | None, fve: float | None = None) -> None:
         info = self.identity | {'data': iterator_state}
-        with self.record.clock.part('checkpoint'):
+        with self.record.part('checkpoint'):
             self.checkpoints.save(step, state, info | {'collapse': self.record.watch.get_state()}, fve)
 
     def _phase(self, phase: Phase, state: State, iterator_state: dict | None) -> State:
@@ -118,22 +122,21 @@ class Trainer:
         static = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx, 'start': phase.start}
         first = int(state.step) + 1
         for step in range(first, phase.end + 1):
-            with record.clock.part('data'):
+            with record.part('data'):
                 rows = next(batches)
                 del rows['doc_id']
                 batch = sharding.put_batch(rows, run.mesh, phase.documents)
-            if self.profile.at(step):
-                self._split(phase, step, step_prefixes(train_step, state, run.base, batch, self.key, **static))
-            with record.clock.part('compile' if step == first else 'step'):
+            self.profile.at(step)
+            with record.part('compile' if step == first else 'step'):
                 state, out = train_step(state, run.base, batch, self.key, **static)
-                record.dispatched(phase, step, out)
+                record.sent(phase, step, out)
                 if step == first:
                     record.settle()
             last, stop = step == phase.end, self.stop.asked(step)
             evaluate, save = fires(every.evaluate, step), fires(every.save, step) or fires(every.keep, step)
             drift = fires(every.drift, step)
             if evaluate or save or last or stop or drift:
-                with record.clock.part('step'):
+                with record.part('step'):
                     record.settle(pause=True)
             fve = self._evaluate(phase, step, state, full=last) if evaluate or last else None
             if drift:
@@ -148,14 +151,6 @@ class Trainer:
     def _is_best(self, fve: float) -> bool:
         return self.cfg.checkpoint.best > 0 and fve > self.checkpoints.best_fve
 
-    def _split(self, phase: Phase, step: int, programs: dict) -> None:
-        """Measures the parts of a step, which the host cannot see."""
-        with self.record.clock.part('log'):
-            self.record.settle(pause=True)
-            parts = split_step(programs)
-        self.record.write(step - 1, phase, 'profile', parts)
-        self._say('Seconds of a step: ' + '  '.join(f'{k.removesuffix("_s")} {v:.4f}' for k, v in parts.items()))
-
     def _drift(self, phase: Phase, step: int, state: State) -> None:
         """How far the parameters are from where the run started; that state is made again when first asked for."""
         if not hasattr(self, 'initial'):
@@ -165,7 +160,7 @@ class Trainer:
 
     def _evaluate(self, phase: Phase, step: int, state: State, full: bool) -> float:
         """Held-out figures of the first documents, or of all; returns the FVE of the first, to compare checkpoints."""
-        with self.record.clock.part('evaluation'):
+        with self.record.part('evaluation'):
             if full:
                 self.last: Evaluation = self.evaluator.full(state.params)
                 values = self.last.values()
@@ -178,7 +173,7 @@ class Trainer:
         """Final figures, samples, summary and report."""
         run = self.run
         if not hasattr(self, 'last'):  # restarted after the last step
-            with self.record.clock.part('evaluation'):
+            with self.record.part('evaluation'):
                 self.last = self.evaluator.full(state.params)
         if not distributed.is_first():
             return {}
