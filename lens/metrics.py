@@ -38,9 +38,9 @@ def _sums(values_Nx, doc_N):
 
 
 def _figure(values) -> dict:
-    """Makes a figure of a statistic of the data (first) and of the resamples; those without variance say nothing."""
+    """Makes a figure of a statistic of the data (first) and of the resamples; NaN says nothing."""
     value = float(values[0])
-    lo, hi = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
+    lo, hi = np.nanpercentile(values[1:], [2.5, 97.5])
     return {'value': value, 'ci95': [min(float(lo), value), max(float(hi), value)]}
 
 
