@@ -153,7 +153,7 @@ class Clock:
         self._last = None
 
 
-class Logger:
+class Logger(contextlib.AbstractContextManager):
     """Writes and says what one process of a run does; the first process alone writes and speaks.
 
     began: time.monotonic() of when this process began. Nothing is written before open(). Set by the loop:
@@ -215,9 +215,6 @@ class Logger:
 
     def close(self) -> None:
         self._opened.close()
-
-    def __enter__(self) -> 'Logger':
-        return self
 
     def __exit__(self, *exc) -> None:
         self.close()

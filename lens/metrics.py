@@ -109,21 +109,13 @@ def named_facts(ids_NxT, fields: list[dict]) -> list[np.ndarray]:
     return [(ids_NxT[:, :, None] == np.asarray(f['token_ids'])).any(1) for f in fields]
 
 
-def _counts(ids_NxT, established_NxF, fields: list[dict]) -> np.ndarray:
-    """Counts, per field and activation, facts named and right, established, named: Fx3xN."""
-    out = []
+def _fact_counts(ids_NxT, established_NxF, fields: list[dict], doc_N):
+    """Counts facts that are named and right, established, and named, over all fields, as _sums."""
+    counts = []
     for truth_N, said_NxV in zip(established_NxF.T, named_facts(ids_NxT, fields), strict=True):
         right_NxV = np.arange(said_NxV.shape[1]) == truth_N[:, None]
-        out.append([(said_NxV & right_NxV).sum(1), truth_N >= 0, said_NxV.sum(1)])
-    return np.asarray(out)
-
-
-def _recall(hit, established, named):
-    return hit / np.maximum(established, 1)
-
-
-def _hallucinated(hit, established, named):
-    return (named - hit) / np.maximum(named, 1)
+        counts.append([(said_NxV & right_NxV).sum(1), truth_N >= 0, said_NxV.sum(1)])
+    return (_sums(x, doc_N) for x in np.sum(counts, axis=0))
 
 
 def facts_recall(ids_NxT, established_NxF, fields: list[dict], doc_N) -> dict:
@@ -131,26 +123,14 @@ def facts_recall(ids_NxT, established_NxF, fields: list[dict], doc_N) -> dict:
 
     established_NxF: value index that the text has established at the position, -1 = none.
     """
-    return _figure(_recall(*(_sums(x, doc_N) for x in _counts(ids_NxT, established_NxF, fields).sum(0))))
+    hit, established, _ = _fact_counts(ids_NxT, established_NxF, fields, doc_N)
+    return _figure(hit / np.maximum(established, 1))
 
 
 def facts_hallucinated(ids_NxT, established_NxF, fields: list[dict], doc_N) -> dict:
     """Computes named facts that are not established or wrong / named facts, pooled; arguments as in facts_recall."""
-    return _figure(_hallucinated(*(_sums(x, doc_N) for x in _counts(ids_NxT, established_NxF, fields).sum(0))))
-
-
-def facts_by_field(ids_NxT, established_NxF, fields: list[dict]) -> list[dict]:
-    """Returns [{'field', 'values' (how many), 'recall', 'hallucinated'}]; arguments as in facts_recall."""
-    counts = _counts(ids_NxT, established_NxF, fields).sum(2)
-    return [
-        {
-            'field': f['field'],
-            'values': len(f['values']),
-            'recall': float(_recall(*x)),
-            'hallucinated': float(_hallucinated(*x)),
-        }
-        for f, x in zip(fields, counts, strict=True)
-    ]
+    hit, _, named = _fact_counts(ids_NxT, established_NxF, fields, doc_N)
+    return _figure((named - hit) / np.maximum(named, 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The evaluator against a loop over sampler and encoder, and its controls against what they claim."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import types
@@ -123,7 +124,7 @@ def test_permuted_words_stay_between_their_tags():
     tags, (o, x) = Tags((1,), (2,)), (1, 2)
     ids = np.array([[7, o, 30, 31, 32, 33, 34, 35, x, 8], [o, 40, 41, 42, x, 9, 9, 9, 9, 9]] * 4)
     keys = jax.random.split(jax.random.key(0), len(ids))
-    out = np.asarray(evaluate.permuted({}, ids, keys, tags))
+    out = np.asarray(jax.jit(functools.partial(evaluate.permuted, {}, tags=tags))(ids, keys))
     for row, (start, stop) in zip(range(8), [(2, 8), (1, 4)] * 4, strict=True):
         words = set(range(start, stop))
         rest = [i for i in range(10) if i not in words]
@@ -155,6 +156,11 @@ def test_figures_are_those_of_what_was_collected(result):
     truth = e.held['facts'].reshape(-1, 2)
     for name, text in (('facts_recall', 'greedy'), ('facts_recall_sampled', 'sampled')):
         assert full.figures[name] == metrics.facts_recall(c.ids[text], truth, e.fields, doc)
+    (_, b), texts = e.fields, c.ids['sampled']
+    said, true = (texts == b['token_ids'][0]).any(1), truth[:, 1] == 0
+    assert [r['field'] for r in full.facts] == ['a', 'b'] and full.facts[1]['values'] == 1
+    assert full.facts[1]['recall_sampled'] == (said & true).sum() / true.sum()
+    assert full.facts[1]['hallucinated_sampled'] == pytest.approx((said & ~true).sum() / max(said.sum(), 1))
     assert {'fve_sft', 'extracted'}.isdisjoint(values)  # no SFT phase, no tags
     assert [s['doc_id'] for s in full.samples] == [-5, 3, 9, 2**60]
     assert [len(s['tokens']) for s in full.samples] == [10, 9, 10, 8]
