@@ -47,7 +47,7 @@ def split(tmp_path_factory):
     return data.open_split(str(d.parent), 'validation', vocab_size=TINY.vocab_size)
 
 
-def evaluator(split, base, mesh, batch=3 * VECTORS):
+def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS):
     settings = config.EvalSettings(quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=batch, samples=4)
     tokenizer = types.SimpleNamespace(decode=lambda ids: f' {ids[0]}')
     return Evaluator(
@@ -59,7 +59,7 @@ def evaluator(split, base, mesh, batch=3 * VECTORS):
             seed=0,
             layer=LAYER,
             length=LENGTH,
-            tags=NO_TAGS,
+            tags=tags,
             error='nmse',
             min_pos=2,
             validation=split,
@@ -199,6 +199,26 @@ def test_quick_figures_another_batch_size_and_another_text(split, placed, result
     assert abs(greedy - sampled) > 1e-3
     recall = metrics.facts_recall(c.ids['greedy'][:n], c.truth_NxF[:n], c.fields, doc)['value']
     np.testing.assert_allclose(quick['facts_recall'], recall, **close)
+
+
+def test_a_response_without_an_explanation_is_the_zero_vector(split, placed, result):
+    """The commonest word as closing tag: the responses are those that were drawn without tags."""
+    mesh, base, lens = placed
+    responses = result[1].ids['sampled']
+    closing = int(np.bincount(responses.ravel()).argmax())
+    figure = evaluate.FIGURES['extracted']
+    with jax.set_mesh(mesh):
+        e = evaluator(split, base, mesh, tags=Tags((), (closing,)))
+        c = e._collect(lens, DOCUMENTS, [figure])
+    closed = responses == closing
+    first = closed.argmax(1)
+    found = closed.any(1) & (first > 0)
+    assert 0 < found.mean() < 1
+    np.testing.assert_array_equal(c.found['sampled'], found)
+    outside = found[:, None] & (np.arange(LENGTH) >= first[:, None])
+    np.testing.assert_array_equal(c.ids['sampled'], np.where(outside, -1, responses))
+    np.testing.assert_array_equal(c.pred['sampled'].any(1), found)
+    assert figure.function(c, figure.text)['value'] == found.mean()
 
 
 @pytest.mark.slow
