@@ -1,11 +1,15 @@
 """Held-out figures with their controls, and sample explanations.
 
 python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again
+
+A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS; nothing else lists them.
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,57 +17,55 @@ import numpy as np
 from absl import flags
 
 from lens import cli, data, files, metrics, report, sampling, sharding
+from lens.checkpoint import reopen
 from lens.config import Run
 from lens.errors import LensError
-from lens.checkpoint import reopen
+from lens.metrics import FIGURES, Collected, Figure, meaning
 from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
-from lens.objectives import comparable, extract as read
-from lens.response import NO_TAGS, find
+from lens.objectives import comparable, extract
+from lens.response import NO_TAGS, Tags, find
 
-MEANINGS = {
-    'fve': (
-        'lens',
-        'variance of A explained by the reconstruction, explanations sampled at temperature 1; a bias counts',
-    ),
-    'fve_greedy': ('lens', 'the same with the most probable explanation'),
-    'variance_recovered': ('lens', 'pooled variance recovered, temperature 1; a constant bias does not count'),
-    'nmse': ('lens', 'mean of |A - reconstruction|^2 / |A|^2, temperature 1'),
-    'cosine': ('lens', 'mean cosine of A and its reconstruction, temperature 1'),
-    'cosine_greedy': ('lens', 'the same with the most probable explanation'),
-    'fve_direction': ('lens', 'FVE at temperature 1 when both are rescaled to norm sqrt(d): only directions count'),
-    'extracted': ('lens', 'responses that hold an explanation, temperature 1; the others count as the zero vector'),
-    'extracted_greedy': ('lens', 'the same of the most probable responses'),
-    'fve_sft': ('lens', 'FVE at temperature 1 at the end of the SFT phase'),
-    'fve_given': ('lens', 'FVE when the encoder reads the given explanation: the ceiling of the text format'),
-    'fve_shuffled': ('controls', 'FVE when each explanation is paired with the activation of another document'),
-    'fve_no_activation': ('controls', 'FVE when the decoder gets the zero vector instead of the activation'),
-    'fve_words_permuted': ('controls', 'FVE when the words of the explanation are permuted before encoding'),
-    'fve_previous_tokens': (
-        'controls',
-        'FVE when the encoder reads the last tokens of the source instead (it was not trained on them)',
-    ),
-    'fve_mean_baseline': ('controls', 'FVE of predicting the held-out mean: 0 up to the degree of freedom'),
-    'fve_zero_baseline': ('controls', 'FVE of predicting the zero vector'),
-    'facts_recall': ('facts', 'established facts that the greedy explanation names'),
-    'facts_hallucinated': ('facts', 'facts named by the greedy explanation that are not established or wrong'),
-    'facts_recall_sampled': ('facts', 'facts recall at temperature 1'),
-    'facts_hallucinated_sampled': ('facts', 'facts hallucinated at temperature 1'),
+
+class Text(NamedTuple):
+    """What the encoder reads: drawn by the decoder from vector(a_NxD), or made by text(batch, sampled_NxT, keys_N, tags).
+
+    temperature: of a drawn text. tagged: whether the explanation stands between the tags of the run. needs: the array
+    of the held-out data without which there is no such text.
+    """
+
+    vector: Callable | None = None
+    temperature: float = 1.0
+    text: Callable | None = None
+    tagged: bool = True
+    needs: str = 'tokens'
+
+
+def permuted(batch, sampled_NxT, keys_N, tags: Tags):
+    """The words of the sampled explanation in another order; tags and what is outside of them stay."""
+    length = sampled_NxT.shape[1]
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_N)
+    inside, at = _inside(find(sampled_NxT, tags), length), jnp.arange(length)
+    start = jnp.argmax(inside, axis=1, keepdims=True)
+    order = jnp.argsort(jnp.where(inside, start + noise, at + (at > start)), axis=1)
+    return jnp.take_along_axis(sampled_NxT, order, axis=1)
+
+
+def from_batch(name: str) -> Callable:
+    """Texts that are there before any is drawn: an array RxVxT of the batch."""
+    return lambda batch, sampled_NxT, keys_N, tags: batch[name].reshape(sampled_NxT.shape)
+
+
+# The randomness of a text depends on its place here: a new one goes to the end.
+TEXTS = {
+    'sampled': Text(vector=lambda a_NxD: a_NxD),
+    'greedy': Text(vector=lambda a_NxD: a_NxD, temperature=0.0),
+    'no_activation': Text(vector=lambda a_NxD: 0 * a_NxD),
+    'words_permuted': Text(text=permuted),
+    'previous_tokens': Text(text=from_batch('previous'), tagged=False),
+    'given': Text(text=from_batch('explanations'), needs='explanations'),
 }
-
-# What else a figure is where the encoder learns directions alone (encoder.error=direction).
-OF_DIRECTIONS = {
-    'fve': 'A and reconstruction rescaled to norm sqrt(d), baseline their mean: {}; 1 - mean of (2 - 2 cosine) over it',
-    'variance_recovered': 'of the rescaled vectors: {}',
-    'nmse': 'mean of 2 - 2 cosine, temperature 1; 1 for a response without an explanation',
-}
-
-
-def meaning(name: str, error: str) -> str:
-    """One sentence on a figure. error: encoder.error of the run."""
-    text = MEANINGS[name][1]
-    return OF_DIRECTIONS.get(name, '{}').format(text) if error == 'direction' else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,52 +87,55 @@ class Evaluation:
         return {k: v['value'] for k, v in self.figures.items()}
 
     def to_json(self, step: int) -> dict:
-        figures = {k: v | {'group': MEANINGS[k][0], 'meaning': meaning(k, self.error)} for k, v in self.figures.items()}
+        """Returns the content of evaluation.json."""
+        what = {k: {'group': FIGURES[k].group, 'meaning': meaning(k, self.error)} for k in self.figures}
         return {
             'step': step,
             'documents': self.documents,
             'activations': self.activations,
-            'figures': figures,
+            'figures': {k: v | what[k] for k, v in self.figures.items()},
             'facts': self.facts,
         }
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'length', 'tags', 'error', 'controls'))
-def _evaluate_batch(lens: Lens, base, batch, key, *, layer, length, tags, error, controls):
-    """Arrays for the rows of one batch: activations, texts, reconstructions, both as `error` compares them.
+@functools.partial(jax.jit, static_argnames=('layer', 'tags', 'error', 'names'))
+def _evaluate_batch(
+    lens: Lens, base, batch, key, *, layer: int, tags: Tags, error: str, names: tuple[str, ...]
+) -> dict:
+    """Computes the arrays a, pred, ids, found of Collected for one batch and the texts `names`.
 
-    All texts are drawn in one call and encoded in one call: one program each to compile. Tokens outside of an
-    explanation are -1; a response without one is reconstructed as the zero vector.
+    All texts are drawn in one call and encoded in one call: one program each to compile. The randomness of a text
+    depends on its activation's place in the held-out data, batch['index'] [R, V], alone.
     """
-    roll = read(base, batch, layer)
+    roll = extract(base, batch, layer)
     a = without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
-    draw_key, permute_key = jax.random.split(key)
-    vectors, temperatures = {'': a, '_greedy': a}, [1.0, 0.0]
-    if controls:
-        vectors['_no_activation'], temperatures = 0 * a, [1.0, 0.0, 1.0]
-    tile = jnp.tile(jnp.asarray(temperatures), len(a))
+    length = batch['previous'].shape[-1]
+    fold = jax.random.fold_in
+    of_row_N = jax.vmap(fold, (None, 0))(key, batch['index'].reshape(-1))
+    keys = {k: jax.vmap(fold, (0, None))(of_row_N, list(TEXTS).index(k)) for k in names}
+    drawn = [k for k in names if TEXTS[k].vector]
     ids = sampling.sample(
-        lens.decoder, base, _interleave(vectors.values()), draw_key, length=length, temperature=tile
+        lens.decoder,
+        base,
+        _interleave(TEXTS[k].vector(a) for k in drawn),
+        _interleave(keys[k] for k in drawn),
+        length=length,
+        temperature=jnp.tile(jnp.asarray([TEXTS[k].temperature for k in drawn]), len(a)),
     ).ids_NxT
-    texts = _separate(ids, vectors)
-    if controls:
-        noise = jax.random.uniform(permute_key, texts[''].shape, out_sharding=sharding.out(sharding.rows(2)))
-        inside, at = _inside(find(texts[''], tags), length), jnp.arange(length)
-        start = jnp.argmax(inside, axis=1, keepdims=True)
-        order = jnp.argsort(jnp.where(inside, start + noise, at + (at > start)), axis=1)
-        texts['_words_permuted'] = jnp.take_along_axis(texts[''], order, axis=1)
-        texts['_previous_tokens'] = batch['previous'].reshape(-1, length)
-        if 'explanations' in batch:
-            texts['_given'] = batch['explanations'].reshape(-1, length)
-    found = {k: find(ids, NO_TAGS if k == '_previous_tokens' else tags) for k, ids in texts.items()}
+    texts = _separate(ids, drawn)
+    for k in names:
+        if k not in texts:
+            texts[k] = TEXTS[k].text(batch, texts['sampled'], keys[k], tags)
+    found = {k: find(x, tags if TEXTS[k].tagged else NO_TAGS) for k, x in texts.items()}
     span = tuple(_interleave(x) for x in zip(*(f.span for f in found.values()), strict=True)) if tags else None
     source = jax.tree.map(lambda x: _interleave([x] * len(texts)), roll.source)
     pred = _separate(encode(lens.encoder, base, _interleave(texts.values()), source, span), texts)
-    pred = {k: jnp.where(found[k].found_N[:, None], comparable(v, error), 0) for k, v in pred.items()}
-    out = {'a': comparable(roll.a_NxD, error), 'found': found[''].found_N, 'found_greedy': found['_greedy'].found_N}
-    for name in texts.keys() & {'', '_greedy', '_given'}:
-        out[f'ids{name}'] = jnp.where(_inside(found[name], length), texts[name], -1)
-    return out | {f'pred{k}': v for k, v in pred.items()}
+    return {
+        'a': comparable(roll.a_NxD, error),
+        'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()},
+        'ids': {k: jnp.where(_inside(found[k], length), x, -1) for k, x in texts.items()},
+        'found': {k: f.found_N for k, f in found.items()},
+    }
 
 
 def _inside(found, length: int):
@@ -139,8 +144,8 @@ def _inside(found, length: int):
     return (at >= start) & (at < start + found.length_N[:, None])
 
 
-def _interleave(parts):
-    """K arrays Nx… as one (N*K)x…, rows of one n contiguous: a shard keeps its rows."""
+def _interleave(parts: Iterable):
+    """Joins K arrays Nx… to one (N*K)x…, rows of one n contiguous: a shard keeps its rows."""
     x = jnp.stack(list(parts), axis=1)
     return x.reshape(-1, *x.shape[2:])
 
@@ -155,152 +160,118 @@ class Evaluator:
     """Figures of a lens on the fixed held-out documents."""
 
     def __init__(self, run: Run):
-        e = run.evaluation
-        self.base, self.tokenizer, self.mesh, self.seed = run.base, run.tokenizer, run.mesh, run.seed
-        self.layer, self.length, self.settings = run.layer, run.length, e
-        self.tags, self.error = run.tags, run.error
+        self.run, self.settings = run, run.evaluation
         self.fields = run.validation.meta.get('facts') or []
+        documents, vectors = self.settings.documents, self.settings.vectors
         self.held = data.held_out(
-            run.validation, documents=e.documents, vectors=e.vectors, min_pos=run.min_pos, seed=run.seed
+            run.validation, documents=documents, vectors=vectors, min_pos=run.min_pos, seed=run.seed
         )
+        self.documents, self.vectors = self.held['positions'].shape
         self.held['previous'] = self._previous()
+        self.held['index'] = np.arange(self.documents * self.vectors, dtype=np.int32).reshape(-1, self.vectors)
         if self.held.get('explanations', np.zeros((0, 0, run.length))).shape[2] != run.length:
             del self.held['explanations']  # only read as a control, in the format of this run
-        # documents per batch, the same on every mesh: a row's noise depends on its place in the batch
-        self.rows = max(e.batch // e.vectors, 1)
-        self.padded = -(-self.rows // sharding.row_count(run.mesh)) * sharding.row_count(run.mesh)
-        _, self.document = np.unique(self.held['doc_id'], return_inverse=True)
-        if self.document.max() == 0:
+        self.quick_documents = min(self.settings.quick_documents, self.documents)
+        shards = sharding.row_count(run.mesh)
+        self.rows = -(-max(self.settings.batch // vectors, 1) // shards) * shards  # documents per batch
+        if len(np.unique(self.held['doc_id'])) == 1:
             raise LensError(f'{run.validation.directory} holds one document: controls need at least 2.')
 
-    def _previous(self):
+    def _previous(self) -> np.ndarray:
         """The `length` tokens that end at each position, left-padded with the first token."""
-        p = self.held['positions'][..., None] - np.arange(self.length)[::-1]
+        p = self.held['positions'][..., None] - np.arange(self.run.length)[::-1]
         return np.take_along_axis(self.held['tokens'][:, None], np.maximum(p, 0), axis=2)
 
-    def _collect(self, lens: Lens, documents: int, controls: bool) -> dict[str, np.ndarray]:
-        """_evaluate_batch over the first `documents` documents; the last batch is padded and cut."""
-        vectors = self.held['positions'].shape[1]
-        names = {'tokens', 'positions', 'previous', 'explanations'} & self.held.keys()
-        key, parts = jax.random.key(self.seed), []
+    def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
+        """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""
+        run, arrays = self.run, ('tokens', 'positions', 'previous', 'index', 'explanations')
+        wanted = {'sampled'} | {f.text for f in figures}
+        names = tuple(k for k, text in TEXTS.items() if k in wanted and text.needs in self.held)
+        parts, key = [], jax.random.key(run.seed)
         for i in range(0, documents, self.rows):
-            pick = np.minimum(np.arange(i, i + self.padded), documents - 1)
-            batch = sharding.put_batch({k: self.held[k][pick] for k in names}, self.mesh)
+            pick = np.minimum(np.arange(i, i + self.rows), documents - 1)  # the last batch is padded and cut
+            batch = sharding.put_batch({k: self.held[k][pick] for k in arrays if k in self.held}, run.mesh)
             out = _evaluate_batch(
-                lens,
-                self.base,
-                batch,
-                jax.random.fold_in(key, i),
-                layer=self.layer,
-                length=self.length,
-                tags=self.tags,
-                error=self.error,
-                controls=controls,
+                lens, run.base, batch, key, layer=run.layer, tags=run.tags, error=run.error, names=names
             )
-            keep = min(self.rows, documents - i) * vectors
-            parts.append({k: v[:keep] for k, v in sharding.fetch(out).items()})
-        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+            keep = min(self.rows, documents - i) * self.vectors
+            parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sharding.fetch(out)))
+        return Collected(
+            **jax.tree.map(lambda *x: np.concatenate(x), *parts),
+            doc_N=self._doc(documents),
+            truth_NxF=self.held['facts'][:documents].reshape(-1, len(self.fields)) if self.fields else None,
+            fields=self.fields,
+            tagged=bool(run.tags),
+            error=run.error,
+        )
+
+    def _doc(self, documents: int) -> np.ndarray:
+        """The document of every activation of the first rows, numbered from 0."""
+        _, doc = np.unique(self.held['doc_id'][:documents], return_inverse=True)
+        return np.repeat(doc, self.vectors)
 
     def quick(self, lens: Lens) -> dict[str, float]:
-        """The few figures that a learning curve needs, on the first documents."""
-        n = self._quick_documents
-        c = self._collect(lens, n, controls=False)
-        doc = self._documents(n)
-        figures = self._lens_figures(c, doc) | self._fact_figures(c, doc)[0]
-        keep = ('fve', 'fve_greedy', 'cosine', 'facts_recall', 'facts_hallucinated')
-        return {k: figures[k]['value'] for k in keep if k in figures}
+        """Computes the few figures that a learning curve needs, on the first documents."""
+        quick = {k: f for k, f in FIGURES.items() if f.quick}
+        c = self._collect(lens, self.quick_documents, quick.values())
+        return {k: v['value'] for k, v in _figures(c, quick).items()}
 
     def full(self, lens: Lens) -> Evaluation:
-        """Every figure of MEANINGS that the data allows, and sample explanations."""
-        n = len(self.held['lengths'])
-        c = self._collect(lens, n, controls=True)
-        doc = self._documents(n)
-        figures = self._lens_figures(c, doc)
-        controls = {
-            'fve_given': c.get('pred_given'),
-            'fve_shuffled': c['pred'][metrics.other_document(doc)],
-            'fve_no_activation': c['pred_no_activation'],
-            'fve_words_permuted': c['pred_words_permuted'],
-            'fve_previous_tokens': c['pred_previous_tokens'],
-            'fve_mean_baseline': np.broadcast_to(c['a'].mean(0), c['a'].shape),
-            'fve_zero_baseline': 0 * c['a'],
-        }
-        for name, pred in controls.items():
-            if pred is not None:
-                figures[name] = metrics.reconstruction(pred, c['a'], doc)['fve']
-        if self.error != 'direction':
-            directions = (np.asarray(comparable(c[k], 'direction')) for k in ('pred', 'a'))
-            figures['fve_direction'] = metrics.reconstruction(*directions, doc)['fve']
-        if self.tags:
-            figures |= {f'extracted{k}': metrics.fraction(c[f'found{k}'], doc) for k in ('', '_greedy')}
-        facts, by_field = self._fact_figures(c, doc)
-        samples = self._samples(c, self.settings.samples)
-        return Evaluation(self.error, self._fve_quick(c), n, len(doc), figures | facts, by_field, samples)
+        """Computes every figure that the run and its data allow, and sample explanations."""
+        c = self._collect(lens, self.documents, FIGURES.values())
+        doc = self._doc(self.quick_documents)
+        return Evaluation(
+            error=c.error,
+            fve_quick=metrics.fve(c.pred['sampled'][: len(doc)], c.a[: len(doc)], doc)['value'],
+            documents=self.documents,
+            activations=len(c.a),
+            figures=_figures(c, FIGURES),
+            facts=_facts_by_field(c),
+            samples=[self._sample(c, d) for d in range(min(self.settings.samples, self.documents))],
+        )
 
-    def _fve_quick(self, c) -> float:
-        doc = self._documents(self._quick_documents)
-        return metrics.reconstruction(c['pred'][: len(doc)], c['a'][: len(doc)], doc)['fve']['value']
+    def _sample(self, c: Collected, d: int) -> dict:
+        """The explanations of one activation of document d; positions vary with d."""
+        v, held = d % self.vectors, self.held
+        i = d * self.vectors + v
+        truth = c.truth_NxF[i] if self.fields else []
+        return {
+            'doc_id': int(held['doc_id'][d]),
+            'position': int(held['positions'][d, v]),
+            'tokens': [self.run.tokenizer.decode([t]) for t in held['tokens'][d][: held['lengths'][d]]],
+            'read': int(held['positions'][d, v]),
+            'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
+        } | {k: self._text(c, k, i, truth) if k in c.pred else None for k in ('greedy', 'sampled', 'given')}
 
-    @property
-    def _quick_documents(self) -> int:
-        return min(self.settings.quick_documents, len(self.held['lengths']))
-
-    def _documents(self, n: int) -> np.ndarray:
-        """The document of every activation of the first n rows, numbered from 0."""
-        _, doc = np.unique(self.document[:n], return_inverse=True)
-        return np.repeat(doc, self.held['positions'].shape[1])
-
-    def _lens_figures(self, c, doc) -> dict:
-        sampled = metrics.reconstruction(c['pred'], c['a'], doc)
-        greedy = metrics.reconstruction(c['pred_greedy'], c['a'], doc)
-        return sampled | {f'{k}_greedy': greedy[k] for k in ('fve', 'cosine')}
-
-    def _fact_figures(self, c, doc) -> tuple[dict, list[dict]]:
-        if not self.fields:
-            return {}, []
-        truth = self.held['facts'].reshape(-1, len(self.fields))[: len(doc)]
-        greedy, rows = metrics.facts(c['ids_greedy'], truth, self.fields, doc)
-        sampled, sampled_rows = metrics.facts(c['ids'], truth, self.fields, doc)
-        rows = [
-            r | {'recall_sampled': s['recall'], 'hallucinated_sampled': s['hallucinated']}
-            for r, s in zip(rows, sampled_rows, strict=True)
-        ]
-        return greedy | {f'{k}_sampled': v for k, v in sampled.items()}, rows
-
-    def _samples(self, c, count: int) -> list[dict]:
-        """One explanation from each of the first `count` documents, at varying positions."""
-        n, vectors = self.held['positions'].shape
-        out = []
-        for d in range(min(count, n)):
-            v = d % vectors
-            i = d * vectors + v
-            truth = self.held['facts'][d, v] if self.fields else []
-            out.append(
-                {
-                    'doc_id': int(self.held['doc_id'][d]),
-                    'position': int(self.held['positions'][d, v]),
-                    'tokens': [self.tokenizer.decode([t]) for t in self.held['tokens'][d][: self.held['lengths'][d]]],
-                    'read': int(self.held['positions'][d, v]),
-                    'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
-                    'greedy': self._text(c['ids_greedy'][i], truth, c['pred_greedy'][i], c['a'][i]),
-                    'sampled': self._text(c['ids'][i], truth, c['pred'][i], c['a'][i]),
-                    'given': self._text(c['ids_given'][i], truth, c['pred_given'][i], c['a'][i])
-                    if 'pred_given' in c
-                    else None,
-                }
-            )
-        return out
-
-    def _text(self, ids, truth, pred, a) -> dict:
+    def _text(self, c: Collected, text: str, i: int, truth) -> dict:
         """Tokens with status right | wrong | plain, and the normalised error of the reconstruction."""
         right = {f['token_ids'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0}
         values = {t for f in self.fields for t in f['token_ids']}
-        words = ids[ids >= 0].tolist()
+        words = c.ids[text][i][c.ids[text][i] >= 0].tolist()
         status = ['right' if t in right else 'wrong' if t in values else 'plain' for t in words]
+        decode, a = self.run.tokenizer.decode, c.a[i]
         return {
-            'tokens': [{'text': self.tokenizer.decode([t]), 'status': s} for t, s in zip(words, status, strict=True)],
-            'nmse': float(((pred - a) ** 2).sum() / max((a**2).sum(), 1e-12)),
+            'tokens': [{'text': decode([t]), 'status': s} for t, s in zip(words, status, strict=True)],
+            'nmse': float(((c.pred[text][i] - a) ** 2).sum() / max((a**2).sum(), 1e-12)),
         }
+
+
+def _figures(c: Collected, figures: dict[str, Figure]) -> dict[str, dict]:
+    found = {k: f.function(c, f.text) for k, f in figures.items() if f.text in c.pred}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _facts_by_field(c: Collected) -> list[dict]:
+    """Rows of the report's table of facts: recall and hallucination of every field alone."""
+    rows = []
+    for k, field in enumerate(c.fields):
+        row = {'field': field['field'], 'values': len(field['values'])}
+        for text, suffix in (('greedy', ''), ('sampled', '_sampled')):
+            what = c.ids[text], c.truth_NxF[:, k : k + 1], [field], c.doc_N
+            row[f'recall{suffix}'] = metrics.facts_recall(*what)['value']
+            row[f'hallucinated{suffix}'] = metrics.facts_hallucinated(*what)['value']
+        rows.append(row)
+    return rows
 
 
 def figure_after_sft(workdir: pathlib.Path, run: Run) -> dict[str, dict]:

@@ -19,8 +19,8 @@ from absl import flags
 from lens import cli, hf, lens_folder, logger
 from lens.config import Run
 from lens.errors import LensError
-from lens.evaluate import MEANINGS, meaning
 from lens.lens_init import reopen
+from lens.metrics import FIGURES, meaning
 from lens.models.lens import Lens
 
 # Configuration that a lens depends on; the rest is how it was trained.
@@ -185,7 +185,7 @@ def _side_line(spec: dict, side: str) -> str:
 def _figures(summary: dict, error: str) -> str:
     if not summary:
         return 'Not evaluated yet.'
-    known = {k: meaning(k, error).replace('|', '\\|') for k in MEANINGS if k in summary}
+    known = {k: meaning(k, error).replace('|', '\\|') for k in FIGURES if k in summary}
     rows = [f'| `{k}` | {summary[k]:.3f} | {text} |' for k, text in known.items()]
     counts = f'{summary["activations"]} activations of {summary["documents"]} held-out documents'
     source = f'{counts}; {summary["device"]}, commit {summary["commit"]}, {_code(summary["command"])}.'
@@ -257,7 +257,7 @@ def describe(config: dict, run: Run, step: int, summary: dict) -> tuple[dict, di
         'tags': {'opening': list(run.tags.opening), 'closing': list(run.tags.closing)},
         'lora': config['lora'] if adapted else None,
         'step': step,
-        'figures': {k: summary[k] for k in MEANINGS if k in summary},
+        'figures': {k: summary[k] for k in FIGURES if k in summary},
         'exported': time.strftime('%Y-%m-%d', time.gmtime()),
         'provenance': logger.provenance(),
         'config': config,

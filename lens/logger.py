@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl (source of truth), the console, optionally TensorBoard and wandb."""
+"""What a run says of itself: metrics.jsonl (source of truth), TensorBoard, wandb, the console, one clock, a trace."""
 
 import collections
 import contextlib
@@ -7,191 +7,376 @@ import json
 import os
 import pathlib
 import platform
+import re
+import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from lens import data, files, sharding
+from lens.collapse import Collapse
+from lens.config import Phase, Run, fires
 from lens.distributed import is_first
+from lens.errors import LensError
+from lens.metrics import FIGURES
+from lens.tools import flops
+
+PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
+# Of metrics.jsonl, what differs between two equal runs: keys, and a kind of rows.
+TIMES, OF_TIME = ('step_s', 'wall_s', 'mfu', 'tflops_s'), 'time'
 
 
-def write_json(path: pathlib.Path, value) -> None:
-    """Appears at once, by rename."""
-    write_text(path, json.dumps(value, indent=2) + '\n')
+class NonFiniteError(LensError):
+    """The loss is NaN or infinite; nothing was saved after the last good checkpoint."""
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(text)
-    os.replace(tmp, path)
+class Lines:
+    """Appends JSON objects to the file `path`, one a line, after `rows`. While the disk is full they wait in memory.
 
-
-def write_jsonl(path: pathlib.Path, rows) -> None:
-    write_text(path, ''.join(json.dumps(r) + '\n' for r in rows))
-
-
-def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """All complete lines; a torn last line (a killed run) is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split('\n')
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
-class Writer:
-    """Appends one JSON object per line to metrics.jsonl; only process 0 writes.
-
-    resume_step: lines of later steps, from before a restart, are dropped. say: receives a sentence for the user when
-    the disk is full; lines wait in memory then, and the file ends with a whole one.
+    The file ends with a whole line at any time. say: receives a sentence for the user when the disk is full.
     """
 
-    def __init__(
-        self,
-        workdir: pathlib.Path,
-        resume_step: int,
-        tensorboard: bool,
-        wandb_project: str,
-        config: dict,
-        say: Callable[[str], None] = print,
-    ):
-        self.active, self._say = is_first(), say
-        self._waiting, self._failing = [], False  # lines that are not in the file yet; whether the last attempt failed
-        self._tensorboard = self._wandb = None
-        self.elapsed_s = 0.0
-        if not self.active:
-            return
-        path = workdir / 'metrics.jsonl'
-        kept = [r for r in read_jsonl(path) if r['step'] <= resume_step]
-        write_jsonl(path, kept)
-        self.elapsed_s = kept[-1]['wall_s'] if kept else 0.0
-        self._file = path.open('ab', buffering=0)
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # optional extra [tensorboard]
-
-            self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'))
-        if wandb_project:
-            import wandb  # optional extra [wandb]
-
-            self._wandb = wandb.init(
-                project=wandb_project, config=config, dir=str(workdir), resume='allow', id=workdir.name
-            )
+    def __init__(self, path: pathlib.Path, rows: list[dict], say: Callable[[str], None]):
+        files.write_jsonl(path, rows)
+        self._file, self._say = path.open('ab', buffering=0), say
+        self._waiting: list[str] = []  # lines that are not in the file yet
 
     def write(self, row: dict) -> None:
-        """row: `step`, `phase`, `kind` (train, eval, drift, time, profile) and scalars."""
-        if not self.active:
-            return
         self._waiting.append(json.dumps(row) + '\n')
-        self._append()
-        scalars = {f'{row["kind"]}/{k}': v for k, v in row.items() if isinstance(v, (int, float)) and k != 'step'}
-        if self._tensorboard:
-            for k, v in scalars.items():
-                self._tensorboard.add_scalar(k, v, row['step'])
-        if self._wandb:
-            self._wandb.log(scalars, step=row['step'])
+        reason = self._flush()
+        if reason and len(self._waiting) == 1:
+            self._say(
+                f'warning: {self._file.name} cannot be written ({reason}); its lines wait in memory: free some disk.'
+            )
 
-    def _append(self) -> None:
-        """Puts the lines that wait into the file, all or none."""
+    def _flush(self) -> str | None:
+        """Puts the lines that wait into the file, all or none; returns why it could not."""
         end, rest = self._file.seek(0, os.SEEK_END), ''.join(self._waiting).encode()
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as e:
             self._file.truncate(end)
-            if not self._failing:
-                self._say(
-                    f'warning: {self._file.name} cannot be written ({e.strerror}); its lines wait in memory: free some disk.'
-                )
-            self._failing = True
-        else:
-            self._waiting, self._failing = [], False
+            return e.strerror
+        self._waiting = []
+        return None
 
     def close(self) -> None:
-        if self.active:
-            self._append()
-            if self._waiting:
-                self._say(f'warning: {self._file.name} lacks the last {len(self._waiting)} lines: the disk is full.')
-            self._file.close()
-            if self._tensorboard:
-                self._tensorboard.close()
-            if self._wandb:
-                self._wandb.finish()
+        if self._flush():
+            self._say(f'warning: {self._file.name} lacks the last {len(self._waiting)} lines: the disk is full.')
+        self._file.close()
 
 
-class StepClock:
-    """Median seconds of the recent steps of a phase; compilation, evaluation and checkpoints are left out."""
+class Clock:
+    """Seconds of a run over restarts: of its named parts, of recent steps, and of the whole.
 
-    def __init__(self, now=time.monotonic):
-        self._now, self._phase = now, ''
-        self._last: float | None = None
-        self._recent: collections.deque[float] = collections.deque(maxlen=50)
+    start: imports, loading, restoring, from `began` to go_on; compile: the first step of a phase. A step counts
+    until its figures are there: waiting for them is part of it. lost: what killed processes worked after the checkpoint
+    that was gone on from. The time between two processes is nobody's.
+    """
 
-    def pause(self) -> None:
-        """What happens until the next lap is not a step."""
-        self._last = None
+    def __init__(self, began: float, now: Callable[[], float] = time.monotonic):
+        self._now, self._began = now, began
+        self._done = dict.fromkeys((*PARTS, 'lost'), 0.0)
+        self._open: tuple[str, float] | None = ('start', began)
+        self._phase, self._last = '', None  # of the last step, and when it ended
+        self._steps: collections.deque[float] = collections.deque(maxlen=50)
+
+    def go_on(self, rows: list[dict], step: int) -> None:
+        """Ends `start` and adds what the rows of metrics.jsonl say of earlier processes, to the precision of its log.
+
+        step: of the checkpoint that this process goes on from; all that came later was worked for nothing.
+        """
+        kept = [r for r in rows if r['step'] <= step]
+        wall_s = kept[-1]['wall_s'] if kept else 0.0
+        before = next((r for r in reversed(kept) if r['kind'] == 'time'), {})
+        self._done['start'] = self._now() - self._began
+        self._done['lost'] = rows[-1]['wall_s'] - wall_s if rows else 0.0
+        for name in self._done:
+            self._done[name] += before.get(f'{name}_part_s', 0.0)
+        self._began, self._open = self._began - wall_s, None
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what happens inside as `name`. Parts do not nest: a second would have two names."""
+        if name not in PARTS:
+            raise ValueError(f'{name!r} is none of {", ".join(PARTS)}')
+        if self._open:
+            raise RuntimeError(f'part {name!r} begins inside part {self._open[0]!r}')
+        self._open = name, self._now()
+        try:
+            yield
+        finally:
+            self._done[name] += self._now() - self._open[1]
+            self._open = None
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the run so far without those lost."""
+        return self._now() - self._began
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every part, also of the one that is open, of what was lost, and other: together all there were."""
+        now, out = self._now(), dict(self._done)
+        if self._open:
+            out[self._open[0]] += now - self._open[1]
+        return out | {'other': max(0.0, now - self._began - sum(out.values()) + out['lost'])}
+
+    @property
+    def goodput(self) -> float:
+        """Seconds in steps that count over all seconds, 0..1."""
+        seconds = self.seconds
+        return seconds['step'] / max(sum(seconds.values()), 1e-9)
 
     def lap(self, phase: str) -> float:
-        """A step of `phase` has ended; returns the median so far, 0.0 before the first full step of the phase."""
-        now = self._now()
+        """Ends a step of `phase`; returns the median seconds of its recent ones, 0.0 before the first full step."""
         if phase != self._phase:
             self._phase, self._last = phase, None
-            self._recent.clear()
+            self._steps.clear()
+        now = self._now()
         if self._last is not None:
-            self._recent.append(now - self._last)
+            self._steps.append(now - self._last)
         self._last = now
-        return statistics.median(self._recent) if self._recent else 0.0
+        return statistics.median(self._steps) if self._steps else 0.0
+
+    def pause(self) -> None:
+        """Says that what happens until the next lap is no step."""
+        self._last = None
+
+
+class Logger(contextlib.AbstractContextManager):
+    """Writes and says what one process of a run does; the first process alone writes and speaks.
+
+    began: time.monotonic() of when this process began. Nothing is written before open(). Set by the loop:
+    last_good() gives the step of the newest checkpoint or None; flops[phase name] the FLOPs of a micro-step of all
+    devices by part (lens/flops.py).
+    """
+
+    def __init__(self, cfg, run: Run, workdir: pathlib.Path, began: float, now: Callable[[], float] = time.monotonic):
+        self.cfg, self.run, self.workdir = cfg, run, pathlib.Path(workdir)
+        self.clock, self.watch = Clock(began, now), Collapse(cfg.health.collapse)
+        self.part = self.clock.part
+        self.last_good: Callable[[], int | None] = lambda: None
+        self.flops: dict[str, Mapping[str, float]] = {}
+        self.console = Console(quiet=not is_first())
+        columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[text]}')
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task('', total=run.steps, text='')
+        self._pending: tuple | None = None
+        self._lines = self._tensorboard = self._wandb = None
+        self._opened = contextlib.ExitStack()
+
+    def open(self, step: int, collapse: dict | None) -> None:
+        """Starts the log of a run that goes on from `step` (0: fresh): lines of later steps, from before, are dropped.
+
+        collapse: state of the watch there, or None.
+        """
+        if collapse:
+            self.watch.set_state(collapse)
+        path = self.workdir / 'metrics.jsonl'
+        rows = files.read_jsonl(path) if is_first() else []
+        self.clock.go_on(rows, step)
+        self._bar.start()
+        self._opened.callback(self._bar.stop)
+        if is_first():
+            self._lines = Lines(path, [r for r in rows if r['step'] <= step], self.say)
+            self._opened.callback(self._lines.close)
+            self._open_services()
+        phase = next((p for p in self.run.phases if step <= p.end), None)
+        if rows and phase:  # what was lost so far must not be forgotten when this process is killed before it saves
+            self.write(step, phase, 'time', self.time())
+
+    def _open_services(self) -> None:
+        if self.cfg.log.tensorboard:
+            from tensorboardX import SummaryWriter  # optional extra [tensorboard]
+
+            self._tensorboard = SummaryWriter(str(self.workdir / 'tensorboard'))
+            self._opened.callback(self._tensorboard.close)
+        if self.cfg.log.wandb_project:
+            import wandb  # optional extra [wandb]
+
+            self._wandb = wandb.init(
+                project=self.cfg.log.wandb_project,
+                config=json.loads(self.cfg.to_json()),
+                dir=str(self.workdir),
+                resume='allow',
+                id=self.workdir.name,
+            )
+            self._opened.callback(self._wandb.finish)
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    @property
+    def wall_s(self) -> float:
+        return self.clock.wall_s
+
+    def say(self, text: str) -> None:
+        """Prints a line for the user, above the bar where there is one."""
+        with contextlib.suppress(OSError):  # a log on a full disk, or a terminal that is gone, must not end the run
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def write(self, step: int, phase: Phase, kind: str, values: Mapping) -> None:
+        """Writes a row of metrics.jsonl. kind: train, eval, drift or time."""
+        row = {'step': step, 'phase': phase.name, 'kind': kind} | values | {'wall_s': self.wall_s}
+        if self._lines:
+            self._lines.write(row)
+        scalars = {f'{kind}/{k}': v for k, v in row.items() if isinstance(v, (int, float)) and k != 'step'}
+        if self._tensorboard:
+            for k, v in scalars.items():
+                self._tensorboard.add_scalar(k, v, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def sent(self, phase: Phase, step: int, out: dict[str, jax.Array]) -> None:
+        """Takes the figures of a step that has just been sent to the devices; those of the one before are settled.
+
+        One step behind, the devices always have work.
+        """
+        self.settle()
+        self._pending = phase, step, out
+
+    def settle(self, pause: bool = False) -> None:
+        """Waits for the figures of the step that was sent last. pause: what comes now is no step.
+
+        Raises NonFiniteError, collapse.CollapseError.
+        """
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._settle(*pending)
+        if pause:
+            self.clock.pause()
+
+    def _settle(self, phase: Phase, step: int, out: dict[str, jax.Array]) -> None:
+        values = {k: float(v) for k, v in sharding.fetch(out).items()}
+        if bad := next((k for k, v in values.items() if not np.isfinite(v)), None):
+            seed, local_step = self.run.seed + phase.start, step - phase.start - 1
+            where, good = data.batch_documents(self.run.train, phase.documents, seed, local_step), self.last_good()
+            raise NonFiniteError(
+                f'{bad} is not finite at step {step} (phase {phase.name}, documents {where}); the last good '
+                f'checkpoint is {f"step {good}" if good else "none"} in {self.workdir}: lower the learning rates.'
+            )
+        if getattr(phase.objective, 'samples', not phase.labelled):
+            for warning in self.watch.feed(phase.name, step, values):
+                self.say(f'warning: {warning}')
+        step_s, every = self.clock.lap(phase.name), phase.every.log
+        if fires(every, step) or step == phase.end:
+            self.write(step, phase, 'train', values | {'step_s': step_s} | self._speed(phase, step_s))
+        self._progress(phase, step, values, step_s)
+
+    def _speed(self, phase: Phase, step_s: float) -> dict[str, float]:
+        """Model FLOP/s of a device, and their share of its peak where that is known. Sampling is left out of both: it
+        is bound by memory."""
+        if not step_s or phase.name not in self.flops:
+            return {}
+        counted = sum(v for part, v in self.flops[phase.name].items() if part != 'sample')
+        per_s, peak = counted / self.run.mesh.size / step_s, flops.peak(jax.devices()[0].device_kind)
+        return {'tflops_s': per_s / 1e12} | ({'mfu': per_s / peak} if peak else {})
+
+    def _progress(self, phase: Phase, step: int, values: Mapping[str, float], step_s: float) -> None:
+        """Moves the bar on; where there is no terminal, says a line every five lines of metrics.jsonl."""
+        own = getattr(phase.objective, 'shows', (('loss_decoder', 'decoder loss'), ('reward', 'reward')))
+        shown = dict(own) | {'loss_encoder': 'encoder loss', 'fve': 'FVE'}
+        text = '  '.join(f'{text} {values[k]:.3f}' for k, text in shown.items() if k in values)
+        text += f'  ETA {clock(step_s * (self.run.steps - step))}'
+        self._bar.update(self._task, completed=step, description=phase.name, text=text)
+        lines = 5 * phase.every.log if phase.every.log else None
+        if not self.console.is_terminal and (fires(lines, step) or step == self.run.steps):
+            self.say(f'{phase.name:5} {step:6}/{self.run.steps}  {text}')
+
+    def held_out(self, phase: Phase, step: int, values: Mapping[str, float], full: bool) -> None:
+        """Writes the held-out figures and says the quick ones among them."""
+        self.write(step, phase, 'eval', {'full': full} | values)
+        quick = (f'{k} {v:.3f}' for k, v in values.items() if k in FIGURES and FIGURES[k].quick)
+        self.say(f'held out at step {step}: {"  ".join(quick)}')
+
+    def time(self) -> dict[str, float]:
+        """Returns where the seconds went so far: of every part, the share of them that trained, and peak memory."""
+        seconds = {f'{k}_part_s': round(v, 3) for k, v in self.clock.seconds.items()}
+        return seconds | {'goodput': self.clock.goodput, 'peak_memory_gb': peak_memory_gb()}
+
+
+class Profile:
+    """One trace, in workdir/profile, of the steps START..START+COUNT-1 of this process, counted from 1.
+
+    It holds these steps alone: the devices are idle when it begins and ends. Process 0 traces its own devices.
+    window: 'START:COUNT', or '' for none. Raises LensError.
+    """
+
+    def __init__(self, window: str, workdir: pathlib.Path, say: Callable[[str], None]):
+        match = re.fullmatch(r'([1-9]\d*):([1-9]\d*)', window or '1:1', re.ASCII)
+        if not match:
+            raise LensError(
+                f'--profile={window} is not START:COUNT: give two whole numbers from 1 on, e.g. --profile=10:5 for the '
+                'steps 10 to 14 of this process.'
+            )
+        start, count = int(match[1]), int(match[2])
+        self._window = range(start, start + count) if window and is_first() else range(0)
+        self._folder, self._say = pathlib.Path(workdir) / 'profile', say
+        self._here, self._traced = 0, []  # steps of this process; steps of the run in an open trace
+
+    def at(self, step: int) -> None:
+        """Begins or ends the trace where it is due; call before `step` of the run is dispatched."""
+        self._here += 1
+        if self._here not in self._window:
+            self.close()
+            return
+        if not self._traced:
+            _wait_for_devices()
+            jax.profiler.start_trace(str(self._folder))
+        self._traced.append(step)
+
+    def close(self) -> None:
+        """Ends an open trace: the run may end, or fail, inside the window."""
+        if self._traced:
+            _wait_for_devices()
+            jax.profiler.stop_trace()
+            first, last = self._traced[0], self._traced[-1]
+            self._say(f'Profile of steps {first} to {last}: tensorboard --logdir={self._folder}')
+            self._traced = []
+
+
+def _wait_for_devices() -> None:
+    """Until all whose results are still held is done."""
+    jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
+
+
+def peak_memory_gb() -> float:
+    """Returns the most memory in use at any time so far, in 1e9 bytes: of the fullest local device where the backend
+    counts it, else of this process (resident, mapped files included)."""
+    stats = (d.memory_stats() or {} for d in jax.local_devices())
+    peaks = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
+    unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss
+    return (max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9
 
 
 def clock(seconds: float) -> str:
+    """Formats seconds as m:ss or h:mm:ss."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f'{hours}:{m:02}:{s:02}' if hours else f'{m}:{s:02}'
 
 
-class ProgressBar:
-    """A bar with loss, FVE and ETA on a terminal; one line every `every` steps elsewhere."""
-
-    def __init__(self, total: int, every: int):
-        self.console = Console(quiet=not is_first())
-        self.total, self.every = total, every
-        self._bar = Progress(
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.fields[text]}'),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._bar.add_task('', total=total, text='')
-
-    def __enter__(self):
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc):
-        self._bar.stop()
-
-    def update(self, step: int, phase: str, metrics: dict, eta_s: float) -> None:
-        # the policy-gradient loss is 0 by construction: show what it maximises
-        names = {'reward': 'reward', 'loss_decoder': 'decoder loss', 'entropy_nats': 'entropy'}
-        first = next(f'{text} {metrics[k]:.3f}' for k, text in names.items() if k in metrics)
-        text = f'{first}  encoder loss {metrics["loss_encoder"]:.3f}  FVE {metrics["fve"]:.3f}  ETA {clock(eta_s)}'
-        self._bar.update(self._task, completed=step, description=phase, text=text)
-        if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
-            self.print(f'{phase:5} {step:6}/{self.total}  {text}')
-
-    def print(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a log on a full disk, or a terminal that is gone, must not end the run
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+def curve(workdir: pathlib.Path) -> list[dict]:
+    """Returns the rows of metrics.jsonl without what depends on the clock: equal for equal runs, interrupted or not."""
+    rows = files.read_jsonl(workdir / 'metrics.jsonl')
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in rows if r['kind'] != OF_TIME]
 
 
 def provenance() -> dict:
-    """Device, versions, commit and command line: what a figure needs beside it."""
+    """Returns device, versions, commit and command line: what a figure needs beside it."""
     device = jax.devices()[0]
     try:
         here = pathlib.Path(__file__).parent
@@ -206,3 +391,23 @@ def provenance() -> dict:
         'commit': commit or 'unknown',
         'command': shlex.join(['python', *sys.orig_argv[1:]]),
     }
+
+
+def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) -> str:
+    """Returns the first lines of a run. sizes: trained parameters of each side; step: of the checkpoint gone on from."""
+    c = run.base.config
+    phases = ', '.join(f'{p.name} {p.end - p.start}' for p in run.phases) or 'none, evaluation only'
+    train, validation, kind = run.train.left_out, run.validation.left_out, cfg.data.positions
+    left_out = f'; {train} and {validation} without {kind} tokens left out' if kind != 'any' else ''
+    processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
+    mesh = ' x '.join(f'{k} {n}' for k, n in run.mesh.shape.items() if n > 1)
+    return (
+        f'Subject {cfg.subject.path}: {c.family}, {c.n_layers} blocks, {base_size:,} parameters, read after block '
+        f'{run.layer}\n'
+        f'Trained: decoder {sizes["decoder"]:,}, encoder {sizes["encoder"]:,} parameters\n'
+        f'Data {cfg.data.path}: {len(run.train)} training and {len(run.validation)} held-out documents, '
+        f'no document in both{left_out}\n'
+        + (f'Devices: {mesh}{processes}\n' if mesh else '')
+        + f'Steps: {phases}'
+        + (f'; continuing at step {step}' if step else '')
+    )

@@ -1,8 +1,16 @@
-"""Figures over held-out activations in float64 numpy, with intervals that respect documents.
+"""Figures over held-out activations in float64 numpy, with intervals that respect documents: formulas, and the table.
 
-N activations come from documents: `doc_N` is the index of the document of each. Intervals are
-percentile bootstraps that resample whole documents, because activations of one document are alike.
+N activations come from M documents: `doc_N` is the index of the document of each, 0..M-1. A figure is
+{'value', 'ci95': [low, high]}. Its interval is a percentile bootstrap that resamples whole documents, because
+activations of one document are alike; percentiles, other than the basic bootstrap 2 * value - percentile, stay in the
+range of a figure (a recall below 0 does not exist). A statistic that is biased under resampling, of few documents above
+all (a document drawn twice has less variance than two), may lie outside of 95% of its resamples, where no choice
+among these bootstraps would hold it; the interval is then widened to its value.
 """
+
+import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,69 +18,82 @@ RESAMPLES = 1000
 
 
 def _by_document(values_Nx, doc_N):
-    """Sums of rows per document, M x ...; documents are numbered 0..M-1."""
+    """Returns sums of rows per document, M x …."""
     out = np.zeros((doc_N.max() + 1, *values_Nx.shape[1:]))
     np.add.at(out, doc_N, values_Nx)
     return out
 
 
+@functools.cache
 def _draws(n_docs: int, seed: int = 42) -> np.ndarray:
-    """How often each document is in each resample; row 0 is the data itself."""
+    """Returns how often each document is in each resample; row 0 is the data itself."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_docs, np.full(n_docs, 1 / n_docs), size=RESAMPLES)
     return np.concatenate([np.ones((1, n_docs)), counts])
 
 
+def _sums(values_Nx, doc_N):
+    """Returns sums of rows of the data (first) and of every resample."""
+    return _draws(doc_N.max() + 1) @ _by_document(np.asarray(values_Nx, np.float64), doc_N)
+
+
 def _figure(values) -> dict:
-    """{'value', 'ci95'} from a statistic on the data (first) and on the resamples."""
-    lo, hi = np.percentile(values[1:], [2.5, 97.5])
-    return {'value': float(values[0]), 'ci95': [float(lo), float(hi)]}
+    """Makes a figure of a statistic of the data (first) and of the resamples; NaN says nothing."""
+    value = float(values[0])
+    lo, hi = np.nanpercentile(values[1:], [2.5, 97.5])
+    return {'value': value, 'ci95': [min(float(lo), value), max(float(hi), value)]}
 
 
-def _variance(draws, rows_NxD, doc_N):
-    """sum_d Var_d (ddof 1) for each resample, from (Q - |s|^2/n) / (n - 1)."""
-    n = draws @ _by_document(np.ones(len(rows_NxD)), doc_N)
-    q = draws @ _by_document((rows_NxD**2).sum(1), doc_N)
-    s = draws @ _by_document(rows_NxD, doc_N)
-    return (q - (s**2).sum(1) / n) / (n - 1), n
+def _variance(rows_NxD, doc_N):
+    """Returns sum_d Var_d (ddof 1) of every resample, from (Q - |s|^2/n) / (n - 1); NaN where all its rows are one."""
+    rows = rows_NxD - rows_NxD.mean(0)  # changes no variance and keeps the sums well conditioned
+    n, q, s = (_sums(x, doc_N) for x in (np.ones(len(rows)), (rows**2).sum(1), rows))
+    return (q - (s**2).sum(1) / n) / np.where(n > 1, n - 1, np.nan)
 
 
-def reconstruction(pred_NxD, target_NxD, doc_N) -> dict[str, dict]:
-    """fve, variance_recovered, nmse, cosine, each {'value', 'ci95'}.
+def _positive(variance):
+    """Replaces by NaN what is the rounding of a variance of zero."""
+    return np.where(variance > 1e-12 * variance[0], variance, np.nan)
 
-    fve = 1 - mean_i |R_i|^2 / sum_d Var_d(A): a constant bias counts. variance_recovered =
-    1 - sum_d Var_d(R) / sum_d Var_d(A): it does not. R = A - pred, variances with ddof 1 around the
-    held-out mean. nmse = mean_i |R_i|^2 / |A_i|^2.
-    """
+
+def mean(values_N, doc_N) -> dict:
+    """Computes the mean of a number, or of a yes or no, per activation."""
+    return _figure(_sums(values_N, doc_N) / _sums(np.ones(len(values_N)), doc_N))
+
+
+def _residual(pred_NxD, target_NxD):
     pred, target = np.asarray(pred_NxD, np.float64), np.asarray(target_NxD, np.float64)
-    residual = target - pred
-    draws = _draws(doc_N.max() + 1)
-    # shifting A by its mean changes no variance and keeps the sums well conditioned
-    var_a, n = _variance(draws, target - target.mean(0), doc_N)
-    var_r, _ = _variance(draws, residual - residual.mean(0), doc_N)
-    sq = (residual**2).sum(1)
-    per_row = {
-        'nmse': sq / np.maximum((target**2).sum(1), 1e-12),
-        'cosine': (pred * target).sum(1)
-        / np.maximum(np.linalg.norm(pred, axis=1) * np.linalg.norm(target, axis=1), 1e-12),
-    }
-    means = {k: draws @ _by_document(v, doc_N) / n for k, v in (per_row | {'error': sq}).items()}
-    return {
-        'fve': _figure(1 - means['error'] / var_a),
-        'variance_recovered': _figure(1 - var_r / var_a),
-        'nmse': _figure(means['nmse']),
-        'cosine': _figure(means['cosine']),
-    }
+    return target - pred, target
 
 
-def fraction(hit_N, doc_N) -> dict:
-    """Mean of a yes or no per activation."""
-    draws = _draws(doc_N.max() + 1)
-    return _figure(draws @ _by_document(np.asarray(hit_N, np.float64), doc_N) / (draws @ np.bincount(doc_N)))
+def fve(pred_NxD, target_NxD, doc_N) -> dict:
+    """Computes 1 - mean_i |R_i|^2 / sum_d Var_d(A), R = A - pred: a constant bias counts. Variances have ddof 1."""
+    residual, target = _residual(pred_NxD, target_NxD)
+    error = _sums((residual**2).sum(1), doc_N) / _sums(np.ones(len(target)), doc_N)
+    return _figure(1 - error / _positive(_variance(target, doc_N)))
+
+
+def variance_recovered(pred_NxD, target_NxD, doc_N) -> dict:
+    """Computes 1 - sum_d Var_d(R) / sum_d Var_d(A), R = A - pred: a constant bias does not count."""
+    residual, target = _residual(pred_NxD, target_NxD)
+    return _figure(1 - _variance(residual, doc_N) / _positive(_variance(target, doc_N)))
+
+
+def nmse(pred_NxD, target_NxD, doc_N) -> dict:
+    """Computes mean_i |A_i - pred_i|^2 / |A_i|^2."""
+    residual, target = _residual(pred_NxD, target_NxD)
+    return mean((residual**2).sum(1) / np.maximum((target**2).sum(1), 1e-12), doc_N)
+
+
+def cosine(pred_NxD, target_NxD, doc_N) -> dict:
+    """Computes the mean cosine of A and its reconstruction."""
+    pred, target = np.asarray(pred_NxD, np.float64), np.asarray(target_NxD, np.float64)
+    norms = np.linalg.norm(pred, axis=1) * np.linalg.norm(target, axis=1)
+    return mean((pred * target).sum(1) / np.maximum(norms, 1e-12), doc_N)
 
 
 def other_document(doc_N) -> np.ndarray:
-    """For every activation the index of one of another document; each is used once.
+    """Returns for every activation the index of one of another document; each is used once.
 
     No document may hold more than half of the activations.
     """
@@ -83,35 +104,172 @@ def other_document(doc_N) -> np.ndarray:
 
 
 def named_facts(ids_NxT, fields: list[dict]) -> list[np.ndarray]:
-    """Per field, which of its values the text names: N x values, bool. A value is named when its
+    """Returns per field which of its values the text names: N x values, bool. A value is named when its
     token occurs anywhere in the explanation."""
     return [(ids_NxT[:, :, None] == np.asarray(f['token_ids'])).any(1) for f in fields]
 
 
-def facts(ids_NxT, established_NxF, fields: list[dict], doc_N) -> tuple[dict, list[dict]]:
-    """Facts recall and hallucination against the known answers.
+def _fact_counts(ids_NxT, established_NxF, fields: list[dict], doc_N):
+    """Counts facts that are named and right, established, and named, over all fields, as _sums."""
+    counts = []
+    for truth_N, said_NxV in zip(established_NxF.T, named_facts(ids_NxT, fields), strict=True):
+        right_NxV = np.arange(said_NxV.shape[1]) == truth_N[:, None]
+        counts.append([(said_NxV & right_NxV).sum(1), truth_N >= 0, said_NxV.sum(1)])
+    return (_sums(x, doc_N) for x in np.sum(counts, axis=0))
+
+
+def facts_recall(ids_NxT, established_NxF, fields: list[dict], doc_N) -> dict:
+    """Computes established facts that the explanation names / established facts, pooled over activations and fields.
 
     established_NxF: value index that the text has established at the position, -1 = none.
-    recall = established facts that the explanation names / established facts; hallucinated = named
-    facts that are not established or wrong / named facts; both pooled over activations. Returns
-    ({'facts_recall', 'facts_hallucinated'}, [{'field', 'values', 'recall', 'hallucinated'}]).
     """
-    rows, hits, known, named = [], [], [], []
-    for f, truth_N, said_NxV in zip(fields, established_NxF.T, named_facts(ids_NxT, fields), strict=True):
-        right_NxV = np.arange(said_NxV.shape[1]) == truth_N[:, None]
-        hit, have, said = (said_NxV & right_NxV).sum(1), truth_N >= 0, said_NxV.sum(1)
-        rows.append(
-            {
-                'field': f['field'],
-                'values': len(f['values']),
-                'recall': float(hit.sum() / max(have.sum(), 1)),
-                'hallucinated': float((said - hit).sum() / max(said.sum(), 1)),
-            }
-        )
-        hits.append(hit), known.append(have), named.append(said)
-    draws = _draws(doc_N.max() + 1)
-    hit, have, said = (draws @ _by_document(np.sum(x, axis=0), doc_N) for x in (hits, known, named))
-    return {
-        'facts_recall': _figure(hit / np.maximum(have, 1)),
-        'facts_hallucinated': _figure((said - hit) / np.maximum(said, 1)),
-    }, rows
+    hit, established, _ = _fact_counts(ids_NxT, established_NxF, fields, doc_N)
+    return _figure(hit / np.maximum(established, 1))
+
+
+def facts_hallucinated(ids_NxT, established_NxF, fields: list[dict], doc_N) -> dict:
+    """Computes named facts that are not established or wrong / named facts, pooled; arguments as in facts_recall."""
+    hit, _, named = _fact_counts(ids_NxT, established_NxF, fields, doc_N)
+    return _figure((named - hit) / np.maximum(named, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What figures are made of: N activations `a` and, by the name of a text (evaluate.TEXTS), pred, its
+    reconstruction NxD (the zero vector where a response holds no explanation), ids, its tokens NxT (-1 outside of the
+    explanation), and found, whether there is an explanation [N].
+
+    truth_NxF: as in facts_recall, None without `fields`. tagged: whether an explanation stands between tags. error:
+    encoder.error of the run, as which `a` and pred are compared.
+    """
+
+    a: np.ndarray
+    pred: dict[str, np.ndarray]
+    ids: dict[str, np.ndarray]
+    found: dict[str, np.ndarray]
+    doc_N: np.ndarray
+    truth_NxF: np.ndarray | None
+    fields: list[dict]
+    tagged: bool
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A held-out figure: function(collected, text) -> {'value', 'ci95'}, None where it means nothing for the run.
+
+    group: under which the report shows it. meaning: a phrase. text: of evaluate.TEXTS; where the data do not have it
+    the figure is left out. quick: whether evaluations during training have it. of_directions: the phrase, made of
+    `meaning`, where the encoder learns directions alone (encoder.error=direction).
+    """
+
+    group: str
+    meaning: str
+    function: Callable[[Collected, str], dict | None]
+    text: str = 'sampled'
+    quick: bool = False
+    of_directions: str = '{}'
+
+
+def _of(formula: Callable) -> Callable:
+    """Compares the reconstruction from a text with A."""
+    return lambda c, text: formula(c.pred[text], c.a, c.doc_N)
+
+
+def _of_facts(formula: Callable) -> Callable:
+    return lambda c, text: formula(c.ids[text], c.truth_NxF, c.fields, c.doc_N) if c.fields else None
+
+
+def _extracted(c: Collected, text: str) -> dict | None:
+    return mean(c.found[text], c.doc_N) if c.tagged else None
+
+
+def _fve_direction(c: Collected, text: str) -> dict | None:
+    """FVE of rows of one norm, whichever it is."""
+    if c.error == 'direction':  # `fve` says it
+        return None
+    rows = (np.asarray(x, np.float64) for x in (c.pred[text], c.a))
+    return fve(*(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in rows), c.doc_N)
+
+
+_FVE, _COSINE, _RECALL, _HALLUCINATED = _of(fve), _of(cosine), _of_facts(facts_recall), _of_facts(facts_hallucinated)
+FIGURES = {
+    'fve': Figure(
+        'lens',
+        'variance of A explained by the reconstruction, explanations sampled at temperature 1; a bias counts',
+        _FVE,
+        quick=True,
+        of_directions='A and reconstruction rescaled to norm sqrt(d), baseline their mean: {}; 1 - mean of '
+        '(2 - 2 cosine) over it',
+    ),
+    'fve_greedy': Figure('lens', 'the same with the most probable explanation', _FVE, 'greedy', quick=True),
+    'variance_recovered': Figure(
+        'lens',
+        'pooled variance recovered, temperature 1; a constant bias does not count',
+        _of(variance_recovered),
+        of_directions='of the rescaled vectors: {}',
+    ),
+    'nmse': Figure(
+        'lens',
+        'mean of |A - reconstruction|^2 / |A|^2, temperature 1',
+        _of(nmse),
+        of_directions='mean of 2 - 2 cosine, temperature 1; 1 for a response without an explanation',
+    ),
+    'cosine': Figure('lens', 'mean cosine of A and its reconstruction, temperature 1', _COSINE, quick=True),
+    'cosine_greedy': Figure('lens', 'the same with the most probable explanation', _COSINE, 'greedy'),
+    'fve_direction': Figure(
+        'lens', 'FVE at temperature 1 when both are rescaled to norm sqrt(d): only directions count', _fve_direction
+    ),
+    'extracted': Figure(
+        'lens', 'responses that hold an explanation, temperature 1; the others count as the zero vector', _extracted
+    ),
+    'extracted_greedy': Figure('lens', 'the same of the most probable responses', _extracted, 'greedy'),
+    # read from metrics.jsonl: evaluate.figure_after_sft
+    'fve_sft': Figure('lens', 'FVE at temperature 1 at the end of the SFT phase', lambda c, text: None),
+    'fve_given': Figure(
+        'lens', 'FVE when the encoder reads the given explanation: the ceiling of the text format', _FVE, 'given'
+    ),
+    'fve_shuffled': Figure(
+        'controls',
+        'FVE when each explanation is paired with the activation of another document',
+        lambda c, text: fve(c.pred[text][other_document(c.doc_N)], c.a, c.doc_N),
+    ),
+    'fve_no_activation': Figure(
+        'controls', 'FVE when the decoder gets the zero vector instead of the activation', _FVE, 'no_activation'
+    ),
+    'fve_words_permuted': Figure(
+        'controls', 'FVE when the words of the explanation are permuted before encoding', _FVE, 'words_permuted'
+    ),
+    'fve_previous_tokens': Figure(
+        'controls',
+        'FVE when the encoder reads the last tokens of the source instead (it was not trained on them)',
+        _FVE,
+        'previous_tokens',
+    ),
+    'fve_mean_baseline': Figure(
+        'controls',
+        'FVE of predicting the held-out mean: 0 up to the degree of freedom',
+        lambda c, text: fve(np.broadcast_to(c.a.mean(0), c.a.shape), c.a, c.doc_N),
+    ),
+    'fve_zero_baseline': Figure(
+        'controls', 'FVE of predicting the zero vector', lambda c, text: fve(0 * c.a, c.a, c.doc_N)
+    ),
+    'facts_recall': Figure(
+        'facts', 'established facts that the greedy explanation names', _RECALL, 'greedy', quick=True
+    ),
+    'facts_hallucinated': Figure(
+        'facts',
+        'facts named by the greedy explanation that are not established or wrong',
+        _HALLUCINATED,
+        'greedy',
+        quick=True,
+    ),
+    'facts_recall_sampled': Figure('facts', 'facts recall at temperature 1', _RECALL),
+    'facts_hallucinated_sampled': Figure('facts', 'facts hallucinated at temperature 1', _HALLUCINATED),
+}
+
+
+def meaning(name: str, error: str) -> str:
+    """Returns a phrase on a figure. error: encoder.error of the run."""
+    figure = FIGURES[name]
+    return figure.of_directions.format(figure.meaning) if error == 'direction' else figure.meaning

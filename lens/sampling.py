@@ -20,7 +20,9 @@ class Samples(NamedTuple):
 
 
 def noise(key, t, shape: tuple[int, int]):
-    """Draws standard Gumbel noise NxV for token t, the same on every mesh."""
+    """Draws standard Gumbel noise NxV for token t, the same on every mesh. key: one, or one for each row [N]."""
+    if key.ndim:
+        return jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, t), shape[1:], jnp.float32))(key)
     return jax.random.gumbel(jax.random.fold_in(key, t), shape, jnp.float32, out_sharding=sharding.out(ROWS))
 
 

@@ -1,6 +1,7 @@
 """The evaluator against a loop over sampler and encoder, and its controls against what they claim."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import types
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from data_gen.storyworld import world
-from lens import config, data, hf, metrics, sampling, sharding
-from lens.evaluate import Evaluator
+from lens import config, data, evaluate, hf, metrics, sampling, sharding
+from lens.errors import LensError
+from lens.evaluate import Evaluator, Text
+from lens.metrics import Figure
 from lens.models import subject
 from lens.models.encoder import encode
-from lens.response import NO_TAGS
+from lens.response import NO_TAGS, Tags
 from tests.conftest import LAYER, LENGTH, TINY, make_base, make_lens
 
 DOCUMENTS, VECTORS = 7, 2
@@ -44,10 +47,8 @@ def split(tmp_path_factory):
     return data.open_split(str(d.parent), 'validation', vocab_size=TINY.vocab_size)
 
 
-def evaluator(split, base, mesh):
-    settings = config.EvalSettings(
-        quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=3 * VECTORS, samples=4
-    )
+def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS):
+    settings = config.EvalSettings(quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=batch, samples=4)
     tokenizer = types.SimpleNamespace(decode=lambda ids: f' {ids[0]}')
     return Evaluator(
         types.SimpleNamespace(
@@ -58,7 +59,7 @@ def evaluator(split, base, mesh):
             seed=0,
             layer=LAYER,
             length=LENGTH,
-            tags=NO_TAGS,
+            tags=tags,
             error='nmse',
             min_pos=2,
             validation=split,
@@ -67,73 +68,157 @@ def evaluator(split, base, mesh):
 
 
 @pytest.fixture(scope='module')
-def result(split):
-    mesh = sharding.make_mesh(1, 1)
-    base = make_base()
-    with jax.set_mesh(mesh):
-        base, lens = sharding.place(base, mesh), sharding.place(make_lens(base), mesh)
+def placed():
+    """(mesh, base, lens) on one device."""
+    mesh, base = sharding.make_mesh(1, 1), make_base()
+    return mesh, sharding.place(base, mesh), sharding.place(make_lens(base), mesh)
+
+
+@pytest.fixture(scope='module')
+def result(split, placed):
+    """(evaluator, what it collected, evaluation, what it is with another figure)."""
+    mesh, base, lens = placed
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as m:
         e = evaluator(split, base, mesh)
-        return e, e._collect(lens, DOCUMENTS, controls=True), e.full(lens)
+        c, full = e._collect(lens, DOCUMENTS, evaluate.FIGURES.values()), e.full(lens)
+        m.setitem(evaluate.FIGURES, 'sum', Figure('controls', 'sum of A', lambda c, text: value(c.a.sum())))
+        m.setitem(evaluate.FIGURES, 'none', Figure('controls', 'means nothing here', lambda c, text: None))
+        more = e.full(lens)
+        return e, c, full, more, more.to_json(3)
 
 
-def test_every_text_and_reconstruction_belongs_to_its_activation(result):
-    e, c, _ = result
-    base, lens = make_base(), make_lens(make_base())
+def value(x):
+    return {'value': float(x), 'ci95': None}
+
+
+def test_every_text_and_reconstruction_belongs_to_its_activation(result, base, lens):
+    e, c, *_ = result
     tokens, positions = e.held['tokens'], e.held['positions']
-    a = np.asarray(subject.read(base, tokens, positions, LAYER)).reshape(-1, TINY.d_model)
-    assert len(c['a']) == DOCUMENTS * VECTORS
-    np.testing.assert_allclose(c['a'], a, atol=1e-5)
-    greedy = sampling.sample(lens.decoder, base, a, jax.random.key(0), length=LENGTH, temperature=0.0).ids_NxT
-    np.testing.assert_array_equal(c['ids_greedy'], greedy)
-    assert (c['ids'] != c['ids_greedy']).any(1).mean() > 0.5
-    previous = np.stack(
-        [tokens[d, np.maximum(np.arange(p - LENGTH + 1, p + 1), 0)] for d, row in enumerate(positions) for p in row]
-    )
-    texts = {
-        'pred': c['ids'],
-        'pred_greedy': c['ids_greedy'],
-        'pred_previous_tokens': previous,
-        'pred_given': e.held['explanations'].reshape(-1, LENGTH),
+    a = np.asarray(jax.jit(subject.read, static_argnums=3)(base, tokens, positions, LAYER)).reshape(-1, TINY.d_model)
+    assert len(c.a) == DOCUMENTS * VECTORS
+    np.testing.assert_allclose(c.a, a, rtol=0, atol=1e-5 * a.std())
+    draw = jax.jit(sampling.sample, static_argnames=('length', 'group'))
+    vectors = np.concatenate([a, np.zeros_like(a)])
+    greedy = draw(lens.decoder, base, vectors, jax.random.key(0), length=LENGTH, temperature=0.0).ids_NxT
+    np.testing.assert_array_equal(c.ids['greedy'], greedy[: len(a)])
+    assert (c.ids['sampled'] != c.ids['greedy']).any(1).mean() > 0.5
+    # without the activation texts do not depend on it: the zero vector gives one distribution, greedy it is one text
+    assert len(np.unique(greedy[len(a) :], axis=0)) == 1
+    assert np.abs(c.pred['no_activation'] - c.pred['sampled']).max() > 0.05
+    texts = c.ids | {
+        'previous_tokens': np.stack(
+            [tokens[d, np.maximum(np.arange(p - LENGTH + 1, p + 1), 0)] for d, row in enumerate(positions) for p in row]
+        ),
+        'given': e.held['explanations'].reshape(-1, LENGTH),
     }
-    for name, ids in texts.items():
-        np.testing.assert_allclose(c[name], encode(lens.encoder, base, ids), atol=1e-5, err_msg=name)
+    assert texts.keys() == evaluate.TEXTS.keys()
+    pred = np.asarray(jax.jit(encode)(lens.encoder, base, np.concatenate(list(texts.values()))))
+    for i, name in enumerate(texts):
+        expected = pred[i * len(a) : (i + 1) * len(a)]
+        np.testing.assert_allclose(c.pred[name], expected, rtol=0, atol=1e-5 * expected.std(), err_msg=name)
+    np.testing.assert_array_equal(np.sort(c.ids['words_permuted'], 1), np.sort(c.ids['sampled'], 1))
+    assert (c.ids['words_permuted'] != c.ids['sampled']).any()
 
 
-def test_without_the_activation_texts_do_not_depend_on_it(result):
-    """The zero vector gives one distribution for all: greedy it is one text."""
-    _, c, _ = result
-    base, lens = make_base(), make_lens(make_base())
-    draws = sampling.sample(lens.decoder, base, 0 * c['a'], jax.random.key(3), length=LENGTH, temperature=0.0).ids_NxT
-    assert len(np.unique(np.asarray(draws), axis=0)) == 1
-    assert np.abs(c['pred_no_activation'] - c['pred']).max() > 0.05
+def test_permuted_words_stay_between_their_tags():
+    tags, (o, x) = Tags((1,), (2,)), (1, 2)
+    ids = np.array([[7, o, 30, 31, 32, 33, 34, 35, x, 8], [o, 40, 41, 42, x, 9, 9, 9, 9, 9]] * 4)
+    keys = jax.random.split(jax.random.key(0), len(ids))
+    out = np.asarray(jax.jit(functools.partial(evaluate.permuted, {}, tags=tags))(ids, keys))
+    for row, (start, stop) in zip(range(8), [(2, 8), (1, 4)] * 4, strict=True):
+        words = set(range(start, stop))
+        rest = [i for i in range(10) if i not in words]
+        np.testing.assert_array_equal(out[row, rest], ids[row, rest])
+        np.testing.assert_array_equal(np.sort(out[row, start:stop]), ids[row, start:stop])
+    assert len(np.unique(out[::2], axis=0)) == 4, 'every text has its own order'
 
 
-def test_figures_are_the_statistics_of_what_was_collected(result):
-    e, c, full = result
+def test_figures_are_those_of_what_was_collected(result):
+    e, c, full, *_ = result
     doc = np.repeat([0, 1, 2, 6, 3, 4, 5], VECTORS)  # order of the document ids
-    np.testing.assert_array_equal(doc, e._documents(DOCUMENTS))
-    values = full.values()
-    var = c['a'].astype(np.float64).var(0, ddof=1).sum()
+    np.testing.assert_array_equal(doc, c.doc_N)
+    values, a = full.values(), c.a.astype(np.float64)
+    var = a.var(0, ddof=1).sum()
 
     def fve(pred):
-        return 1 - ((c['a'].astype(np.float64) - pred) ** 2).sum(1).mean() / var
+        return 1 - ((a - pred) ** 2).sum(1).mean() / var
 
-    for name, key in (
-        ('fve', 'pred'),
-        ('fve_greedy', 'pred_greedy'),
-        ('fve_given', 'pred_given'),
-        ('fve_no_activation', 'pred_no_activation'),
-        ('fve_previous_tokens', 'pred_previous_tokens'),
-    ):
-        np.testing.assert_allclose(values[name], fve(c[key]), rtol=1e-6, err_msg=name)
-    np.testing.assert_allclose(values['fve_shuffled'], fve(c['pred'][metrics.other_document(doc)]), rtol=1e-6)
-    assert abs(values['fve_shuffled'] - values['fve']) > 1e-3
-    np.testing.assert_allclose(values['fve_zero_baseline'], fve(0), rtol=1e-6)
+    preds = {f'fve_{k}': c.pred[k] for k in ('greedy', 'given', 'no_activation', 'words_permuted', 'previous_tokens')}
+    preds |= {'fve': c.pred['sampled'], 'fve_shuffled': c.pred['sampled'][metrics.other_document(doc)]}
+    preds |= {'fve_zero_baseline': 0, 'fve_mean_baseline': a.mean(0)}
+    for name, pred in preds.items():
+        np.testing.assert_allclose(values[name], fve(pred), rtol=1e-6, err_msg=name)
+    assert len({values[k] for k in preds}) == len(preds)
+    units = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (c.pred['sampled'].astype(np.float64), a))
+    expected = metrics.fve(*units, doc)
+    assert full.figures['fve_direction']['ci95'] == pytest.approx(expected['ci95'])
+    assert values['fve_direction'] == pytest.approx(expected['value'])
     truth = e.held['facts'].reshape(-1, 2)
-    expected, _ = metrics.facts(c['ids_greedy'], truth, e.fields, doc)
-    assert full.figures['facts_recall'] == expected['facts_recall']
+    for name, text in (('facts_recall', 'greedy'), ('facts_recall_sampled', 'sampled')):
+        assert full.figures[name] == metrics.facts_recall(c.ids[text], truth, e.fields, doc)
+    (_, b), texts = e.fields, c.ids['sampled']
+    said, true = (texts == b['token_ids'][0]).any(1), truth[:, 1] == 0
+    assert [r['field'] for r in full.facts] == ['a', 'b'] and full.facts[1]['values'] == 1
+    assert full.facts[1]['recall_sampled'] == (said & true).sum() / true.sum()
+    assert full.facts[1]['hallucinated_sampled'] == pytest.approx((said & ~true).sum() / max(said.sum(), 1))
+    assert {'fve_sft', 'extracted'}.isdisjoint(values)  # no SFT phase, no tags
     assert [s['doc_id'] for s in full.samples] == [-5, 3, 9, 2**60]
     assert [len(s['tokens']) for s in full.samples] == [10, 9, 10, 8]
+    assert full.samples[1]['given']['tokens'][0]['text'] == f' {e.held["explanations"][1, 1, 0]}'
+
+
+def test_another_figure_is_one_entry(result):
+    _, c, full, more, written = result
+    assert more.figures == full.figures | {'sum': value(c.a.sum())}
+    assert written['figures']['sum'] == value(c.a.sum()) | {'group': 'controls', 'meaning': 'sum of A'}
+    assert written['figures']['fve'] == full.figures['fve'] | {
+        'group': 'lens',
+        'meaning': evaluate.meaning('fve', 'nmse'),
+    }
+
+
+def test_quick_figures_another_batch_size_and_another_text(split, placed, result, monkeypatch):
+    """On other batches the same activations have the same texts, with others beside them or not."""
+    mesh, base, lens = placed
+    _, c, full, *_ = result
+    monkeypatch.setitem(evaluate.TEXTS, 'reversed', Text(text=lambda batch, ids, keys, tags: ids[:, ::-1]))
+    found = Figure(
+        'controls', '', lambda c, text: value((c.ids[text] == c.ids['sampled'][:, ::-1]).all()), 'reversed', True
+    )
+    monkeypatch.setitem(evaluate.FIGURES, 'is_reversed', found)
+    with jax.set_mesh(mesh):
+        quick = evaluator(split, base, mesh, batch=2 * VECTORS).quick(lens)
+    assert quick.pop('is_reversed') == 1
+    assert quick.keys() == {'fve', 'fve_greedy', 'cosine', 'facts_recall', 'facts_hallucinated'}
+    n = 4 * VECTORS
+    doc = np.repeat([0, 1, 2, 3], VECTORS)
+    close = {'rtol': 1e-4}  # float32 sums in another order
+    np.testing.assert_allclose(quick['fve'], full.fve_quick, **close)
+    greedy, sampled = (metrics.cosine(c.pred[k][:n], c.a[:n], doc)['value'] for k in ('greedy', 'sampled'))
+    np.testing.assert_allclose(quick['cosine'], sampled, **close)
+    assert abs(greedy - sampled) > 1e-3
+    recall = metrics.facts_recall(c.ids['greedy'][:n], c.truth_NxF[:n], c.fields, doc)['value']
+    np.testing.assert_allclose(quick['facts_recall'], recall, **close)
+
+
+def test_a_response_without_an_explanation_is_the_zero_vector(split, placed, result):
+    """The commonest word as closing tag: the responses are those that were drawn without tags."""
+    mesh, base, lens = placed
+    responses = result[1].ids['sampled']
+    closing = int(np.bincount(responses.ravel()).argmax())
+    figure = evaluate.FIGURES['extracted']
+    with jax.set_mesh(mesh):
+        e = evaluator(split, base, mesh, tags=Tags((), (closing,)))
+        c = e._collect(lens, DOCUMENTS, [figure])
+    closed = responses == closing
+    first = closed.argmax(1)
+    found = closed.any(1) & (first > 0)
+    assert 0 < found.mean() < 1
+    np.testing.assert_array_equal(c.found['sampled'], found)
+    outside = found[:, None] & (np.arange(LENGTH) >= first[:, None])
+    np.testing.assert_array_equal(c.ids['sampled'], np.where(outside, -1, responses))
+    np.testing.assert_array_equal(c.pred['sampled'].any(1), found)
+    assert figure.function(c, figure.text)['value'] == found.mean()
 
 
 @pytest.mark.slow
@@ -146,13 +231,27 @@ def test_another_mesh_gives_the_same_figures(split, result):
         np.testing.assert_allclose(full.values()[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_meanings_say_what_a_figure_of_directions_is():
+    assert evaluate.meaning('nmse', 'nmse').startswith('mean of |A - reconstruction|^2')
+    assert evaluate.meaning('nmse', 'direction').startswith('mean of 2 - 2 cosine')
+    assert evaluate.meaning('fve', 'nmse') in evaluate.meaning('fve', 'direction')
+    assert evaluate.meaning('cosine', 'nmse') == evaluate.meaning('cosine', 'direction')
+
+
+def test_one_document_is_refused(split, placed, tmp_path):
+    mesh, base, _ = placed
+    one = dataclasses.replace(split, doc_id=np.full(len(split), 5))
+    with pytest.raises(LensError, match='holds one document: controls need at least 2'):
+        evaluator(one, base, mesh)
+
+
 def test_shipped_subject_is_what_the_design_asks_for():
     directory = pathlib.Path('configs/tiny_subject')
     assert sum(p.stat().st_size for p in directory.iterdir()) < 4e6
-    c = hf.load_model(directory).config
+    c = hf.read_config(directory)
     sizes = [c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.d_ff, c.vocab_size, c.n_layers]
     assert len(set(sizes)) == len(sizes) and c.head_dim == 32 and c.n_kv_heads < c.n_heads
-    assert 1e6 < sum(x.size for x in jax.tree.leaves(hf.load_model(directory))) < 2e6
+    assert 1e6 < sum(x.size for x in jax.tree.leaves(hf.abstract_model(c, mesh=sharding.make_mesh(1, 1)))) < 2e6
     tokenizer = hf.load_tokenizer(str(directory))
     assert all(
         len(ids) == len(values)

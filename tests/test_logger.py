@@ -1,25 +1,42 @@
-"""metrics.jsonl and the JSON files: atomic, append-only, safe to continue after a kill."""
+"""What a run says of itself: metrics.jsonl over kills and full disks, one clock, figures one step behind, the trace."""
 
 import contextlib
+import gzip
 import json
+import pathlib
 import resource
+import types
 
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import pytest
 
-from lens import files, logger
+from lens import config, data, files, logger
+from lens.collapse import WINDOW, CollapseError
+from lens.errors import LensError
+from lens.logger import Clock, Lines, Logger, NonFiniteError, Profile
+from lens.tools import flops
+
+
+class Time:
+    """A clock that goes when it is told to."""
+
+    def __init__(self, t=1000.0):
+        self.t = t
+
+    def __call__(self):
+        return self.t
+
+    def spend(self, clock, part, seconds):
+        with clock.part(part):
+            self.t += seconds
 
 
 def line(step, **more):
-    return (
-        json.dumps(
-            {'step': step, 'phase': 'sft', 'kind': 'train', 'fve': 0.1 + 0.2 + step, 'wall_s': 1.5 * step} | more
-        )
-        + '\n'
-    )
-
-
-def writer(workdir, resume_step, say=print):
-    return logger.Writer(workdir, resume_step, False, '', {}, say)
+    row = {'step': step, 'phase': 'sft', 'kind': 'train', 'fve': 0.1 + 0.2 + step, 'wall_s': 1.5 * step}
+    return json.dumps(row | more) + '\n'
 
 
 @contextlib.contextmanager
@@ -33,143 +50,239 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_read_jsonl_of_a_missing_file_is_empty(tmp_path):
-    assert files.read_jsonl(tmp_path / 'metrics.jsonl') == []
+def phase(name, start, end, log=1, labelled=False):
+    objective = types.SimpleNamespace(samples=not labelled, shows=(('reward', 'reward'),))
+    every = config.Intervals(log=log)
+    return types.SimpleNamespace(
+        name=name, start=start, end=end, documents=4, labelled=labelled, objective=objective, every=every
+    )
 
 
-@pytest.mark.parametrize('torn', ['', '{"step": 3', '{"step": 3, "fve": 0.5}', '{', '"'])
-def test_read_jsonl_leaves_a_torn_last_line_out(tmp_path, torn):
-    """A line counts once its newline is there: `{"step": 1` of `{"step": 12}` must not be read either."""
-    path = tmp_path / 'metrics.jsonl'
-    path.write_text('{"step": 1}\n{"step": 2, "name": "\\u00e9"}\n' + torn)
-    assert files.read_jsonl(path) == [{'step': 1}, {'step': 2, 'name': 'é'}]
+def log_of(workdir, now, collapse='off', log=1):
+    """The log of a run of 4 and 96 steps on one device."""
+    cfg = ml_collections.ConfigDict(
+        {'log': {'tensorboard': False, 'wandb_project': ''}, 'health': {'collapse': collapse}}
+    )
+    run = types.SimpleNamespace(
+        steps=100,
+        phases=[phase('sft', 0, 4, log, labelled=True), phase('grpo', 4, 100, log)],
+        mesh=types.SimpleNamespace(size=2),
+        train='the training split',
+        seed=7,
+    )
+    return Logger(cfg, run, workdir, now(), now)
 
 
-def test_write_jsonl_reads_back(tmp_path):
-    rows = [{'step': 1, 'text': 'a\nb "c" é\u2028'}, {'step': 2, 'x': 1e-17}]
-    files.write_jsonl(tmp_path / 'a.jsonl', iter(rows))
-    assert files.read_jsonl(tmp_path / 'a.jsonl') == rows
-
-
-def test_write_json_reads_back_and_leaves_no_temporary_file(tmp_path):
-    path = tmp_path / 'summary.json'
-    for value in ({'fve': 0.1}, {'fve': 0.2, 'nested': [1, None, 'é']}):
-        files.write_json(path, value)
-        assert json.loads(path.read_text()) == value
-    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
-
-
-def test_write_json_keeps_the_old_file_when_the_value_cannot_be_written(tmp_path):
-    path = tmp_path / 'summary.json'
-    files.write_json(path, {'fve': 0.1})
-    old = path.read_bytes()
-    with pytest.raises(TypeError):
-        files.write_json(path, {'fve': 0.2, 'bad': object()})
-    with pytest.raises(TypeError):
-        files.write_jsonl(path, [{'fve': 0.2}, {'bad': object()}])
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
-
-
-def test_write_text_keeps_the_old_file_when_the_rename_does_not_happen(tmp_path, monkeypatch):
-    """Killed between write and rename: the old content stands, and the next run replaces it."""
-    path = tmp_path / 'summary.json'
-    files.write_json(path, {'fve': 0.1})
-    old = path.read_bytes()
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(logger.os, 'replace', killed)
-        files.write_json(path, {'fve': 0.2})
-    assert path.read_bytes() == old
-    files.write_json(path, {'fve': 0.3})
-    assert json.loads(path.read_text()) == {'fve': 0.3}
-    assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
-
-
-def test_writer_appends_lines_that_are_on_disk_at_once(tmp_path):
-    w = writer(tmp_path, 0)
-    assert w.elapsed_s == 0
-    rows = [json.loads(line(s)) for s in (1, 2)]
-    for i, row in enumerate(rows):
-        w.write(row)
-        assert files.read_jsonl(tmp_path / 'metrics.jsonl') == rows[: i + 1]
-    w.close()
-    assert (tmp_path / 'metrics.jsonl').read_text() == line(1) + line(2)
-
-
-def test_writer_drops_later_lines_on_resume_and_keeps_earlier_ones_byte_identical(tmp_path):
-    path = tmp_path / 'metrics.jsonl'
-    kept = line(10) + line(20) + line(20, kind='eval', full=True, name='\u00e9', tiny=1.0000000000000002e-300)
-    path.write_text(kept + line(30) + line(40) + '{"step": 50, "pha')
-    w = writer(tmp_path, 20)
-    assert path.read_bytes() == kept.encode()
-    assert w.elapsed_s == 30  # wall_s of the last kept line
-    w.write(json.loads(line(25)))
-    w.close()
-    assert path.read_bytes() == (kept + line(25)).encode()
-    assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
-
-
-def test_writer_at_step_0_starts_over(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text(line(1) + line(2))
-    w = writer(tmp_path, 0)
-    w.close()
-    assert (tmp_path / 'metrics.jsonl').read_text() == '' and w.elapsed_s == 0
+def out(**values):
+    return {k: jnp.float32(v) for k, v in ({'loss_encoder': 0.5, 'fve': 0.25} | values).items()}
 
 
 def test_a_full_disk_lets_lines_wait(tmp_path):
     path, said = tmp_path / 'metrics.jsonl', []
-    w = writer(tmp_path, 0, said.append)
-    w.write(json.loads(line(1)))
+    lines = Lines(path, [], said.append)
+    lines.write(json.loads(line(1)))
+    assert path.read_text() == line(1), 'on disk at once'
     with full_disk(len(line(1)) + 7):
         for step in (2, 3):
-            w.write(json.loads(line(step)))
+            lines.write(json.loads(line(step)))
             assert path.read_text() == line(1), 'not a part of a line'
     assert len(said) == 1 and said[0].startswith(f'warning: {path} cannot be written (File too large); its lines wait')
-    w.write(json.loads(line(4)))
+    lines.write(json.loads(line(4)))
     assert path.read_text() == ''.join(map(line, (1, 2, 3, 4))) and len(said) == 1
     with full_disk(path.stat().st_size):
         for step in (5, 6):
-            w.write(json.loads(line(step)))
-        w.close()
+            lines.write(json.loads(line(step)))
+        lines.close()
     assert path.read_text() == ''.join(map(line, (1, 2, 3, 4))) and len(said) == 3
     assert said[2] == f'warning: {path} lacks the last 2 lines: the disk is full.'
 
 
 def test_lines_that_wait_are_written_at_the_end(tmp_path):
     said = []
-    w = writer(tmp_path, 0, said.append)
+    lines = Lines(tmp_path / 'a.jsonl', [], said.append)
     with full_disk(1):
-        w.write(json.loads(line(1)))
-    w.close()
-    assert (tmp_path / 'metrics.jsonl').read_text() == line(1) and len(said) == 1
+        lines.write(json.loads(line(1)))
+    lines.close()
+    assert (tmp_path / 'a.jsonl').read_text() == line(1) and len(said) == 1
 
 
-def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
-    with (tmp_path / 'log').open('w', buffering=1) as log:
-        bar = logger.ProgressBar(total=2, every=1)
-        bar.console.file = log
+def test_a_console_on_a_full_disk_ends_nothing(tmp_path):
+    log = log_of(tmp_path, Time())
+    with (tmp_path / 'console').open('w', buffering=1) as console:
+        log.console.file = console
         with full_disk(5):
-            bar.print('held out at step 1')
-        bar.print('held out at step 2')
-    assert 'held out at step 2\n' in (tmp_path / 'log').read_text()
+            log.say('held out at step 1')
+        log.say('held out at step 2')
+    assert 'held out at step 2\n' in (tmp_path / 'console').read_text()
 
 
-def test_seconds_of_a_step_are_those_of_its_phase():
-    now = 50.0
-    clock = logger.StepClock(lambda: now)
-    for phase, step_s, laps in (('sft', 0.25, 60), ('grpo', 2.0, 3)):
+def test_later_lines_are_dropped_on_resume_and_earlier_ones_stay_byte_identical(tmp_path):
+    path, now = tmp_path / 'metrics.jsonl', Time()
+    kept = line(10) + line(20) + line(20, kind='eval', full=True, name='\u00e9', tiny=1.0000000000000002e-300)
+    path.write_text(kept + line(30) + line(40) + '{"step": 50, "pha')
+    with log_of(tmp_path, now) as log:
+        assert path.read_text() == kept + line(30) + line(40) + '{"step": 50, "pha', 'opens nothing yet'
+        log.open(20, None)
+        now.t += 2
+        log.write(25, log.run.phases[1], 'eval', {'fve': 0.5})
+    text = path.read_bytes()
+    assert text.startswith(kept.encode())
+    lost, new = (json.loads(x) for x in text[len(kept.encode()) :].splitlines())
+    assert (lost['kind'], lost['step'], lost['lost_part_s']) == ('time', 20, 30)
+    assert new == {'step': 25, 'phase': 'grpo', 'kind': 'eval', 'fve': 0.5, 'wall_s': 32.0}
+    with log_of(tmp_path, now) as log:
+        log.open(0, None)  # a fresh run
+    assert [r['kind'] for r in files.read_jsonl(path)] == ['time'] and logger.curve(tmp_path) == []
+
+
+def test_parts_lost_and_other_are_the_wall_time():
+    now = Time()
+    clock = Clock(now(), now)
+    now.t += 3
+    assert clock.seconds['start'] == 3
+    clock.go_on([], 0)
+    for part, s in (('compile', 7), ('step', 20), ('data', 1), ('step', 10), ('log', 0.5)):
+        now.spend(clock, part, s)
+    now.t += 8.5
+    expected = dict.fromkeys((*logger.PARTS, 'lost', 'other'), 0)
+    expected |= {'start': 3, 'compile': 7, 'step': 30, 'data': 1, 'log': 0.5, 'other': 8.5}
+    assert clock.seconds == expected and clock.wall_s == 50
+    assert clock.goodput == 30 / 50
+    with clock.part('checkpoint'):  # what is written into a checkpoint counts the part that is open
+        now.t += 10
+        assert clock.seconds == expected | {'checkpoint': 10}
+        assert clock.goodput == 30 / 60
+    assert clock.seconds == expected | {'checkpoint': 10}
+
+
+def test_parts_do_not_nest_and_have_known_names():
+    now = Time()
+    clock = Clock(now(), now)
+    clock.go_on([], 0)
+    with pytest.raises(RuntimeError, match="'data' begins inside part 'step'"), clock.part('step'):
+        now.t += 4
+        with clock.part('data'):
+            pass
+    now.spend(clock, 'data', 2)
+    assert (clock.seconds['step'], clock.seconds['data']) == (4, 2)  # an exception ends its part too
+    with pytest.raises(ValueError, match="'sampling' is none of start, compile"), clock.part('sampling'):
+        pass
+
+
+@pytest.mark.parametrize('step', [0, 5])
+def test_what_several_kills_between_two_checkpoints_cost_is_added(tmp_path, step):
+    """Killed 40 s after the checkpoint, again 7 s after that start, again 2 s after the next."""
+    path, wall_s = tmp_path / 'metrics.jsonl', 10.0 * bool(step)
+    saved = {'step': 5, 'phase': 'grpo', 'kind': 'time', 'start_part_s': 2.0, 'step_part_s': 7.5, 'wall_s': 10.0}
+    files.write_jsonl(path, [*[saved] * bool(step), {'step': 6, 'kind': 'train', 'wall_s': wall_s + 40}])
+    for n, (lost_s, work_s) in enumerate(((40, 7), (47, 2), (49, 5)), 1):
+        now = Time(77.0 * n)  # another process: another origin of time
+        with log_of(tmp_path, now) as log:
+            now.t += 3
+            log.open(step, None)
+            seconds = log.clock.seconds
+            assert (seconds['lost'], seconds['other']) == (lost_s, 0.5 * bool(step))
+            assert (seconds['step'], seconds['start']) == (7.5 * bool(step), 2.0 * bool(step) + 3 * n)
+            assert log.wall_s == wall_s + 3 * n
+            last = files.read_jsonl(path)[-1]
+            assert (last['kind'], last['step'], last['phase']) == ('time', step, 'grpo' if step else 'sft')
+            assert sum(v for k, v in last.items() if k.endswith('_part_s')) == last['wall_s'] + lost_s
+            assert logger.curve(tmp_path) == []
+            now.spend(log, 'step', work_s)
+            log.write(6, log.run.phases[1], 'train', {})
+
+
+def test_seconds_of_a_step_are_those_of_its_phase_without_pauses():
+    now = Time()
+    clock = Clock(now(), now)
+    for name, step_s, laps in (('sft', 0.25, 60), ('grpo', 2.0, 3)):
         clock.pause()
         medians = []
         for _ in range(laps):
-            now += step_s
-            medians.append(clock.lap(phase))
+            now.t += step_s
+            medians.append(clock.lap(name))
         assert medians == [0.0] + (laps - 1) * [step_s]
-    now += 100.0  # from one phase to the next nothing is a step, paused or not
+    now.t += 100.0  # from one phase to the next nothing is a step, paused or not
     assert clock.lap('sft') == 0.0
+
+
+def test_figures_are_settled_one_step_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flops, 'peak', lambda kind: 8e12)
+    now, path = Time(), tmp_path / 'metrics.jsonl'
+    with log_of(tmp_path, now, log=2) as log:
+        log.open(0, None)
+        log.flops['grpo'] = {'read': 1e12, 'sample': 5e12, 'score': 3e12}
+        sft, grpo = log.run.phases
+        for step in (1, 2, 3):
+            log.sent(sft, step, out(loss_decoder=2.0))
+            assert [r['step'] for r in files.read_jsonl(path)] == [2] * (step > 2)
+        log.sent(sft, 4, out(loss_decoder=2.0))
+        for step in range(5, 11):
+            now.t += 0.5
+            log.sent(grpo, step, out(reward=-0.75))
+        log.settle(pause=True)
+        log.settle()
+        now.t += 100
+        log.held_out(grpo, 10, {'fve': 0.5, 'fve_given': 0.75}, full=True)
+    rows = files.read_jsonl(path)
+    assert [r['step'] for r in rows] == [2, 4, 6, 8, 10, 10]
+    timed = {'loss_encoder', 'fve', 'step_s', 'wall_s', 'step', 'phase', 'kind'}
+    assert rows[1].keys() == timed | {'loss_decoder'} and rows[1]['step_s'] == 0.0
+    # two devices: 4e12 FLOPs in half a second are 4e12 per second on each
+    assert rows[4] == {
+        'step': 10,
+        'phase': 'grpo',
+        'kind': 'train',
+        'loss_encoder': 0.5,
+        'fve': 0.25,
+        'reward': -0.75,
+        'step_s': 0.5,
+        'tflops_s': 4.0,
+        'mfu': 0.5,
+        'wall_s': 3.0,
+    }
+    assert logger.curve(tmp_path)[4].keys() == {'step', 'phase', 'kind', 'loss_encoder', 'fve', 'reward'}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2  # one line for ten steps
+    assert ' 10/100  reward -0.750  encoder loss 0.500  FVE 0.250  ETA 0:45' in said[0]
+    assert said[1] == 'held out at step 10: fve 0.500'
+
+
+@pytest.mark.parametrize(('good', 'words'), [(3, 'is step 3 in'), (None, 'is none in')])
+def test_a_loss_that_is_not_finite_names_step_documents_and_the_last_good_checkpoint(
+    tmp_path, monkeypatch, good, words
+):
+    monkeypatch.setattr(data, 'batch_documents', lambda *args: args[1:])
+    with log_of(tmp_path, Time()) as log:
+        log.open(0, None)
+        log.last_good = lambda: good
+        log.sent(log.run.phases[1], 9, out(reward=float('inf')))
+        # 4 documents a step, seed 7 + 4, the fifth step of the phase
+        with pytest.raises(
+            NonFiniteError, match=rf'reward is not finite at step 9 \(phase grpo, documents \(4, 11, 4\)\).* {words}'
+        ) as e:
+            log.settle()
+    assert str(tmp_path) in str(e.value) and 'lower the learning rates' in str(e.value)
+
+
+def test_phases_that_draw_samples_are_watched_also_after_a_restart(tmp_path, capsys):
+    now = Time()
+    dead = {'reward_group_std': 0.0}
+    with log_of(tmp_path, now, 'stop') as log:
+        log.open(0, None)
+        for step in range(1, WINDOW + 4):
+            log.sent(log.run.phases[0], step, out(**dead))
+        for step in range(5, WINDOW + 6):
+            log.sent(log.run.phases[1], step, out(**dead))
+        log.settle()
+        state = json.loads(json.dumps(log.watch.get_state()))
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith('warning: ')]
+    assert len(said) == 1 and f'Collapse at step {WINDOW + 4}' in said[0]
+    with log_of(tmp_path, now, 'stop') as log:
+        log.open(WINDOW + 5, state)
+        with pytest.raises(CollapseError, match=f'Stopped at step {2 * WINDOW + 4}'):
+            for step in range(WINDOW + 6, 100):
+                log.sent(log.run.phases[1], step, out(**dead))
 
 
 @pytest.mark.parametrize(
@@ -183,3 +296,105 @@ def test_provenance_says_device_versions_commit_and_command():
     p = logger.provenance()
     assert p.keys() >= {'device', 'versions', 'commit', 'command'}
     assert {'python', 'jax'} <= p['versions'].keys() and p['device'] and p['commit'] and p['command']
+
+
+def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
+    def device(stats):
+        return types.SimpleNamespace(memory_stats=lambda: stats)
+
+    stats = [{'peak_bytes_in_use': 3_000_000_000, 'bytes_in_use': 9}, {'peak_bytes_in_use': 71_500_000_000}, None]
+    monkeypatch.setattr(jax, 'local_devices', lambda: [device(s) for s in stats])
+    assert logger.peak_memory_gb() == 71.5
+
+
+def test_peak_memory_without_device_counts_is_the_resident_peak_of_the_process():
+    held = np.ones(30_000_000)  # 0.24 GB
+    status = dict(line.split(':', 1) for line in pathlib.Path('/proc/self/status').read_text().splitlines())
+    peak_gb, now_gb = (int(status[k].split()[0]) * 1024 / 1e9 for k in ('VmHWM', 'VmRSS'))
+    assert now_gb > held.nbytes / 1e9
+    # the kernel counts pages per thread and adds them up now and then; a parent's peak may be inherited
+    assert 0.99 * peak_gb <= logger.peak_memory_gb() < 1000
+
+
+@pytest.mark.parametrize(
+    'text', ['10', '10:', ':5', '0:5', '5:0', '-1:5', 'a:b', '1:2:3', '1.5:2', ' 1:2', '\u0661:\u0662']
+)
+def test_a_profile_that_is_no_window_is_refused(text, tmp_path):
+    with pytest.raises(LensError, match=r'--profile=.* is not START:COUNT: give two whole numbers from 1 on'):
+        Profile(text, tmp_path, print)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    out = []
+    monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: out.append(('start', folder)))
+    monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: out.append(('stop',)))
+    return out
+
+
+@pytest.mark.parametrize('begin', [1, 201])  # a fresh run, a restarted one
+def test_the_window_counts_the_steps_of_this_process(calls, tmp_path, begin):
+    said = []
+    profile = Profile('3:2', tmp_path, said.append)
+    for step in range(begin, begin + 8):
+        calls.append(step - begin + 1)
+        profile.at(step)
+    profile.close()
+    folder = str(tmp_path / 'profile')
+    assert calls == [1, 2, 3, ('start', folder), 4, 5, ('stop',), 6, 7, 8]
+    assert said == [f'Profile of steps {begin + 2} to {begin + 3}: tensorboard --logdir={folder}']
+
+
+def test_a_run_that_ends_inside_the_window_closes_its_trace_once(calls, tmp_path):
+    said = []
+    profile = Profile('2:10', tmp_path, said.append)
+    for step in range(1, 5):
+        profile.at(step)
+    profile.close()
+    profile.close()
+    assert [c[0] for c in calls] == ['start', 'stop'] and 'steps 2 to 4:' in said[0] and len(said) == 1
+
+
+def test_without_a_window_or_before_it_nothing_is_traced(calls, tmp_path):
+    for text in ('', '5:1'):
+        profile = Profile(text, tmp_path, print)
+        for step in range(1, 4):
+            profile.at(step)
+        profile.close()
+    assert calls == []
+
+
+def test_the_state_is_waited_for_before_the_trace_begins_and_ends(calls, tmp_path, monkeypatch):
+    state = jnp.ones((7, 11, 13))
+    jnp.ones((7, 11, 17)).delete()  # as donation does
+    monkeypatch.setattr(
+        jax, 'block_until_ready', lambda xs: calls.append('waited' if any(x.shape == state.shape for x in xs) else '')
+    )
+    profile = Profile('2:2', tmp_path, print)
+    for step in range(1, 6):
+        profile.at(step)
+    assert calls == ['waited', ('start', str(tmp_path / 'profile')), 'waited', ('stop',)]
+
+
+def test_the_trace_holds_the_steps_of_the_window_alone(tmp_path):
+    def program(name):
+        def f(x):
+            return jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), x)
+
+        f.__name__ = name
+        return jax.jit(f)
+
+    programs = {step: program(f'program_of_step_{step}') for step in range(1, 6)}
+    x = jnp.eye(192)
+    for f in programs.values():
+        f(x).block_until_ready()
+    said, states = [], []
+    profile = Profile('2:2', tmp_path, said.append)
+    for step, f in programs.items():
+        profile.at(step)
+        states.append(f(x))  # dispatched, not waited for
+    profile.close()
+    assert len(said) == 1
+    (trace,) = (tmp_path / 'profile').rglob('*.trace.json.gz')
+    text = gzip.decompress(trace.read_bytes()).decode()
+    assert [step for step in programs if f'program_of_step_{step}' in text] == [2, 3]

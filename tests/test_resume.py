@@ -9,7 +9,7 @@ import pytest
 from lens.checkpoint import Checkpoints
 from lens.files import read_jsonl
 from lens.lens_init import reopen
-from lens.record import curve
+from lens.logger import curve
 from lens.train import Trainer
 from tests.small_run import config, figures, train
 from tests.test_checkpoint import largest_file

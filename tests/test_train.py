@@ -18,7 +18,7 @@ from lens.checkpoint import CheckpointError, Checkpoints
 from lens.errors import LensError
 from lens.files import read_jsonl
 from lens.lens_init import reopen
-from lens.record import NonFiniteError, curve
+from lens.logger import NonFiniteError, curve
 from tests.small_run import config, figures, train
 
 
