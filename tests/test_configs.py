@@ -92,7 +92,8 @@ def test_docstring_holds_a_command_that_exists(name):
     text = load(name).__doc__
     assert text and 'python -m' in text and f'configs/{name}.py' in text
     for module in re.findall(r'python -m ([\w.]+)', text):
-        assert (ROOT / (module.replace('.', '/') + '.py')).exists(), module
+        path = ROOT / module.replace('.', '/')
+        assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), module
 
 
 @pytest.mark.parametrize('name', DOCUMENTED)
