@@ -7,12 +7,11 @@ import time
 import jax
 import numpy as np
 
-from lens import data, files, health, logger, sharding
+from lens import data, files, flops, health, logger, sharding
 from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.errors import LensError
 from lens.models.lens import Lens
-from lens.tools import flops
 
 HELD_OUT = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')
 # Of logger.jsonl, what differs between two equal runs: keys, and kinds of rows.
@@ -121,11 +120,8 @@ class Record:
 
     def _speed(self, phase: Phase, step_s: float) -> dict[str, float]:
         """Model FLOP/s of a device, and their share of its peak where that is known (lens/flops.py)."""
-        if not step_s:
+        if not step_s or phase.name not in self._flops:
             return {}
-        if phase.name not in self._flops:
-            parts = flops.step_flops(self.run.base.config, phase, self.lens, self.run.train.tokens.shape[1])
-            self._flops[phase.name] = flops.in_mfu(parts) / self.run.mesh.size
         per_s, peak = self._flops[phase.name] / step_s, flops.peak(jax.devices()[0].device_kind)
         return {'tflops_s': per_s / 1e12} | ({'mfu': per_s / peak} if peak else {})
 
