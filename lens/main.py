@@ -8,7 +8,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from lens import cli, distributed
-from lens.tools import plan_command
 from lens.train import Stopped, Trainer
 
 HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')
@@ -36,7 +35,9 @@ def main(_):
     if cli.DEBUG.value:
         jax.config.update('jax_debug_nans', True)
     if PLAN.value:
-        return plan_command.run(CONFIG.value, DEVICE_GB.value)
+        from lens.tools import plan  # a command of its own; training needs none of it
+
+        return plan.run(CONFIG.value, DEVICE_GB.value)
     train(pathlib.Path(WORKDIR.value))
 
 

@@ -128,7 +128,6 @@ def test_the_outermost_scope_counts_and_gradients_stay_in_it():
     parts = flops.by_scope(jax.jit(jax.grad(loss)).trace(jnp.ones((4, 4))).jaxpr, TINY)
     one = 2 * 3 * 4 * 4
     assert parts == {'read': one, 'sample': 0, 'encode': 15 * one, 'update': 0, 'score': 0, 'other': 2 * one}
-    assert flops.in_mfu(parts | {'sample': 7.0}) == 18 * one
 
 
 # ---- the train step
