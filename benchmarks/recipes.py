@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from configs import tiny
+from configs import base, tiny
 from lens import files
 from lens.train import Trainer
 
@@ -36,7 +36,7 @@ def run(recipe: str, seed: int, steps: dict[str, int], workdir: pathlib.Path) ->
     for name in cfg.phases:
         cfg[name].steps = steps[name]
     if 'gumbel' in cfg.phases:
-        cfg.gumbel.table = tiny.gumbel_table(steps['gumbel'] // 3)
+        cfg.gumbel.table = base.table(encoder_unfreeze=f'{steps["gumbel"] // 3}s')
     trainer = Trainer(cfg, workdir)
     with jax.set_mesh(trainer.run.mesh):
         return trainer.train()

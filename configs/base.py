@@ -21,6 +21,7 @@ def free(value) -> ml_collections.FieldReference:
 
 # Matrices of a trained base, adapters, maps, read-out.
 MATRICES = r'/(base/blocks/(attn/[qkvo]|mlp/(gate|up|down)|moe/(router_w|gate_up|down))$|adapters/|(maps|readout)_w$)'
+FIXED_PROMPTS = (('^decoder/prompt_', None), ('^encoder/(prompt_|special_last)', None))  # rows before table()'s
 
 
 def table(weight_decay: float = 0.0, encoder_unfreeze: int | str = '0') -> tuple[tuple, ...]:
@@ -48,9 +49,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.table = table()  # which parameters train and how
     p.grad_clip = free(1.0)  # global norm of every clip group, or (('decoder', 0.05), ('encoder', 1.0))
     p.mse_weight = free(1.0)  # V: weight of the encoder's error (encoder.error)
-    p.kl_weight = free(
-        0.0
-    )  # V: weight of the functional KL: the subject's next token from A against its reconstruction
+    p.kl_weight = free(0.0)  # V: weight of the functional KL: the subject's next token from A, from its reconstruction
     p.resample = False  # those two on reconstruction + (A' - its reconstruction), A' of the next document
     p.resample_stop_grad = True  # that difference is a constant
     p.group = 8  # grpo: explanations per activation
@@ -58,11 +57,9 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.advantage = 'grpo'  # grpo | rloo | dr_grpo
     p.updates = 1  # grpo: optimizer steps on the same explanations; above 1 the probability ratio is clipped
     p.clip = 0.2  # grpo: that ratio stays in 1 - clip .. 1 + clip
-    p.form = 'two_pass'  # gumbel: full (exact gradient) | two_pass (teacher forced)
+    p.form = 'two_pass'  # gumbel: full (exact gradient, through the sampling) | two_pass (teacher forced)
     p.tau = free(1.0)  # V, gumbel: temperature of the relaxed tokens, at least 0.1
-    p.lm_weight = free(
-        0.0
-    )  # V, grpo, gumbel: weight of the KL of the natural prefix to the decoder, whole distribution
+    p.lm_weight = free(0.0)  # V, grpo, gumbel: weight of the KL of the natural prefix to the decoder, all words
     p.beta = free(0.0)  # V, grpo, gumbel: weight of the KL of the decoder's tokens to kl_to
     p.kl_to = 'natural'  # natural (base with a word for the activation) | start (decoder at the start of the phase)
     p.kl_skip = 3  # grpo, gumbel: first tokens left out of that KL
@@ -92,7 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.explanation_open = ''  # what opens an explanation, tokens of the subject; empty: its first token does
     c.explanation_close = ''  # what closes it; empty: every token of a response is explanation
     c.position_vectors = False  # decoder reads A minus, encoder writes plus a trained vector of the position (GPT-2)
-    c.tuned_lens = ''  # folder of lens.tuned_lens, for init=tuned_lens
+    c.tuned_lens = ''  # folder of lens.tools.tuned_lens, for init=tuned_lens
 
     c.decoder = ml_collections.ConfigDict()
     c.decoder.prompt = 'Short explanation of <embed>:'  # soft prompt starts from this text
@@ -154,4 +151,40 @@ def get_config() -> ml_collections.ConfigDict:
     c.log.drift = free('0')  # D; how far the parameters have moved since the start of the run
     c.log.tensorboard = False  # also write workdir/tensorboard (extra [tensorboard])
     c.log.wandb_project = ''  # empty = off
+    return c
+
+
+EXPLAIN = 'Short explanation of <embed>. Language, topic, sentiment, claims, speaker, style, etc:'
+SUMMARISE = 'Summary of the text, encapsulating the main points and message, style and details:<text>'
+
+
+def consistency_lens(
+    recipe: str, path: str, layer: int, bos: str = '', recipes: dict[str, tuple[str, ...]] = RECIPES
+) -> ml_collections.ConfigDict:
+    """The recipe of the original consistency lenses for the subject `path` read after block `layer`, with the sizes of
+    a large model; files of other models change values. Frozen base in bfloat16, maps into the first five blocks, texts
+    of 8 tokens. bos: token of the subject that opens every text.
+
+    The entropy bonus acts below 0.1 nats only: where the original schedule (2.0 to 0.1 over 6000 steps) ends.
+    """
+    c = get_config()
+    c.phases = phases(recipe, recipes)
+    c.subject.path, c.subject.dtype, c.layer = path, 'bfloat16', layer
+    c.data.path = f'data/{path.rpartition("/")[2]}'
+    c.explanation_len = 8
+    c.decoder.prompt, c.encoder.prompt = bos + EXPLAIN, bos + SUMMARISE
+    c.decoder.patched_blocks = 5
+
+    c.sft.documents, c.sft.vectors = 32, 8
+    c.sft.learning_rate_decoder = 'cosine 1e-3 1e-5 warmup 10s'
+    c.sft.learning_rate_encoder = 'cosine 1e-4 1e-6 warmup 10s'
+
+    c.grpo.steps = 20000
+    c.grpo.documents, c.grpo.vectors, c.grpo.group = 16, 1, 8
+    c.grpo.learning_rate_decoder = 'cosine 1e-3 1e-5 warmup 100s'
+    c.grpo.learning_rate_encoder = 'cosine 1e-4 1e-6 warmup 100s'
+    c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
+
+    c.eval.batch = 128  # 32 documents, as in a training step
+    c.eval.every = c.checkpoint.every = '500s'
     return c

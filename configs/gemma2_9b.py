@@ -8,8 +8,7 @@
 
 Prepare: the model in the folder google/gemma-2-9b-it (elsewhere: --config.subject.path), and chats in
 texts.jsonl (the original recipe: WildChat-1M), rendered with the chat template in a field "text" without the
-leading <bos>, which the tokenizer adds. The sft phase also reads positions.npy and explanations.npy
-(lens/data.py) in the data folder, 8 tokens each; pretokenize does not write them: without them run `:grpo`.
+leading <bos>, which the tokenizer adds. The sft phase needs labels of 8 tokens (data_gen.label); without them: `:grpo`.
 
 Hardware: 1 GPU of 80 GB. Not yet run on this hardware; memory computed from shapes: base 18.5 GB in bfloat16;
 64.2 M parameters of 5 maps with gradient and Adam 1.0 GB; logits of the sft phase 2.1 GB a copy. All 42
@@ -17,8 +16,7 @@ blocks patched (--config.decoder.patched_blocks=42): 539.6 M, 8.6 GB.
 
 Batches: grpo 16 activations x 8 explanations = 128 rollouts a step, as in the original recipe, which kept the
 encoder frozen for 20000 steps; here it trains from the start. sft 32 documents x 8 = 256 activations, where
-the original took one activation a document. The entropy bonus acts below 0.1 nats only: where the original
-schedule (2.0 to 0.1 over 6000 steps) ends.
+the original took one activation a document.
 """
 
 import ml_collections
@@ -27,29 +25,8 @@ from configs import base
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:
-    c = base.get_config()
-    c.phases = base.phases(recipe)
-    c.subject.path = 'google/gemma-2-9b-it'
-    c.subject.dtype = 'bfloat16'
-    c.layer = 30
-    c.data.path = 'data/gemma-2-9b-it'
-    c.explanation_len = 8
-
-    c.decoder.prompt = '<bos>Short explanation of <embed>. Language, topic, sentiment, claims, speaker, style, etc:'
-    c.decoder.patched_blocks = 5
-    c.encoder.prompt = '<bos>Summary of the text, encapsulating the main points and message, style and details:<text>'
+    c = base.consistency_lens(recipe, 'google/gemma-2-9b-it', 30, '<bos>')
     c.encoder.readout = 'none'
-
-    c.sft.documents, c.sft.vectors = 32, 8
-    c.sft.learning_rate_decoder = 'cosine 1e-3 1e-5 warmup 10s'
-    c.sft.learning_rate_encoder = 'cosine 1e-4 1e-6 warmup 10s'
-
-    c.grpo.steps = 20000
-    c.grpo.documents, c.grpo.vectors, c.grpo.group = 16, 1, 8
     c.grpo.learning_rate_decoder = 'cosine 3e-4 9e-6 warmup 1000s'
     c.grpo.learning_rate_encoder = 'cosine 6e-5 1.8e-6 warmup 1000s'
-    c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
-
-    c.eval.batch = 128  # 32 documents, as in a training step
-    c.eval.every = c.checkpoint.every = '500s'
     return c

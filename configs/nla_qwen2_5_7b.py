@@ -64,8 +64,7 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.decoder.train = c.encoder.train = 'lora'
     c.lora.pattern, c.lora.rank, c.lora.alpha, c.lora.rs = '.*', 128, 16.0, True
 
-    fixed = (('^decoder/prompt_', None), ('^encoder/(prompt_|special_last)', None))
-    c.sft.table = c.grpo.table = fixed + base.table()
+    c.sft.table = c.grpo.table = base.FIXED_PROMPTS + base.table()
     c.sft.documents, c.sft.vectors, c.sft.accumulate, c.sft.steps = 8, 8, 4, '1000os'
     c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-4 1e-5 warmup 50os'
     c.grpo.documents, c.grpo.vectors, c.grpo.group, c.grpo.accumulate, c.grpo.steps = 8, 4, 8, 4, '4200os'

@@ -7,9 +7,8 @@
     python -m lens.main --config=configs/simplestories.py:grpo --workdir=runs/simplestories_grpo
 
 Prepare: the model in the folder SimpleStories/SimpleStories-35M (elsewhere: --config.subject.path), and the
-stories of the dataset SimpleStories/SimpleStories in texts.jsonl in a field "text". The sft phase also reads
-positions.npy and explanations.npy (lens/data.py) in the data folder, 16 tokens each; pretokenize does not write
-them: without them run `:grpo`.
+stories of the dataset SimpleStories/SimpleStories in texts.jsonl in a field "text". The sft phase needs
+labels of 16 tokens (data_gen.label); without them: `:grpo`.
 
 Hardware: meant for one small GPU or a CPU. Not yet run on this hardware; memory computed from shapes: base 0.14 GB in
 float32; 3.2 M parameters of 12 maps and an encoder of its own of 26.9 M (embedding and 9 blocks) with gradient
@@ -26,29 +25,18 @@ from configs import base
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:
-    c = base.get_config()
-    c.phases = base.phases(recipe)
-    c.subject.path = 'SimpleStories/SimpleStories-35M'
-    c.layer = 8
+    c = base.consistency_lens(recipe, 'SimpleStories/SimpleStories-35M', 8)
+    c.subject.dtype = 'float32'
     c.data.path = 'data/simplestories'
     c.explanation_len = 16
-
     c.decoder.prompt = '[EOS]short explanation of <embed>, main character, setting, mood, mission, etc:'
     c.decoder.patched_blocks = 12
     c.encoder.prompt = '[EOS]summary of the text, main character, setting, mood, mission, etc:<text>'
-    c.encoder.readout = 'none'
-    c.encoder.train = 'full'
-
-    c.sft.steps = 5000
+    c.encoder.readout, c.encoder.train = 'none', 'full'
+    c.sft.steps, c.grpo.steps = 5000, 10000
     c.sft.documents, c.sft.vectors = 16, 4
-    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 2e-3 2e-4 warmup 100s'
-    c.sft.table = base.table(weight_decay=0.01)
-
-    c.grpo.steps = 10000
-    c.grpo.documents, c.grpo.vectors, c.grpo.group = 16, 1, 8
-    c.grpo.learning_rate_decoder = c.grpo.learning_rate_encoder = 'cosine 2e-3 2e-4 warmup 100s'
-    c.grpo.table = base.table(weight_decay=0.01)
-    c.grpo.entropy_weight, c.grpo.entropy_clamp = 1.0, 0.1
-
-    c.eval.every = c.checkpoint.every = '500s'
+    for p in (c.sft, c.grpo):
+        p.learning_rate_decoder = p.learning_rate_encoder = 'cosine 2e-3 2e-4 warmup 100s'
+        p.table = base.table(weight_decay=0.01)
+    c.eval.batch = 250
     return c

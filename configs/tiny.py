@@ -57,15 +57,10 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.gumbel.learning_rate_decoder = 'cosine 1e-4 1e-5 warmup 20s'
     c.gumbel.learning_rate_encoder = 'cosine 6e-4 6e-5 warmup 20s'
     c.gumbel.tau = 'linear 1 0.3'
-    c.gumbel.table = gumbel_table(100)
+    c.gumbel.table = base.table(encoder_unfreeze='100s')
     if recipe == 'nla':
         _nla(c)
     return c
-
-
-def gumbel_table(frozen_steps: int) -> tuple[tuple, ...]:
-    """The encoder does not train for so many steps."""
-    return base.table(encoder_unfreeze=f'{frozen_steps}s')
 
 
 def _nla(c: ml_collections.ConfigDict) -> None:
@@ -76,6 +71,5 @@ def _nla(c: ml_collections.ConfigDict) -> None:
     c.decoder.injection, c.decoder.marker, c.decoder.norm = 'replace', '#', 20.0
     c.encoder.prompt = '<|bos|><text><|end|>'
     c.encoder.readout, c.encoder.error = 'linear', 'direction'
-    fixed = (('^decoder/prompt_', None), ('^encoder/(prompt_|special_last)', None))
-    c.sft.table = c.grpo.table = fixed + base.table()
+    c.sft.table = c.grpo.table = base.FIXED_PROMPTS + base.table()
     c.grpo.beta, c.grpo.kl_to, c.grpo.kl_skip = 0.01, 'start', 0

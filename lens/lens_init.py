@@ -138,9 +138,9 @@ def _start(cfg, run: Run) -> Start:
     if 'tuned_lens' in (of_maps, of_readout):
         lens = translators.read(cfg.tuned_lens, c)
         if of_maps == 'tuned_lens':
-            w, b = zip(*(translators.compose(*lens, cfg.layer + 1, k)[:2] for k in range(n)), strict=True)
+            w, b = zip(*(translators.compose(*lens, cfg.layer + 1, k) for k in range(n)), strict=True)
             scale = c.embed_scale if inject.at_input else 1.0
             maps = np.stack(w) / scale, np.stack(b) / scale
         if of_readout == 'tuned_lens':
-            readout = translators.compose(*lens, encoder.output_layer + 1, cfg.layer + 1)[:2]
+            readout = translators.compose(*lens, encoder.output_layer + 1, cfg.layer + 1)
     return Start(tuple(map(jnp.asarray, maps)), tuple(map(jnp.asarray, readout)))

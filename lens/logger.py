@@ -21,13 +21,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lens import data, files, sharding
+from lens import data, files, flops, sharding
 from lens.collapse import Collapse
 from lens.config import Phase, Run, fires
 from lens.distributed import is_first
 from lens.errors import LensError
 from lens.metrics import FIGURES
-from lens.tools import flops
 
 PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
 # Of metrics.jsonl, what differs between two equal runs: keys, and a kind of rows.
@@ -191,7 +190,7 @@ class Logger(contextlib.AbstractContextManager):
             self._lines = Lines(path, [r for r in rows if r['step'] <= step], self.say)
             self._opened.callback(self._lines.close)
             self._open_services()
-        phase = next((p for p in self.run.phases if step <= p.end), None)
+        phase = self.run.phase_of(step)
         if rows and phase:  # what was lost so far must not be forgotten when this process is killed before it saves
             self.write(step, phase, 'time', self.time())
 
@@ -268,7 +267,7 @@ class Logger(contextlib.AbstractContextManager):
                 f'{bad} is not finite at step {step} (phase {phase.name}, documents {where}); the last good '
                 f'checkpoint is {f"step {good}" if good else "none"} in {self.workdir}: lower the learning rates.'
             )
-        if getattr(phase.objective, 'samples', not phase.labelled):
+        if phase.objective.samples:
             for warning in self.watch.feed(phase.name, step, values):
                 self.say(f'warning: {warning}')
         step_s, every = self.clock.lap(phase.name), phase.every.log
@@ -287,8 +286,7 @@ class Logger(contextlib.AbstractContextManager):
 
     def _progress(self, phase: Phase, step: int, values: Mapping[str, float], step_s: float) -> None:
         """Moves the bar on; where there is no terminal, says a line every five lines of metrics.jsonl."""
-        own = getattr(phase.objective, 'shows', (('loss_decoder', 'decoder loss'), ('reward', 'reward')))
-        shown = dict(own) | {'loss_encoder': 'encoder loss', 'fve': 'FVE'}
+        shown = dict(phase.objective.shows) | {'loss_encoder': 'encoder loss', 'fve': 'FVE'}
         text = '  '.join(f'{text} {values[k]:.3f}' for k, text in shown.items() if k in values)
         text += f'  ETA {clock(step_s * (self.run.steps - step))}'
         self._bar.update(self._task, completed=step, description=phase.name, text=text)

@@ -184,23 +184,23 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refe
 class Objective:
     """One entry of OBJECTIVES.
 
-    reads: of OPTIONAL and `group`, the keys of a phase that it reads. shows: (metric, word) that a progress line begins
+    reads: of OPTIONAL and `group`, the keys of a phase that it reads. shows: (metric, words) that a progress line begins
     with. samples: it learns from texts of its own, which may collapse; otherwise from given explanations.
     """
 
     rollout: Callable
     loss: Callable
     reads: frozenset[str] = frozenset()
-    shows: tuple[str, str] = ('loss_encoder', 'loss')
+    shows: tuple[tuple[str, str], ...] = ()
     samples: bool = True
 
 
 OBJECTIVES = {
-    'sft': Objective(given_rollout, sft, shows=('loss_decoder', 'decoder loss'), samples=False),
+    'sft': Objective(given_rollout, sft, shows=(('loss_decoder', 'decoder loss'),), samples=False),
     # the policy-gradient loss is 0 by construction: show what it maximises
-    'grpo': Objective(sampled_rollout, grpo, frozenset({'group', *OPTIONAL}), ('reward', 'reward')),
+    'grpo': Objective(sampled_rollout, grpo, frozenset({'group', *OPTIONAL}), (('reward', 'reward'),)),
     'gumbel': Objective(
-        extracted_rollout, gumbel, frozenset({'lm_weight', 'beta', 'entropy_weight'}), ('entropy_nats', 'entropy')
+        extracted_rollout, gumbel, frozenset({'lm_weight', 'beta', 'entropy_weight'}), (('entropy_nats', 'entropy'),)
     ),
 }
 

@@ -87,7 +87,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
         jax.set_mesh(run.mesh),
         distributed.Stop() as stop,
         logger.Logger(cfg, run, workdir, began) as log,
-        contextlib.closing(logger.Profile.parse(profile, workdir, log.say)) as window,
+        contextlib.closing(logger.Profile(profile, workdir, log.say)) as window,
     ):
         abstract = lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
         for phase in run.phases:
@@ -132,7 +132,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
                     with log.part('compile' if step == first else 'step'):
                         if step == first:
                             traced = train_step.trace(state, run.base, batch, key, knobs, **program)
-                            log.flops[phase.name] = flops.by_scope(traced.jaxpr)
+                            log.flops[phase.name] = flops.by_scope(traced.jaxpr, run.base.config)
                         state, out = train_step(state, run.base, batch, key, knobs, **program)
                         log.sent(phase, step, out)
                         if step == first:

@@ -1,114 +1,61 @@
-"""Residual translators of a tuned lens (Belrose et al. 2023): their files, and maps composed of them.
+"""Residual translators of a tuned lens (Belrose et al. 2023): how they are read, and maps composed of them.
 
 hs[i] is the stream entering block i. Activations are row vectors: T_i(h) = h @ M_i + v_i with
 M_i = I + V_i, for i = 0..L-1; T_L is the identity. T_i(hs[i]) gives nearly the logits that hs[L] gives, and
-has its typical norm.
+has its typical norm. lens/tools/tuned_lens.py writes them:
 
 DIR/translators.safetensors   weight: V [L, d, d], bias: v [L, d], float32
 DIR/tuned_lens.json           subject, convention, held-out figures, how it was trained
 """
 
-import json
-import os
 import pathlib
-import shutil
-import tempfile
-from typing import NamedTuple
 
 import numpy as np
 
-from lens import hf
+from lens import files, hf
 from lens.errors import LensError
 from lens.models.transformer import TransformerConfig
 
 FORMAT = 'lens-translators/1'
-CONVENTION = (
-    'T_i(h) = h + h @ weight[i] + bias[i], h a row vector: the stream entering block i. '
-    'It is the transpose of the weight of a torch.nn.Linear.'
-)
-AGAIN = 'train it again with lens.tuned_lens'
-
-
-class TranslatorsError(LensError):
-    """The folder holds no translators, damaged ones, or those of a subject of another shape."""
-
-
-def write(out: pathlib.Path, weight_LxDxD: np.ndarray, bias_LxD: np.ndarray, about: dict) -> None:
-    """Both files; the folder appears at once, by rename. about: further entries of tuned_lens.json."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
-    try:
-        hf.write_tensors(tmp / 'translators.safetensors', {'weight': weight_LxDxD, 'bias': bias_LxD})
-        content = {'format': FORMAT, 'convention': CONVENTION, **about}
-        (tmp / 'tuned_lens.json').write_text(json.dumps(content, indent=2) + '\n')
-        tmp.chmod(0o755)
-        os.replace(tmp, out)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-
-
-def _read_about(directory: pathlib.Path) -> dict:
-    file = directory / 'tuned_lens.json'
-    if not file.exists():
-        pickles = sorted(p.name for p in directory.glob('*.pt')) if directory.is_dir() else []
-        if pickles:
-            raise TranslatorsError(
-                f'{directory}/{pickles[0]} is a pickle, which may run code and is not read: convert it to '
-                'translators.safetensors and tuned_lens.json (see lens/translators.py), or train one with '
-                'lens.tuned_lens.'
-            )
-        raise TranslatorsError(f'{file} does not exist: give a folder that lens.tuned_lens has written.')
-    try:
-        about = json.loads(file.read_text())
-    except ValueError as e:
-        raise TranslatorsError(f'{file} is not valid JSON ({e}): {AGAIN}.') from None
-    if not isinstance(about, dict) or about.get('format') != FORMAT:
-        raise TranslatorsError(f'{file} is not of format {FORMAT}: {AGAIN}.')
-    return about
+REMEDY = 'give a folder that lens.tools.tuned_lens has written'
 
 
 def read(directory: str | pathlib.Path, subject: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(M_LxDxD = I + V, v_LxD) in float32; row vectors: T_i(h) = h @ M_i + v_i.
+    """Returns (M_LxDxD = I + V, v_LxD) in float32; row vectors: T_i(h) = h @ M_i + v_i.
 
-    Raises TranslatorsError unless the folder holds finite translators of the family and shape of `subject`.
+    Raises LensError unless the folder holds finite translators of the family and shape of `subject`.
     """
-    directory = pathlib.Path(directory)
-    theirs = _read_about(directory).get('subject')
-    ours = {'family': subject.family, 'd_model': subject.d_model, 'n_layers': subject.n_layers}
-    have = {k: theirs.get(k) for k in ours} if isinstance(theirs, dict) else {}
-    if have != ours:
-        other = ', '.join(f'{k}={v}' for k, v in have.items()) or 'no description of it'
-        wanted = ', '.join(f'{k}={v}' for k, v in ours.items())
-        raise TranslatorsError(
-            f'{directory}/tuned_lens.json is of a subject with {other}, this one has {wanted}: train one for it.'
+    about, file = pathlib.Path(directory) / 'tuned_lens.json', pathlib.Path(directory) / 'translators.safetensors'
+    if not about.exists() and (pickles := sorted(about.parent.glob('*.pt'))):
+        raise LensError(
+            f'{pickles[0]} is a pickle, which may run code and is not read: convert it to translators.safetensors and '
+            'tuned_lens.json (see lens/translators.py), or train one with lens.tools.tuned_lens.'
         )
-    file, d = directory / 'translators.safetensors', subject.d_model
-    stored = hf.read_tensors(file)
+    stored = files.read_json(about, REMEDY)
+    if stored.get('format') != FORMAT:
+        raise LensError(f'{about} is not of format {FORMAT}: {REMEDY}.')
+    ours = {'family': subject.family, 'd_model': subject.d_model, 'n_layers': subject.n_layers}
+    theirs = stored.get('subject')
+    theirs = {k: theirs.get(k) for k in ours} if isinstance(theirs, dict) else {}
+    if theirs != ours:
+        have, want = (', '.join(f'{k}={v}' for k, v in x.items()) or 'no description of it' for x in (theirs, ours))
+        raise LensError(f'{about} is of a subject with {have}, this one has {want}: train one for it.')
+    arrays, d = hf.read_tensors(file), subject.d_model
     for name, shape in {'weight': (subject.n_layers, d, d), 'bias': (subject.n_layers, d)}.items():
-        x = stored.get(name)
+        x = arrays.get(name)
         if x is None or x.shape != shape:
             found = f'{name} of shape {x.shape}' if x is not None else f'no {name}'
-            raise TranslatorsError(f'{file} holds {found}, the subject needs {shape}: {AGAIN}.')
+            raise LensError(f'{file} holds {found}, the subject needs {shape}: {REMEDY}.')
         if not np.isfinite(x).all():
-            raise TranslatorsError(f'{file}: {name} holds values that are not finite: {AGAIN}.')
-    return np.eye(d, dtype=np.float32) + stored['weight'].astype(np.float32), stored['bias'].astype(np.float32)
+            raise LensError(f'{file}: {name} holds values that are not finite: {REMEDY}.')
+    return np.eye(d, dtype=np.float32) + arrays['weight'].astype(np.float32), arrays['bias'].astype(np.float32)
 
 
-class Composition(NamedTuple):
-    """y = x @ weight + bias. condition, rank: of the target's translator, which is inverted."""
-
-    weight_DxD: np.ndarray
-    bias_D: np.ndarray
-    condition: float
-    rank: int
-
-
-def compose(m_LxDxD: np.ndarray, v_LxD: np.ndarray, source: int, target: int) -> Composition:
-    """The affine map that sends hs[source] to hs[target], row vectors, float32: T_target(x @ W + b) = T_source(x).
+def compose(m_LxDxD: np.ndarray, v_LxD: np.ndarray, source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the affine map (W_DxD, b_D) of hs[source] to hs[target], row vectors: T_target(x @ W + b) = T_source(x).
 
     W = M_source @ pinv(M_target), b = (v_source - v_target) @ pinv(M_target); index L is the identity.
-    Computed in float64. Singular values below d times the rounding of float32 (what M is stored in)
+    float32, computed in float64. Singular values below d times the rounding of float32 (what M is stored in)
     count as zero; directions that they span are lost. Raises ValueError for an index outside 0..L.
     """
     n, d = v_LxD.shape
@@ -119,9 +66,6 @@ def compose(m_LxDxD: np.ndarray, v_LxD: np.ndarray, source: int, target: int) ->
         return (np.eye(d), np.zeros(d)) if i == n else (m_LxDxD[i].astype(np.float64), v_LxD[i].astype(np.float64))
 
     (m_source, v_source), (m_target, v_target) = translator(source), translator(target)
-    u, s, vt = np.linalg.svd(m_target)
-    rank = int(np.sum(s > s[0] * d * np.finfo(np.float32).eps))
-    pinv = (vt[:rank].T / s[:rank]) @ u[:, :rank].T
-    weight, bias = m_source @ pinv, (v_source - v_target) @ pinv
-    condition = float(s[0] / s[-1]) if s[-1] else float('inf')
-    return Composition(weight.astype(np.float32), bias.astype(np.float32), condition, rank)
+    inverse = np.linalg.pinv(m_target, rcond=d * np.finfo(np.float32).eps)
+    weight, bias = m_source @ inverse, (v_source - v_target) @ inverse
+    return weight.astype(np.float32), bias.astype(np.float32)

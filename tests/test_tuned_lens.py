@@ -15,11 +15,11 @@ import optax
 import pytest
 from flax import nnx
 
-from lens import hf, sharding, translators
+from lens import files, hf, sharding, translators
 from lens.errors import LensError
 from lens.models.transformer import Transformer
 from lens.tools import tuned_lens
-from lens.translators import TranslatorsError, compose
+from lens.translators import compose
 from tests.conftest import TINY, make_base
 
 L, D = TINY.n_layers, TINY.d_model
@@ -109,6 +109,7 @@ def test_translated_streams_get_the_final_norm_and_keep_their_logits(base, token
     )
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_is_the_step_on_one_device(base, tokens, state):
     batch = {'tokens': tokens, 'lengths': LENGTHS}
     expected, kl = tuned_lens.train_step(jax.tree.map(jnp.array, state), base, batch, tx=TX)
@@ -124,6 +125,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(base, tokens, state):
         np.testing.assert_allclose(got.params[k], x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_logits_of_one_layer_exist_at_a_time(tokens):
     """Six more layers need less memory than the logits of one."""
 
@@ -154,42 +156,38 @@ def translated(maps, i, h):
     return h if i == len(m) else h @ m[i].astype(np.float64) + v[i]
 
 
-@pytest.mark.parametrize('source', range(5))
-@pytest.mark.parametrize('target', range(5))
+@pytest.mark.parametrize(('source', 'target'), [(0, 3), (3, 1), (2, 4), (4, 0), (2, 2), (4, 4)])
 def test_the_target_translates_a_composed_vector_as_the_source_its_own(maps, source, target):
     h = np.random.default_rng(8).standard_normal((9, 6))
-    c = compose(*maps, source, target)
-    assert (c.weight_DxD.dtype, c.bias_D.dtype, c.rank) == (np.float32, np.float32, 6)
+    weight, bias = compose(*maps, source, target)
+    assert weight.dtype == bias.dtype == np.float32
     np.testing.assert_allclose(
-        translated(maps, target, h @ c.weight_DxD + c.bias_D), translated(maps, source, h), rtol=1e-4, atol=1e-4
+        translated(maps, target, h @ weight + bias), translated(maps, source, h), rtol=1e-4, atol=1e-4
     )
-    if target < 4:
-        assert c.condition == pytest.approx(np.linalg.cond(maps[0][target].astype(np.float64)))
     if source == target:
-        np.testing.assert_allclose(c.weight_DxD, np.eye(6), atol=1e-6)
-        np.testing.assert_array_equal(c.bias_D, np.zeros(6))
+        np.testing.assert_allclose(weight, np.eye(6), atol=1e-6)
+        np.testing.assert_array_equal(bias, np.zeros(6))
 
 
 def test_the_weight_is_the_published_formula_in_row_vectors(maps):
     """Columns: pinv(M_target) M_source and pinv(M_target) (v_source - v_target)."""
-    (m, v), c = maps, compose(*maps, 3, 1)
+    (m, v), (weight, bias) = maps, compose(*maps, 3, 1)
     inverse = np.linalg.pinv(m[1].T.astype(np.float64))
-    np.testing.assert_allclose(c.weight_DxD.T, inverse @ m[3].T, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(c.bias_D, inverse @ (v[3] - v[1]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(weight.T, inverse @ m[3].T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(bias, inverse @ (v[3] - v[1]), rtol=1e-5, atol=1e-6)
 
 
 def test_directions_that_the_target_loses_are_left_out(maps):
     m, v = maps[0].copy(), maps[1]
     left, right = np.random.default_rng(9).standard_normal((6, 4)), np.random.default_rng(10).standard_normal((4, 6))
     m[2] = left @ right  # rank 4 up to the rounding of float32
-    c = compose(m, v, 0, 2)
-    assert c.rank == 4 and c.condition > 1e6
+    weight, bias = compose(m, v, 0, 2)
     exact = np.linalg.pinv(left @ right)
-    np.testing.assert_allclose(c.weight_DxD, m[0] @ exact, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(c.bias_D, (v[0] - v[2]) @ exact, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(weight, m[0] @ exact, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(bias, (v[0] - v[2]) @ exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('pair', [(-1, 0), (5, 0), (0, -1), (0, 5)])
+@pytest.mark.parametrize('pair', [(-1, 0), (0, 5)])
 def test_streams_that_do_not_exist_are_refused(maps, pair):
     with pytest.raises(ValueError, match=r'not both in 0\.\.4'):
         compose(*maps, *pair)
@@ -204,8 +202,9 @@ def folder(tmp_path):
     rng = np.random.default_rng(11)
     weight, bias = (rng.standard_normal(s).astype(np.float32) for s in ((L, D, D), (L, D)))
     subject = {'family': TINY.family, 'd_model': D, 'n_layers': L}
-    translators.write(tmp_path / 'lens', weight, bias, {'subject': subject})
-    return tmp_path / 'lens'
+    files.write_json(tmp_path / 'tuned_lens.json', {'format': translators.FORMAT, 'subject': subject})
+    hf.write_tensors(tmp_path / 'translators.safetensors', {'weight': weight, 'bias': bias})
+    return tmp_path
 
 
 def test_what_is_written_is_read(folder):
@@ -257,7 +256,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(folder, damage):
 def test_translators_of_another_subject_are_refused(folder):
     file = folder / 'tuned_lens.json'
     file.write_text(file.read_text().replace(f'"d_model": {D}', '"d_model": 99'))
-    with pytest.raises(TranslatorsError, match=rf'd_model=99, n_layers={L}, this one has family=llama, d_model={D}'):
+    with pytest.raises(LensError, match=rf'd_model=99, n_layers={L}, this one has family=llama, d_model={D}'):
         translators.read(folder, TINY)
 
 
@@ -288,7 +287,7 @@ def check_result(out, steps, seq_len):
     assert (after < 0.8 * before).all()
     assert about['held_out']['documents'] == 21
     assert (about['training']['steps'], about['training']['seq_len']) == (steps, seq_len)
-    assert (about['subject']['d_model'], len(about['subject']['sha256'])) == (D, 64)
+    assert about['subject']['d_model'] == D and 'transpose' in about['convention']
     m, v = translators.read(out, TINY)
     assert m.shape == (L, D, D) and np.abs(v).max(1).min() > 0
     return before, after, m, v
@@ -306,14 +305,14 @@ def test_the_command(world, tmp_path):
         f'--out={out}',
     ]
     env = os.environ | {'JAX_PLATFORMS': 'cpu'}
-    root = pathlib.Path(tuned_lens.__file__).parents[1]
+    root = pathlib.Path(tuned_lens.__file__).parents[2]
     done = subprocess.run(
         [*argv, '--steps=30', '--batch=8'], capture_output=True, text=True, env=env, cwd=root, check=True
     )
     lines = done.stdout.splitlines()
     assert lines[-1] == f'Tuned lens: {out}'
     assert 'Worse' not in done.stdout
-    assert 'step 30/30  KL ' in done.stdout and 'ETA 0:00' in done.stdout
+    assert 'step 30/30  KL ' in done.stdout and ' 0 s left' in done.stdout
     before, after, m, v = check_result(out, 30, 13)
     assert lines[-1 - L :][:L] == [f'| {i} | {before[i]:.4f} | {after[i]:.4f} |' for i in range(L)]
     model, d = hf.load_model(world / 'model'), world / 'data' / 'validation'
@@ -326,8 +325,9 @@ def test_the_command(world, tmp_path):
         assert (p * np.log(p / q)).sum(-1).mean() == pytest.approx(after[i], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_mesh_and_shorter_texts(world, tmp_path):
-    settings = tuned_lens.Settings(steps=25, batch=6, seq_len=7, dtype='bfloat16', mesh_data=3, mesh_model=2)
+    settings = tuned_lens.TunedLensSettings(steps=25, batch=6, seq_len=7, dtype='bfloat16', mesh_data=3, mesh_model=2)
     tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path / 'lens', settings)
     check_result(tmp_path / 'lens', 25, 7)
 
@@ -345,28 +345,32 @@ def test_bfloat16_on_a_mesh_and_shorter_texts(world, tmp_path):
 def test_impossible_settings_are_refused(world, tmp_path, changes, message):
     with pytest.raises(LensError, match=message):
         tuned_lens.train(
-            str(world / 'model'), str(world / 'data'), tmp_path / 'lens', tuned_lens.Settings(**{'batch': 8} | changes)
+            str(world / 'model'),
+            str(world / 'data'),
+            tmp_path / 'lens',
+            tuned_lens.TunedLensSettings(**{'batch': 8} | changes),
         )
     assert not any(tmp_path.iterdir())
 
 
-def test_a_diverging_run_stops_and_writes_nothing(world, tmp_path):
-    settings = tuned_lens.Settings(steps=3, learning_rate=float('inf'))
-    with pytest.raises(LensError, match='step 2: the KL of layer 0 is not finite: lower --learning_rate'):
-        tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path / 'lens', settings)
-    assert not any(tmp_path.iterdir())
+def test_a_diverging_run_stops():
+    with pytest.raises(LensError, match='step 2: the KL of layer 1 is not finite: lower --learning_rate'):
+        tuned_lens._check_finite(np.array([1.0, np.nan, np.inf]), 'step 2')
 
 
 def test_layers_that_became_worse_are_named(world, tmp_path, capsys):
-    settings = tuned_lens.Settings(steps=2, learning_rate=1e6)
+    settings = tuned_lens.TunedLensSettings(steps=2, learning_rate=1e6)
     tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path / 'lens', settings)
     assert 'Worse than the logit lens: layers 0, 1, 2; lower --learning_rate' in capsys.readouterr().out
+    about = json.loads((tmp_path / 'lens/tuned_lens.json').read_text())['held_out']
+    assert np.all(np.array(about['kl_after_nats']) > about['kl_before_nats']) and about['documents'] == 21
+    assert translators.read(tmp_path / 'lens', TINY)[0].shape == (L, D, D)
 
 
 def test_a_folder_that_holds_something_is_left_alone(world, tmp_path):
     (tmp_path / 'mine').write_text('precious')
     with pytest.raises(LensError, match='holds something already'):
-        tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path, tuned_lens.Settings())
+        tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path, tuned_lens.TunedLensSettings())
     assert [p.name for p in tmp_path.iterdir()] == ['mine']
 
 
@@ -383,4 +387,4 @@ def test_data_of_another_tokenizer_is_refused(world, tmp_path):
         (tmp_path / 'model' / file.name).write_bytes(file.read_bytes())
     (tmp_path / 'model' / 'tokenizer.json').write_text('{}')
     with pytest.raises(LensError, match='was made with another tokenizer'):
-        tuned_lens.train(str(tmp_path / 'model'), str(root), tmp_path / 'lens', tuned_lens.Settings())
+        tuned_lens.train(str(tmp_path / 'model'), str(root), tmp_path / 'lens', tuned_lens.TunedLensSettings())

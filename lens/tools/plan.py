@@ -1,39 +1,35 @@
-"""What a configuration needs on each device, from shapes alone: nothing is allocated, no weights are read.
+"""What a configuration needs on each device: `python -m lens.main --config=… --plan [--device_gb=80]`.
 
-What a step is given (base, trained parameters, optimizer, reference) is exact, in the dtypes of the run. What it needs
-besides is read from the program that XLA makes for as many CPU devices, with the frozen base in float32: on CPU a
-16-bit program would convert whole stacks of weights first. Both are upper bounds where the run has 16 bits.
+Nothing is allocated and no weights are read. What a step is given (base, trained parameters, optimizer, reference) is
+exact, in the dtypes of the run. What it needs besides is read from the program that XLA makes for as many CPU devices,
+with the frozen base in float32: on CPU a 16-bit program would convert whole stacks of weights first. Both are upper
+bounds where the run has 16 bits.
 """
 
-import dataclasses
 import math
+import pathlib
 import re
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lens import config, response, sharding
-from lens.config import Phase
-from lens.lens_init import State, abstract_lens, abstract_state
-from lens.models import moe
-from lens.models.lens import Lens
+from lens import config, flops, hf, lens_init, response, sharding
+from lens.config import Phase, Texts, require
+from lens.errors import LensError
+from lens.models import injection, moe
+from lens.models.injection import Injection
 from lens.models.transformer import Transformer, TransformerConfig
-from lens.response import Prompt, Tags
-from lens.tools import flops, hlo
-from lens.train import train_step
+from lens.train import State, abstract_state, train_step
 
+GB = 1e9
+DEVICES = 8  # with mesh.data=-1
 MODEL_SIZES = (2, 4, 8)  # of mesh.model, tried where a configuration does not fit
-
-
-class Texts(NamedTuple):
-    """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation."""
-
-    decoder: Prompt
-    encoder: tuple[list[int], list[int]]
-    natural: list[int]
-    tags: Tags
+SEQ_LEN, DOCUMENTS = 4096, 100_000  # where the data is not there
+MARGIN = 0.1  # spare memory below which a plan warns
 
 
 class WordTokenizer:
@@ -47,189 +43,223 @@ class WordTokenizer:
         return {'input_ids': [self.ids.setdefault(w, len(self.ids)) for w in words]}
 
 
-def read_texts(cfg, tokenizer) -> Texts:
-    """Raises LensError."""
-    natural = cfg.decoder.prompt.replace(response.EMBED, 'something')
-    return Texts(
-        response.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
-        response.encoder_prompt(tokenizer, cfg.encoder.prompt),
-        tokenizer(natural, add_special_tokens=False)['input_ids'],
-        response.tags(tokenizer, cfg.explanation_open, cfg.explanation_close),
-    )
+class Job(NamedTuple):
+    """What is planned, but for the configuration and the mesh."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is planned, but for the configuration and the mesh. c: of the subject. seq_len: tokens of a row of data.
-    documents: training documents; None where no duration may count epochs."""
-
-    c: TransformerConfig
+    c: TransformerConfig  # of the subject
+    injection: Injection
     texts: Texts
-    seq_len: int
-    documents: int | None = None
+    seq_len: int  # tokens of a row of data
+    documents: int  # of training
+    ships_packed: bool  # whether the subject's experts are MXFP4 on disk
 
 
-@dataclasses.dataclass(frozen=True)
-class Needs:
-    """Bytes on one device in one phase. reference: the decoder at the start of the phase, where the objective
-    compares with it. cache: keys and values of all texts that a step draws; a part of the step's temporaries."""
+class Needs(NamedTuple):
+    """Bytes on one device in one phase. reference: the decoder at the start of the phase, where the objective compares
+    with it. temporaries: None where the step has not been compiled."""
 
     base: int
-    trainable: int
+    trained: int
     optimizer: int
     reference: int
-    cache: int
+    temporaries: int | None = None
 
     @property
-    def given(self) -> int:
-        """All that a step is given; it stays on the device from step to step."""
-        return self.base + self.trainable + self.optimizer + self.reference
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Of a compiled step, on one device: bytes of its temporaries, and what it moves between devices.
-
-    experts: those of the temporaries that are one layer's experts, which a kernel for grouped products may need as
-    a copy of their own, unlike what is compiled here in its place (moe.PLANNED).
-    """
-
-    temporaries: int
-    experts: int
-    collectives: tuple[hlo.Collective, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """The train step of one phase, as shapes with placements."""
-
-    phase: Phase
-    base: Transformer
-    lens: Lens
-    state: State
-    batch: dict[str, jax.ShapeDtypeStruct]
-
-    def lower(self):
-        """Traces the step: what cannot run raises here."""
-        p, key = self.phase, jax.eval_shape(lambda: jax.random.key(0))
-        static = {'objective': p.objective, 'hparams': p.hparams, 'tx': p.tx}
-        return train_step.lower(self.state, self.base, self.batch, key, **static)
-
-    def needs(self) -> Needs:
-        p, hp = self.phase, self.phase.hparams
-        texts = 0 if p.labelled else p.documents * p.vectors * hp.group * hp.mean_of
-        length = self.lens.decoder.prompt_len + hp.length
-        cache = jax.eval_shape(lambda b: b.empty_cache(texts, length), self.base) if texts else ()
-        parts = (self.base, self.state.params, self.state.opt, self.state.reference, cache)
-        return Needs(*map(per_device, parts))
-
-    def flops(self) -> dict[str, float]:
-        """Of all devices together, by part."""
-        return flops.step_flops(self.base.config, self.phase, self.lens, self.batch['tokens'].shape[1])
+    def total(self) -> int:
+        return sum(x or 0 for x in self)
 
 
 def per_device(tree) -> int:
-    """Bytes of one device's share of abstract arrays that carry placements."""
+    """Returns bytes of one device's share of abstract arrays that carry placements."""
     shares = ((x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree))
     return sum(math.prod(shape) * size for shape, size in shares)
 
 
-def abstract_batch(phase: Phase, seq_len: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """One step's batch as data.train_batches gives it."""
-    shapes = {'tokens': (phase.documents, seq_len), 'positions': (phase.documents, phase.vectors)}
-    if phase.labelled:
-        shapes['explanations'] = (*shapes['positions'], phase.hparams.length)
-    place = {k: jax.sharding.NamedSharding(mesh, sharding.rows(len(s))) for k, s in shapes.items()}
-    return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=place[k]) for k, s in shapes.items()}
-
-
-def steps(cfg, job: Job, mesh) -> Iterator[Step]:
-    """The train step of every phase. Call under jax.set_mesh(mesh)."""
+def steps(cfg, job: Job, mesh) -> Iterator[tuple[Phase, State, Transformer, dict]]:
+    """Yields every phase with state, base and batch of its step, as shapes with placements. Call under set_mesh(mesh)."""
     base = config.abstract_base(cfg, job.c, mesh)
-    lens = abstract_lens(cfg, (job.texts.decoder, job.texts.encoder), base, mesh)
-    for phase in config.make_phases(cfg, job.texts.natural, job.texts.tags, job.documents):
-        batch = abstract_batch(phase, job.seq_len, mesh)
-        yield Step(phase, base, lens, abstract_state(lens, phase, mesh), batch)
+    prompts = lens_init.Prompts(job.injection, job.texts.decoder, job.texts.encoder)
+    lens = lens_init.abstract_lens(cfg, prompts, base, mesh)
+    for phase in config.make_phases(cfg, job.texts, job.documents):
+        shapes = {'tokens': (phase.documents, job.seq_len), 'positions': (phase.documents, phase.vectors)}
+        if phase.labelled:
+            shapes['explanations'] = (*shapes['positions'], phase.hparams.length)
+        place = {k: jax.sharding.NamedSharding(mesh, sharding.rows(len(s))) for k, s in shapes.items()}
+        batch = {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=place[k]) for k, s in shapes.items()}
+        yield phase, abstract_state(lens, phase, mesh), base, batch
 
 
-def plan(cfg, job: Job, mesh) -> dict[str, Needs]:
-    """Needs of every phase; each phase's train step is traced, so that what cannot run raises here."""
-    out = {}
-    with jax.set_mesh(mesh):
-        for step in steps(cfg, job, mesh):
-            step.lower()
-            out[step.phase.name] = step.needs()
-    return out
+def trace(phase: Phase, state: State, base: Transformer, batch: dict):
+    """Traces a train step: what cannot run raises here."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx}
+    return train_step.trace(state, base, batch, key, phase.knobs(0), **program)
 
 
 def needs(cfg, job: Job, mesh) -> dict[str, Needs]:
-    """Needs of every phase, from shapes alone."""
+    """Returns what the step of every phase is given."""
     with jax.set_mesh(mesh):
-        return {step.phase.name: step.needs() for step in steps(cfg, job, mesh)}
+        given = {p.name: (base, s.params, s.opt, s.reference) for p, s, base, _ in steps(cfg, job, mesh)}
+        return {name: Needs(*map(per_device, parts)) for name, parts in given.items()}
 
 
-def compile_phase(cfg, job: Job, mesh, name: str) -> Program:
-    """The train step of the phase `name`, compiled as the head of this file says. Takes up to a minute."""
+def compile_phase(cfg, job: Job, mesh, name: str) -> tuple[int, dict[str, float]]:
+    """Compiles the step of phase `name` as the head of this file says, in up to a minute.
+
+    Returns (bytes of its temporaries on one device, its FLOPs by part). One layer's experts are among the temporaries:
+    a kernel for grouped products may copy them, unlike what is compiled in its place (moe.PLANNED).
+    """
     experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
     cfg = cfg.copy_and_resolve_references()
     cfg.subject.dtype = 'float32'
     if job.c.n_experts:
         (cfg.subject.experts,) = moe.PLANNED
     with jax.set_mesh(mesh):
-        step = next(s for s in steps(cfg, job, mesh) if s.phase.name == name)
-        compiled = step.lower().compile()
-    moved = (c for c in hlo.collectives(compiled.as_text()) if c.group_size > 1)
-    return Program(compiled.memory_analysis().temp_size_in_bytes + experts, experts, tuple(moved))
+        traced = trace(*next(step for step in steps(cfg, job, mesh) if step[0].name == name))
+        temporaries = traced.lower().compile().memory_analysis().temp_size_in_bytes
+    return temporaries + experts, flops.by_scope(traced.jaxpr, job.c)
 
 
-@dataclasses.dataclass(frozen=True)
-class Remedy:
-    """A change of the configuration. needs: of every phase then. phase, total: the one that needs most among those
-    that were compiled, and its bytes on one device; compiled: False where what a step is given is too much already,
-    which is the total then."""
-
-    change: str
-    needs: dict[str, Needs]
-    phase: str
-    total: int
-    compiled: bool
-
-
-def changes(cfg, mesh, full: list[str], ships_packed: bool) -> Iterator[tuple[str, dict]]:
-    """(as a user writes it, values of dotted keys) of changes on the same number of devices.
-
-    full: names of the phases that do not fit. ships_packed: whether the subject's experts are MXFP4 on disk.
-    """
+def changes(cfg, mesh, full: list[str], ships_packed: bool) -> Iterator[dict]:
+    """Yields values of dotted keys that may help on the same number of devices. full: phases that do not fit."""
     data, model = mesh.shape['data'], mesh.shape['model']
-    tried = []
     if data > 1 and not cfg.mesh.shard_base:
-        tried.append({'mesh.shard_base': True})
+        yield {'mesh.shard_base': True}
     if ships_packed and not cfg.subject.packed and 'full' not in (cfg.decoder.train, cfg.encoder.train):
-        tried.append({'subject.packed': True})
+        yield {'subject.packed': True}
     for size in MODEL_SIZES:
         if size > model and data * model % size == 0:
-            tried.append({'mesh.model': size, 'mesh.data': data * model // size})
+            yield {'mesh.model': size, 'mesh.data': data * model // size}
     halves = {name: cfg[name].documents // 2 for name in full}
     if all(n and n % sharding.row_count(mesh) == 0 and n * cfg[name].vectors >= 2 for name, n in halves.items()):
-        tried.append({f'{name}.documents': n for name, n in halves.items()})
-    for values in tried:
-        yield ' '.join(f'{k}={v}' for k, v in values.items()), values
+        yield {f'{name}.documents': n for name, n in halves.items()}
 
 
-def remedy(change: str, values: dict, cfg, job: Job, full: list[str], device: float, compiling=compile_phase) -> Remedy:
-    """What `cfg` needs with other values of dotted keys; compiled where it may fit in `device` bytes, the phases
-    `full`, which did not, first. compiling: as compile_phase."""
-    changed = cfg.copy_and_resolve_references()
-    changed.update_from_flattened_dict(values)
-    m = changed.mesh
-    mesh = sharding.make_mesh(m.data, m.model, m.replica)
-    parts, totals = needs(changed, job, mesh), {}
-    name = max(parts, key=lambda x: parts[x].given)
-    if parts[name].given > device:
-        return Remedy(change, parts, name, parts[name].given, compiled=False)
-    for name in sorted(parts, key=lambda x: x not in full):
-        totals[name] = parts[name].given + compiling(changed, job, mesh, name).temporaries
-        if totals[name] > device:
+def after(values: dict, cfg, job: Job, full: list[str], device: float, compiling=compile_phase) -> tuple[str, Needs]:
+    """Returns the phase that needs most once `cfg` has other values of dotted keys, and its needs.
+
+    Compiled where it may fit in `device` bytes, the phases `full` first and no more once one is too much.
+    """
+    cfg = cfg.copy_and_resolve_references()
+    cfg.update_from_flattened_dict(values)
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
+    given, found = needs(cfg, job, mesh), {}
+    most = max(given, key=lambda x: given[x].total)
+    if given[most].total > device:
+        return most, given[most]
+    for name in sorted(given, key=lambda x: x not in full):
+        found[name] = given[name]._replace(temporaries=compiling(cfg, job, mesh, name)[0])
+        if found[name].total > device:
             break
-    name = max(totals, key=totals.get)
-    return Remedy(change, parts, name, totals[name], compiled=True)
+    most = max(found, key=lambda x: found[x].total)
+    return most, found[most]
+
+
+def run(cfg, device_gb: float, compiling=compile_phase) -> int:
+    """Prints the plan of `cfg` for devices of `device_gb` * 1e9 bytes. Returns 0 when it fits, else 1.
+
+    Only CPU devices are made, as many as the mesh has. Raises LensError for what a configuration alone shows to
+    be impossible.
+    """
+    config.check_values(cfg)
+    pretend_devices(cfg)
+    require(len(cfg.phases) > 0, 'phases is empty: there is nothing to plan.')
+    mesh, device = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica), device_gb * GB
+    job, notes = open_job(cfg)
+    for name in cfg.phases:
+        config.check_phase(cfg, name)
+    config.check_batches(cfg, mesh)
+    sizes = ', '.join(f'{k} {v}' for k, v in mesh.shape.items() if v > 1) or 'no mesh'
+    print(f'{cfg.subject.path} on {mesh.size} device{"s" * (mesh.size > 1)} ({sizes}); no device is touched')
+    notes.append('temporaries: of the CPU program with a float32 subject, an upper bound for 16 bits')
+    print('\n'.join(f'  {x}' for x in [*notes, 'not counted: evaluation, fragmentation, workspaces of kernels']))
+    found = {}
+    for name, given in needs(cfg, job, mesh).items():
+        print(f'\nPhase {name}: compiling, ', end='', flush=True)
+        began = time.monotonic()
+        temporaries, work = compiling(cfg, job, mesh, name)
+        found[name] = given._replace(temporaries=temporaries)
+        print(f'{time.monotonic() - began:.0f} s\n' + '\n'.join(describe(found[name], work, cfg.subject.dtype, device)))
+    most = max(found, key=lambda x: found[x].total)
+    full = [name for name, n in found.items() if n.total > device]
+    if not full:
+        print(f'\nFits in {device_gb:.1f} GB: phase {most} needs most, at most {spare(found[most], device)}.')
+        if found[most].total > (1 - MARGIN) * device:
+            print(f'Under {MARGIN:.0%} to spare: fragmentation and workspaces of kernels are not counted.')
+        return 0
+    print(f'\nDoes not fit in {device_gb:.1f} GB: phase {most} needs {spare(found[most], device)}.')
+    fits = False
+    for values in changes(cfg, mesh, full, job.ships_packed):
+        name, then = after(values, cfg, job, full, device, compiling)
+        fits |= then.total <= device
+        without = '' if then.temporaries is not None else ' without temporaries'
+        change = ' '.join(f'{k}={v}' for k, v in values.items())
+        print(f'  with {change}: base {then.base / GB:.2f}, phase {name}{without} {spare(then, device)}', flush=True)
+    if not fits:
+        print('None of the changes that are known here is enough: more or larger devices, or a smaller subject.')
+    return 1
+
+
+def describe(n: Needs, work: dict[str, float], dtype: str, device: float) -> list[str]:
+    """Returns lines on the memory of one device, in GB, and on the FLOPs of a step on all."""
+    notes = f'frozen, {dtype}', 'float32', 'its moments', 'the decoder at the start of the phase', 'at most'
+    lines = [f'  {k:12}{x / GB:8.2f} GB  {note}' for k, x, note in zip(n._fields, n, notes, strict=True) if x]
+    named = ', '.join(f'{k} {v:.2g}' for k, v in work.items() if v)
+    return [*lines, f'  total at most {spare(n, device)}', f'  FLOPs of a step, all devices: {named}']
+
+
+def spare(n: Needs, device: float) -> str:
+    """Returns '8.60 GB, 1.4 GB (14%) to spare' or what is too much for `device` bytes."""
+    left = device - n.total
+    rest = f'{-left / GB:.1f} GB too much' if left < 0 else f'{left / GB:.1f} GB ({left / device:.0%}) to spare'
+    return f'{n.total / GB:.2f} GB, {rest}'
+
+
+def pretend_devices(cfg) -> None:
+    """Makes as many CPU devices as the mesh has."""
+    m = cfg.mesh
+    if m.data == -1:
+        m.data = max(1, DEVICES // (m.model * m.replica))
+        print(f'mesh.data=-1: {m.data} is taken, for {m.data * m.model * m.replica} devices')
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', max(1, m.data * m.model * m.replica))
+
+
+def open_job(cfg) -> tuple[Job, list[str]]:
+    """Returns the job and what was assumed. A subject.path of a config.json alone has its prompts counted in words."""
+    path, notes = pathlib.Path(cfg.subject.path), []
+    if path.suffix == '.json':
+        tokenizer = WordTokenizer()
+        notes.append(f'prompts are counted in words: {path} is no folder with a tokenizer')
+    else:
+        try:
+            path = hf.local_directory(cfg.subject.path, weights=False)
+        except hf.ModelError as e:
+            raise LensError(
+                f'subject.path={path} is no folder, and the Hub gave none: set --config.subject.path= to a folder with '
+                'config.json and tokenizer, or to a config.json file alone.'
+            ) from e
+        tokenizer = hf.load_tokenizer(path)
+    c, ships_packed = hf.read_config(path), hf.ships_packed(path)
+    config.check_subject(cfg, c)
+    require(
+        ships_packed or not cfg.subject.packed,
+        f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.',
+    )
+    rows = _rows(pathlib.Path(cfg.data.path) / 'train/tokens.npy', c.max_positions, notes)
+    slot = injection.of_config(cfg.decoder, c)
+    return Job(c, slot, config.read_texts(cfg, tokenizer), *rows, ships_packed), notes
+
+
+def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int, int]:
+    """Returns (tokens of a row, training documents) of the data, or what is taken without it."""
+    if not file.exists():
+        notes.append(f'rows of {min(SEQ_LEN, max_positions)} tokens and {DOCUMENTS} documents are assumed: no {file}')
+        return min(SEQ_LEN, max_positions), DOCUMENTS
+    try:
+        documents, seq_len = np.load(file, mmap_mode='r', allow_pickle=False).shape
+    except (ValueError, EOFError):
+        raise LensError(f'{file} is no array of rows of tokens: make the data again.') from None
+    require(seq_len <= max_positions, f'{file} has {seq_len} tokens a row, the subject reads {max_positions}.')
+    notes.append(f'rows of {seq_len} tokens, {documents} documents: {file}')
+    return seq_len, documents

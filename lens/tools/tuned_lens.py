@@ -10,9 +10,9 @@ folder (lens/translators.py) appears at the end, and a killed run starts anew.
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,21 @@ import optax
 from absl import flags
 from flax import struct
 
-from lens import cli, data, hf, logger, losses, sharding, translators
-from lens.errors import LensError
+from lens import cli, data, files, hf, logger, losses, sharding
+from lens.checks import DTYPES, require
 from lens.models.transformer import Transformer
+from lens.translators import FORMAT
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 HELD_OUT_DOCUMENTS = 256
 LOGS = 20  # progress lines of a run
 SEED = 0  # of the order of the documents
+CONVENTION = (
+    'T_i(h) = h + h @ weight[i] + bias[i], h a row vector (of torch.nn.Linear it is the transpose), entering block i'
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TunedLensSettings:
     """batch: documents per step. seq_len: tokens of each that are read, None for all of a row.
     mesh_data, mesh_model: devices that split the batch; heads, feed-forward and vocabulary."""
 
@@ -45,7 +48,7 @@ class Settings:
     mesh_model: int = 1
 
 
-class State(struct.PyTreeNode):
+class TunedLensState(struct.PyTreeNode):
     """Translators {weight V [L, d, d], bias [L, d]} and their optimizers; the bias in units of scale_L, the
     typical norm of a component of a stream, so that neither gradient nor step depends on the scale of a stream."""
 
@@ -55,53 +58,46 @@ class State(struct.PyTreeNode):
 
 
 def make_optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """Of one layer. Momentum and linear decay as in the paper; Adam and Muon were slower, and Muon's translators
-    worse conditioned, which a composition inverts."""
+    """Returns that of one layer. Momentum and linear decay as in the paper; Adam and Muon were slower, and Muon's
+    translators worse conditioned, which a composition inverts."""
     schedule = optax.linear_schedule(learning_rate, 0.0, steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule, momentum=0.9, nesterov=True))
 
 
-def _kept(x_BxSxD):
-    return x_BxSxD
-
-
 def read_streams(subject: Transformer, batch: dict):
-    """hs_LxBxSxD, hs[L] BxSxD, and the mask of real tokens BxS."""
-    x, hs_LxBxSxD = subject.collect(subject.embed(batch['tokens']), 0, subject.config.n_layers, _kept)
-    return hs_LxBxSxD, x, jnp.arange(x.shape[1]) < batch['lengths'][:, None]
-
-
-def target_of(subject: Transformer, last_BxSxD):
-    """(next-token probabilities p_BxSxV, their entropy_BxS in nats)."""
-    logits_BxSxV = subject.logits(last_BxSxD)
-    return jax.nn.softmax(logits_BxSxV), losses.entropy(logits_BxSxV)
+    """Returns hs_LxBxSxD, hs[L] BxSxD, (next-token probabilities BxSxV, their entropy BxS in nats), mask of real tokens
+    BxS. What a program does not use of them it does not compute."""
+    x, hs_LxBxSxD = subject.collect(subject.embed(batch['tokens']), 0, subject.config.n_layers, jnp.asarray)
+    logits_BxSxV = subject.logits(x)
+    target = jax.nn.softmax(logits_BxSxV), losses.entropy(logits_BxSxV)
+    return hs_LxBxSxD, x, target, jnp.arange(x.shape[1]) < batch['lengths'][:, None]
 
 
 def typical_norm(x_BxSxD, mask_BxS):
-    """Geometric mean of the norms where mask is 1: a few huge ones, as of a first token, do not decide it."""
+    """Returns the geometric mean of the norms where mask is 1: a few huge ones, as of a first token, do not decide it."""
     norm_BxS = jnp.linalg.norm(x_BxSxD.astype(jnp.float32), axis=-1)
     counted = mask_BxS & (norm_BxS > 0)
     return jnp.exp(jnp.sum(jnp.where(counted, jnp.log(norm_BxS), 0)) / jnp.maximum(counted.sum(), 1))
 
 
 @functools.partial(jax.jit, static_argnames='tx')
-def init_state(subject: Transformer, batch: dict, *, tx: optax.GradientTransformation) -> State:
-    """Identity translators. batch: where the scale of the streams is measured."""
+def init_state(subject: Transformer, batch: dict, *, tx: optax.GradientTransformation) -> TunedLensState:
+    """Returns identity translators. batch: where the scale of the streams is measured."""
     n, d = subject.config.n_layers, subject.config.d_model
-    hs_LxBxSxD, _, mask_BxS = read_streams(subject, batch)
+    hs_LxBxSxD, _, _, mask_BxS = read_streams(subject, batch)
     scale_L = jax.lax.map(lambda h: typical_norm(h, mask_BxS), hs_LxBxSxD) / d**0.5
     params = {'weight': jnp.zeros((n, d, d)), 'bias': jnp.zeros((n, d))}
-    return State(params, jax.vmap(tx.init)(params), scale_L)
+    return TunedLensState(params, jax.vmap(tx.init)(params), scale_L)
 
 
 def translate(params: dict, scale, h_BxSxD):
-    """One layer's translator, in float32."""
+    """Applies one layer's translator, in float32."""
     h = h_BxSxD.astype(jnp.float32)
     return h + jnp.einsum('bsd,de->bse', h, params['weight']) + scale * params['bias']
 
 
 def kl_sum(params: dict, scale, h_BxSxD, subject: Transformer, target: tuple, mask_BxS):
-    """Sum over the real tokens of KL(final || translated), nats, of one layer.
+    """Returns the sum over the real tokens of KL(final || translated), nats, of one layer.
 
     Cross-entropy minus entropy: one array of the size of the logits less than from log-probabilities.
     """
@@ -112,43 +108,37 @@ def kl_sum(params: dict, scale, h_BxSxD, subject: Transformer, target: tuple, ma
 
 
 @functools.partial(jax.jit, static_argnames='tx', donate_argnames='state')
-def train_step(state: State, subject: Transformer, batch: dict, *, tx) -> tuple[State, jax.Array]:
-    """One update of every layer. Returns the state and the mean KL before it by layer, nats per token.
+def train_step(state: TunedLensState, subject: Transformer, batch: dict, *, tx) -> tuple[TunedLensState, jax.Array]:
+    """Updates every layer. Returns the state and the mean KL before it by layer, nats per token.
 
     One layer at a time: logits [B, S, V] of one exist beside the final ones.
     """
-    hs_LxBxSxD, last_BxSxD, mask_BxS = read_streams(subject, batch)
-    target, tokens = target_of(subject, last_BxSxD), jnp.maximum(mask_BxS.sum(), 1)
+    hs_LxBxSxD, _, target, mask_BxS = read_streams(subject, batch)
+    tokens = jnp.maximum(mask_BxS.sum(), 1)
 
-    def layer(stacks, x):
-        i, scale, h_BxSxD = x
-        params, opt = jax.tree.map(lambda w: w[i], stacks)
-        kl, grads = jax.value_and_grad(kl_sum)(params, scale, h_BxSxD, subject, target, mask_BxS)
-        updates, opt = tx.update(jax.tree.map(lambda g: g / tokens, grads), opt, params)
-        new = (optax.apply_updates(params, updates), opt)
-        return jax.tree.map(lambda stack, w: stack.at[i].set(w), stacks, new), kl / tokens
+    def layer(x):
+        return jax.value_and_grad(kl_sum)(*x, subject, target, mask_BxS)
 
-    layers = (jnp.arange(len(hs_LxBxSxD)), state.scale_L, hs_LxBxSxD)
-    (params, opt), kl_L = jax.lax.scan(layer, (state.params, state.opt), layers)
-    return state.replace(params=params, opt=opt), kl_L
+    kl_L, grads = jax.lax.map(layer, (state.params, state.scale_L, hs_LxBxSxD))
+    updates, opt = jax.vmap(tx.update)(jax.tree.map(lambda g: g / tokens, grads), state.opt, state.params)
+    return state.replace(params=optax.apply_updates(state.params, updates), opt=opt), kl_L / tokens
 
 
 @jax.jit
-def kl_sums(state: State, subject: Transformer, batch: dict) -> tuple[jax.Array, jax.Array]:
-    """(sum of the KL over the real tokens by layer, nats; number of those tokens)."""
-    hs_LxBxSxD, last_BxSxD, mask_BxS = read_streams(subject, batch)
-    target = target_of(subject, last_BxSxD)
+def kl_sums(state: TunedLensState, subject: Transformer, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Returns (sum of the KL over the real tokens by layer, nats; number of those tokens)."""
+    hs_LxBxSxD, _, target, mask_BxS = read_streams(subject, batch)
     layers = (state.params, state.scale_L, hs_LxBxSxD)
     return jax.lax.map(lambda x: kl_sum(*x, subject, target, mask_BxS), layers), mask_BxS.sum()
 
 
 @jax.jit
-def to_final_norm(state: State, subject: Transformer, batch: dict) -> State:
-    """The same translators, each times the number that gives T_i(hs[i]) the typical norm of hs[L].
+def to_final_norm(state: TunedLensState, subject: Transformer, batch: dict) -> TunedLensState:
+    """Returns the same translators, each times the number that gives T_i(hs[i]) the typical norm of hs[L].
 
     The final norm hides that number from the loss, and a composition of two translators does not.
     """
-    hs_LxBxSxD, last_BxSxD, mask_BxS = read_streams(subject, batch)
+    hs_LxBxSxD, last_BxSxD, _, mask_BxS = read_streams(subject, batch)
     wanted = typical_norm(last_BxSxD, mask_BxS)
 
     def layer(x):
@@ -160,156 +150,132 @@ def to_final_norm(state: State, subject: Transformer, batch: dict) -> State:
     return state.replace(params=jax.lax.map(layer, (state.params, state.scale_L, hs_LxBxSxD)))
 
 
-def rows(split: data.Split, which: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
-    """The first seq_len tokens of some documents: tokens [B, S], lengths [B]."""
-    return {
-        'tokens': np.asarray(split.tokens[which, :seq_len], np.int32),
-        'lengths': np.minimum(split.lengths[which], seq_len).astype(np.int32),
-    }
+class Job(NamedTuple):
+    """A subject and the data of its translators."""
+
+    subject: Transformer
+    train: data.Split
+    validation: data.Split
+    mesh: jax.sharding.Mesh
+    settings: TunedLensSettings  # with the tokens of a row that are read
+
+    def batch(self, split: data.Split, which: np.ndarray, counted: int | None = None) -> dict[str, jax.Array]:
+        """Returns the first tokens of some documents, tokens BxS, lengths B; only the first `counted` count."""
+        n = self.settings.seq_len
+        lengths = np.minimum(split.lengths[which], n).astype(np.int32)
+        lengths[len(which) if counted is None else counted :] = 0
+        tokens = np.asarray(split.tokens[which, :n], np.int32)
+        return sharding.put_batch({'tokens': tokens, 'lengths': lengths}, self.mesh)
 
 
-def train_rows(split: data.Split, batch: int):
-    """Endless: which documents a step reads. Every document once before any comes again, but for a rest."""
-    rng = np.random.default_rng(SEED)
-    while True:
-        order = rng.permutation(len(split))
-        yield from (np.sort(order[i : i + batch]) for i in range(0, len(split) - batch + 1, batch))
+def open_job(model: str, folder: str, s: TunedLensSettings) -> Job:
+    """Checks the settings, opens the data and loads the subject. Raises LensError."""
+    for key in ('steps', 'batch', 'seq_len', 'learning_rate'):
+        value = getattr(s, key)
+        require(value is None or value > 0, f'--{key}={value} must be positive.')
+    mesh = sharding.make_mesh(s.mesh_data, s.mesh_model)
+    sharding.check_divides(s.batch, '--batch', mesh)
+    directory = hf.local_directory(model)
+    c = hf.read_config(directory)
+    train, validation = (data.open_split(folder, x, vocab_size=c.vocab_size) for x in ('train', 'validation'))
+    made_with = train.meta.get('tokenizer_sha256')
+    same = made_with is None or made_with == hf.tokenizer_sha256(directory)
+    require(same, f'{folder} was made with another tokenizer than that of {model}: pretokenize again.')
+    data.check_disjoint(train, validation)
+    require(len(train) >= s.batch, f'{folder}/train holds {len(train)} documents, fewer than --batch={s.batch}.')
+    n, most = min(s.seq_len or train.tokens.shape[1], train.tokens.shape[1]), c.max_positions
+    require(n <= most, f'{folder} has {n} tokens a row, the subject reads {most}: give --seq_len={most} or less.')
+    subject = hf.load_model(directory, dtype=DTYPES[s.dtype], mesh=mesh)
+    return Job(subject, train, validation, mesh, dataclasses.replace(s, seq_len=n))
+
+
+def held_out(job: Job, state: TunedLensState) -> np.ndarray:
+    """Returns the mean KL by layer over the tokens of the first held-out documents, nats per token."""
+    n, batch = min(len(job.validation), HELD_OUT_DOCUMENTS), job.settings.batch
+    kl_L, tokens = 0.0, 0
+    for i in range(0, n, batch):  # the last batch is filled with documents that do not count
+        part = job.batch(job.validation, np.arange(i, i + batch) % n, counted=min(n - i, batch))
+        kl, count = kl_sums(state, job.subject, part)
+        kl_L, tokens = kl_L + np.asarray(kl, np.float64), tokens + int(count)
+    return kl_L / tokens
 
 
 def _check_finite(kl_L: np.ndarray, where: str) -> None:
-    if not np.isfinite(kl_L).all():
-        layer = np.argmin(np.isfinite(kl_L))
-        raise LensError(f'{where}: the KL of layer {layer} is not finite: lower --learning_rate.')
+    finite = np.isfinite(kl_L)
+    require(finite.all(), f'{where}: the KL of layer {np.argmin(finite)} is not finite: lower --learning_rate.')
 
 
-class Trainer:
-    """Subject and data of one job, checked. Raises LensError."""
-
-    def __init__(self, model: str, folder: str, s: Settings):
-        for key in ('steps', 'batch', 'seq_len', 'learning_rate'):
-            value = getattr(s, key)
-            if value is not None and not value > 0:
-                raise LensError(f'--{key}={value} must be positive.')
-        self.settings, self.mesh = s, sharding.make_mesh(s.mesh_data, s.mesh_model)
-        sharding.check_divides(s.batch, '--batch', self.mesh)
-        self.directory = hf.local_directory(model)
-        c = hf.read_config(self.directory)
-        self.train, self.validation = (
-            data.open_split(folder, x, vocab_size=c.vocab_size) for x in ('train', 'validation')
-        )
-        made_with = self.train.meta.get('tokenizer_sha256')
-        if made_with is not None and made_with != hf.tokenizer_sha256(self.directory):
-            raise LensError(f'{folder} was made with another tokenizer than that of {model}: pretokenize again.')
-        data.check_disjoint(self.train, self.validation)
-        if len(self.train) < s.batch:
-            raise LensError(f'{folder}/train holds {len(self.train)} documents, fewer than --batch={s.batch}.')
-        self.seq_len = min(s.seq_len or self.train.tokens.shape[1], self.train.tokens.shape[1])
-        if self.seq_len > c.max_positions:
-            raise LensError(
-                f'{folder} has {self.seq_len} tokens a row, the subject reads {c.max_positions}: '
-                f'give --seq_len={c.max_positions} or less.'
-            )
-        self.subject = hf.load_model(self.directory, dtype=DTYPES[s.dtype], mesh=self.mesh)
-        self.tx = make_optimizer(s.steps, s.learning_rate)
-
-    def _put(self, split: data.Split, which: np.ndarray) -> dict[str, jax.Array]:
-        return sharding.put_batch(rows(split, which, self.seq_len), self.mesh)
-
-    def held_out(self, state: State) -> np.ndarray:
-        """Mean KL by layer over the tokens of the first held-out documents, nats per token."""
-        n, batch = min(len(self.validation), HELD_OUT_DOCUMENTS), self.settings.batch
-        kl_L, tokens = 0.0, 0
-        for i in range(0, n, batch):
-            part = rows(self.validation, np.arange(i, i + batch) % n, self.seq_len)
-            part['lengths'][n - i :] = 0  # the last batch is filled with documents that do not count
-            kl, count = kl_sums(state, self.subject, sharding.put_batch(part, self.mesh))
-            kl_L, tokens = kl_L + np.asarray(kl, np.float64), tokens + int(count)
-        return kl_L / tokens
-
-    def run(self) -> tuple[State, np.ndarray, np.ndarray]:
-        """(trained state, held-out KL by layer before, after). Call under jax.set_mesh(self.mesh)."""
-        steps, order = self.settings.steps, train_rows(self.train, self.settings.batch)
-        first = self._put(self.train, np.arange(self.settings.batch))
-        state = init_state(self.subject, first, tx=self.tx)
-        before = self.held_out(state)
-        print(f'Held-out KL of the logit lens, nats by layer: {" ".join(f"{x:.3f}" for x in before)}', flush=True)
-        for i in range(1, steps + 1):
-            state, kl_L = train_step(state, self.subject, self._put(self.train, next(order)), tx=self.tx)
-            kl_L = np.asarray(kl_L)
-            _check_finite(kl_L, f'step {i}')
-            if i == 1:
-                begin = time.monotonic()  # without compilation
-            elif i % max(steps // LOGS, 1) == 0 or i == steps:
-                left = (time.monotonic() - begin) / (i - 1) * (steps - i)
-                print(
-                    f'step {i}/{steps}  KL {kl_L.mean():.4f} nats, mean of layers  ETA {logger.clock(left)}',
-                    flush=True,
-                )
-        state = to_final_norm(state, self.subject, first)
-        after = self.held_out(state)
-        _check_finite(after, 'held-out documents')
-        return state, before, after
+def fit(job: Job) -> tuple[TunedLensState, np.ndarray, np.ndarray]:
+    """Returns (trained state, held-out KL by layer before, after). Call under jax.set_mesh(job.mesh)."""
+    s, rng = job.settings, np.random.default_rng(SEED)
+    tx, first = make_optimizer(s.steps, s.learning_rate), job.batch(job.train, np.arange(s.batch))
+    state = init_state(job.subject, first, tx=tx)
+    before = held_out(job, state)
+    for i in range(1, s.steps + 1):
+        which = np.sort(rng.choice(len(job.train), s.batch, replace=False))
+        state, kl_L = train_step(state, job.subject, job.batch(job.train, which), tx=tx)
+        kl_L = np.asarray(kl_L)
+        _check_finite(kl_L, f'step {i}')
+        if i == 1:
+            begin = time.monotonic()  # without compilation
+        elif i % max(s.steps // LOGS, 1) == 0 or i == s.steps:
+            left_s = (time.monotonic() - begin) / (i - 1) * (s.steps - i)
+            print(f'step {i}/{s.steps}  KL {kl_L.mean():.4f} nats, mean of layers  {left_s:.0f} s left', flush=True)
+    state = to_final_norm(state, job.subject, first)
+    after = held_out(job, state)
+    _check_finite(after, 'held-out documents')
+    return state, before, after
 
 
-def subject_sha256(directory: pathlib.Path) -> str:
-    """Fingerprint of the weights: of the lines 'name sha256' of the safetensors files, sorted."""
-    lines = []
-    for file in sorted(directory.glob('*.safetensors')):
-        with file.open('rb') as f:
-            lines.append(f'{file.name} {hashlib.file_digest(f, "sha256").hexdigest()}\n')
-    return hashlib.sha256(''.join(lines).encode()).hexdigest()
-
-
-def train(model: str, folder: str, out: pathlib.Path, settings: Settings) -> None:
+def train(model: str, folder: str, out: pathlib.Path, settings: TunedLensSettings) -> None:
     """Trains on folder/train and writes `out`, which appears at once, by rename. Raises LensError."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LensError(f'{out} holds something already: give an empty or a new folder as --out.')
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(free, f'{out} holds something already: give an empty or a new folder as --out.')
     begin = time.monotonic()
-    trainer = Trainer(model, folder, settings)
-    with jax.set_mesh(trainer.mesh):
-        state, before, after = trainer.run()
+    job = open_job(model, folder, settings)
+    with jax.set_mesh(job.mesh):
+        state, before, after = fit(job)
     print('| layer | KL before | KL after |\n|---|---|---|')
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         print(f'| {i} | {a:.4f} | {b:.4f} |')
-    worse = ', '.join(str(i) for i in np.flatnonzero(after > before))
-    if worse:
+    if worse := ', '.join(str(i) for i in np.flatnonzero(after > before)):
         print(f'Worse than the logit lens: layers {worse}; lower --learning_rate or raise --steps.')
-    c = trainer.subject.config
-    shape = {'family': c.family, 'd_model': c.d_model, 'n_layers': c.n_layers, 'vocab_size': c.vocab_size}
+    shape = {k: getattr(job.subject.config, k) for k in ('family', 'd_model', 'n_layers', 'vocab_size')}
+    documents = min(len(job.validation), HELD_OUT_DOCUMENTS)
     about = {
-        'subject': {'path': model, 'sha256': subject_sha256(trainer.directory), **shape},
+        'format': FORMAT,
+        'convention': CONVENTION,
+        'subject': {'path': model, **shape},
         'data': folder,
-        'training': dataclasses.asdict(settings) | {'seq_len': trainer.seq_len, 'seed': SEED},
-        'held_out': {
-            'documents': min(len(trainer.validation), HELD_OUT_DOCUMENTS),
-            'kl_before_nats': before.tolist(),
-            'kl_after_nats': after.tolist(),
-        },
+        'training': dataclasses.asdict(job.settings) | {'seed': SEED},
+        'held_out': {'documents': documents, 'kl_before_nats': before.tolist(), 'kl_after_nats': after.tolist()},
         'wall_s': time.monotonic() - begin,
         'provenance': logger.provenance(),
     }
-    weight_LxDxD = np.asarray(state.params['weight'])
     bias_LxD = np.asarray(state.params['bias']) * np.asarray(state.scale_L)[:, None]
-    translators.write(out, weight_LxDxD, bias_LxD, about)
+    with files.new_folder(out) as tmp:
+        arrays = {'weight': np.asarray(state.params['weight']), 'bias': bias_LxD}
+        hf.write_tensors(tmp / 'translators.safetensors', arrays)
+        files.write_json(tmp / 'tuned_lens.json', about)
 
 
 def main(_):
-    settings = Settings(**{f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Settings)})
-    out = pathlib.Path(OUT.value)
-    train(MODEL.value, DATA.value, out, settings)
-    print(f'Tuned lens: {out}')
+    settings = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(TunedLensSettings)}
+    train(MODEL.value, DATA.value, pathlib.Path(OUT.value), TunedLensSettings(**settings))
+    print(f'Tuned lens: {OUT.value}')
 
 
 if __name__ == '__main__':
     MODEL = flags.DEFINE_string('model', None, 'Hugging Face directory or Hub id of the subject.')
     DATA = flags.DEFINE_string('data', None, 'Folder with train/ and validation/ of its tokens.')
     OUT = flags.DEFINE_string('out', None, 'New folder for the translators.')
-    flags.DEFINE_integer('steps', Settings.steps, 'Updates of every layer.')
-    flags.DEFINE_integer('batch', Settings.batch, 'Documents per step; a multiple of --mesh_data.')
-    flags.DEFINE_integer('seq_len', Settings.seq_len, 'Tokens of each document that are read; default all.')
-    flags.DEFINE_float('learning_rate', Settings.learning_rate, 'Peak.')
-    flags.DEFINE_enum('dtype', Settings.dtype, list(DTYPES), 'Of the subject; translators are float32.')
-    flags.DEFINE_integer('mesh_data', Settings.mesh_data, 'Devices that split the batch; -1 = all that remain.')
-    flags.DEFINE_integer('mesh_model', Settings.mesh_model, 'Devices that split heads, feed-forward and vocabulary.')
+    S = TunedLensSettings
+    flags.DEFINE_integer('steps', S.steps, 'Updates of every layer.')
+    flags.DEFINE_integer('batch', S.batch, 'Documents per step; a multiple of --mesh_data.')
+    flags.DEFINE_integer('seq_len', S.seq_len, 'Tokens of each document that are read; default all.')
+    flags.DEFINE_float('learning_rate', S.learning_rate, 'Peak.')
+    flags.DEFINE_enum('dtype', S.dtype, list(DTYPES), 'Of the subject; translators are float32.')
+    flags.DEFINE_integer('mesh_data', S.mesh_data, 'Devices that split the batch; -1 = all that remain.')
+    flags.DEFINE_integer('mesh_model', S.mesh_model, 'Devices that split heads, feed-forward and vocabulary.')
     flags.mark_flags_as_required(['model', 'data', 'out'])
     cli.run(main)
