@@ -175,7 +175,6 @@ def plan(cfg) -> Run:
     weights, which may take minutes to read."""
     check_values(cfg)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
-    check_batches(cfg, mesh)
     c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))
     tokenizer = hf.load_tokenizer(cfg.subject.path)
     check_subject(cfg, c)
@@ -402,15 +401,14 @@ def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
 def check_batches(cfg, mesh) -> None:
     """Raises LensError where a batch of training cannot be split over the devices."""
     for name in cfg.phases:
-        require(
-            name in cfg and 'objective' in cfg[name],
-            f'phases names {name!r}, but there is no phase block of that name.',
-        )
         sharding.check_divides(cfg[name].documents, f'{name}.documents', mesh)
 
 
 def check_phase(cfg, name: str) -> None:
     """Raises LensError for impossible values of the phase block `name`."""
+    require(
+        name in cfg and 'objective' in cfg[name], f'phases names {name!r}, but there is no phase block of that name.'
+    )
     p = cfg[name]
     for key, choices in PHASE_CHOICES.items():
         _choice(p[key], choices, f'{name}.{key}')

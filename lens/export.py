@@ -17,9 +17,9 @@ import jax
 from absl import flags
 
 from lens import cli, hf, lens_folder, logger
+from lens.checkpoint import reopen
 from lens.config import Run
 from lens.errors import LensError
-from lens.lens_init import reopen
 from lens.metrics import FIGURES, meaning
 from lens.models.lens import Lens
 

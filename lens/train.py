@@ -82,6 +82,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
     """
     began = time.monotonic()
     run = config.plan(cfg)
+    config.check_batches(cfg, run.mesh)
     here = checkpoint.identity(cfg, run)
     with (
         jax.set_mesh(run.mesh),

@@ -24,7 +24,6 @@ from lens.errors import LensError
 from lens.files import read_jsonl
 from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
-from lens.train import Trainer
 from tests.conftest import make_base
 from tests.fake_server import WORDS, FakeServer
 

@@ -10,7 +10,7 @@ from lens.checkpoint import Checkpoints
 from lens.files import read_jsonl
 from lens.lens_init import reopen
 from lens.logger import curve
-from lens.train import Trainer
+from lens.train import train
 from tests.small_run import config, figures, train
 from tests.test_checkpoint import largest_file
 

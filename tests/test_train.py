@@ -14,10 +14,9 @@ import pytest
 
 from configs import base
 from lens import data, files, hf
-from lens.checkpoint import CheckpointError, Checkpoints
+from lens.checkpoint import CheckpointError, Checkpoints, reopen
 from lens.errors import LensError
 from lens.files import read_jsonl
-from lens.lens_init import reopen
 from lens.logger import NonFiniteError, curve
 from tests.small_run import config, figures, train
 
