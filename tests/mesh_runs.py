@@ -16,13 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.base import table
 from lens import distributed, objectives, optimizer, sampling, sharding
-from lens.config import Phase
-from lens.lens_init import init_state
 from lens.models import lora
-from lens.schedules import Clock, constant
-from lens.train import train_step
+from lens.train import init_state, train_step
+from tests.phases import phase_of
 from tests.tiny_world import LAYER, LENGTH, TINY, make_base, make_lens
 
 # Experts that every model axis divides; 12 query heads of 4 kv heads, which 8 devices do not divide.
@@ -40,28 +37,17 @@ GPT_OSS = dataclasses.replace(
 # the model, and whether both sides train a copy of it beside maps, prompts and adapters
 MODELS = {'llama': (TINY, True), 'frozen': (TINY, False), 'gpt_oss': (GPT_OSS, True)}
 DOCUMENTS, VECTORS, SEQUENCE, GROUP = 8, 2, 11, 3
-HP = objectives.Hparams(
-    layer=LAYER,
-    length=LENGTH,
-    beta=constant(0.1),
-    natural_prefix=(3, 1),
-    entropy_weight=constant(0.1),
-    entropy_clamp=constant(9.0),
-)
-HPARAMS = {
-    'sft': HP,
-    'grpo': dataclasses.replace(HP, group=GROUP),
-    'gumbel': dataclasses.replace(HP, form='two_pass', tau=constant(0.7), kl_weight=constant(0.2)),
+WEIGHTS = {'mse_weight': 1.0, 'beta': 0.1, 'entropy_weight': 0.1}
+PHASES = {
+    'sft': {'weights': {'mse_weight': 1.0}},
+    'grpo': {'weights': WEIGHTS, 'group': GROUP},
+    'gumbel': {'weights': WEIGHTS | {'tau': 0.7, 'kl_weight': 0.2}},
 }
-HPARAMS |= {f'gumbel_{form}': dataclasses.replace(HPARAMS['gumbel'], form=form) for form in ('full', 'truncated')}
-RATES = {'decoder': constant(1e-3), 'encoder': constant(2e-3)}
+PHASES['gumbel_full'] = PHASES['gumbel'] | {'form': 'full'}
 # Adam divides by the size of a gradient plus EPSILON, 1e-8, about the rounding of gradients of this size: one entry with
 # a gradient of 4e-10 took another first step on every mesh, by a third of the learning rate, while all others agreed to
 # 1e-8; twenty steps later figures differed by 2e-5. With this epsilon rounding stays rounding.
 EPSILON = 1e-5
-with mock.patch.object(optimizer, 'EPSILON', EPSILON):
-    TX = optimizer.make(optimizer.parse_table(table(weight_decay=0.01), Clock(), 'table'), RATES, 1.0)
-CASES = tuple(f'{model}-{objective}' for model in ('llama', 'gpt_oss') for objective in ('sft', 'grpo', 'gumbel'))
 
 
 class Trace(NamedTuple):
@@ -78,7 +64,7 @@ class Trace(NamedTuple):
 def objective(name: str) -> objectives.Objective:
     """The objective on the tokens of batch['given'] where they are not -1; metric 'ids': those that it draws itself.
 
-    The loss of gumbel draws inside: it is handed the tokens in place of the sampler in its default form. In the others
+    The loss of gumbel draws inside: it is handed the tokens in place of the sampler in its default form. In the other
     it draws what the sampler draws, which test_gumbel_rollout asserts.
     """
     plain = objectives.OBJECTIVES[name.partition('_')[0]]
@@ -120,7 +106,7 @@ def by_path(tree) -> dict[str, np.ndarray]:
     return whole
 
 
-def run(case: str, mesh_shape=(1, 1, 1), *, split=False, steps=20, given: np.ndarray | None = None) -> Trace:
+def run(case: str, mesh_shape=(1, 1, 1), *, split=False, steps=3, given: np.ndarray | None = None) -> Trace:
     """`steps` updates of MODEL-OBJECTIVE on a (replica, data, model) mesh.
 
     split: everything that can be is split over `data`. given: ids to go on with instead of those drawn.
@@ -136,19 +122,20 @@ def run(case: str, mesh_shape=(1, 1, 1), *, split=False, steps=20, given: np.nda
         for i, n in enumerate((base.config.n_layers, LAYER + 1))
     )
     lens = make_lens(base, own_base=own_base, adapters=adapters)
-    how = {'objective': objective(name), 'hparams': HPARAMS[name], 'tx': TX}
-    rows, metrics = (DOCUMENTS, VECTORS * how['hparams'].group, LENGTH), []
+    phase = phase_of(name.partition('_')[0], natural_prefix=(3, 1), **PHASES[name])
+    how = {'objective': objective(name), 'hparams': phase.hparams, 'tx': phase.tx}
+    rows, metrics = (DOCUMENTS, VECTORS * phase.hparams.group, LENGTH), []
     mine = sharding.local_rows(mesh, DOCUMENTS)
-    with jax.set_mesh(mesh), mock.patch.object(sharding, 'SPLIT_ABOVE', above):
+    settings = mock.patch.multiple(sharding, SPLIT_ABOVE=above), mock.patch.multiple(optimizer, EPSILON=EPSILON)
+    with jax.set_mesh(mesh), settings[0], settings[1]:
         base, lens = sharding.place(base, mesh, above), sharding.place(lens, mesh, above)
-        phase = Phase('p', 0, steps, *how.values(), DOCUMENTS, VECTORS, True)
         state, start = init_state(lens, phase, mesh), by_path(lens)
         placed = jax.tree.map(lambda x: x.sharding, state)
         for step in range(steps):
             ids = np.full(rows, -1, np.int32) if given is None else given[step].reshape(rows)
             batch = {k: x[mine] for k, x in (batch_of(step) | {'given': ids}).items()}
             batch = sharding.put_batch(batch, mesh, DOCUMENTS)
-            state, out = train_step(state, base, batch, jax.random.key(7), **how)
+            state, out = train_step(state, base, batch, jax.random.key(7), phase.knobs(step), **how)
             metrics.append(sharding.fetch(out))
         stayed = jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, placed)
         assert all(jax.tree.leaves(stayed)), 'a step leaves everything where it was'

@@ -20,6 +20,7 @@ def disturb(tmp_path, processes, *disturbances):
     return said[2:], last
 
 
+@pytest.mark.slow
 def test_one_process_is_killed_and_stopped(tmp_path):
     rows, last = disturb(tmp_path, 1, 'kill writing', 'SIGUSR1 step')
     stopped = rows[1].split()
