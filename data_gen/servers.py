@@ -6,8 +6,10 @@ A registry file with one URL per line adds and removes servers while requests ru
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import email.utils
+import itertools
 import json
 import math
 import pathlib
@@ -20,10 +22,11 @@ from data_gen import chat_data
 from lens.errors import LensError
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
+ASK_AGAIN_S = 5.0  # for servers that were away
 START_S = 5.0  # how long servers given by URL may take to answer at the start
 NONE_LEFT_S = 1.0  # without a server for this long, the wait is said
 MODELS_TIMEOUT_S = 10.0
-SPEED_WINDOW_S = 30.0
+SPEED_WINDOW_S, MOST_RECENT = 30.0, 10_000  # answers that speed looks at
 MOST_TOKENS = 2**31 - 1  # of one answer or prompt
 NO_REFUSAL = (401, 402, 403, 405, 408, 425, 429)  # a 4xx that says nothing about the one request
 
@@ -33,7 +36,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
-        self.status, self.reason = status, reason
+        self.status = status
 
 
 class Failed(Exception):
@@ -65,16 +68,16 @@ class Server:
         self.label = urllib.parse.urlsplit(url).netloc
         self.serves: bool | None = None  # the wanted model; None: not yet known
         self.problem = 'not yet asked'
-        self.in_flight = self.failures = self.answers = 0
+        self.in_flight = self.failures = 0
         self.retry_at = self.failed_at = 0.0
-        self._recent: collections.deque[tuple[float, int]] = collections.deque()
+        self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=MOST_RECENT)
         self._since = time.monotonic()
 
     def ready(self, now: float) -> bool:
         return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
 
     def succeed(self) -> None:
-        self.failures, self.answers = 0, self.answers + 1
+        self.failures = 0
 
     def fail(self, started: float, failure: Failed) -> None:
         """Requests that were under way when a failure was noticed do not add to it."""
@@ -93,9 +96,8 @@ class Server:
     def speed(self) -> float:
         """Generated tokens per second of the last half minute."""
         now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - SPEED_WINDOW_S:
-            self._recent.popleft()
-        return sum(n for _, n in self._recent) / max(min(now - self._since, SPEED_WINDOW_S), 0.5)
+        tokens = sum(n for at, n in tuple(self._recent) if at > now - SPEED_WINDOW_S)  # another thread appends
+        return tokens / max(min(now - self._since, SPEED_WINDOW_S), 0.5)
 
 
 def normal_url(text: str) -> str | None:
@@ -145,27 +147,30 @@ def _count(value) -> int | None:
 
 
 class Servers:
-    """All servers of a run. `say` prints a line. key: API key that all of them get."""
+    """All servers of a run. urls: separated by commas. registry: text file with more. `say` prints a line.
+
+    interval_s: between two readings of the registry. key: API key that all of them get. Raises LensError.
+    """
 
     def __init__(
         self,
-        urls: list[str],
-        registry: str | None,
-        interval: float,
+        urls: str,
         model: str,
         timeout: float,
         say,
+        *,
+        registry: str = '',
+        interval_s=ASK_AGAIN_S,
         key: str | None = None,
     ):
-        self._fixed = []
-        for text in urls:
-            if (url := normal_url(text)) is None:
-                raise LensError(f'{text!r} in --server_urls is no URL such as http://localhost:8000/v1.')
-            self._fixed.append(url)
+        self._fixed = [normal_url(text) for text in urls.split(',') if text.strip()]
+        if None in self._fixed:
+            raise LensError(f'{urls!r} in --server_urls is no URL such as http://localhost:8000/v1.')
         self._registry = pathlib.Path(registry) if registry else None
-        self._interval, self._model, self._timeout, self._say = interval, model, timeout, say
+        self._interval_s, self._model, self._timeout, self._say = interval_s, model, timeout, say
         self._headers = {'Authorization': f'Bearer {key}'} if key else {}
         self._listed: list[str] = []
+        self._number = itertools.count()
         self._none_since: float | None = None
         self._said_none = False
         self.all: dict[str, Server] = {}
@@ -180,18 +185,13 @@ class Servers:
     def read_registry(self) -> None:
         """Brings `all` up to date; what cannot be read leaves the list as it was."""
         if self._registry:
-            try:
+            with contextlib.suppress(OSError):
                 lines = self._registry.read_text('utf-8', 'replace').splitlines()
                 self._listed = [u for line in lines if (u := normal_url(line.partition('#')[0]))]
-            except OSError:
-                pass
         wanted = dict.fromkeys([*self._fixed, *self._listed])
         for url in self.all.keys() - wanted.keys():
             self._say(f'server {url} was removed from the registry')
-            del self.all[url]
-        for url in wanted:
-            if url not in self.all:
-                self.all[url] = Server(url)
+        self.all = {url: self.all.get(url) or Server(url) for url in wanted}
 
     async def _ask_models(self, server: Server) -> None:
         """Finds out whether the server serves the model."""
@@ -206,13 +206,12 @@ class Servers:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError) as e:
             server.serves, server.problem = None, _reason(e)
             return
-        problem = chat_data.clean(f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}')
-        if self._model in names:
-            server.serves = True
-        elif server.problem != problem:
-            self._say(f'server {server.url} is left out: it {problem}')
-        if self._model not in names:
-            server.serves, server.problem = False, problem
+        server.serves = self._model in names
+        if not server.serves:
+            problem = chat_data.clean(f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}')
+            if server.problem != problem:
+                self._say(f'server {server.url} is left out: it {problem}')
+            server.problem = problem
 
     async def _admit(self) -> None:
         self.read_registry()
@@ -223,7 +222,7 @@ class Servers:
         began, said = time.monotonic(), False
         while True:
             await self._admit()
-            known = list(self.all.values())
+            known = [*self.all.values()]
             if any(s.serves for s in known):
                 return
             late = not self._registry and time.monotonic() - began > START_S
@@ -238,22 +237,22 @@ class Servers:
             if self._registry and not said:
                 said = True
                 self._say(f'no server yet: waiting for one in {self._registry}')
-            await asyncio.sleep(self._interval if self._registry else 0.5)
+            await asyncio.sleep(self._interval_s if self._registry else 0.5)
 
     async def watch(self) -> None:
         """Runs until it is cancelled: the registry, and servers that were away when they were first asked."""
         while True:
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(self._interval_s)
             await self._admit()
 
-    async def pick(self, number: int) -> Server:
+    async def _pick(self) -> Server:
         """The server whose turn it is; waits, and says so once, while there is none."""
         while True:
             now = time.monotonic()
             ready = [s for s in self.all.values() if s.ready(now)]
             if ready:
                 self._none_since = None
-                return ready[number % len(ready)]
+                return ready[next(self._number) % len(ready)]
             if any(s.in_flight for s in self.all.values()):
                 self._none_since = None
             else:
@@ -264,9 +263,9 @@ class Servers:
                     self._say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
             await asyncio.sleep(0.1)
 
-    async def complete(self, number: int, body: dict) -> Answer:
+    async def complete(self, body: dict) -> Answer:
         """One attempt. Raises Failed or Refused."""
-        server, started = await self.pick(number), time.monotonic()
+        server, started = await self._pick(), time.monotonic()
         server.in_flight += 1
         try:
             answer = await self._post(server, body)

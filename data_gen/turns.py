@@ -28,7 +28,7 @@ class Plan:
 
 
 class Planner:
-    """Chooses the turn and makes the record; the only user of the tokenizer. options: generate.Options."""
+    """Chooses the turn and makes the record; the only user of the tokenizer. options: generate.GenerateOptions."""
 
     def __init__(self, tokenizer, options):
         self.tokenizer, self.options = tokenizer, options
