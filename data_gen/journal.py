@@ -89,6 +89,7 @@ class Journal:
                     self._sizes[kind] += len(line)
                     if torn:  # only the end of the line is missing
                         self._write(kind, b'\n')
+                        break
 
     def records(self, kind: str):
         """The whole records of a file, in their order."""
