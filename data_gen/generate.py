@@ -14,22 +14,14 @@ import pathlib
 
 from data_gen import chat_data, requests, rollouts, turns
 from data_gen.requests import LOCAL, Request, option
-from data_gen.servers import Answer, Failed, Refused, Servers
+from data_gen.servers import Answer, Failed, Servers
 from lens import hf
 from lens.errors import LensError
 
 ANSWERED = ('thinking_tokens', 'content_tokens')
 # what a resumed run may not change
-COMPARED = (
-    'model',
-    'reasoning_level',
-    'system_prompt',
-    'target_total_tokens',
-    'anchor_prompt_tokens',
-    'max_completion_tokens',
-    'temperature',
-    'top_p',
-)
+COMPARED = ('model', 'reasoning_level', 'system_prompt', 'target_total_tokens', 'anchor_prompt_tokens')
+COMPARED += ('max_completion_tokens', 'temperature', 'top_p')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Generation:
         self._planner, self._plans, self._shown = planner, self._all_plans(table, column), set()
 
     def _all_plans(self, table, column: str):
-        """The plans of the unfinished rows that have one; the others are noted."""
+        """The plans of the unfinished rows; None for a row that has none, which is noted."""
         left = self.journal.unfinished()
         for index, row in table.rows(int(left[0]), self.total) if len(left) else ():
             if not self.journal.finished(index):
@@ -75,11 +67,12 @@ class Generation:
                     yield self._planner.plan(index, (row or {}).get(column))
                 except turns.Skip as e:
                     self.journal.append('skipped', {'index': index, 'reason': str(e)})
+                    yield None
 
     def next(self) -> Request | None:
-        plan, o = next(self._plans, None), self.options
-        if plan is None:
-            return None
+        plan, o = next(self._plans, requests.END), self.options
+        if plan is None or plan is requests.END:
+            return plan
         body = {'model': o.model, 'messages': plan.messages, 'max_tokens': plan.max_tokens}
         return Request(plan, body | {'temperature': o.temperature, 'top_p': o.top_p})
 
@@ -95,11 +88,9 @@ class Generation:
             self._shown.add(what)
             self.say(f'First {what}{text}')
 
-    def refused(self, request: Request, e: Refused) -> None:
-        self.journal.append('rejected', {'index': request.job.index, 'status': e.status, 'reason': str(e)})
-
-    def failed(self, request: Request, attempts: int, e: Failed) -> None:
-        self.journal.append('failed', {'index': request.job.index, 'attempts': attempts, 'reason': str(e)})
+    def give_up(self, request: Request, attempts: int, e: Failed) -> None:
+        kind, why = ('rejected', {'status': e.refused}) if e.refused else ('failed', {'attempts': attempts})
+        self.journal.append(kind, {'index': request.job.index} | why | {'reason': str(e)})
 
     def progress(self) -> str:
         return f'{self.journal.counts["data"]} rows done'

@@ -19,13 +19,14 @@ The ledger counts the tokens that the server reports. A request is sent only whi
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 
 from data_gen import chat_data, journal, label_files, label_prompts, requests
 from data_gen.ledger import Job, Ledger
 from data_gen.requests import LOCAL, Request, option
-from data_gen.servers import Answer, Failed, Refused, Servers
+from data_gen.servers import Answer, Failed, Servers
 from lens import hf
 from lens.errors import LensError
 
@@ -155,35 +156,27 @@ class Labelling:
         wanted = [(p, self.journal.wanted(p)) for p in self.parts]
         calls = sum(int(w.sum()) for _, w in wanted)
         prompt = calls * overhead + sum(int((p.positions[w] + 1).sum()) for p, w in wanted)
-        words = self.o.words or max(
-            int(label_prompts.WORDS_PER_TOKEN * self.o.explanation_len), label_prompts.LEAST_WORDS
-        )
+        words = label_prompts.words_allowed(self.o.words, self.o.explanation_len)
         each = min(int(words * ANSWER_TOKENS_PER_WORD) + ANSWER_TOKENS, self.o.max_tokens)
         return calls, prompt, calls * each
 
     def dry_run(self) -> str:
-        last, shown = None, 0
-        for job in self.jobs():
-            if job.place[:2] != last and shown < SHOWN:
-                last, shown = job.place[:2], shown + 1
-                name = f'{job.part.name} document {job.doc_id}, position {job.position}'
-                print(f'--- prompt {shown}: {name}\n{self.prompt(job)}\n')
-            elif shown == SHOWN:
-                break
+        documents = (next(jobs) for _, jobs in itertools.groupby(self.jobs(), lambda j: (j.part.name, j.row)))
+        for i, job in enumerate(itertools.islice(documents, SHOWN), 1):
+            name = f'{job.part.name} document {job.doc_id}, position {job.position}'
+            print(f'--- prompt {i}: {name}\n{self.prompt(job)}\n')
         calls, prompt, answer = self.estimate()
         likely, most = self.journal.price(prompt, answer), self.journal.price(prompt, calls * self.o.max_tokens)
-        cost = (
-            f'cost {likely:.2f}, with --max_tokens for every answer {most:.2f}' if most else 'cost unknown (no prices)'
-        )
+        cost = f'{likely:.2f}, with --max_tokens for every answer {most:.2f}' if most else 'unknown (no prices)'
         return (
             f'Estimate: {calls:,} calls, {prompt:,} prompt tokens, {answer:,} answer tokens (counted with the '
-            f'tokenizer of the subject), {cost}. So far: {self.journal.spent()}. Nothing was sent.'
+            f'tokenizer of the subject), cost {cost}. So far: {self.journal.spent()}. Nothing was sent.'
         )
 
     def next(self) -> Request | None:
-        job, o = next(self._jobs, None), self.o
-        if job is None:
-            return None
+        job, o = next(self._jobs, requests.END), self.o
+        if job is requests.END:
+            return job
         prompt = self.prompt(job)
         body = {'model': o.model, 'messages': [{'role': 'user', 'content': prompt}]}
         most = self.journal.price(len(prompt.encode()) + TEMPLATE_TOKENS, o.max_tokens)
@@ -207,11 +200,8 @@ class Labelling:
         prompt_tokens, tokens = (len(self.tokenizer(t)['input_ids']) for t in (prompt, chat_data.clean(said)))
         return {'prompt_tokens': prompt_tokens, 'answer_tokens': tokens, 'estimated': True}
 
-    def refused(self, request: Request, e: Refused) -> None:
-        self._fail(request.job, 'refused', str(e))
-
-    def failed(self, request: Request, attempts: int, e: Failed) -> None:
-        self._fail(request.job, 'failed', str(e))
+    def give_up(self, request: Request, attempts: int, e: Failed) -> None:
+        self._fail(request.job, 'refused' if e.refused else 'failed', str(e))
 
     def _fail(self, job: Job, kind: str, reason: str, usage: dict | None = None) -> bool:
         """Notes an answer without a label, or that there is none. Raises LensError where nothing so far was a label."""

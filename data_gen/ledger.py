@@ -33,12 +33,8 @@ class Job:
     def doc_id(self) -> int:
         return int(self.part.split.doc_id[self.row])
 
-    @property
-    def place(self) -> tuple[str, int, int]:
-        return self.part.name, self.row, self.slot
-
     def record(self) -> dict:
-        place = dict(zip(('split', 'row', 'slot'), self.place, strict=True))
+        place = {'split': self.part.name, 'row': self.row, 'slot': self.slot}
         return place | {'doc_id': self.doc_id, 'position': self.position}
 
 
@@ -105,7 +101,7 @@ class Ledger(Journal):
         """Writes the line of an answer; returns whether its job is closed. usage: the tokens of the answer, if there is one."""
         record = job.record() | record | (usage or {'prompt_tokens': 0, 'answer_tokens': 0})
         self.append(kind, record | {'cost': self.price(record['prompt_tokens'], record['answer_tokens'])})
-        failure = self._failures.get(job.place)
+        failure = self._failures.get((job.part.name, job.row, job.slot))
         return failure is None or self._is_closed(failure)
 
     def price(self, prompt_tokens: int, answer_tokens: int) -> float:

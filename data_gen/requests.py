@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data_gen.journal import Journal
-from data_gen.servers import Answer, Failed, Refused, Servers
+from data_gen.servers import Answer, Failed, Servers
 from lens import cli
 from lens.errors import LensError
 from lens.logger import clock
@@ -41,6 +41,9 @@ class Request:
     most: float = 0.0
 
 
+END = Request(None, {})
+
+
 class Work(Protocol):
     """What a front end does. No two of its methods run at the same time; all may raise LensError, which ends the run."""
 
@@ -49,16 +52,13 @@ class Work(Protocol):
     total: int  # of them
 
     def next(self) -> Request | None:
-        """The next request; None when there is no more. The first call comes when the journal is open."""
+        """The next request, None for a job without one, END after the last. First called when the journal is open."""
 
     def take(self, request: Request, answer: Answer) -> bool:
         """Writes what an answer is; returns whether the job is closed. Raises Failed where it is as good as none."""
 
-    def refused(self, request: Request, e: Refused) -> None:
-        """Writes that a server will never answer."""
-
-    def failed(self, request: Request, attempts: int, e: Failed) -> None:
-        """Writes that no server has answered."""
+    def give_up(self, request: Request, attempts: int, e: Failed) -> None:
+        """Writes that a server refused, or that none has answered."""
 
     def progress(self) -> str:
         """What is there now, for the sentence about a run that was stopped."""
@@ -100,14 +100,8 @@ class Engine:
     """Asks `servers` for what `work` wants, `window` requests at a time, and never for more than max_cost (0: no limit)."""
 
     def __init__(self, work: Work, servers: Servers, display: Display, window: int, max_cost: float = 0.0):
-        self._work, self._servers, self._display, self._window, self._max_cost = (
-            work,
-            servers,
-            display,
-            window,
-            max_cost,
-        )
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._work, self._servers, self._display = work, servers, display
+        self._window, self._max_cost, self._thread = window, max_cost, concurrent.futures.ThreadPoolExecutor(1)
         self._in_flight, self._reserved = 0, 0.0
 
     def run(self) -> None:
@@ -154,8 +148,9 @@ class Engine:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, function, *args))
 
     async def _worker(self) -> None:
-        while (request := await self._in_thread(self._work.next)) is not None:
-            await self._ask(request)
+        while (request := await self._in_thread(self._work.next)) is not END:
+            if request:
+                await self._ask(request)
 
     async def _ask(self, request: Request) -> None:
         """Asks until the job is closed."""
@@ -165,14 +160,11 @@ class Engine:
                 async with self._affordable(request.most):
                     answer = await self._servers.complete(request.body)
                     closed = await self._in_thread(self._work.take, request, answer)
-            except Refused as e:
-                await self._in_thread(self._work.refused, request, e)
-                closed = True
             except Failed as e:
                 attempts += e.counts
-                closed = attempts >= max(3, 2 * len(self._servers.all))
+                closed = bool(e.refused) or attempts >= max(3, 2 * len(self._servers.all))
                 if closed:
-                    await self._in_thread(self._work.failed, request, attempts, e)
+                    await self._in_thread(self._work.give_up, request, attempts, e)
                 else:
                     await asyncio.sleep(PAUSE_S)
 

@@ -31,23 +31,16 @@ MOST_TOKENS = 2**31 - 1  # of one answer or prompt
 NO_REFUSAL = (401, 402, 403, 405, 408, 425, 429)  # a 4xx that says nothing about the one request
 
 
-class Refused(Exception):
-    """The server understood the request and will never answer it."""
-
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
-
-
 class Failed(Exception):
-    """No answer. counts: whether this was an attempt at the row, and not a server that is busy or away.
+    """No answer. counts: whether this was an attempt at the job, and not a server that is busy or away.
 
-    pause: seconds after which the server wants to be asked again.
+    pause_s: after which the server wants to be asked again. refused: the HTTP status with which a server says that it
+    will never answer this request.
     """
 
-    def __init__(self, reason: str, counts: bool = True, pause: float | None = None):
+    def __init__(self, reason: str, counts: bool = True, pause_s: float | None = None, refused: int | None = None):
         super().__init__(reason)
-        self.counts, self.pause = counts, pause
+        self.counts, self.pause_s, self.refused = counts, pause_s, refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +69,12 @@ class Server:
     def ready(self, now: float) -> bool:
         return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
 
-    def succeed(self) -> None:
-        self.failures = 0
-
     def fail(self, started: float, failure: Failed) -> None:
         """Requests that were under way when a failure was noticed do not add to it."""
         now = time.monotonic()
         self.problem = str(failure)
-        if failure.pause is not None:
-            self.retry_at = max(self.retry_at, now + failure.pause)
+        if failure.pause_s is not None:
+            self.retry_at = max(self.retry_at, now + failure.pause_s)
         elif started >= self.failed_at:
             self.failures, self.failed_at = self.failures + 1, now
             pause = min(BACKOFF_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S)
@@ -110,19 +100,16 @@ def normal_url(text: str) -> str | None:
     return urllib.parse.urlunsplit(parts if parts.path else parts._replace(path='/v1')) if valid else None
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number or a date."""
-    if not value:
-        return None
+def retry_after(value: str) -> float | None:
+    """Seconds of a Retry-After header, a number or a date; None where it is neither."""
     try:
         seconds = float(value)
-        return max(seconds, 0.0) if math.isfinite(seconds) else None
     except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
 def parse_answer(raw: str, server: Server) -> Answer:
@@ -264,17 +251,20 @@ class Servers:
             await asyncio.sleep(0.1)
 
     async def complete(self, body: dict) -> Answer:
-        """One attempt. Raises Failed or Refused."""
+        """One attempt. Raises Failed."""
         server, started = await self._pick(), time.monotonic()
         server.in_flight += 1
         try:
             answer = await self._post(server, body)
         except Failed as e:
-            server.fail(started, e)
+            if e.refused:
+                server.failures = 0
+            else:
+                server.fail(started, e)
             raise
         finally:
             server.in_flight -= 1
-        server.succeed()
+        server.failures = 0
         if self._said_none:
             self._said_none = False
             self._say(f'server {server.url} answers: going on')
@@ -296,12 +286,9 @@ class Servers:
         reason = f'HTTP {response.status}: {_error_text(raw)}'
         if 400 <= response.status < 500 and response.status not in NO_REFUSAL:
             await self._ask_models(server)
-            if server.serves:
-                server.succeed()
-                raise Refused(response.status, reason)
-            raise Failed(reason, counts=server.serves is None)
-        pause = retry_after(response.headers.get('Retry-After')) if response.status in (429, 503) else None
-        raise Failed(reason, response.status not in (401, 402, 403, 429, 503), pause)
+            raise Failed(reason, server.serves is not False, refused=response.status if server.serves else None)
+        pause_s = retry_after(response.headers.get('Retry-After', '')) if response.status in (429, 503) else None
+        raise Failed(reason, response.status not in (401, 402, 403, 429, 503), pause_s)
 
 
 def _error_text(raw: str) -> str:
