@@ -24,7 +24,7 @@ import os
 import pathlib
 
 from data_gen import chat_data, journal, label_files, label_prompts, requests
-from data_gen.ledger import Job, Ledger
+from data_gen.ledger import Ledger
 from data_gen.requests import LOCAL, Request, option
 from data_gen.servers import Answer, Failed, Servers
 from lens import hf
@@ -145,10 +145,12 @@ class Labelling:
             wanted = self.journal.wanted(part)
             for row in wanted.any(1).nonzero()[0]:
                 for slot in wanted[row].nonzero()[0]:
-                    yield Job(part, int(row), int(slot))
+                    place = {'split': part.name, 'row': int(row), 'slot': int(slot)}
+                    yield place | {'doc_id': int(part.split.doc_id[row]), 'position': int(part.positions[row, slot])}
 
-    def prompt(self, job: Job) -> str:
-        return self.template.replace('{text}', job.part.text(job.row, job.position, self.tokenizer))
+    def prompt(self, job: dict) -> str:
+        part = next(p for p in self.parts if p.name == job['split'])
+        return self.template.replace('{text}', part.text(job['row'], job['position'], self.tokenizer))
 
     def estimate(self) -> tuple[int, int, int]:
         """(calls, prompt tokens, answer tokens) of what is to be made, by the tokenizer of the subject."""
@@ -161,10 +163,10 @@ class Labelling:
         return calls, prompt, calls * each
 
     def dry_run(self) -> str:
-        documents = (next(jobs) for _, jobs in itertools.groupby(self.jobs(), lambda j: (j.part.name, j.row)))
+        documents = (next(jobs) for _, jobs in itertools.groupby(self.jobs(), lambda j: (j['split'], j['row'])))
         for i, job in enumerate(itertools.islice(documents, SHOWN), 1):
-            name = f'{job.part.name} document {job.doc_id}, position {job.position}'
-            print(f'--- prompt {i}: {name}\n{self.prompt(job)}\n')
+            print(f'--- prompt {i}: {job["split"]} document {job["doc_id"]}, position {job["position"]}')
+            print(f'{self.prompt(job)}\n')
         calls, prompt, answer = self.estimate()
         likely, most = self.journal.price(prompt, answer), self.journal.price(prompt, calls * self.o.max_tokens)
         cost = f'{likely:.2f}, with --max_tokens for every answer {most:.2f}' if most else 'unknown (no prices)'
@@ -188,9 +190,9 @@ class Labelling:
         try:
             text = label_prompts.parse(answer.message, answer.finish_reason)
         except label_prompts.BadAnswer as e:
-            said = str(answer.message.get('content'))[:SAID_CHARS]
-            return self._fail(request.job, 'answer', str(e), usage | {'content': said})
-        return self.journal.add('labels', request.job, {'text': text}, usage)
+            usage['content'] = str(answer.message.get('content'))[:SAID_CHARS]
+            return self._fail(request.job, 'answer', str(e), usage)
+        return self.journal.add('labels', request.job, {'text': text} | usage)
 
     def _usage(self, prompt: str, answer: Answer) -> dict:
         """What the server says that the answer has used; without that, by the tokenizer of the subject."""
@@ -201,11 +203,11 @@ class Labelling:
         return {'prompt_tokens': prompt_tokens, 'answer_tokens': tokens, 'estimated': True}
 
     def give_up(self, request: Request, attempts: int, e: Failed) -> None:
-        self._fail(request.job, 'refused' if e.refused else 'failed', str(e))
+        self._fail(request.job, 'refused' if e.refused else 'failed', str(e), {})
 
-    def _fail(self, job: Job, kind: str, reason: str, usage: dict | None = None) -> bool:
+    def _fail(self, job: dict, kind: str, reason: str, usage: dict) -> bool:
         """Notes an answer without a label, or that there is none. Raises LensError where nothing so far was a label."""
-        closed = self.journal.add('failures', job, {'kind': kind, 'reason': reason[:REASON_CHARS]}, usage)
+        closed = self.journal.add('failures', job, {'kind': kind, 'reason': reason[:REASON_CHARS]} | usage)
         self._useless += kind != 'failed'
         if not self.journal.counts['data'] and self._useless >= max(USELESS, self.o.max_concurrency):
             raise LensError(

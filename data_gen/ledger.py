@@ -5,7 +5,6 @@ those lines, over all commands.
 """
 
 import collections
-import dataclasses
 import pathlib
 
 import numpy as np
@@ -17,45 +16,18 @@ from lens.errors import LensError
 WITHOUT = 'without a label'
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One label: of row `row` of a split, at the position in column `slot`."""
-
-    part: Part
-    row: int
-    slot: int
-
-    @property
-    def position(self) -> int:
-        return int(self.part.positions[self.row, self.slot])
-
-    @property
-    def doc_id(self) -> int:
-        return int(self.part.split.doc_id[self.row])
-
-    def record(self) -> dict:
-        place = {'split': self.part.name, 'row': self.row, 'slot': self.slot}
-        return place | {'doc_id': self.doc_id, 'position': self.position}
-
-
-@dataclasses.dataclass
-class Failure:
-    """Of a job without a label: answers that held none, whether a server refused it, and the last reason."""
-
-    answers: int = 0
-    refused: bool = False
-    reason: str = ''
-
-
 class Ledger(Journal):
-    """options: label.LabelOptions. Failures are kept over commands: a closed one is asked again on --retry_failures."""
+    """A job is one label: {split, row, slot, doc_id, position}, slot the column of the position. options: LabelOptions.
+
+    Failures are kept over commands. A job is closed by a label, a refusal or `attempts` answers without a label.
+    """
 
     elsewhere = 'another --labels'
 
     def __init__(self, folder: pathlib.Path, parts: list[Part], settings: dict, options):
         self._parts, self._o = {p.name: p for p in parts}, options
         self._labelled = {p.name: np.zeros(p.positions.shape, bool) for p in parts}
-        self._failures: dict[tuple, Failure] = {}
+        self._failures: dict[tuple, list[dict]] = {}  # the records of every job without a label
         self.counts = {'data': 0, WITHOUT: 0}
         self._sums = collections.Counter()
         super().__init__(folder, {k: folder / f'{k}.jsonl' for k in ('labels', 'failures')}, settings)
@@ -88,21 +60,21 @@ class Ledger(Journal):
             self._failures.pop(place, None)
             self.counts['data'] += not had
         elif not had:
-            failure = self._failures.setdefault(place, Failure())
-            failure.answers += record['kind'] == 'answer'
-            failure.refused |= record['kind'] == 'refused'
-            failure.reason = record['reason']
-            self.counts[WITHOUT] += self._is_closed(failure) or record['kind'] == 'failed'
+            kept = {k: record[k] for k in ('kind', 'reason')}
+            records = self._failures.setdefault(place, [])
+            records.append(kept)
+            self.counts[WITHOUT] += kept['kind'] == 'failed' or self._is_closed(records)
 
-    def _is_closed(self, failure: Failure) -> bool:
-        return failure.refused or failure.answers >= self._o.attempts
+    def _is_closed(self, records: list[dict]) -> bool:
+        kinds = [r['kind'] for r in records]
+        return 'refused' in kinds or kinds.count('answer') >= self._o.attempts
 
-    def add(self, kind: str, job: Job, record: dict, usage: dict | None = None) -> bool:
-        """Writes the line of an answer; returns whether its job is closed. usage: the tokens of the answer, if there is one."""
-        record = job.record() | record | (usage or {'prompt_tokens': 0, 'answer_tokens': 0})
+    def add(self, kind: str, job: dict, record: dict) -> bool:
+        """Writes the line of an answer with its cost; returns whether the job is closed."""
+        record = job | {'prompt_tokens': 0, 'answer_tokens': 0} | record
         self.append(kind, record | {'cost': self.price(record['prompt_tokens'], record['answer_tokens'])})
-        failure = self._failures.get((job.part.name, job.row, job.slot))
-        return failure is None or self._is_closed(failure)
+        records = self._failures.get((job['split'], job['row'], job['slot']))
+        return records is None or self._is_closed(records)
 
     def price(self, prompt_tokens: int, answer_tokens: int) -> float:
         return (prompt_tokens * self._o.price_in + answer_tokens * self._o.price_out) / 1e6
@@ -114,8 +86,8 @@ class Ledger(Journal):
     def wanted(self, part: Part) -> np.ndarray:
         """bool [N, V]: for which a server is to be asked."""
         out = (part.positions >= 0) & ~self._labelled[part.name]
-        for (name, row, slot), failure in self._failures.items():
-            if name == part.name and self._is_closed(failure):
+        for (name, row, slot), records in self._failures.items():
+            if name == part.name and self._is_closed(records):
                 out[row, slot] = False
         return out
 
@@ -123,7 +95,9 @@ class Ledger(Journal):
         """Why there is no label -> how many, most frequent first."""
         drawn = {n: p.positions >= 0 for n, p in self._parts.items()}
         missing = sum(int((d & ~self._labelled[n]).sum()) for n, d in drawn.items())
-        out = collections.Counter(f.reason for (n, row, slot), f in self._failures.items() if drawn[n][row, slot])
+        out = collections.Counter(
+            records[-1]['reason'] for (n, row, slot), records in self._failures.items() if drawn[n][row, slot]
+        )
         if missing > out.total():
             out['not asked'] = missing - out.total()
         return dict(out.most_common())

@@ -70,10 +70,12 @@ class Server:
         return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
 
     def fail(self, started: float, failure: Failed) -> None:
-        """Requests that were under way when a failure was noticed do not add to it."""
+        """Requests that were under way when a failure was noticed do not add to it; to refuse one is no failure."""
         now = time.monotonic()
         self.problem = str(failure)
-        if failure.pause_s is not None:
+        if failure.refused:
+            self.failures = 0
+        elif failure.pause_s is not None:
             self.retry_at = max(self.retry_at, now + failure.pause_s)
         elif started >= self.failed_at:
             self.failures, self.failed_at = self.failures + 1, now
@@ -140,19 +142,11 @@ class Servers:
     """
 
     def __init__(
-        self,
-        urls: str,
-        model: str,
-        timeout: float,
-        say,
-        *,
-        registry: str = '',
-        interval_s=ASK_AGAIN_S,
-        key: str | None = None,
+        self, urls: str, model: str, timeout: float, say, *, registry='', interval_s=ASK_AGAIN_S, key: str | None = None
     ):
-        self._fixed = [normal_url(text) for text in urls.split(',') if text.strip()]
-        if None in self._fixed:
-            raise LensError(f'{urls!r} in --server_urls is no URL such as http://localhost:8000/v1.')
+        self._fixed = {text: normal_url(text) for text in urls.split(',') if text.strip()}
+        if wrong := [text for text, url in self._fixed.items() if url is None]:
+            raise LensError(f'{wrong[0]!r} in --server_urls is no URL such as http://localhost:8000/v1.')
         self._registry = pathlib.Path(registry) if registry else None
         self._interval_s, self._model, self._timeout, self._say = interval_s, model, timeout, say
         self._headers = {'Authorization': f'Bearer {key}'} if key else {}
@@ -175,7 +169,7 @@ class Servers:
             with contextlib.suppress(OSError):
                 lines = self._registry.read_text('utf-8', 'replace').splitlines()
                 self._listed = [u for line in lines if (u := normal_url(line.partition('#')[0]))]
-        wanted = dict.fromkeys([*self._fixed, *self._listed])
+        wanted = dict.fromkeys([*self._fixed.values(), *self._listed])
         for url in self.all.keys() - wanted.keys():
             self._say(f'server {url} was removed from the registry')
         self.all = {url: self.all.get(url) or Server(url) for url in wanted}
@@ -256,15 +250,12 @@ class Servers:
         server.in_flight += 1
         try:
             answer = await self._post(server, body)
+            server.failures = 0
         except Failed as e:
-            if e.refused:
-                server.failures = 0
-            else:
-                server.fail(started, e)
+            server.fail(started, e)
             raise
         finally:
             server.in_flight -= 1
-        server.failures = 0
         if self._said_none:
             self._said_none = False
             self._say(f'server {server.url} answers: going on')

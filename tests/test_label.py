@@ -459,10 +459,10 @@ def test_the_ledger_keeps_failures_and_costs_over_commands(world):
     one, two, three, four = (next(work._jobs) for _ in range(4))
     usage = {'prompt_tokens': 1000, 'answer_tokens': 10}
     failed = {'kind': 'answer', 'reason': 'empty answer'}
-    assert [work.journal.add('failures', one, failed, usage) for _ in range(2)] == [False, True]
+    assert [work.journal.add('failures', one, failed | usage) for _ in range(2)] == [False, True]
     assert work.journal.add('failures', two, {'kind': 'refused', 'reason': 'HTTP 400'})
     assert not work.journal.add('failures', three, {'kind': 'failed', 'reason': 'HTTP 500'})
-    assert work.journal.add('labels', four, {'text': 'a'}, usage)
+    assert work.journal.add('labels', four, {'text': 'a'} | usage)
     assert work.journal.counts == {'data': 1, ledger.WITHOUT: 3}
     work.journal.close()
     for retry, left in ((False, JOBS - 3), (True, JOBS - 1)):
