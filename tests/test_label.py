@@ -327,6 +327,19 @@ def test_only_labelled_documents_go_into_a_new_folder(world, tokenizer):
         label(options(world, **given | {'out': '', 'finish': True}))
 
 
+def test_labels_count_once_and_only_of_documents_that_are_asked_for(world, tokenizer):
+    with FakeServer(answer=features) as a:
+        label(options(world, a.url))
+    log = world / 'data-labels' / 'labels.jsonl'
+    log.write_text(log.read_text() + log.read_text())
+    label(options(world, max_documents=4, out=str(world / 'new')))
+    check_arrays(world / 'new', tokenizer, {'train': 4, 'validation': 4})
+    made = json.loads((world / 'new/train/labels.json').read_text())
+    explanations = np.load(world / 'new/train/explanations.npy')
+    filler = json.loads((world / 'new/train/meta.json').read_text())['filler_id']
+    assert (made['labels'], made['filled_tokens']) == (4 * POSITIONS, (explanations == filler).sum())
+
+
 def test_a_dry_run_sends_and_writes_nothing(world, tokenizer, capsys):
     before = tree(world)
     last = label(options(world, 'http://127.0.0.1:1', dry_run=True))
