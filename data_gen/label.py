@@ -16,27 +16,29 @@ The ledger counts the tokens that the server reports. A request is sent only whi
 --max_cost: no prompt has more tokens than bytes. Answers that were lost on their way are not counted.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 
-from absl import flags
-
-from data_gen import generate, label_files, label_prompts, rollouts
-from data_gen.generate import LOCAL, option
-from data_gen.label_run import Job, Run, Tally
-from lens import cli, hf
+from data_gen import chat_data, journal, label_files, label_prompts, requests
+from data_gen.ledger import Ledger
+from data_gen.requests import LOCAL, Request, option
+from data_gen.servers import Answer, Failed, Servers
+from lens import hf
 from lens.errors import LensError
 
-SHOWN = 3
+TEMPLATE_TOKENS = 256  # most that the chat template of a server adds to a prompt
+USELESS = 20  # answers and refusals without a single label, after which a command stops
+REASON_CHARS, SAID_CHARS = 200, 2000  # of an answer without a label that are kept
+SHOWN = 3  # prompts of a dry run
 ANSWER_TOKENS_PER_WORD, ANSWER_TOKENS = 1.4, 16  # of an answer before there is one
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class LabelOptions:
     data: str = option('', 'Folder that data_gen.pretokenize wrote.')
     tokenizer: str = option('', 'Directory or Hub id of the subject, whose tokenizer made the data.')
     out: str = option('', 'New folder with the labelled documents alone; empty: the arrays go into --data.')
@@ -67,9 +69,11 @@ class Options:
 
 
 class Labelling:
-    """What a command works on. Raises LensError before anything is written."""
+    """What a command works on, and its requests.Work. Raises LensError before anything is written."""
 
-    def __init__(self, o: Options):
+    unit = 'labels'
+
+    def __init__(self, o: LabelOptions):
         self.o, self.data = o, pathlib.Path(o.data)
         self.folder = pathlib.Path(o.labels or f'{o.data.rstrip("/")}-labels')
         self.out = pathlib.Path(o.out) if o.out else None
@@ -85,17 +89,11 @@ class Labelling:
         for part in self.parts:
             self._check(part, hf.tokenizer_sha256(o.tokenizer))
         self._check_places()
-        self.settings = {
-            'data': self._fingerprint(),
-            'seed': o.seed,
-            'positions': o.positions,
-            'min_position': o.min_position,
-            'model': o.model,
-            'temperature': o.temperature,
-            'instruction': self.template,
-        }
-        self._compare_settings()
-        self.tally = Tally(self.parts, self.folder, o)
+        self.made = {k: getattr(o, k) for k in ('seed', 'positions', 'min_position', 'model', 'temperature')}
+        self.made['instruction'] = self.template
+        self.journal = Ledger(self.folder, self.parts, {'data': self._fingerprint()} | self.made, o)
+        self.total = sum(int((p.positions >= 0).sum()) for p in self.parts)
+        self._jobs, self._useless = self.jobs(), 0
 
     def _check(self, part: label_prompts.Part, tokenizer_sha256: str) -> None:
         folder = part.split.directory
@@ -119,10 +117,10 @@ class Labelling:
 
     def _check_places(self) -> None:
         labels = sum(p.positions.size for p in self.parts)
-        label_files.check_place(self.folder, 1000 * labels)
+        journal.check_folder(self.folder, 1000 * labels)
         if not self.out:
             for part in self.parts:
-                label_files.check_place(part.split.directory, 4 * part.positions.size * (self.o.explanation_len + 1))
+                journal.check_folder(part.split.directory, 4 * part.positions.size * (self.o.explanation_len + 1))
             return
         if self.out.resolve() == self.data.resolve():
             raise LensError('--out is --data: leave --out away to add the arrays there.')
@@ -131,7 +129,7 @@ class Labelling:
         made = all((self.out / p.name / label_files.MADE).exists() for p in self.parts)
         if self.out.exists() and not made and not self.o.force:
             raise LensError(f'{self.out} exists and was not made by this command: --force replaces it.')
-        label_files.check_place(self.out.parent, 4 * labels * (self.o.explanation_len + 1))
+        journal.check_folder(self.out.parent, 4 * labels * (self.o.explanation_len + 1))
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -141,91 +139,119 @@ class Labelling:
                 digest.update(x.tobytes())
         return digest.hexdigest()
 
-    def _compare_settings(self) -> None:
-        path = self.folder / 'settings.json'
-        changed = rollouts.changed_setting(path, self.settings, 'choose another --labels')
-        if changed:
-            raise LensError(
-                f'{path} has another {changed[0]} than this command: give what it was begun with, or another --labels.'
-            )
-
     def jobs(self):
         """The labels that are to be made, document by document."""
         for part in self.parts:
-            wanted = self.tally.wanted(part)
+            wanted = self.journal.wanted(part)
             for row in wanted.any(1).nonzero()[0]:
                 for slot in wanted[row].nonzero()[0]:
-                    yield Job(part, int(row), int(slot))
+                    place = {'split': part.name, 'row': int(row), 'slot': int(slot)}
+                    yield place | {'doc_id': int(part.split.doc_id[row]), 'position': int(part.positions[row, slot])}
 
-    def prompt(self, job: Job) -> str:
-        return self.template.replace('{text}', job.part.text(job.row, job.position, self.tokenizer))
+    def prompt(self, job: dict) -> str:
+        part = next(p for p in self.parts if p.name == job['split'])
+        return self.template.replace('{text}', part.text(job['row'], job['position'], self.tokenizer))
 
     def estimate(self) -> tuple[int, int, int]:
         """(calls, prompt tokens, answer tokens) of what is to be made, by the tokenizer of the subject."""
         overhead = len(self.tokenizer(self.template)['input_ids'])
-        wanted = [(p, self.tally.wanted(p)) for p in self.parts]
+        wanted = [(p, self.journal.wanted(p)) for p in self.parts]
         calls = sum(int(w.sum()) for _, w in wanted)
         prompt = calls * overhead + sum(int((p.positions[w] + 1).sum()) for p, w in wanted)
-        words = self.o.words or max(
-            int(label_prompts.WORDS_PER_TOKEN * self.o.explanation_len), label_prompts.LEAST_WORDS
-        )
+        words = label_prompts.words_allowed(self.o.words, self.o.explanation_len)
         each = min(int(words * ANSWER_TOKENS_PER_WORD) + ANSWER_TOKENS, self.o.max_tokens)
         return calls, prompt, calls * each
 
     def dry_run(self) -> str:
-        last, shown = None, 0
-        for job in self.jobs():
-            if (job.part.name, job.row) != last and shown < SHOWN:
-                last, shown = (job.part.name, job.row), shown + 1
-                name = f'{job.part.name} document {job.doc_id}, position {job.position}'
-                print(f'--- prompt {shown}: {name}\n{self.prompt(job)}\n')
-            elif shown == SHOWN:
-                break
+        documents = (next(jobs) for _, jobs in itertools.groupby(self.jobs(), lambda j: (j['split'], j['row'])))
+        for i, job in enumerate(itertools.islice(documents, SHOWN), 1):
+            print(f'--- prompt {i}: {job["split"]} document {job["doc_id"]}, position {job["position"]}')
+            print(f'{self.prompt(job)}\n')
         calls, prompt, answer = self.estimate()
-        likely, most = self.tally.price(prompt, answer), self.tally.price(prompt, calls * self.o.max_tokens)
-        cost = (
-            f'cost {likely:.2f}, with --max_tokens for every answer {most:.2f}' if most else 'cost unknown (no prices)'
-        )
+        likely, most = self.journal.price(prompt, answer), self.journal.price(prompt, calls * self.o.max_tokens)
+        cost = f'{likely:.2f}, with --max_tokens for every answer {most:.2f}' if most else 'unknown (no prices)'
         return (
             f'Estimate: {calls:,} calls, {prompt:,} prompt tokens, {answer:,} answer tokens (counted with the '
-            f'tokenizer of the subject), {cost}. So far: {self.tally.spent()}. Nothing was sent.'
+            f'tokenizer of the subject), cost {cost}. So far: {self.journal.spent()}. Nothing was sent.'
         )
 
-    def ask(self, key: str | None) -> None:
-        """Sends what is missing. Raises LensError; what was answered until then is on disk."""
-        total = sum(int((p.positions >= 0).sum()) for p in self.parts)
-        run = Run(self.o, self.settings, self.jobs(), self.prompt, self.tally, self.tokenizer, key)
-        with generate.Display(self.tally, total, 'labels') as display:
-            asyncio.run(run.main(display))
+    def next(self) -> Request | None:
+        job, o = next(self._jobs, requests.END), self.o
+        if job is requests.END:
+            return job
+        prompt = self.prompt(job)
+        body = {'model': o.model, 'messages': [{'role': 'user', 'content': prompt}]}
+        most = self.journal.price(len(prompt.encode()) + TEMPLATE_TOKENS, o.max_tokens)
+        return Request(job, body | {'max_tokens': o.max_tokens, 'temperature': o.temperature}, most)
+
+    def take(self, request: Request, answer: Answer) -> bool:
+        usage = self._usage(request.body['messages'][0]['content'], answer)
+        answer.server.add_tokens(usage['answer_tokens'])
+        try:
+            text = label_prompts.parse(answer.message, answer.finish_reason)
+        except label_prompts.BadAnswer as e:
+            usage['content'] = str(answer.message.get('content'))[:SAID_CHARS]
+            return self._fail(request.job, 'answer', str(e), usage)
+        return self.journal.add('labels', request.job, {'text': text} | usage)
+
+    def _usage(self, prompt: str, answer: Answer) -> dict:
+        """What the server says that the answer has used; without that, by the tokenizer of the subject."""
+        if answer.prompt_tokens is not None and answer.tokens is not None:
+            return {'prompt_tokens': answer.prompt_tokens, 'answer_tokens': answer.tokens}
+        said = ' '.join(v for k, v in answer.message.items() if isinstance(v, str) and k != 'role')  # and thinking
+        prompt_tokens, tokens = (len(self.tokenizer(t)['input_ids']) for t in (prompt, chat_data.clean(said)))
+        return {'prompt_tokens': prompt_tokens, 'answer_tokens': tokens, 'estimated': True}
+
+    def give_up(self, request: Request, attempts: int, e: Failed) -> None:
+        self._fail(request.job, 'refused' if e.refused else 'failed', str(e), {})
+
+    def _fail(self, job: dict, kind: str, reason: str, usage: dict) -> bool:
+        """Notes an answer without a label, or that there is none. Raises LensError where nothing so far was a label."""
+        closed = self.journal.add('failures', job, {'kind': kind, 'reason': reason[:REASON_CHARS]} | usage)
+        self._useless += kind != 'failed'
+        if not self.journal.counts['data'] and self._useless >= max(USELESS, self.o.max_concurrency):
+            raise LensError(
+                f'{self._useless} answers and not one label ({self.journal.why()}; {self.journal.spent()}): mend --model, '
+                '--max_tokens or --instruction, then add --retry_failures.'
+            )
+        return closed
+
+    def progress(self) -> str:
+        return f'{self.journal.counts["data"]} labels ({self.journal.spent()})'
+
+    def run(self, key: str | None) -> None:
+        """Sends what is missing."""
+        o = self.o
+        with requests.Display(self) as display:
+            servers = Servers(o.server_urls, o.model, o.timeout, display.print, key=key)
+            requests.Engine(self, servers, display, o.max_concurrency, o.max_cost).run()
 
     def write(self) -> str:
         """Makes the arrays; returns where they are. Raises LensError."""
-        log = self.tally.paths['labels']
+        log = self.journal.paths['labels']
         if not log.exists():
             raise LensError(f'{log} does not exist: there are no labels yet, leave --finish away.')
-        self.tally.open(self.settings)
-        labelled = {p.name: self.tally.labelled(p) for p in self.parts}
+        self.journal.open()
+        labelled = {p.name: self.journal.labelled(p) for p in self.parts}
         for part in self.parts:
             missing = int((~labelled[part.name].any(1)).sum())
             if missing == len(part.split):
-                raise LensError(f'No document of {part.split.directory} has a label: {self.tally.why()}.')
+                raise LensError(f'No document of {part.split.directory} has a label: {self.journal.why()}.')
             if missing and not self.out:
                 raise LensError(
-                    f'{missing} documents of {part.split.directory} have no label ({self.tally.why()}): give --out=FOLDER '
+                    f'{missing} documents of {part.split.directory} have no label ({self.journal.why()}): give --out=FOLDER '
                     'for a copy without them, or --retry_failures.'
                 )
-        made = {k: v for k, v in self.settings.items() if k != 'data'}
-        made |= {'explanation_len': self.o.explanation_len, 'without_label': self.tally.reasons()}
-        labels = label_files.Labels(
-            log, labelled, self.tokenizer, self.o.explanation_len, made | {'ledger': self.tally.as_dict()}
-        )
+        made = self.made | {'explanation_len': self.o.explanation_len, 'without_label': self.journal.reasons()}
+        made['ledger'] = self.journal.as_dict()
+        labels = label_files.Labels(self.journal, labelled, self.tokenizer, self.o.explanation_len, made)
         try:
             if self.out:
                 counts = label_files.write_folder(self.out, self.data, self.parts, labels)
             else:
                 counts = {p.name: label_files.write_in_place(p, labels) for p in self.parts}
         except OSError as e:
-            raise label_files.cannot_write(self.out or self.data, e) from None
+            raise journal.cannot_write(self.out or self.data, e, self.journal.again) from None
         return self._report(labelled, counts)
 
     def _report(self, labelled: dict, counts: dict) -> str:
@@ -234,7 +260,7 @@ class Labelling:
         documents = ', '.join(f'{int(x.any(1).sum())} of {len(x)} {name}' for name, x in labelled.items())
         return (
             f'{total["labels"]} labels of {self.o.explanation_len} tokens: {total["cut"]} were cut to that, '
-            f'{filled:.0%} of the tokens are filling. Without a label: {self.tally.why()}. {self.tally.spent()}.\n'
+            f'{filled:.0%} of the tokens are filling. Without a label: {self.journal.why()}. {self.journal.spent()}.\n'
             f'{self.out or self.data}: {documents} documents have labels'
         )
 
@@ -248,27 +274,20 @@ def _instruction(path: str) -> str:
         raise LensError(f'--instruction={path} cannot be read ({getattr(e, "strerror", None) or e}).') from None
 
 
-def label(o: Options) -> str:
+def label(o: LabelOptions) -> str:
     """Runs to the end; the last line says where the result is. Raises LensError."""
-    for name in ('data', 'tokenizer', 'model'):
-        if not getattr(o, name):
-            raise LensError(f'--{name} is needed.')
+    requests.need(o, 'data', 'tokenizer', 'model')
     key = os.environ.get(o.api_key_env, '').strip() if o.api_key_env else None
     if o.api_key_env and not (key and key.isascii() and key.isprintable()) and not (o.dry_run or o.finish):
         raise LensError(f'--api_key_env={o.api_key_env}: this environment variable holds no API key.')
     work = Labelling(o)
     if o.dry_run:
         return work.dry_run()
-    with contextlib.closing(work.tally):
+    with contextlib.closing(work.journal):
         if not o.finish and work.estimate()[0]:
-            work.ask(key)
+            work.run(key)
         return work.write()
 
 
-def main(_):
-    print(label(Options(**{f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)})))
-
-
 if __name__ == '__main__':
-    generate.define_flags(Options)
-    cli.run(main)
+    requests.command(LabelOptions, label)

@@ -59,7 +59,11 @@ def instruction(template: str, explanation_len: int, words: int) -> str:
     """The template with its number of words: `words`, or what fits into explanation_len tokens. Raises LensError."""
     if template.count('{text}') != 1:
         raise LensError('The instruction must contain {text} exactly once.')
-    return template.replace('{words}', str(words or max(int(WORDS_PER_TOKEN * explanation_len), LEAST_WORDS)))
+    return template.replace('{words}', str(words_allowed(words, explanation_len)))
+
+
+def words_allowed(words: int, explanation_len: int) -> int:
+    return words or max(int(WORDS_PER_TOKEN * explanation_len), LEAST_WORDS)
 
 
 def parse(message: dict, finish_reason: str | None) -> str:

@@ -6,8 +6,10 @@ A registry file with one URL per line adds and removes servers while requests ru
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import email.utils
+import itertools
 import json
 import math
 import pathlib
@@ -20,31 +22,25 @@ from data_gen import chat_data
 from lens.errors import LensError
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
+ASK_AGAIN_S = 5.0  # for servers that were away
 START_S = 5.0  # how long servers given by URL may take to answer at the start
 NONE_LEFT_S = 1.0  # without a server for this long, the wait is said
 MODELS_TIMEOUT_S = 10.0
-SPEED_WINDOW_S = 30.0
+SPEED_WINDOW_S, MOST_RECENT = 30.0, 10_000  # answers that speed looks at
 MOST_TOKENS = 2**31 - 1  # of one answer or prompt
 NO_REFUSAL = (401, 402, 403, 405, 408, 425, 429)  # a 4xx that says nothing about the one request
 
 
-class Refused(Exception):
-    """The server understood the request and will never answer it."""
-
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
 class Failed(Exception):
-    """No answer. counts: whether this was an attempt at the row, and not a server that is busy or away.
+    """No answer. counts: whether this was an attempt at the job, and not a server that is busy or away.
 
-    pause: seconds after which the server wants to be asked again.
+    pause_s: after which the server wants to be asked again. refused: the HTTP status with which a server says that it
+    will never answer this request.
     """
 
-    def __init__(self, reason: str, counts: bool = True, pause: float | None = None):
+    def __init__(self, reason: str, counts: bool = True, pause_s: float | None = None, refused: int | None = None):
         super().__init__(reason)
-        self.counts, self.pause = counts, pause
+        self.counts, self.pause_s, self.refused = counts, pause_s, refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +61,22 @@ class Server:
         self.label = urllib.parse.urlsplit(url).netloc
         self.serves: bool | None = None  # the wanted model; None: not yet known
         self.problem = 'not yet asked'
-        self.in_flight = self.failures = self.answers = 0
+        self.in_flight = self.failures = 0
         self.retry_at = self.failed_at = 0.0
-        self._recent: collections.deque[tuple[float, int]] = collections.deque()
+        self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=MOST_RECENT)
         self._since = time.monotonic()
 
     def ready(self, now: float) -> bool:
         return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
 
-    def succeed(self) -> None:
-        self.failures, self.answers = 0, self.answers + 1
-
     def fail(self, started: float, failure: Failed) -> None:
-        """Requests that were under way when a failure was noticed do not add to it."""
+        """Requests that were under way when a failure was noticed do not add to it; to refuse one is no failure."""
         now = time.monotonic()
         self.problem = str(failure)
-        if failure.pause is not None:
-            self.retry_at = max(self.retry_at, now + failure.pause)
+        if failure.refused:
+            self.failures = 0
+        elif failure.pause_s is not None:
+            self.retry_at = max(self.retry_at, now + failure.pause_s)
         elif started >= self.failed_at:
             self.failures, self.failed_at = self.failures + 1, now
             pause = min(BACKOFF_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S)
@@ -93,9 +88,8 @@ class Server:
     def speed(self) -> float:
         """Generated tokens per second of the last half minute."""
         now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - SPEED_WINDOW_S:
-            self._recent.popleft()
-        return sum(n for _, n in self._recent) / max(min(now - self._since, SPEED_WINDOW_S), 0.5)
+        tokens = sum(n for at, n in tuple(self._recent) if at > now - SPEED_WINDOW_S)  # another thread appends
+        return tokens / max(min(now - self._since, SPEED_WINDOW_S), 0.5)
 
 
 def normal_url(text: str) -> str | None:
@@ -108,19 +102,16 @@ def normal_url(text: str) -> str | None:
     return urllib.parse.urlunsplit(parts if parts.path else parts._replace(path='/v1')) if valid else None
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number or a date."""
-    if not value:
-        return None
+def retry_after(value: str) -> float | None:
+    """Seconds of a Retry-After header, a number or a date; None where it is neither."""
     try:
         seconds = float(value)
-        return max(seconds, 0.0) if math.isfinite(seconds) else None
     except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
 def parse_answer(raw: str, server: Server) -> Answer:
@@ -145,27 +136,22 @@ def _count(value) -> int | None:
 
 
 class Servers:
-    """All servers of a run. `say` prints a line. key: API key that all of them get."""
+    """All servers of a run. urls: separated by commas. registry: text file with more. `say` prints a line.
+
+    interval_s: between two readings of the registry. key: API key that all of them get. Raises LensError.
+    """
 
     def __init__(
-        self,
-        urls: list[str],
-        registry: str | None,
-        interval: float,
-        model: str,
-        timeout: float,
-        say,
-        key: str | None = None,
+        self, urls: str, model: str, timeout: float, say, *, registry='', interval_s=ASK_AGAIN_S, key: str | None = None
     ):
-        self._fixed = []
-        for text in urls:
-            if (url := normal_url(text)) is None:
-                raise LensError(f'{text!r} in --server_urls is no URL such as http://localhost:8000/v1.')
-            self._fixed.append(url)
+        self._fixed = {text: normal_url(text) for text in urls.split(',') if text.strip()}
+        if wrong := [text for text, url in self._fixed.items() if url is None]:
+            raise LensError(f'{wrong[0]!r} in --server_urls is no URL such as http://localhost:8000/v1.')
         self._registry = pathlib.Path(registry) if registry else None
-        self._interval, self._model, self._timeout, self._say = interval, model, timeout, say
+        self._interval_s, self._model, self._timeout, self._say = interval_s, model, timeout, say
         self._headers = {'Authorization': f'Bearer {key}'} if key else {}
         self._listed: list[str] = []
+        self._number = itertools.count()
         self._none_since: float | None = None
         self._said_none = False
         self.all: dict[str, Server] = {}
@@ -180,18 +166,13 @@ class Servers:
     def read_registry(self) -> None:
         """Brings `all` up to date; what cannot be read leaves the list as it was."""
         if self._registry:
-            try:
+            with contextlib.suppress(OSError):
                 lines = self._registry.read_text('utf-8', 'replace').splitlines()
                 self._listed = [u for line in lines if (u := normal_url(line.partition('#')[0]))]
-            except OSError:
-                pass
-        wanted = dict.fromkeys([*self._fixed, *self._listed])
+        wanted = dict.fromkeys([*self._fixed.values(), *self._listed])
         for url in self.all.keys() - wanted.keys():
             self._say(f'server {url} was removed from the registry')
-            del self.all[url]
-        for url in wanted:
-            if url not in self.all:
-                self.all[url] = Server(url)
+        self.all = {url: self.all.get(url) or Server(url) for url in wanted}
 
     async def _ask_models(self, server: Server) -> None:
         """Finds out whether the server serves the model."""
@@ -206,13 +187,12 @@ class Servers:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError) as e:
             server.serves, server.problem = None, _reason(e)
             return
-        problem = chat_data.clean(f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}')
-        if self._model in names:
-            server.serves = True
-        elif server.problem != problem:
-            self._say(f'server {server.url} is left out: it {problem}')
-        if self._model not in names:
-            server.serves, server.problem = False, problem
+        server.serves = self._model in names
+        if not server.serves:
+            problem = chat_data.clean(f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}')
+            if server.problem != problem:
+                self._say(f'server {server.url} is left out: it {problem}')
+            server.problem = problem
 
     async def _admit(self) -> None:
         self.read_registry()
@@ -223,7 +203,7 @@ class Servers:
         began, said = time.monotonic(), False
         while True:
             await self._admit()
-            known = list(self.all.values())
+            known = [*self.all.values()]
             if any(s.serves for s in known):
                 return
             late = not self._registry and time.monotonic() - began > START_S
@@ -238,22 +218,22 @@ class Servers:
             if self._registry and not said:
                 said = True
                 self._say(f'no server yet: waiting for one in {self._registry}')
-            await asyncio.sleep(self._interval if self._registry else 0.5)
+            await asyncio.sleep(self._interval_s if self._registry else 0.5)
 
     async def watch(self) -> None:
         """Runs until it is cancelled: the registry, and servers that were away when they were first asked."""
         while True:
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(self._interval_s)
             await self._admit()
 
-    async def pick(self, number: int) -> Server:
+    async def _pick(self) -> Server:
         """The server whose turn it is; waits, and says so once, while there is none."""
         while True:
             now = time.monotonic()
             ready = [s for s in self.all.values() if s.ready(now)]
             if ready:
                 self._none_since = None
-                return ready[number % len(ready)]
+                return ready[next(self._number) % len(ready)]
             if any(s.in_flight for s in self.all.values()):
                 self._none_since = None
             else:
@@ -264,18 +244,18 @@ class Servers:
                     self._say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
             await asyncio.sleep(0.1)
 
-    async def complete(self, number: int, body: dict) -> Answer:
-        """One attempt. Raises Failed or Refused."""
-        server, started = await self.pick(number), time.monotonic()
+    async def complete(self, body: dict) -> Answer:
+        """One attempt. Raises Failed."""
+        server, started = await self._pick(), time.monotonic()
         server.in_flight += 1
         try:
             answer = await self._post(server, body)
+            server.failures = 0
         except Failed as e:
             server.fail(started, e)
             raise
         finally:
             server.in_flight -= 1
-        server.succeed()
         if self._said_none:
             self._said_none = False
             self._say(f'server {server.url} answers: going on')
@@ -297,12 +277,9 @@ class Servers:
         reason = f'HTTP {response.status}: {_error_text(raw)}'
         if 400 <= response.status < 500 and response.status not in NO_REFUSAL:
             await self._ask_models(server)
-            if server.serves:
-                server.succeed()
-                raise Refused(response.status, reason)
-            raise Failed(reason, counts=server.serves is None)
-        pause = retry_after(response.headers.get('Retry-After')) if response.status in (429, 503) else None
-        raise Failed(reason, response.status not in (401, 402, 403, 429, 503), pause)
+            raise Failed(reason, server.serves is not False, refused=response.status if server.serves else None)
+        pause_s = retry_after(response.headers.get('Retry-After', '')) if response.status in (429, 503) else None
+        raise Failed(reason, response.status not in (401, 402, 403, 429, 503), pause_s)
 
 
 def _error_text(raw: str) -> str:

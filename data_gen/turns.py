@@ -1,7 +1,6 @@
 """Which assistant turn of a chat is written anew, what is sent for it, and the record that its answer gives."""
 
 import dataclasses
-import itertools
 
 from data_gen import chat_data
 from data_gen.servers import Answer, Failed
@@ -28,7 +27,7 @@ class Plan:
 
 
 class Planner:
-    """Chooses the turn and makes the record; the only user of the tokenizer. options: generate.Options."""
+    """Chooses the turn and makes the record; the only user of the tokenizer. options: generate.GenerateOptions."""
 
     def __init__(self, tokenizer, options):
         self.tokenizer, self.options = tokenizer, options
@@ -76,8 +75,8 @@ class Planner:
             turns = chat_data.messages_of(value)
         except ValueError as e:
             raise Skip(str(e)) from None
-        users = list(itertools.accumulate(m['role'] == 'user' for m in turns))
-        places = [i for i, m in enumerate(turns) if m['role'] == 'assistant' and users[i]]
+        roles = [m['role'] for m in turns]
+        places = [i for i, role in enumerate(roles) if role == 'assistant' and 'user' in roles[:i]]
         if not places:
             raise Skip('no assistant turn after a user turn')
         lengths = {}
@@ -103,12 +102,11 @@ class Planner:
         thinking, content = extract(answer.message)
         if not thinking and not content:
             raise Failed('the answer is empty')
-        message = {'role': 'assistant', 'content': content} | ({'thinking': thinking} if thinking else {})
-        tokens = {
-            'original_prompt_tokens': plan.original_tokens,
-            'prompt_tokens_with_system': plan.prompt_tokens,
-            'content_tokens': self.tokens(content),
-        } | ({'thinking_tokens': self.tokens(thinking)} if thinking else {})
+        message = {'role': 'assistant', 'content': content}
+        tokens = {'original_prompt_tokens': plan.original_tokens, 'prompt_tokens_with_system': plan.prompt_tokens}
+        tokens['content_tokens'] = self.tokens(content)
+        if thinking:
+            message['thinking'], tokens['thinking_tokens'] = thinking, self.tokens(thinking)
         return {
             'index': plan.index,
             'messages': [*plan.turns, message],

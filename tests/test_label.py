@@ -1,51 +1,51 @@
-"""Labels against scripted servers: positions, parsing, the ledger, kills and resume, training on the result."""
+"""Labels against scripted servers: positions, parsing, the ledger, stops and resume, and what cannot be labelled."""
 
 import hashlib
 import json
+import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 
-from configs import tiny
-from data_gen import label_files, label_prompts, label_run, pretokenize, servers
-from data_gen.label import Options, label
+from data_gen import label as module
+from data_gen import label_prompts, ledger, pretokenize, requests, servers
+from data_gen.label import LabelOptions, label
 from data_gen.storyworld import world as story_world
-from lens import config, data, hf, response
+from lens import data, hf
 from lens.errors import LensError
 from lens.files import read_jsonl
-from lens.models.rope import Rope
-from lens.models.transformer import TransformerConfig
-from tests.conftest import make_base
 from tests.fake_server import WORDS, FakeServer
 
+HANG_S = 120
 SUBJECT = 'configs/tiny_subject'
 TRAIN, VALIDATION, POSITIONS, LENGTH, FROM = 14, 5, 3, 11, 50
-LONG = 17  # tokens that most labels leave unfilled
 JOBS = (TRAIN + VALIDATION) * POSITIONS
 
 
 @pytest.fixture(scope='module')
 def stories(tmp_path_factory):
-    """Storyworld without explanations, and a small random subject for it."""
+    """Storyworld without explanations."""
     root = tmp_path_factory.mktemp('stories')
     settings = story_world.Settings(train=TRAIN, validation=VALIDATION, positions=4)
     story_world.write_arrays(root / 'data', SUBJECT, settings)
     for name in ('train', 'validation'):
         for array in ('positions', 'explanations'):
             (root / 'data' / name / f'{array}.npy').unlink()
-    vocab = len(hf.load_tokenizer(SUBJECT))
-    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(500.0),))
-    hf.save_model(make_base(config), root / 'subject', source=SUBJECT)
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(requests, 'PAUSE_S', 0.01)
+    monkeypatch.setattr(servers, 'BACKOFF_S', 0.01)
 
 
 @pytest.fixture
@@ -79,10 +79,16 @@ def expected_label(text: str) -> str:
     return f'{first}\n\n{" ".join(rest)}'
 
 
-def options(root, *urls, **more) -> Options:
+def options(root, *urls, **more) -> LabelOptions:
     given = {'data': str(root / 'data'), 'tokenizer': SUBJECT, 'model': 'tiny', 'server_urls': ','.join(urls)}
-    given |= {'positions': POSITIONS, 'explanation_len': LENGTH, 'timeout': 5.0, 'price_in': 300.0, 'price_out': 2000.0}
-    return Options(**given | more)
+    given |= {
+        'positions': POSITIONS,
+        'explanation_len': LENGTH,
+        'timeout': 60.0,
+        'price_in': 300.0,
+        'price_out': 2000.0,
+    }
+    return LabelOptions(**given | more)
 
 
 def arrays_of(folder) -> dict[str, np.ndarray]:
@@ -215,7 +221,7 @@ def check_arrays(folder, tokenizer, documents: dict[str, int]) -> None:
     for name, n in documents.items():
         split = data.open_split(str(folder), name, vocab_size=len(tokenizer))
         assert len(split) == n and split.explanations.shape == (n, POSITIONS, LENGTH)
-        assert split.meta['explanation_len'] == LENGTH
+        assert split.meta['explanation_len'] == LENGTH and split.meta['filler_id'] == split.meta['pad_id']
         for row in range(n):
             for slot, position in enumerate(split.positions[row]):
                 text = tokenizer.decode(split.tokens[row, : position + 1], skip_special_tokens=True)
@@ -238,12 +244,17 @@ def used(server: FakeServer) -> tuple[int, int]:
     return prompts, sum(len(server.answer(b).split()) for b in server.requests)
 
 
-def test_one_run_and_training_on_it(stories, world, tokenizer, capsys, monkeypatch):
-    before = arrays_of(world / 'data')
-    with FakeServer(answer=features, delay=0.02, key='secret') as a:
+def test_one_run(world, tokenizer, capsys, monkeypatch):
+    before, together = arrays_of(world / 'data'), threading.Barrier(6)
+
+    def script(number, body):
+        if number < 6:
+            together.wait(HANG_S)  # six requests are under way at once
+
+    with FakeServer(answer=features, script=script, key='secret') as a:
         monkeypatch.setenv('LABEL_TEST_KEY', 'secret')
         last = label(options(world, a.url, max_concurrency=6, api_key_env='LABEL_TEST_KEY'))
-    assert len(a.requests) == JOBS and 3 <= a.most_in_flight <= 6
+    assert len(a.requests) == JOBS and a.most_in_flight == 6
     assert len({text_of(b) for b in a.requests}) == JOBS
     assert set(a.requests[0]) == {'model', 'messages', 'max_tokens', 'temperature'}
     assert last.endswith(
@@ -260,21 +271,9 @@ def test_one_run_and_training_on_it(stories, world, tokenizer, capsys, monkeypat
     written = tree(world)
     assert label(options(world)) == last and tree(world) == written  # nothing is left to ask: no server is needed
 
-    c = tiny.get_config()
-    c.subject.path, c.data.path, c.layer = str(stories / 'subject'), str(world / 'data'), 1
-    c.decoder.patched_blocks, c.explanation_len = 2, LENGTH
-    c.phases, c.sft.steps, c.sft.documents, c.sft.vectors = ('sft',), 2, 4, 2
-    c.eval.quick_documents, c.eval.documents, c.eval.vectors, c.eval.batch = 4, 4, 2, 8
-    trainer = Trainer(c, world / 'run')
-    with jax.set_mesh(trainer.run.mesh):
-        summary = trainer.train()
-    assert summary['steps'] == 2 and np.isfinite(summary['fve_sft'])
 
-
-def test_only_labelled_documents_go_into_a_new_folder(world, tokenizer, monkeypatch):
+def test_only_labelled_documents_go_into_a_new_folder(world, tokenizer):
     """Refused, unreadable and unanswered ones are counted; another command asks only where no server answered."""
-    monkeypatch.setattr(servers, 'BACKOFF_S', 0.02)
-    monkeypatch.setattr(label_run, 'PAUSE_S', 0.02)
     folder = world / 'data' / 'train'
     texts = {}
 
@@ -328,6 +327,19 @@ def test_only_labelled_documents_go_into_a_new_folder(world, tokenizer, monkeypa
         label(options(world, **given | {'out': '', 'finish': True}))
 
 
+def test_labels_count_once_and_only_of_documents_that_are_asked_for(world, tokenizer):
+    with FakeServer(answer=features) as a:
+        label(options(world, a.url))
+    log = world / 'data-labels' / 'labels.jsonl'
+    log.write_text(log.read_text() + log.read_text())
+    label(options(world, max_documents=4, out=str(world / 'new')))
+    check_arrays(world / 'new', tokenizer, {'train': 4, 'validation': 4})
+    made = json.loads((world / 'new/train/labels.json').read_text())
+    explanations = np.load(world / 'new/train/explanations.npy')
+    filler = json.loads((world / 'new/train/meta.json').read_text())['filler_id']
+    assert (made['labels'], made['filled_tokens']) == (4 * POSITIONS, (explanations == filler).sum())
+
+
 def test_a_dry_run_sends_and_writes_nothing(world, tokenizer, capsys):
     before = tree(world)
     last = label(options(world, 'http://127.0.0.1:1', dry_run=True))
@@ -350,14 +362,14 @@ def test_max_cost_is_never_exceeded_and_the_rest_is_done_later(world, tokenizer)
         said = features(body)
         return said + ' so' * (body['max_tokens'] - len(said.split()))
 
-    with FakeServer(answer=long, delay=0.1) as a:
+    with FakeServer(answer=long) as a:
         limit = 3.0
-        with pytest.raises(LensError, match=r'--max_cost=3 is reached: \d+ labels, [\d,]+ prompt .*cost \d'):
+        with pytest.raises(LensError, match=r'--max_cost=3 is reached: \d+ labels \([\d,]+ prompt .*cost \d'):
             label(options(world, a.url, max_cost=limit, max_tokens=200))
         prompts, answers = used(a)
         spent = (300 * prompts + 2000 * answers) / 1e6
         longest = max(len(b['messages'][0]['content'].encode()) for b in a.requests)
-        most = (300 * (longest + label_run.TEMPLATE_TOKENS) + 2000 * 200) / 1e6
+        most = (300 * (longest + module.TEMPLATE_TOKENS) + 2000 * 200) / 1e6
         assert limit - 1.2 * most < spent <= limit and len(a.requests) < JOBS
         assert not (world / 'data/train/positions.npy').exists()
         asked = len(a.requests)
@@ -384,27 +396,6 @@ def test_half_a_surrogate_pair_is_counted_like_any_text(world):
     assert f'({JOBS} answers counted with the tokenizer of the subject)' in last
 
 
-def test_responses_end_after_their_last_word(world, tokenizer):
-    """meta.json names what labels are filled with, in place of what filled those that were there before."""
-    with FakeServer(answer=features) as a:
-        label(options(world, a.url, explanation_len=LONG))
-        label(options(world, explanation_len=LONG, out=str(world / 'new')))
-    tags = response.Tags(opening=(901, 902), closing=(903, 904, 905))
-    length, shorter = LONG + 5, 0
-    for folder in ('data', 'new'):
-        split = data.open_split(str(world / folder), 'train', vocab_size=len(tokenizer))
-        responses = config._responding(split, tags, length).respond(np.asarray(split.explanations))
-        for row in range(TRAIN):
-            for slot, position in enumerate(split.positions[row]):
-                text = tokenizer.decode(split.tokens[row, : position + 1], skip_special_tokens=True)
-                words = tokenizer(expected_label(text), add_special_tokens=False)['input_ids'][:LONG]
-                expected = [901, 902, *words, 903, 904, 905]
-                assert responses[row, slot].tolist()[: len(expected)] == expected
-                shorter += len(words) < LONG
-        assert split.meta['filler_id'] == split.meta['pad_id']
-    assert shorter > TRAIN
-
-
 def test_a_model_that_never_answers_well_is_stopped_early(world):
     with FakeServer(answer=lambda body: 'I like stories.') as a:
         with pytest.raises(LensError, match=r'20 answers and not one label \(.*10 no closed analysis tag.*add --retry'):
@@ -416,43 +407,46 @@ def test_a_model_that_never_answers_well_is_stopped_early(world):
 # --- kills and disks ------------------------------------------------------------------------------------------
 
 
-def command(o: Options) -> list[str]:
-    given = {k: v for k, v in vars(o).items() if v != getattr(Options, k)}
-    return [sys.executable, '-m', 'data_gen.label', *(f'--{k}={v}' for k, v in given.items())]
+def test_stopped_at_any_time_the_same_command_goes_on(world, tokenizer):
+    stopped, log = threading.Event(), world / 'data-labels' / 'labels.jsonl'
+    script = lambda number, body: stopped.wait(HANG_S) and None if number >= 12 else None  # noqa: E731
+    with FakeServer(answer=features, script=script) as a:
 
-
-@pytest.mark.slow
-def test_killed_at_any_time_the_same_command_goes_on(stories, world, tokenizer):
-    o = options(world, 'URL', max_concurrency=3)
-    with FakeServer(answer=features, delay=0.15) as a:
-        arguments = [x.replace('URL', a.url) for x in command(o)]
-        for stop, signal_ in ((17, signal.SIGKILL), (34, signal.SIGTERM)):
-            process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            while process.poll() is None and len(a.requests) < stop:
+        def stop():
+            deadline = time.monotonic() + HANG_S
+            while len(a.requests) < 15 and time.monotonic() < deadline:
                 time.sleep(0.005)
-            process.send_signal(signal_)
-            _, err = process.communicate()
-            assert process.returncode == (-9 if signal_ == signal.SIGKILL else 1)
-        assert re.search(
-            r'error: Stopped by SIGTERM with \d+ labels \([\d,]+ prompt .*\): the same command goes on', err
-        )
-        log = world / 'data-labels' / 'labels.jsonl'
-        log.write_bytes(log.read_bytes() + b'{"split": "train", "row"')  # a kill in the middle of a line
-        kept = len(log.read_bytes().splitlines()) - 1
-        a.delay, asked = 0.0, len(a.requests)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        with pytest.raises(
+            LensError, match=r'Stopped by SIGTERM with 12 labels \([\d,]+ prompt .*\): the same command goes'
+        ):
+            label(options(world, a.url, max_concurrency=3))
+        thread.join()
+        stopped.set()
+        lines = log.read_bytes().splitlines(keepends=True)
+        assert len(lines) == 12
+        log.write_bytes(b''.join(lines[:11]) + lines[11][:30])  # a kill in the middle of a line
         label(options(world, a.url))
-        assert len(a.requests) == asked + JOBS - kept and len(a.requests) <= JOBS + 2 * 3
+        assert len(a.requests) == 15 + JOBS - 11
     places = [(r['split'], r['row'], r['slot']) for r in read_jsonl(log)]
     assert len(places) == len(set(places)) == JOBS
     check_arrays(world / 'data', tokenizer, {'train': TRAIN, 'validation': VALIDATION})
 
 
-def test_a_full_disk_is_one_sentence_and_the_command_goes_on(world, tokenizer):
+def test_a_full_disk_is_one_sentence_and_the_command_goes_on(world, tokenizer, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with FakeServer(answer=features) as a:
-        limited = ['bash', '-c', 'ulimit -f 6; exec "$@"', 'bash', *command(options(world, a.url))]
-        full = subprocess.run(limited, capture_output=True, text=True)
-        assert full.returncode == 1 and full.stderr.splitlines()[-1].startswith('error: '), full.stderr
-        assert 'labels.jsonl cannot be written (File too large)' in full.stderr and 'Traceback' not in full.stderr
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+            with pytest.raises(
+                LensError, match=r'labels.jsonl cannot be written \(File too large\).* the same command goes on'
+            ):
+                label(options(world, a.url))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         log = world / 'data-labels' / 'labels.jsonl'
         assert log.read_text().endswith('\n') and 5 < len(read_jsonl(log)) < JOBS
         assert not (world / 'data/train/positions.npy').exists()
@@ -460,15 +454,35 @@ def test_a_full_disk_is_one_sentence_and_the_command_goes_on(world, tokenizer):
     check_arrays(world / 'data', tokenizer, {'train': TRAIN, 'validation': VALIDATION})
 
 
-def test_a_second_command_is_refused_while_the_first_writes(world):
-    (world / 'data-labels').mkdir()
-    first = label_files.Log(world / 'data-labels' / 'labels.jsonl')
+def test_a_second_command_is_refused_while_the_first_writes(world, monkeypatch):
     with FakeServer(answer=features) as a:
+        first = module.Labelling(options(world, a.url)).journal
+        first.open()
         with pytest.raises(LensError, match=r'Another command is writing .*labels\.jsonl'):
             label(options(world, a.url))
         assert not a.requests
         first.close()
         label(options(world, a.url))
+
+
+def test_the_ledger_keeps_failures_and_costs_over_commands(world):
+    """A journal of rows forgets what failed; this one asks again only where no server has answered."""
+    work = module.Labelling(options(world, attempts=2))
+    work.journal.open()
+    one, two, three, four = (next(work._jobs) for _ in range(4))
+    usage = {'prompt_tokens': 1000, 'answer_tokens': 10}
+    failed = {'kind': 'answer', 'reason': 'empty answer'}
+    assert [work.journal.add('failures', one, failed | usage) for _ in range(2)] == [False, True]
+    assert work.journal.add('failures', two, {'kind': 'refused', 'reason': 'HTTP 400'})
+    assert not work.journal.add('failures', three, {'kind': 'failed', 'reason': 'HTTP 500'})
+    assert work.journal.add('labels', four, {'text': 'a'} | usage)
+    assert work.journal.counts == {'data': 1, ledger.WITHOUT: 3}
+    work.journal.close()
+    for retry, left in ((False, JOBS - 3), (True, JOBS - 1)):
+        again = module.Labelling(options(world, retry_failures=retry))
+        assert again.estimate()[0] == left
+        assert again.journal.cost == pytest.approx(3 * (1000 * 300 + 10 * 2000) / 1e6)
+        assert again.journal.counts == {'data': 1, ledger.WITHOUT: 0 if retry else 2}
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
@@ -509,7 +523,7 @@ def test_errors_before_anything_is_asked(world, given, message):
 
 def test_another_tokenizer_and_given_explanations_are_refused(stories, world):
     other = world / 'tokenizer'
-    story_world.train_tokenizer(other)
+    shutil.copytree(SUBJECT, other, ignore=shutil.ignore_patterns('*.safetensors'))
     vocabulary = json.loads((other / 'tokenizer.json').read_text())
     (other / 'tokenizer.json').write_text(json.dumps(vocabulary, indent=7))
     with pytest.raises(LensError, match='was made with another tokenizer than that of'):
@@ -527,17 +541,17 @@ def test_another_tokenizer_and_given_explanations_are_refused(stories, world):
 def test_settings_that_differ_are_refused(world):
     with FakeServer(answer=features) as a:
         label(options(world, a.url))
-    for changed, given in (('seed', {'seed': 1}), ('positions', {'positions': 4}), ('instruction', {'words': 5})):
-        with pytest.raises(LensError, match=f'settings.json has another {changed} than this command'):
+    for changed, given in (('seed 42', {'seed': 1}), ('positions 3', {'positions': 4}), ('instruction', {'words': 5})):
+        with pytest.raises(LensError, match=f'settings.json says {changed}.*another --labels'):
             label(options(world, **given))
     log = world / 'data-labels' / 'labels.jsonl'
     log.write_text('{"split": "train"}\n')
-    with pytest.raises(LensError, match=r'labels.jsonl is damaged \(record 1'):
+    with pytest.raises(LensError, match=r'labels.jsonl is damaged \(the record at byte 0'):
         label(options(world))
 
 
 def test_errors_of_servers(world, monkeypatch):
-    monkeypatch.setattr(servers, 'START_S', 0.5)
+    monkeypatch.setattr(servers, 'START_S', 0.0)
     with FakeServer(model='other') as a, pytest.raises(LensError, match='serves other, not tiny: give the name'):
         label(options(world, a.url))
     with FakeServer(key='secret') as a, pytest.raises(LensError, match='HTTP 401 from /models, it wants an API key'):

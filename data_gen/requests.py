@@ -1,0 +1,219 @@
+"""One engine for all that is asked of servers: a window of requests, a journal of answers, progress, signals, the command line.
+
+What is asked and what becomes of an answer is the front end's: a `Work`. Everything that is not waiting for a server
+(reading rows, tokenizing, writing lines) happens in one thread, one thing at a time.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import re
+import signal
+import sys
+import time
+from typing import Protocol
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from data_gen.journal import Journal
+from data_gen.servers import Answer, Failed, Servers
+from lens import cli
+from lens.errors import LensError
+from lens.logger import clock
+
+PAUSE_S = 0.5  # after a request without an answer
+SYNC_EVERY_S = 0.5
+LINE_EVERY_S = 10.0  # of progress where there is no terminal
+LOCAL = 'http://localhost:8000/v1'
+
+flags.disclaim_key_flags()  # flags belong to the command that calls `command`, whose --help then shows them
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A job and what is sent for it. most: what it can cost at most."""
+
+    job: object
+    body: dict
+    most: float = 0.0
+
+
+END = Request(None, {})
+
+
+class Work(Protocol):
+    """What a front end does. No two of its methods run at the same time; all may raise LensError, which ends the run."""
+
+    journal: Journal
+    unit: str  # what the journal counts
+    total: int  # of them
+
+    def next(self) -> Request | None:
+        """The next request, None for a job without one, END after the last. First called when the journal is open."""
+
+    def take(self, request: Request, answer: Answer) -> bool:
+        """Writes what an answer is; returns whether the job is closed. Raises Failed where it is as good as none."""
+
+    def give_up(self, request: Request, attempts: int, e: Failed) -> None:
+        """Writes that a server refused, or that none has answered."""
+
+    def progress(self) -> str:
+        """What is there now, for the sentence about a run that was stopped."""
+
+
+class Display:
+    """A bar on a terminal, a line now and then elsewhere: jobs, tokens per second of each server, time left."""
+
+    def __init__(self, work: Work):
+        self._work, self._began, self._begun_with = work, time.monotonic(), work.journal.done()
+        self._console, self._line_at = Console(), self._began + LINE_EVERY_S
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[text]}'))
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task('', total=work.total, text='')
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._bar.stop()
+
+    def print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, servers: Servers, last: bool = False) -> None:
+        work, done, now = self._work, self._work.journal.done(), time.monotonic()
+        new = done - self._begun_with
+        left = clock((work.total - done) * (now - self._began) / new) if new else '?'
+        text = ', '.join(f'{s.label} {s.speed():.0f} tok/s' for s in servers.all.values())
+        text += ''.join(f'  {n} {k}' for k, n in work.journal.counts.items() if k != 'data' and n) + f'  ETA {left}'
+        self._bar.update(self._task, completed=done, text=text)
+        if not self._console.is_terminal and (last or now >= self._line_at):
+            self._line_at = now + LINE_EVERY_S
+            self.print(f'{done}/{work.total} {work.unit}  {text}')
+
+
+class Engine:
+    """Asks `servers` for what `work` wants, `window` requests at a time, and never for more than max_cost (0: no limit)."""
+
+    def __init__(self, work: Work, servers: Servers, display: Display, window: int, max_cost: float = 0.0):
+        self._work, self._servers, self._display = work, servers, display
+        self._window, self._max_cost, self._thread = window, max_cost, concurrent.futures.ThreadPoolExecutor(1)
+        self._in_flight, self._reserved = 0, 0.0
+
+    def run(self) -> None:
+        """Runs to the end. Raises LensError; what was answered until then is in the journal."""
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        stopped, task, loop = [], asyncio.current_task(), asyncio.get_running_loop()
+        for s in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(s, lambda s=s: (stopped.append(s.name), task.cancel()))
+        try:
+            async with self._servers:
+                await self._servers.start()
+                self._work.journal.open()
+                await self._all()
+                self._display.update(self._servers, last=True)
+        except asyncio.CancelledError:
+            self._thread.shutdown()  # answers that have come are written
+            raise LensError(
+                f'Stopped by {" ".join(stopped)} with {self._work.progress()}: {self._work.journal.again} goes on.'
+            ) from None
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            self._thread.shutdown()
+
+    async def _all(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            background = [group.create_task(self._servers.watch()), group.create_task(self._refresh())]
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(self._window):
+                    workers.create_task(self._worker())
+            for task in background:
+                task.cancel()
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(SYNC_EVERY_S)
+            await asyncio.to_thread(self._work.journal.sync)
+            self._display.update(self._servers)
+
+    async def _in_thread(self, function, *args):
+        """What has begun comes to its end, even when the caller is cancelled."""
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, function, *args))
+
+    async def _worker(self) -> None:
+        while (request := await self._in_thread(self._work.next)) is not END:
+            if request:
+                await self._ask(request)
+
+    async def _ask(self, request: Request) -> None:
+        """Asks until the job is closed."""
+        attempts, closed = 0, False
+        while not closed:
+            try:
+                async with self._affordable(request.most):
+                    answer = await self._servers.complete(request.body)
+                    closed = await self._in_thread(self._work.take, request, answer)
+            except Failed as e:
+                attempts += e.counts
+                closed = bool(e.refused) or attempts >= max(3, 2 * len(self._servers.all))
+                if closed:
+                    await self._in_thread(self._work.give_up, request, attempts, e)
+                else:
+                    await asyncio.sleep(PAUSE_S)
+
+    @contextlib.asynccontextmanager
+    async def _affordable(self, most: float):
+        """Waits until `most` cannot exceed the limit, whatever the requests under way will cost."""
+        while self._max_cost and self._work.journal.cost + self._reserved + most > self._max_cost:
+            if not self._in_flight:
+                raise LensError(
+                    f'--max_cost={self._max_cost:g} is reached: {self._work.progress()}, and the next request may '
+                    f'cost {most:.2g}. Raise it to go on, or make the arrays of what is there with --finish.'
+                )
+            await asyncio.sleep(0.1)
+        self._in_flight, self._reserved = self._in_flight + 1, self._reserved + most
+        try:
+            yield
+        finally:
+            self._in_flight, self._reserved = self._in_flight - 1, self._reserved - most
+
+
+def _first(e: BaseException) -> BaseException:
+    """The error that ended a group of tasks."""
+    while isinstance(e, BaseExceptionGroup):
+        e = e.exceptions[0]
+    return e
+
+
+def option(default, text: str, minimum: float | None = None):
+    """A field of the options of a command, and its flag."""
+    return dataclasses.field(default=default, metadata={'help': text, 'minimum': minimum})
+
+
+def need(options, *names: str) -> None:
+    for name in names:
+        if not getattr(options, name):
+            raise LensError(f'--{name} is needed.')
+
+
+def command(options: type, act) -> None:
+    """Runs the command line: a flag for every field of `options`; prints the line that act(options) returns.
+
+    Names may be written with dashes.
+    """
+    fields = dataclasses.fields(options)
+    kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+    for f in fields:
+        bound = {} if f.metadata['minimum'] is None else {'lower_bound': f.metadata['minimum']}
+        kinds[f.type](f.name, f.default, f.metadata['help'], **bound)
+    sys.argv[1:] = [
+        re.sub(r'^--?[a-z][a-z-]*', lambda m: '--' + m[0].lstrip('-').replace('-', '_'), a) for a in sys.argv[1:]
+    ]
+    cli.run(lambda _: print(act(options(**{f.name: flags.FLAGS[f.name].value for f in fields}))))
