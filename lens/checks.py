@@ -109,7 +109,7 @@ def _check_starts(cfg, c: TransformerConfig) -> None:
     )
     require(
         'tuned_lens' not in (cfg.decoder.init, cfg.encoder.init) or bool(cfg.tuned_lens),
-        'init=tuned_lens needs tuned_lens, a folder that lens.tuned_lens has written.',
+        'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.',
     )
 
 
