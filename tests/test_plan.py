@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from lens import config, sharding
+from lens import config, flops, sharding
 from lens.errors import LensError
 from lens.tools import plan
 
@@ -60,7 +60,7 @@ def test_a_recipe_fits_at_full_size(recipe):
         assert whole / {'bfloat16': 2, 'float32': 4}[cfg.subject.dtype] == pytest.approx(billions * 1e9, rel=1e-3)
 
 
-FAST = {'gptoss:120b', 'gemma3_27b', 'nla_qwen2_5_7b:full', 'gpt2', 'simplestories'}
+FAST = {'gptoss:120b', 'nla_qwen2_5_7b:full', 'gpt2'}  # experts and tensor parallel, a split base, one map
 
 
 @pytest.mark.parametrize('recipe', [pytest.param(r, marks=() if r in FAST else pytest.mark.slow) for r in RECIPES])
@@ -143,34 +143,21 @@ def opened(tmp_path):
     return cfg, job._replace(seq_len=40), sharding.make_mesh(4, 1)
 
 
-def test_bytes_and_flops_of_a_compiled_step(opened):
-    """2 of 4 experts are multiplied with, twice the documents are twice the temporaries, nothing is allocated."""
-    cfg, job, mesh = opened
+def test_bytes_of_the_base_are_those_of_its_shapes(opened):
     live = len(jax.live_arrays())
-    assert plan.needs(cfg, job, mesh)['sft'].base == 2 * SMALL_BASE  # bfloat16
-    temporaries, work = plan.compile_phase(cfg, job, mesh, 'sft')
-    assert cfg.subject.dtype == 'bfloat16' and cfg.subject.experts == 'ragged', 'the configuration has changed'
-    logits = 24 // 4 * 10 * cfg.explanation_len * 96 * 4
-    assert temporaries > logits + 2 * SMALL_EXPERTS
-    texts, tokens = 24 * 10, cfg.explanation_len
-    token = 3 * 2 * (2 * 64 * 32 + 2 * 64 * 16 + 64 * 4 + 2 * 3 * 64 * 32)  # 2 FLOPs of q o, k v, router, 2 experts
-    assert 2 * texts * tokens * token < sum(work.values()) < 20 * texts * tokens * token
-    assert sum(x.nbytes for x in jax.live_arrays()[live:]) < 1e6
+    assert plan.needs(*opened)['sft'].base == 2 * SMALL_BASE  # bfloat16
+    assert sum(x.nbytes for x in jax.live_arrays()[live:]) < 1e6, 'nothing is allocated'
 
 
-@pytest.mark.slow
 def test_what_is_compiled_for_experts_is_no_dense_product(opened):
     cfg, job, mesh = opened
 
-    def compiled(experts, documents):
-        cfg.subject.experts, cfg.subject.dtype, cfg.sft.documents = experts, 'float32', documents
+    def work(experts):
+        cfg.subject.experts = experts
         with jax.set_mesh(mesh):
-            return plan.trace(*next(plan.steps(cfg, job, mesh))).lower().compile()
+            return sum(flops.by_scope(plan.trace(*next(plan.steps(cfg, job, mesh))).jaxpr, job.c).values())
 
-    planned, dense, more = compiled('planned', 24), compiled('dense', 24), compiled('planned', 48)
-    assert planned.cost_analysis()['flops'] < 0.8 * dense.cost_analysis()['flops']
-    sizes = [x.memory_analysis().temp_size_in_bytes for x in (planned, more)]
-    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.2)
+    assert work('planned') == work('ragged') < 0.8 * work('dense')
 
 
 CHANGED = [

@@ -103,21 +103,26 @@ def needs(cfg, job: Job, mesh) -> dict[str, Needs]:
         return {name: Needs(*map(per_device, parts)) for name, parts in given.items()}
 
 
-def compile_phase(cfg, job: Job, mesh, name: str) -> tuple[int, dict[str, float]]:
-    """Compiles the step of phase `name` as the head of this file says, in up to a minute.
-
-    Returns (bytes of its temporaries on one device, its FLOPs by part). One layer's experts are among the temporaries:
-    a kernel for grouped products may copy them, unlike what is compiled in its place (moe.PLANNED).
-    """
-    experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
+def compile_step(cfg, job: Job, mesh, name: str) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
+    """Compiles the step of phase `name` as the head of this file says, in up to a minute."""
     cfg = cfg.copy_and_resolve_references()
     cfg.subject.dtype = 'float32'
     if job.c.n_experts:
         (cfg.subject.experts,) = moe.PLANNED
     with jax.set_mesh(mesh):
         traced = trace(*next(step for step in steps(cfg, job, mesh) if step[0].name == name))
-        temporaries = traced.lower().compile().memory_analysis().temp_size_in_bytes
-    return temporaries + experts, flops.by_scope(traced.jaxpr, job.c)
+        return traced, traced.lower().compile()
+
+
+def compile_phase(cfg, job: Job, mesh, name: str) -> tuple[int, dict[str, float]]:
+    """Returns (bytes of the temporaries of a step on one device, its FLOPs by part).
+
+    One layer's experts are among the temporaries: a kernel for grouped products may copy them, unlike what is compiled
+    in its place (moe.PLANNED).
+    """
+    traced, compiled = compile_step(cfg, job, mesh, name)
+    experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
+    return compiled.memory_analysis().temp_size_in_bytes + experts, flops.by_scope(traced.jaxpr, job.c)
 
 
 def changes(cfg, mesh, full: list[str], ships_packed: bool) -> Iterator[dict]:

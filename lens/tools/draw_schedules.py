@@ -1,0 +1,94 @@
+"""Draws every learning rate, weight and temperature of a configuration over its micro-steps.
+
+python -m lens.tools.draw_schedules --config=configs/tiny.py --out=schedules.png
+"""
+
+import pathlib
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from lens import cli, data, schedules
+from lens.errors import LensError
+from lens.schedules import Clock
+
+
+def unfrozen(cfg, name: str, side: str, clock: Clock) -> dict[tuple[float, int], list[str]]:
+    """Returns (multiplier, first micro-step) -> regexes of the rows of a phase's table that may match `side`."""
+    other = {'decoder': 'encoder', 'encoder': 'decoder'}[side]
+    out = {}
+    for pattern, multiplier, *rest in cfg[name].table:
+        if multiplier is not None and (side in pattern or other not in pattern):
+            first = schedules.duration(rest[-1], clock, f'{name}.table: {pattern}')
+            if first is not None:
+                out.setdefault((multiplier, first), []).append(pattern)
+    return out
+
+
+def curves(cfg, name: str, key: str, clock: Clock) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns micro-steps, and label -> values: of a learning rate one curve for each multiplier and unfreeze time."""
+    steps = np.unique(np.linspace(0, clock.total - 1, 2000).astype(np.int32))
+    schedule = schedules.parse(cfg[name][key], clock, f'{name}.{key}')
+    ys = np.broadcast_to(schedule(steps), steps.shape)
+    _, is_rate, side = key.partition('learning_rate_')
+    if not is_rate:
+        return steps, {'': ys}
+    labelled = {}
+    for (multiplier, first), patterns in unfrozen(cfg, name, side, clock).items():
+        more = f' and {len(patterns) - 1} more' if patterns[1:] else ''
+        labelled[f'x {multiplier:g} from {first} on: {patterns[-1]}{more}'] = np.where(
+            steps >= first, multiplier * ys, 0
+        )
+    return steps, labelled
+
+
+def draw(cfg, documents: int | None, out: pathlib.Path) -> None:
+    """Writes a PNG: a column for every phase, a row for every value that is not zero everywhere.
+
+    documents: of the training split, None where no duration may count epochs. Raises LensError.
+    """
+    from matplotlib.figure import Figure  # takes a second
+
+    phases = list(zip(cfg.phases, schedules.clocks(cfg, documents), strict=True))
+    if not phases:
+        raise LensError('phases is empty: there is nothing to draw.')
+    shown = [v for v in schedules.VALUES if any(schedules.parse(cfg[n][v], c, f'{n}.{v}') for n, c in phases)]
+    figure = Figure(figsize=(1 + 5 * len(phases), 1 + 1.9 * len(shown)), layout='constrained')
+    figure.suptitle(
+        'Zero throughout: ' + (', '.join(v for v in schedules.VALUES if v not in shown) or 'none'), fontsize=8
+    )
+    panels = figure.subplots(len(shown), len(phases), squeeze=False)
+    for column, (name, clock) in enumerate(phases):
+        for axes, key in zip(panels[:, column], shown, strict=True):
+            steps, labelled = curves(cfg, name, key, clock)
+            for label, ys in labelled.items():
+                axes.plot(steps, ys, label=label)
+            if all(labelled):
+                axes.legend(fontsize=6)
+            axes.set_title(f'{name}.{key} = {cfg[name][key]}', fontsize=8, wrap=True)
+            axes.set_xlim(0, clock.total)
+            axes.grid(alpha=0.3)
+        panels[-1, column].set_xlabel(f'micro-step of {name} ({clock.accumulation} to an optimizer step)', fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120, format='png')
+
+
+def count_documents(cfg) -> int | None:
+    """Returns the training documents that may be read; None where no data is there."""
+    if not (pathlib.Path(cfg.data.path) / 'train').exists():
+        return None
+    split = data.open_split(cfg.data.path, 'train', vocab_size=2**31)
+    return len(data.readable(split, cfg.data.positions, cfg.data.min_pos))
+
+
+def main(_):
+    draw(CONFIG.value, count_documents(CONFIG.value), pathlib.Path(OUT.value))
+    print(f'Schedules of {", ".join(CONFIG.value.phases)}: {OUT.value}')
+
+
+if __name__ == '__main__':
+    CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe; override keys with --config.a.b=value.')
+    OUT = flags.DEFINE_string('out', 'schedules.png', 'PNG file that is written.')
+    flags.mark_flag_as_required('config')
+    cli.run(main)
