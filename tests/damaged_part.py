@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lens import distributed, sharding
-from lens.checkpoint import Checkpoints
+from lens.checkpoint import Checkpoints, Keep
 
 ROWS, COLUMNS = 2, 50_001
 
@@ -31,7 +31,7 @@ def main() -> None:
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     mesh = sharding.make_mesh(2, 1)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-    with jax.set_mesh(mesh), Checkpoints(args.directory, keep=2, say=print) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(args.directory, Keep(2), say=print) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {'w': sharding.put(values(step), place)}, {'step': step})
         checkpoints.wait()

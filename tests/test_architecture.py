@@ -1,78 +1,23 @@
-"""The dependency direction of DESIGN.md section 3, read from the imports of every file."""
+"""The five layers of the package, read from the imports of every file, and what nobody may use."""
 
 import ast
-import importlib.util
+import graphlib
 import pathlib
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-# A module of lens may import modules of a lower level only. A module that is not here fails: place it.
-LEVELS = {
-    'lens': 0,
-    'lens.errors': 0,
-    'lens.cli': 1,
-    'lens.losses': 1,
-    'lens.sharding': 1,
-    'lens.charts': 1,
-    'lens.tools.hlo': 1,
-    'lens.schedules': 3,  # its command reads data
-    'lens.statistics': 1,
-    'lens.extraction': 1,
-    'lens.data': 2,
-    'lens.checkpoint': 2,
-    'lens.optimizer': 4,
-    'lens.metrics': 2,
-    'lens.health': 2,
-    'lens.models': 2,
-    'lens.models.lora': 2,
-    'lens.models.rope': 2,
-    'lens.models.norm': 2,
-    'lens.models.mxfp4': 2,
-    'lens.models.injection': 2,
-    'lens.models.attention': 3,
-    'lens.models.moe': 3,
-    'lens.models.transformer': 4,
-    'lens.models.tensors': 5,
-    'lens.models.families': 6,
-    'lens.models.subject': 5,
-    'lens.models.decoder': 6,
-    'lens.models.encoder': 6,
-    'lens.models.lens': 7,
-    'lens.prompts': 8,
-    'lens.hf': 8,
-    'lens.sampling': 8,
-    'lens.gumbel': 8.5,  # above sampling, below objectives
-    'lens.objectives': 9,
-    'lens.lens_folder': 9,
-    'lens.translators': 9,
-    'lens.distributed': 1,
-    'lens.resume': 12,
-    'lens.record': 12,
-    'lens.timing': 10,  # train calls it and gives it the step
-    'lens.checks': 9.5,
-    'lens.build': 10,
-    'lens.tools.flops': 11,
-    'lens.state': 11,
-    'lens.tools.plan': 14,
-    'lens.tools.plan_text': 15,
-    'lens.tools.plan_command': 16,
-    'lens.report': 10,  # of files alone; evaluate writes it anew
-    'lens.evaluate': 12,
-    'lens.export': 13,
-    'lens.explain': 13,
-    'lens.serve': 14,
-    'lens.train': 13,
-    'data_gen.storyworld.pretrain': 13,
-    'data_gen.storyworld.probe': 13,
-    'lens.tools.tuned_lens': 13,
-    'lens.main': 17,
+# From top to bottom. A module imports its own layer and those below, never above, and nothing in a circle.
+LAYERS = {
+    'commands': 'main tools export',
+    'a run': 'train config checkpoint lens_init logger collapse evaluate report',
+    'objectives': 'objectives gumbel sampling flops',
+    'models': 'models hf lens_folder translators',
+    'ground': 'response losses data optimizer schedules sharding distributed metrics charts files cli errors',
 }
-NOBODY_IMPORTS = ('lens.main', 'data_gen.storyworld.probe', 'lens.serve', 'lens.tools.tuned_lens')
-KNOW_NO_MODEL = ('lens.data', 'lens.checkpoint', 'lens.optimizer', 'lens.schedules', 'lens.metrics', 'lens.health')
-MODEL_SIDE = ('lens.models', 'lens.hf', 'lens.sampling', 'lens.gumbel', 'lens.objectives')
-# package -> who may import it; data_gen as a whole where named
+LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
+KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'files')
+# package -> who may import it
 ONLY = {
     'transformers': ('lens.hf', 'data_gen'),
     'safetensors': ('lens.hf', 'data_gen'),
@@ -80,204 +25,108 @@ ONLY = {
     'orbax': ('lens.checkpoint',),
     'grain': ('lens.data',),
 }
-BANNED_PACKAGES = ('vllm', 'torch', 'clu', 'pickle', 'cPickle', '_pickle', 'dill', 'cloudpickle')
-BANNED_NNX = ('jit', 'grad', 'scan')
+BANNED = ('vllm', 'torch', 'clu', 'pickle', 'dill', 'cloudpickle', 'tests', 'benchmarks')
+EXAMPLES = ('lens.card_code',)  # code that a card shows, run by those who read it
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names, also of imports inside functions; the project imports absolutely."""
+    out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            out |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, 'relative import'
+            out |= {f'{node.module}.{a.name}' for a in node.names}
+    return out
 
 
 def inside(name: str, package: str) -> bool:
     return name == package or name.startswith(package + '.')
 
 
-def imports(module: str, tree: ast.AST, is_package: bool = False) -> list[str]:
-    """Dotted names that the source imports, also inside functions, relatively, or by a call.
-
-    `from a import b` gives a.b: it may be a module. Names that are none are cut by `resolve`.
-    """
-    out = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            out += [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            source = node.module or ''
-            if node.level:
-                parts = module.split('.')
-                parts = parts[: len(parts) - node.level + is_package]
-                source = '.'.join([*parts, source] if source else parts)
-            out += [f'{source}.{a.name}' for a in node.names]
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
-            if name in ('import_module', '__import__') and isinstance(node.args[0].value, str):
-                out.append(node.args[0].value)
-    return out
+def part(name: str) -> str:
+    """'models' for lens.models.decoder: what stands in LAYERS."""
+    return name.split('.')[1] if '.' in name else ''
 
 
-def resolve(name: str) -> str:
-    """'lens.build.Phase' -> 'lens.build': the longest known prefix that is a module of lens."""
-    parts = name.split('.')
-    for n in range(len(parts), 1, -1):
-        if '.'.join(parts[:n]) in LEVELS:
-            return '.'.join(parts[:n])
-    # `from lens import new` of a module that LEVELS lacks stays visible; __version__ and the like do not
-    return name if len(parts) > 1 and (ROOT / 'lens' / f'{parts[1]}.py').exists() else parts[0]
-
-
-def import_problems(module: str, names: list[str]) -> list[str]:
-    out = []
-    for name in names:
-        top = name.split('.')[0]
-        if top in BANNED_PACKAGES:
+def problems(module: str, source: str) -> list[str]:
+    """Every violation of a source file as a sentence."""
+    tree, mine, out = ast.parse(source), part(module), []
+    for name in imports(tree):
+        top, theirs = name.split('.')[0], part(name)
+        if top in BANNED and not inside(module, top):
             out.append(f'{module} imports {name}')
         if top in ONLY and not any(inside(module, who) for who in ONLY[top]):
             out.append(f'{module} imports {name}: only {", ".join(ONLY[top])} may')
         if inside(module, 'configs') and top not in ('ml_collections', 'configs'):
             out.append(f'{module} imports {name}: configs import only ml_collections')
-        if inside(module, 'lens') and top in ('data_gen', 'tests', 'benchmarks'):
+        if inside(module, 'lens') and top == 'data_gen':
             out.append(f'{module} imports {name}')
-        if top != 'lens':
+        if top != 'lens' or not inside(module, 'lens') or theirs not in LEVEL or not mine:
             continue
-        target = resolve(name)
-        if target in NOBODY_IMPORTS:
-            out.append(f'{module} imports {target}: nobody does')
-        if module in KNOW_NO_MODEL and any(inside(target, m) for m in MODEL_SIDE):
-            out.append(f'{module} imports {target}: it knows no model')
-        if inside(module, 'lens') and target != 'lens':
-            if target not in LEVELS:
-                out.append(f'{module} imports {target}, which has no place in LEVELS')
-            elif LEVELS.get(target, 0) >= LEVELS.get(module, 99):
-                out.append(f'{module} imports {target}, which is not below it')
-    return out
-
-
-def use_problems(module: str, tree: ast.AST) -> list[str]:
-    """nnx transforms, pickles and remote code, by attribute, name, keyword or string."""
-    out = []
+        if LEVEL[theirs] < LEVEL[mine]:
+            out.append(f'{module} imports {name}, which is above it')
+        if mine in KNOW_NO_MODEL and LEVEL[theirs] < LEVEL['files']:
+            out.append(f'{module} imports {name}: it knows no model')
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and node.attr in BANNED_NNX
-            and ast.unparse(node.value) in ('nnx', 'flax.nnx')
-        ):
-            out.append(f'{module} uses nnx.{node.attr}: plain jax.{node.attr} or lax everywhere')
-        if isinstance(node, ast.ImportFrom) and node.module == 'flax.nnx':
-            out += [f'{module} uses nnx.{a.name}' for a in node.names if a.name in BANNED_NNX]
-        if (
-            isinstance(node, ast.keyword)
-            and node.arg == 'allow_pickle'
-            and getattr(node.value, 'value', None) is not False
-        ):
-            out.append(f'{module} allows pickles')
-        if (isinstance(node, ast.keyword) and node.arg == 'trust_remote_code') or (
-            isinstance(node, ast.Constant) and node.value in ('trust_remote_code', 'allow_pickle')
-        ):
-            out.append(f'{module} uses trust_remote_code or allow_pickle')
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ('nnx.jit', 'nnx.grad', 'nnx.scan'):
+            out.append(f'{module} uses {ast.unparse(node)}: plain jax everywhere')
+        runs_code = isinstance(node, ast.keyword) and node.arg in ('allow_pickle', 'trust_remote_code')
+        if runs_code and getattr(node.value, 'value', None) is not False:
+            out.append(f'{module} runs code of files')
     return out
 
 
-def problems(module: str, source: str, is_package: bool = False) -> list[str]:
-    """Every violation of a source file as a sentence."""
-    tree = ast.parse(source)
-    placed = [] if module in LEVELS or not inside(module, 'lens') else [f'{module} has no place in LEVELS']
-    return placed + import_problems(module, imports(module, tree, is_package)) + use_problems(module, tree)
-
-
-def files():
+def modules() -> dict[str, str]:
+    """Dotted name -> source."""
+    out = {}
     for folder in ('lens', 'configs', 'data_gen'):
         for path in sorted((ROOT / folder).rglob('*.py')):
             parts = path.relative_to(ROOT).with_suffix('').parts
-            package = parts[-1] == '__init__'
-            yield pytest.param(
-                '.'.join(parts[:-1] if package else parts), path, package, id=str(path.relative_to(ROOT))
-            )
+            out['.'.join(parts[:-1] if parts[-1] == '__init__' else parts)] = path.read_text('utf-8')
+    return {k: v for k, v in out.items() if k not in EXAMPLES}
 
 
-@pytest.mark.parametrize(('module', 'path', 'package'), list(files()))
-def test_dependency_direction(module, path, package):
-    assert problems(module, path.read_text('utf-8'), package) == []
+@pytest.mark.parametrize('module', modules())
+def test_layers(module):
+    assert problems(module, modules()[module]) == []
+    assert not inside(module, 'lens') or part(module) in LEVEL or module == 'lens', f'{module} has no place in LAYERS'
 
 
-def test_the_design_names_what_is_below_what():
-    """main → train → {objectives, evaluate} → {sampling, models.*} → {losses, sharding}."""
-    order = (
-        'lens.main',
-        'lens.train',
-        'lens.evaluate',
-        'lens.objectives',
-        'lens.sampling',
-        'lens.models.lens',
-        'lens.losses',
-    )
-    assert [LEVELS[m] for m in order] == sorted({LEVELS[m] for m in order}, reverse=True)
-    assert LEVELS['lens.hf'] > LEVELS['lens.models.lens'] and LEVELS['lens.sharding'] == LEVELS['lens.losses']
+def test_nothing_imports_in_a_circle():
+    found = modules()
+    graph = {
+        m: {n for n in (*imports(ast.parse(s)), *(x.rpartition('.')[0] for x in imports(ast.parse(s)))) if n in found}
+        - {m}
+        for m, s in found.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_layer_names_what_exists():
+    assert [n for n in LEVEL if not list((ROOT / 'lens').glob(f'{n}*'))] == []
 
 
 @pytest.mark.parametrize(
     ('module', 'source'),
     [
-        ('lens.losses', 'from lens import data'),
+        ('lens.losses', 'from lens import data, train'),
         ('lens.models.subject', 'import lens.train'),
-        ('lens.models.subject', 'from lens.hf import load_model as f'),
-        ('lens.objectives', 'from lens.build import Phase'),
-        ('lens.evaluate', 'def f():\n    from lens import train'),
-        ('lens.report', 'from lens import evaluate'),
-        ('lens.sampling', 'from . import evaluate'),
-        ('lens.models.lora', 'from .decoder import Decoder'),
-        ('lens.models.lora', 'from ..hf import load_model'),
-        ('lens.hf', 'import importlib\nimportlib.import_module("lens.train")'),
-        ('lens.train', 'from lens import pretrain'),
-        ('lens.main', 'from lens.probe import main'),
+        ('lens.objectives', 'from lens.config import Phase'),
+        ('lens.evaluate', 'def f():\n    from lens import main'),
+        ('lens.train', 'from lens.tools import plan'),
         ('lens.data', 'from lens.models import subject'),
-        ('lens.checkpoint', 'from lens import hf'),
-        ('lens.optimizer', 'import lens.models.lens'),
-        ('lens.metrics', 'from lens.sampling import sample'),
-        ('lens.brand_new', 'import jax'),
         ('lens.train', 'import transformers'),
-        ('lens.train', 'def f():\n    from safetensors.flax import save_file'),
         ('lens.train', 'import orbax.checkpoint as ocp'),
-        ('lens.hf', 'from orbax.checkpoint import v1'),
-        ('lens.train', 'if True:\n    import grain.python'),
         ('data_gen.generate', 'import vllm'),
-        ('data_gen.generate', 'import grain'),
         ('lens.hf', 'import torch.nn'),
-        ('lens.train', 'from clu import metric_writers'),
-        ('lens.train', '__import__("pickle")'),
-        ('configs.tiny', 'import jax'),
         ('configs.tiny', 'from lens import losses'),
         ('lens.train', 'from data_gen import storyworld'),
         ('lens.train', 'from flax import nnx\n@nnx.jit\ndef f(x): return x'),
-        ('lens.train', 'import flax\ng = flax.nnx.grad(f)'),
-        ('lens.train', 'from flax.nnx import scan'),
         ('lens.data', 'import numpy as np\nnp.load("x", allow_pickle=True)'),
         ('lens.hf', 'f(x, trust_remote_code=True)'),
-        ('lens.hf', 'f(x, **{"trust_remote_code": True})'),
     ],
 )
 def test_the_checker_finds(module, source):
     assert problems(module, source)
-
-
-@pytest.mark.parametrize(
-    ('module', 'source'),
-    [
-        (
-            'lens.train',
-            'from lens import __version__, build, data\nfrom lens.build import Phase\nfrom lens.models.lens import Lens',
-        ),
-        (
-            'lens.models.decoder',
-            'from lens import losses, sharding\nfrom lens.models import lora\nfrom .subject import overwrite',
-        ),
-        ('lens.hf', 'import safetensors\ndef f():\n    from transformers import AutoTokenizer'),
-        ('lens.data', 'import grain, numpy as np\nnp.load("x", allow_pickle=False)'),
-        ('lens.checkpoint', 'from orbax.checkpoint import v1 as ocp'),
-        ('lens.models.attention', 'import jax\nfrom flax import nnx\nnnx.Param(0)\njax.lax.scan(f, 0, x)\njax.jit(f)'),
-        ('data_gen.extract', 'import transformers\nfrom lens import hf'),
-        ('configs.tiny', 'import ml_collections\nfrom configs import base'),
-    ],
-)
-def test_the_checker_lets_pass(module, source):
-    assert problems(module, source) == []
-
-
-def test_every_level_that_exists_is_a_module():
-    planned = {'lens.explain', 'lens.serve'}  # DESIGN.md, not yet written
-    assert {m for m in LEVELS.keys() - planned if importlib.util.find_spec(m) is None} == set()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens.checkpoint import CheckpointError, Checkpoints, DamagedError
+from lens.checkpoint import CheckpointError, Checkpoints, DamagedError, Keep
 
 LIMIT = 20_000  # bytes of a file on the full disk; the state below needs more, Orbax's descriptions less
 
@@ -29,7 +29,7 @@ def said():
 @pytest.fixture
 def folder(tmp_path, said):
     """Checkpoints of steps 1, 2 and 3."""
-    with Checkpoints(tmp_path / 'c', keep=3, say=said.append) as checkpoints:
+    with Checkpoints(tmp_path / 'c', Keep(3), say=said.append) as checkpoints:
         for step in (1, 2, 3):
             save(checkpoints, step)
     return tmp_path / 'c'
@@ -45,18 +45,19 @@ def largest_file(folder):
 
 def test_kept_are_the_newest_the_best_and_every_nth(tmp_path):
     fve = {1: 0.1, 2: 0.9, 3: None, 4: 0.3, 5: 0.2, 6: 0.8, 7: None, 8: 0.1, 9: None}
-    with Checkpoints(tmp_path / 'c', keep=2, best=2, always=range(4, 99, 4)) as checkpoints:
+    with Checkpoints(tmp_path / 'c', Keep(2, 2), always=range(4, 99, 4)) as checkpoints:
         for step, value in fve.items():
             save(checkpoints, step, value)
         checkpoints.wait()
         assert checkpoints.steps == [2, 4, 6, 8, 9]  # best 2 and 6, newest 8 and 9, multiples of 4
-        assert (checkpoints.best_step, checkpoints.best_fve, checkpoints.latest_step) == (2, 0.9, 9)
-    with Checkpoints(tmp_path / 'c', keep=2, best=2, always=range(4, 99, 4)) as again:
-        assert (again.steps, again.best_step, again.best_fve) == ([2, 4, 6, 8, 9], 2, 0.9)
+        assert (checkpoints.best_step, checkpoints.latest_step) == (2, 9)
+        assert checkpoints.is_best(0.91) and not checkpoints.is_best(0.9) and not checkpoints.is_best(None)
+    with Checkpoints(tmp_path / 'c', Keep(2, 2), always=range(4, 99, 4)) as again:
+        assert (again.steps, again.best_step) == ([2, 4, 6, 8, 9], 2)
 
 
 def test_saving_a_step_twice_keeps_the_first(folder, said):
-    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+    with Checkpoints(folder, Keep(3), say=said.append) as checkpoints:
         checkpoints.save(3, state_of(99), {})
         assert read_all(checkpoints)[1][1]['step'] == 3
     assert not said
@@ -75,7 +76,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, said, damage):
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
     file.write_bytes(flipped if damage == 'bit' else content[:middle])
-    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+    with Checkpoints(folder, Keep(3), say=said.append) as checkpoints:
         step, (info, state) = read_all(checkpoints)
         assert (step, info['data']['next_index']) == (2, 2)
         np.testing.assert_array_equal(state['params']['w'], state_of(2)['params']['w'])
@@ -90,13 +91,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, said, damage):
 def test_when_none_can_be_read_it_says_so(folder, said):
     for step in (1, 2, 3):
         largest_file(folder / str(step)).write_bytes(b'')
-    with Checkpoints(folder, keep=3, say=said.append) as checkpoints, pytest.raises(DamagedError, match='1 is damaged'):
+    with (
+        Checkpoints(folder, Keep(3), say=said.append) as checkpoints,
+        pytest.raises(DamagedError, match='1 is damaged'),
+    ):
         read_all(checkpoints)
 
 
 def test_other_shapes_are_named_and_nothing_is_skipped(folder, said):
     other = {'params': {'w': jnp.zeros((128, 7)), 'b': jnp.zeros(3)}, 'step': jnp.asarray(0)}
-    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+    with Checkpoints(folder, Keep(3), say=said.append) as checkpoints:
         with pytest.raises(
             CheckpointError, match=r'params/b none instead of \(3,\); params/w \(128, 125\) instead of'
         ) as e:
@@ -105,7 +109,7 @@ def test_other_shapes_are_named_and_nothing_is_skipped(folder, said):
 
 
 def test_weights_alone(folder):
-    with Checkpoints(folder, keep=3) as checkpoints:
+    with Checkpoints(folder, Keep(3)) as checkpoints:
         got = checkpoints.restore(2, {'params': state_of(0)['params']})
     assert got.keys() == {'params'}
     np.testing.assert_array_equal(got['params']['w'], state_of(2)['params']['w'])
@@ -113,7 +117,7 @@ def test_weights_alone(folder):
 
 def test_a_full_disk_costs_one_checkpoint(folder, said):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpoints(folder, keep=2, say=said.append) as checkpoints:
+    with Checkpoints(folder, Keep(2), say=said.append) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
         try:
             save(checkpoints, 4)
@@ -133,7 +137,7 @@ def test_what_a_killed_write_left_is_removed(folder):
     rest = folder / '4.orbax-checkpoint-tmp'
     rest.mkdir()
     (rest / 'half').write_text('x')
-    with Checkpoints(folder, keep=3) as checkpoints:
+    with Checkpoints(folder, Keep(3)) as checkpoints:
         assert checkpoints.steps == [1, 2, 3]
         checkpoints.clean()
     assert not rest.exists()

@@ -7,9 +7,9 @@ import pytest
 from configs import tiny
 from data_gen.storyworld import world
 from lens import config, data, losses, objectives, sampling, sharding
-from lens.lens_init import init_lens, init_state
+from lens.lens_init import init_lens
 from lens.models.encoder import encode
-from lens.train import train_step
+from lens.train import init_state, train_step
 
 STEPS = 250
 
@@ -21,24 +21,25 @@ def test_32_activations_reach_an_fve_above_nine_tenths(tmp_path):
     cfg = tiny.get_config('sft')
     cfg.data.path, cfg.sft.steps = str(tmp_path / 'data'), STEPS
     cfg.sft.learning_rate_decoder = cfg.sft.learning_rate_encoder = 'cosine 1e-3 1e-5 warmup 10s'
-    run = config.open_run(cfg)
+    run = config.load(cfg, config.plan(cfg))
     (phase,) = run.phases
     with jax.set_mesh(run.mesh):
         rows = next(data.train_batches(run.train, documents=8, vectors=4, min_pos=run.min_pos, labelled=True, seed=0))
         rows.pop('doc_id')
         batch = sharding.put_batch(rows, run.mesh)
         state = init_state(init_lens(cfg, run), phase, run.mesh)
-        for _ in range(STEPS):
+        for t in range(STEPS):
             state, _ = train_step(
                 state,
                 run.base,
                 batch,
                 jax.random.key(0),
+                phase.knobs(t),
                 objective=phase.objective,
                 hparams=phase.hparams,
                 tx=phase.tx,
             )
-        a = objectives.read(run.base, batch, run.layer).a_NxD
+        a = objectives.extract(run.base, batch, run.layer).a_NxD
         draw = jax.jit(lambda d: sampling.sample(d, run.base, a, jax.random.key(1), length=run.length, temperature=0.0))
         ids = draw(state.params.decoder).ids_NxT
         pred = encode(state.params.encoder, run.base, ids)

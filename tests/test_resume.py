@@ -2,19 +2,14 @@
 
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
-from lens.checkpoint import Checkpoints
+from lens.checkpoint import Checkpoints, Keep, reopen
 from lens.files import read_jsonl
-from lens.lens_init import reopen
 from lens.logger import curve
-from lens.train import train
 from tests.small_run import config, figures, train
 from tests.test_checkpoint import largest_file
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +36,7 @@ def test_a_damaged_newest_checkpoint_is_moved_away_and_its_steps_are_made_again(
     assert 'checkpoints/8 is damaged' in said and 'continuing at step 6' in said
     assert (workdir / 'checkpoints-damaged/8').is_dir()
     assert figures(summary) == figures(calm[1]) and curve(workdir) == curve(calm[0])
-    with Checkpoints(workdir / 'checkpoints', 3) as checkpoints:
+    with Checkpoints(workdir / 'checkpoints', Keep(3)) as checkpoints:
         assert checkpoints.steps == [3, 6, 8]
 
 
@@ -52,7 +47,7 @@ def test_a_new_best_is_saved_and_kept_and_can_be_asked_for(settings, tmp_path):
     train(cfg, workdir)
     fve = {r['step']: r['fve'] for r in read_jsonl(workdir / 'metrics.jsonl') if r['kind'] == 'eval'}
     best = max(fve, key=fve.get)
-    with Checkpoints(workdir / 'checkpoints', 1) as checkpoints:
+    with Checkpoints(workdir / 'checkpoints', Keep()) as checkpoints:
         assert checkpoints.steps == sorted({best, 5, 8}) and checkpoints.best_step == best
     for step, wanted in (('best', best), ('newest', 8), ('5', 5)):
         assert reopen(workdir, step).step == wanted
@@ -70,14 +65,10 @@ def test_weights_of_another_run_start_one_without_its_optimizer(settings, calm, 
     assert first['step'] == 1 and first['loss_decoder'] < began['loss_decoder']
 
 
+@pytest.mark.slow
 def test_the_window_of_the_profiler(settings, calm, tmp_path, capsys):
-    """A trace of its steps, and the seconds of the parts of a step; nothing else differs."""
-    trainer = Trainer(settings, tmp_path / 'w', profile='2:2')
-    with jax.set_mesh(trainer.run.mesh):
-        trainer.train()
-    (row,) = (r for r in read_jsonl(tmp_path / 'w/metrics.jsonl') if r['kind'] == 'profile')
-    parts = [row[f'{k}_s'] for k in ('extraction', 'sampling', 'scoring', 'update')]
-    assert row['step'] == 3 and min(parts) >= 0 and sum(parts) == pytest.approx(row['step_s'])
+    """A trace of its steps; nothing else differs."""
+    train(settings, tmp_path / 'w', profile='2:2')
     assert list((tmp_path / 'w/profile').rglob('*.xplane.pb'))
     assert 'Profile of steps 2 to 3' in capsys.readouterr().out
     assert curve(tmp_path / 'w') == curve(calm[0])
@@ -90,7 +81,7 @@ def test_the_clock_accounts_for_every_second(calm):
     for row in [*rows, summary]:
         parts = {k: v for k, v in row.items() if k.endswith('_part_s')}
         assert len(parts) == 9 and min(parts.values()) >= 0
-        assert sum(parts.values()) == pytest.approx(row['wall_s'], abs=0.5)
+        assert sum(parts.values()) == pytest.approx(row['wall_s'], rel=0.1, abs=0.5)
         assert row['goodput'] == pytest.approx(parts['step_part_s'] / sum(parts.values()), rel=0.05)
     speeds = [r['tflops_s'] for r in read_jsonl(workdir / 'metrics.jsonl') if 'tflops_s' in r]
     assert speeds and np.all(np.array(speeds) > 0)

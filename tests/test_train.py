@@ -1,13 +1,10 @@
 """The loop as a user meets it: determinism, resume, refusals."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from lens.checkpoint import CheckpointError, Checkpoints, reopen
 from lens.errors import LensError
 from lens.files import read_jsonl
 from lens.logger import NonFiniteError, curve
+from lens.train import train_step
 from tests.small_run import config, figures, train
 
 
@@ -74,13 +72,16 @@ def test_workdir_holds_what_the_contract_names(finished):
     assert len(read_jsonl(workdir / 'samples.jsonl')) == 2
 
 
-@pytest.mark.slow
-def test_two_runs_write_identical_metrics(world, finished, tmp_path):
+def test_two_runs_write_identical_metrics_and_compile_once(world, finished, tmp_path):
+    """The second one, and one with other numbers, find the programs of the first."""
+    programs = train_step._cache_size()
     summary = train(config(world), tmp_path / 'w')
     assert curve(tmp_path / 'w') == curve(finished[0])
     assert figures(summary) == figures(finished[1])
-    other = train(config(world, seed=1), tmp_path / 'other')
+    rates = {'sft__learning_rate_decoder': 2e-3, 'grpo__learning_rate_encoder': 'cosine 1e-3 1e-4 warmup 2s'}
+    other = train(config(world, seed=1, **rates), tmp_path / 'other')
     assert figures(other) != figures(summary)
+    assert train_step._cache_size() == programs
 
 
 def train_until(stop, cfg, workdir, monkeypatch):
@@ -101,7 +102,6 @@ def train_until(stop, cfg, workdir, monkeypatch):
         train(cfg, workdir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('stop', [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_resume_is_bit_identical(world, finished, tmp_path, monkeypatch, stop):
     """Stopped after step `stop` (inside sft, at its end, inside grpo) and continued by the same command."""
@@ -344,36 +344,3 @@ def test_the_command_prints_one_sentence_and_fails(world, tmp_path, extra, messa
     assert run.returncode != 0 and 'Traceback' not in run.stderr
     lines = [line for line in run.stderr.strip().splitlines() if not re.match(r'[IWE]\d{4}', line)]
     assert len(lines) == 1 and message in lines[0], run.stderr
-
-
-@pytest.mark.slow
-def test_killed_run_continues_and_ends_like_an_undisturbed_one(world, tmp_path):
-    """kill -9 in the middle of each phase, then the same command again."""
-    small = [
-        '--config.sft.steps=40',
-        '--config.grpo.steps=30',
-        '--config.sft.documents=4',
-        '--config.grpo.documents=2',
-        '--config.eval.documents=6',
-        '--config.eval.every=15',
-        '--config.log.every=1',
-        '--config.checkpoint.every=10s',
-    ]
-    assert subprocess.run(command(world, tmp_path / 'calm', *small), capture_output=True).returncode == 0
-    workdir = tmp_path / 'killed'
-    for at in (25, 55):
-        process = subprocess.Popen(
-            command(world, workdir, *small), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 300
-        while max((r['step'] for r in read_jsonl(workdir / 'metrics.jsonl')), default=0) < at:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not (workdir / 'summary.json').exists()
-    end = subprocess.run(command(world, workdir, *small), capture_output=True, text=True)
-    assert end.returncode == 0 and 'continuing at step' in end.stdout, end.stderr
-    assert curve(workdir) == curve(tmp_path / 'calm')
-    a, b = (json.loads((d / 'summary.json').read_text()) for d in (workdir, tmp_path / 'calm'))
-    assert figures(a) == figures(b)
