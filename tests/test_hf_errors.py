@@ -14,6 +14,7 @@ from lens import hf, sharding
 from lens.hf import ModelError
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
+from tests import config_json
 
 CONFIG = TransformerConfig(
     family='llama',
@@ -41,10 +42,14 @@ def random_model(seed=0, config=CONFIG):
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
+def save(model, directory, **more):
+    hf.save_model(model, directory, config=config_json.llama(CONFIG), **more)
+
+
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp('hf') / 'model'
-    hf.save_model(random_model(), directory)
+    save(random_model(), directory)
     return directory
 
 
@@ -292,7 +297,7 @@ def test_save_then_load_gives_the_same_model(saved):
 def test_load_then_save_gives_identical_bytes(saved, folder, tmp_path, sharded):
     if sharded:
         shard(folder)
-    hf.save_model(hf.load_model(folder), tmp_path / 'again')
+    hf.save_model(hf.load_model(folder), tmp_path / 'again', source=folder)
     names = sorted(p.name for p in saved.iterdir())
     assert names == sorted(p.name for p in (tmp_path / 'again').iterdir())
     for name in names:
@@ -312,11 +317,11 @@ def test_layout_is_that_of_hugging_face(saved):
 
 
 def test_bfloat16_round_trip(tmp_path):
-    hf.save_model(random_model(), tmp_path / 'a', dtype=jnp.bfloat16)
+    save(random_model(), tmp_path / 'a', dtype=jnp.bfloat16)
     model = hf.load_model(tmp_path / 'a', dtype=jnp.bfloat16)
     for k, x in leaves(random_model()).items():
         np.testing.assert_array_equal(leaves(model)[k], x.astype(jnp.bfloat16), err_msg=k)
-    hf.save_model(model, tmp_path / 'b', dtype=jnp.bfloat16)
+    save(model, tmp_path / 'b', dtype=jnp.bfloat16)
     assert (tmp_path / 'a' / WEIGHTS).read_bytes() == (tmp_path / 'b' / WEIGHTS).read_bytes()
     assert json.loads((tmp_path / 'a' / 'config.json').read_text())['dtype'] == 'bfloat16'
 
@@ -334,7 +339,7 @@ def test_save_refuses_a_directory_that_holds_something(tmp_path, other):
     target.mkdir()
     (target / other).write_text('keep me')
     with pytest.raises(OSError):
-        hf.save_model(random_model(), target)
+        save(random_model(), target)
     assert content(target) == {other: b'keep me'}
     assert [p.name for p in tmp_path.iterdir()] == ['model']
 
@@ -344,13 +349,13 @@ def test_save_says_what_is_wrong_as_its_docstring_promises(tmp_path):
     target.mkdir()
     (target / 'thesis.txt').write_text('keep me')
     with pytest.raises(FileExistsError, match='model'):
-        hf.save_model(random_model(), target)
+        save(random_model(), target)
 
 
 def test_save_into_an_empty_or_missing_directory(tmp_path):
     (tmp_path / 'empty').mkdir()
-    hf.save_model(random_model(), tmp_path / 'empty')
-    hf.save_model(random_model(), tmp_path / 'new' / 'deep')
+    save(random_model(), tmp_path / 'empty')
+    save(random_model(), tmp_path / 'new' / 'deep')
     assert content(tmp_path / 'empty') == content(tmp_path / 'new' / 'deep')
 
 
@@ -360,5 +365,5 @@ def test_save_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hf.safetensors.numpy, 'save_file', disk_full)
     with pytest.raises(OSError, match='No space left'):
-        hf.save_model(random_model(), tmp_path / 'model')
+        save(random_model(), tmp_path / 'model')
     assert list(tmp_path.iterdir()) == []

@@ -44,7 +44,7 @@ def stories(tmp_path_factory):
         for array in ('positions', 'explanations'):
             (root / 'data' / name / f'{array}.npy').unlink()
     vocab = len(hf.load_tokenizer(SUBJECT))
-    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(500.0),))
+    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(10000.0),))
     hf.save_model(make_base(config), root / 'subject', source=SUBJECT)
     return root
 
