@@ -114,11 +114,10 @@ def test_tied_and_untied_heads_load_and_save(pair, tmp_path, family, tied):
     assert_close(hf_models.forward(reloaded(tmp_path / 'copy'), IDS)[0], p.logits(IDS))
 
 
-@pytest.mark.parametrize('family', ['gemma3_text', 'gpt_oss'])
-def test_bfloat16_stays_close(pair, family):
+def test_bfloat16_stays_close(pair):
     """Root mean square error of a position relative to the spread of the logits; the median position,
     because where rounding makes a router pick another expert the whole row moves, in PyTorch too."""
-    p = pair(family)
+    p = pair('gpt_oss')
     logits = p.logits(IDS)
     model = hf.load_model(p.directory, dtype=jnp.bfloat16)
     assert model.blocks.attn.q[...].dtype == jnp.bfloat16
@@ -208,7 +207,7 @@ def cached(model, ids):
     return model.logits(jnp.concatenate([x[:, -1:], y_TxBxD.swapaxes(0, 1)], 1))
 
 
-@pytest.mark.parametrize('family', ['gpt2', 'gemma2', 'gemma3_text', 'gpt_oss'])
+@pytest.mark.parametrize('family', ['gpt2', 'gemma3_text', 'gpt_oss'])
 def test_cached_decoding_equals_teacher_forcing_past_the_window(pair, family):
     model = pair(family).jax
     assert_close(cached(model, IDS), outputs(model, IDS)[0][:, 2:])
@@ -222,10 +221,9 @@ def cut_twice(model, ids):
     return x
 
 
-@pytest.mark.parametrize('family', ['gemma3_text', 'gpt_oss'])
-def test_stack_cut_at_even_and_odd_blocks_composes_to_the_whole(pair, family):
+def test_stack_cut_at_even_and_odd_blocks_composes_to_the_whole(pair):
     """Where windows and rotary tables differ from layer to layer."""
-    model = pair(family).jax
+    model = pair('gemma3_text').jax
     assert_close(cut_twice(model, IDS), outputs(model, IDS)[1][-1])
 
 
