@@ -329,6 +329,28 @@ def test_bfloat16_round_trip(tmp_path):
 # ---- saving ----
 
 
+def test_large_models_are_saved_in_shards(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, 'SHARD_BYTES', 3000)
+    save(random_model(), tmp_path / 'model')
+    index = json.loads((tmp_path / 'model/model.safetensors.index.json').read_text())
+    files = sorted(p.name for p in (tmp_path / 'model').glob('*.safetensors'))
+    assert len(files) > 3 and files == sorted(set(index['weight_map'].values()))
+    assert index['weight_map'].keys() == tensors(saved).keys()
+    assert_same_weights(hf.load_model(tmp_path / 'model'), random_model())
+
+
+def test_token_ids_and_generation_config_are_the_sources_unless_config_has_others(saved, tmp_path):
+    source, keys = shutil.copytree(saved, tmp_path / 'source'), ('eos_token_id', 'temperature')
+    edit_config(source, eos_token_id=2)
+    (source / 'generation_config.json').write_text(json.dumps({'eos_token_id': [2, 3], 'temperature': 0.5}))
+    hf.save_model(random_model(), tmp_path / 'a', source=source)
+    hf.save_model(random_model(), tmp_path / 'b', source=source, config=config_json.llama(CONFIG) | {'eos_token_id': 7})
+    for name, config, generation in (('a', 2, ([2, 3], 0.5)), ('b', 7, (7, 0.5))):
+        assert json.loads((tmp_path / name / 'config.json').read_text())['eos_token_id'] == config
+        found = json.loads((tmp_path / name / 'generation_config.json').read_text())
+        assert tuple(found[k] for k in keys) == generation
+
+
 def content(directory):
     return {p.name: p.read_bytes() for p in directory.iterdir()}
 
