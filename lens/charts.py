@@ -1,10 +1,10 @@
 """Line charts over training steps as inline SVG, and how numbers and texts are written on the page."""
 
-import html
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup, escape
 
 WINDOW = 1 / 25  # of a phase: the running mean of a training curve
 MAX_POINTS = 500  # per curve
@@ -12,7 +12,9 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 540, 270, 50, 14, 24, 42  # of a chart
 NONE, MINUS = '\N{EN DASH}', '\N{MINUS SIGN}'
 
 
-class Phase(NamedTuple):
+class Stretch(NamedTuple):
+    """The steps of one phase."""
+
     name: str
     first: float  # its first step
     steps: float
@@ -28,11 +30,7 @@ class Series(NamedTuple):
     noisy: bool
 
 
-def esc(x: Any) -> str:
-    return html.escape(str(x))
-
-
-def text(name: str, value: float | None) -> str:
+def text(value: float | None, name: str) -> str:
     """A figure as people write it: shares of facts in per cent, the rest with three decimals."""
     if value is None:
         return NONE
@@ -72,7 +70,7 @@ def _line(x: np.ndarray, y: np.ndarray, css: str = 'line') -> str:
     return f'<polyline class="{css}" points="{points}"/>'
 
 
-def _curve(s: Series, phases: list[Phase], to_x, to_y) -> str:
+def _curve(s: Series, phases: list[Stretch], to_x, to_y) -> str:
     """One series as SVG; to_x and to_y turn values into pixels."""
     if s.noisy:
         part, lines = np.searchsorted([p.first for p in phases[1:]], s.x, side='right'), []
@@ -82,12 +80,12 @@ def _curve(s: Series, phases: list[Phase], to_x, to_y) -> str:
     else:
         lines = [_line(to_x(s.x), to_y(s.y))]
         for x, y in zip(s.x, s.y, strict=True) if len(s.x) <= 60 else ():
-            hint = f'<title>{esc(s.label)}, step {x:,.10g}: {y:.3f}</title>'
+            hint = f'<title>{escape(s.label)}, step {x:,.10g}: {y:.3f}</title>'
             lines.append(f'<circle cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" r="3.5">{hint}</circle>')
     return f'<g class="c{s.color}">{"".join(lines)}</g>'
 
 
-def _axes(lo: float, hi: float, end: float, phases: list[Phase], percent: bool, to_x, to_y) -> str:
+def _axes(lo: float, hi: float, end: float, phases: list[Stretch], percent: bool, to_x, to_y) -> str:
     """Grid, ticks, the name of the x axis, and where each phase begins."""
     bottom, right, out = HEIGHT - BOTTOM, WIDTH - RIGHT, []
     for t in ticks(lo, hi, 5):
@@ -101,7 +99,7 @@ def _axes(lo: float, hi: float, end: float, phases: list[Phase], percent: bool, 
     ]
     for i, p in enumerate(phases if len(phases) > 1 else ()):
         x = to_x(p.first if i else 0)
-        out.append(f'<text x="{x + 6:.1f}" y="{TOP - 9}">{esc(p.name)}</text>')
+        out.append(f'<text x="{x + 6:.1f}" y="{TOP - 9}">{escape(p.name)}</text>')
         out += [f'<line class="phase" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 20}" y2="{bottom}"/>'] if i else []
     return ''.join(out) + (
         f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
@@ -113,11 +111,11 @@ def chart(
     title: str,
     unit: str,
     series: list[Series],
-    phases: list[Phase],
+    phases: list[Stretch],
     floor: float | None = None,
     top: float | None = None,
     note: str = '',
-) -> str:
+) -> Markup:
     """A line chart over training steps as an HTML figure with legend; unit 'share' is written in per cent."""
     (lo, hi), percent = _range(series, floor, top), unit == 'share'
     end = 1.01 * max(1, *(s.x[-1] for s in series), *(p.first + p.steps - phases[0].first for p in phases))
@@ -131,12 +129,12 @@ def chart(
 
     legend = ''
     for s in series:
-        last = text('recall' * percent, float(running_mean(s.y)[-1] if s.noisy else s.y[-1]))
-        legend += f'<li><span class="swatch c{s.color}"></span>{esc(s.label)} <b>{last}</b></li>'
+        last = text(float(running_mean(s.y)[-1] if s.noisy else s.y[-1]), 'recall' * percent)
+        legend += f'<li><span class="swatch c{s.color}"></span>{escape(s.label)} <b>{last}</b></li>'
     if any(s.y.min() < lo for s in series if not s.noisy):
         note += ' Lower values lie below the chart.'
     # The nested svg clips what lies outside the plot.
-    return (
+    return Markup(
         f'<figure><h3>{title} <span class="soft">({unit})</span></h3><ul class="legend">{legend}</ul>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} over training steps">'
         f'{_axes(lo, hi, end, phases, percent, to_x, to_y)}<svg class="plot" x="{LEFT}" y="{TOP}" '

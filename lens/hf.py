@@ -9,13 +9,11 @@ Loads safetensors and JSON only; nothing in a directory is executed.
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import pathlib
 import re
 import shutil
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from lens import sharding
+from lens import files, sharding
 from lens.errors import LensError
 from lens.models import families, mxfp4, tensors
 from lens.models.transformer import Transformer, TransformerConfig
@@ -96,27 +94,19 @@ def load_tokenizer(path: str | os.PathLike):
 
 
 def _read_json(path: pathlib.Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f'{path} does not exist: give a directory in Hugging Face layout.') from None
-    except ValueError as e:
-        raise ModelError(f'{path} is not valid JSON ({e}): download or export the model again.') from None
-    if not isinstance(value, dict):
-        raise ModelError(f'{path} holds no JSON object: download or export the model again.')
-    return value
+    return files.read_json(path, 'give a complete directory in Hugging Face layout', ModelError)
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Stored:
     """The tensors of a directory: stored name -> file and shape. Only headers are read to make one."""
 
     directory: pathlib.Path
-    files: dict[str, pathlib.Path]
+    file_of: dict[str, pathlib.Path]
     shapes: dict[str, tuple[int, ...]]
 
     @classmethod
-    def open(cls, directory: pathlib.Path) -> 'Checkpoint':
+    def open(cls, directory: pathlib.Path) -> 'Stored':
         index = directory / 'model.safetensors.index.json'
         if index.exists():
             weight_map = _read_json(index).get('weight_map')
@@ -126,23 +116,23 @@ class Checkpoint:
             weight_map = None
         else:
             raise ModelError(f'{directory}/model.safetensors does not exist: the directory needs safetensors weights.')
-        files, shapes = {}, {}
+        file_of, shapes = {}, {}
         for file in sorted(set(weight_map.values())) if weight_map else ['model.safetensors']:
             path = directory / file
             try:
                 with safetensors.safe_open(path, framework='numpy') as f:
                     for name in f.keys():  # noqa: SIM118 (not a dict)
-                        files[name], shapes[name] = path, tuple(f.get_slice(name).get_shape())
+                        file_of[name], shapes[name] = path, tuple(f.get_slice(name).get_shape())
             except (OSError, safetensors.SafetensorError) as e:
                 raise ModelError(f'{path} cannot be read ({e}): download or export the model again.') from None
         for name in weight_map or ():
-            if files.get(name) != directory / weight_map[name]:
+            if file_of.get(name) != directory / weight_map[name]:
                 raise ModelError(f'{directory}/{weight_map[name]} lacks {name}, which the index promises.')
-        return cls(directory, files, shapes)
+        return cls(directory, file_of, shapes)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor on the host. The file is opened for each, so that no mapped page outlives it."""
-        file = self.files[name]
+        file = self.file_of[name]
         try:
             with safetensors.safe_open(file, framework='numpy') as f:
                 x = f.get_tensor(name)
@@ -163,47 +153,44 @@ def _finite(x: np.ndarray) -> bool:
     return not any(((p & mask) == mask).any() for p in pieces)
 
 
-def _stored_names(t: tensors.Tensor) -> tuple[str, ...]:
-    return (t.hf_name + '_blocks', t.hf_name + '_scales') if t.packed else (t.hf_name,)
-
-
-def _stored_shapes(t: tensors.Tensor, c) -> tuple[tuple[int, ...], ...]:
+def _shapes_on_disk(t: tensors.Tensor, c) -> dict[str, tuple[int, ...]]:
+    """Stored name, with {} for the layer -> shape: one tensor, two for packed experts."""
     shape = tensors.hf_shape(t, c)
-    return ((*shape[:-1], shape[-1] // 32, 16), (*shape[:-1], shape[-1] // 32)) if t.packed else (shape,)
+    if not t.packed:
+        return {t.hf_name: shape}
+    blocks = *shape[:-1], shape[-1] // 32
+    return {t.hf_name + '_blocks': (*blocks, 16), t.hf_name + '_scales': blocks}
 
 
-def _check(checkpoint: Checkpoint, table, c) -> dict[str, str]:
-    """Our name of every wanted tensor -> its stored name. Raises ModelError unless all fits."""
-    directory, files = checkpoint.directory, checkpoint.files
+def _check(stored: Stored, table, c) -> dict[str, str]:
+    """Name in the table of every wanted tensor -> name in the file. Raises ModelError unless all fits."""
+    directory, file_of = stored.directory, stored.file_of
     embedding = next(t.hf_name for t in table if t.path == 'embedding')
-    prefixes = {n.removesuffix(embedding) for n in files if n == embedding or n.endswith('.' + embedding)}
+    prefixes = {n.removesuffix(embedding) for n in file_of if n == embedding or n.endswith('.' + embedding)}
     if len(prefixes) != 1:
         raise ModelError(f'{directory} holds {len(prefixes)} tensors named {embedding}: one is needed.')
     prefix = prefixes.pop()
-    heads = [n for n in files if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
-    stored, misshapen = {}, []
+    heads = [n for n in file_of if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
+    names, misshapen = {}, []
     for t in table:
-        for name, shape in zip(_stored_names(t), _stored_shapes(t, c), strict=True):
-            for i in range(c.n_layers) if '{}' in name else [0]:
-                ours = name.format(i)
-                stored[ours] = (heads[0] if heads else ours) if t.path == 'head' else prefix + ours
-                have = checkpoint.shapes.get(stored[ours], shape)
+        for name, shape in _shapes_on_disk(t, c).items():
+            for ours in [name.format(i) for i in range(c.n_layers if '{}' in name else 1)]:
+                theirs = names[ours] = (heads or [ours])[0] if t.path == 'head' else prefix + ours
+                have = stored.shapes.get(theirs, shape)
                 if have != shape:
-                    misshapen.append(
-                        f'{files[stored[ours]]}: {stored[ours]} has shape {have}, config.json says {shape}'
-                    )
-    wanted = set(stored.values())
-    missing = sorted(wanted - files.keys())
-    extra = sorted(n for n in files.keys() - wanted if not IGNORED.search(n))
+                    misshapen.append(f'{file_of[theirs]}: {theirs} has shape {have}, config.json says {shape}.')
+    wanted = set(names.values())
+    missing = sorted(wanted - file_of.keys())
+    extra = sorted(n for n in file_of.keys() - wanted if not IGNORED.search(n))
     if c.tied and extra and extra == heads:
-        same = np.array_equal(checkpoint.read(heads[0]), checkpoint.read(prefix + embedding))
+        same = np.array_equal(stored.read(heads[0]), stored.read(prefix + embedding))
         extra = [] if same else extra  # some writers store the one table twice
     if missing or extra:
         what = f'lacks {missing[0]}' if missing else f'holds an unexpected {extra[0]}'
         raise ModelError(f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra).')
     if misshapen:
-        raise ModelError(f'{misshapen[0]}.')
-    return stored
+        raise ModelError(misshapen[0])
+    return names
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -220,46 +207,50 @@ def _put_dequantised(stack, blocks, scales, i, *, t, c):
     return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0)
 
 
-def _without_layer_axis(place):
-    return NamedSharding(place.mesh, sharding.P(*place.spec[1:])) if isinstance(place, NamedSharding) else place
+def _in_stack(place, axes: int | None = None):
+    """Where one layer of a stack lives, or what has its first axes alone."""
+    if not isinstance(place, NamedSharding):
+        return place
+    return NamedSharding(place.mesh, sharding.P(*place.spec[1:][:axes]))
 
 
-def _load_leaf(checkpoint: Checkpoint, stored: dict[str, str], t: tensors.Tensor, c, leaf) -> jax.Array:
+def _load_leaf(stored: Stored, names: dict[str, str], t: tensors.Tensor, c, leaf) -> jax.Array:
     """One leaf in its place on the devices; the host holds one stored tensor at a time."""
 
-    def host(i, name=t.hf_name):
-        return tensors.from_hf_layout(checkpoint.read(stored[name.format(i)]), t, c).astype(leaf.dtype, copy=False)
+    def host(i):
+        x = stored.read(names[t.hf_name.format(i)])
+        return tensors.from_hf_layout(x, t, c).astype(leaf.dtype, copy=False)
 
     place = leaf.sharding
     if '{}' not in t.hf_name:
         return sharding.put(host(0), place)
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
-    one = _without_layer_axis(place)
     for i in range(c.n_layers):
         if t.packed:  # the expert axis is the first one on both sides
-            experts = NamedSharding(one.mesh, sharding.P(*one.spec[:1])) if isinstance(one, NamedSharding) else one
-            parts = (checkpoint.read(stored[n.format(i)]) for n in _stored_names(t))
-            stack = _put_dequantised(stack, *(sharding.put(x, experts) for x in parts), i, t=t, c=c)
+            parts = (stored.read(names[n.format(i)]) for n in _shapes_on_disk(t, c))
+            parts = (sharding.put(x, _in_stack(place, axes=1)) for x in parts)
+            stack = _put_dequantised(stack, *parts, i, t=t, c=c)
         else:
-            stack = _put_layer(stack, sharding.put(host(i), one), i)
+            stack = _put_layer(stack, sharding.put(host(i), _in_stack(place)), i)
     return stack
 
 
-def read_config(path: pathlib.Path):
-    """TransformerConfig of a local directory, or of a config.json by itself. Raises ModelError."""
-    file = path if path.suffix == '.json' else path / 'config.json'
+def _config_json(path: pathlib.Path) -> pathlib.Path:
+    return path if path.suffix == '.json' else path / 'config.json'
+
+
+def read_config(path: pathlib.Path) -> TransformerConfig:
+    """Reads the configuration of a local directory, or of a config.json by itself. Raises ModelError."""
+    config = _read_json(_config_json(path))
     try:
-        return families.from_hf(_read_json(file))
-    except families.UnsupportedModelError as e:
-        raise ModelError(f'{file}: {e}.') from None
-    except KeyError as e:
-        raise ModelError(f'{file} has no key {e}.') from None
+        return families.from_hf(config)
+    except LensError as e:
+        raise ModelError(f'{_config_json(path)}: {e}.') from None
 
 
 def ships_packed(path: pathlib.Path) -> bool:
     """Whether the tensors beside a config.json are MXFP4, by what it says; path as in read_config."""
-    file = path if path.suffix == '.json' else path / 'config.json'
-    return (_read_json(file).get('quantization_config') or {}).get('quant_method') == 'mxfp4'
+    return (_read_json(_config_json(path)).get('quantization_config') or {}).get('quant_method') == 'mxfp4'
 
 
 def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_above: float = math.inf) -> Transformer:
@@ -291,18 +282,18 @@ def load_model(
     """
     directory = local_directory(path)
     c = dataclasses.replace(read_config(directory), remat=remat, experts=experts, packed=packed)
-    checkpoint = Checkpoint.open(directory)
-    shipped_packed = any(n.endswith('_blocks') for n in checkpoint.files)
+    stored = Stored.open(directory)
+    shipped_packed = any(n.endswith('_blocks') for n in stored.file_of)
     if packed and not shipped_packed:
         raise ModelError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
     abstract = abstract_model(c, dtype=dtype, mesh=mesh, split_above=split_above)
     leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(abstract)}
     table = families.table(c, leaves.__contains__, shipped_packed)
-    stored = _check(checkpoint, table, c)
+    names = _check(stored, table, c)
     rows = {t.path: t for t in table}
 
     def load(kp, leaf):
-        return _load_leaf(checkpoint, stored, rows[sharding.path(kp)], c, leaf)
+        return _load_leaf(stored, names, rows[sharding.path(kp)], c, leaf)
 
     return jax.tree_util.tree_map_with_path(load, abstract)
 
@@ -310,92 +301,76 @@ def load_model(
 _layer_of = jax.jit(lambda stack, i: stack[i])
 
 
-def _rows_by_tensor(c, leaves) -> dict[str, list[tensors.Tensor]]:
-    """Stored name (with {} for the layer) -> its rows, in the order of their parts."""
-    out = {}
-    for t in families.table(c, leaves.__contains__):
-        out.setdefault(t.hf_name, []).append(t)
-    return {name: sorted(rows, key=lambda t: t.part or 0) for name, rows in out.items()}
-
-
-def _write_weights(model: Transformer, directory: pathlib.Path, dtype, shard_bytes: int) -> None:
+def _write_weights(model: Transformer, directory: pathlib.Path, dtype) -> None:
     """model.safetensors, or shards with an index; the host holds one shard at a time."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     c = model.config
     leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(model)}
-    base_prefix = families.FAMILIES[c.family].prefix
-    shards, size = [[]], 0
-    for name, rows in _rows_by_tensor(c, leaves).items():
-        stored_dtype = jnp.dtype(jnp.uint8 if leaves[rows[0].path].dtype == jnp.uint8 else dtype)
-        n_bytes = int(np.prod(tensors.hf_shape(rows[0], c))) * stored_dtype.itemsize
-        for i in range(c.n_layers) if '{}' in name else [None]:
-            if shards[-1] and size + n_bytes > shard_bytes:
-                shards.append([])
-                size = 0
-            prefix = '' if name.startswith('lm_head') else base_prefix
-            shards[-1].append((prefix + name.format(i), rows, i, stored_dtype))
-            size += n_bytes
+    sources = {}  # stored name -> (layer or None, its rows in the order of their parts)
+    for t in sorted(families.table(c, leaves.__contains__), key=lambda t: t.part or 0):
+        prefix = '' if t.path == 'head' else families.FAMILIES[c.family].prefix
+        for i in range(c.n_layers) if '{}' in t.hf_name else [None]:
+            sources.setdefault(prefix + t.hf_name.format(i), (i, []))[1].append(t)
 
-    def tensor(rows, i, stored_dtype):
+    def dtype_of(rows):
+        return jnp.dtype(jnp.uint8 if leaves[rows[0].path].dtype == jnp.uint8 else dtype)
+
+    def tensor(i, rows):
         parts = [leaves[t.path] if i is None else _layer_of(leaves[t.path], i) for t in rows]
         x = tensors.to_hf_layout([np.asarray(p) for p in parts], rows, c)
-        return np.ascontiguousarray(x.astype(stored_dtype, copy=False))
+        return np.ascontiguousarray(x.astype(dtype_of(rows), copy=False))
 
-    weight_map, total = {}, 0
-    for k, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = 'model.safetensors' if single else f'model-{k:05d}-of-{len(shards):05d}.safetensors'
-        arrays = {name: tensor(*what) for name, *what in shard}
-        write_tensors(directory / file, arrays)
-        weight_map |= dict.fromkeys(arrays, file)
-        total += sum(x.nbytes for x in arrays.values())
-    if len(shards) > 1:
-        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-        (directory / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+    split = split_state_dict_into_shards_factory(
+        sources,
+        get_storage_size=lambda source: math.prod(tensors.hf_shape(source[1][0], c)) * dtype_of(source[1]).itemsize,
+        filename_pattern='model{suffix}.safetensors',
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(directory / file, {name: tensor(*sources[name]) for name in names})
+    if split.is_sharded:
+        index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
+        files.write_json(directory / 'model.safetensors.index.json', index)
 
 
 def save_model(
     model: Transformer,
     directory: str | os.PathLike,
     *,
-    dtype=None,
     source: str | os.PathLike | None = None,
-    token_ids: dict | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    config: dict | None = None,
+    dtype=None,
 ) -> None:
     """Writes an ordinary Hugging Face directory; it appears at once, by rename.
 
-    dtype: of the stored weights, default that of the model. source: a directory or Hub id, such as the
-    one that the model came from; its tokenizer, generation config and token ids go along. token_ids: bos_token_id,
-    eos_token_id, pad_token_id where there is no source. Raises FileExistsError when `directory` holds
-    something.
+    source: a directory or Hub id, such as the one that the model came from; its tokenizer and generation config go
+    along, and its config.json changed in sizes, depth and dtype. config: a config.json to start from in place of
+    that, its token ids too. dtype: of the stored weights, default that of the model.
+    Raises FileExistsError when `directory` holds something, ModelError when the config.json is that of another kind
+    of model.
     """
     directory = pathlib.Path(directory)
-    dtype = model.embedding.dtype if dtype is None else dtype
-    ids, generation = dict(token_ids or {}), dict(token_ids or {})
-    if source is not None:
-        source = local_directory(source, weights=False)
-        theirs = _read_json(source / 'config.json') if (source / 'config.json').exists() else {}
-        theirs = theirs.get('text_config', {}) | theirs
-        ids = {k: theirs[k] for k in TOKEN_IDS if theirs.get(k) is not None} | ids
-        file = source / 'generation_config.json'
-        generation = (_read_json(file) if file.exists() else ids) | generation
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f'{directory} holds something already: give an empty or a new directory.')
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{directory.name}-', dir=directory.parent))
+    dtype = model.embedding.dtype if dtype is None else dtype
+    source = local_directory(source, weights=False) if source else None
+    start = config or _read_json(_config_json(source))
     try:
-        _write_weights(model, tmp, dtype, shard_bytes)
-        config = families.to_hf(model.config, jnp.dtype(dtype).name) | ids
-        (tmp / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-        (tmp / 'generation_config.json').write_text(json.dumps(generation, indent=2) + '\n')
+        new = families.edited(start, model.config, jnp.dtype(dtype).name)
+    except LensError as e:
+        raise ModelError(f'{"config" if config else _config_json(source)}: {e}.') from None
+    ids = {k: new[k] for k in TOKEN_IDS if new.get(k) is not None}
+    if source and (source / 'generation_config.json').exists():
+        generation = _read_json(source / 'generation_config.json')
+        ids = generation | ids if config else generation
+    with files.new_folder(directory) as tmp:
+        _write_weights(model, tmp, dtype)
+        files.write_json(tmp / 'config.json', new)
+        files.write_json(tmp / 'generation_config.json', ids)
         for name in TOKENIZER_FILES:
             if source and (source / name).exists():
                 shutil.copy(source / name, tmp / name)
-        tmp.chmod(0o755)
-        os.replace(tmp, directory)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
 
 
 def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:

@@ -6,14 +6,13 @@ DIR/lens.json              shapes and meanings of those, settings, figures
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import hf, sharding
+from lens import files, hf, sharding
 from lens.errors import LensError
 from lens.models import lora
 from lens.models.decoder import Decoder
@@ -23,10 +22,6 @@ from lens.models.transformer import Transformer
 
 FORMAT = 'lens/1'
 SIDES = ('decoder', 'encoder')
-
-
-class LensFolderError(LensError):
-    """The folder is no exported lens, or one of another shape than the configuration."""
 
 
 def trained(side: Decoder | Encoder) -> str:
@@ -59,9 +54,8 @@ def _is_own_base(name: str) -> bool:
     return name.split('/')[1] == 'base'
 
 
-def _meaning(name: str, lens: Lens) -> str:
-    """One sentence on a tensor of lens.safetensors."""
-    d, e = lens.decoder.config, lens.encoder.config
+def _meaning(name: str, keys: dict, place: str) -> str:
+    """One sentence on a tensor of lens.safetensors; keys: settings of the lens; place: of Injection."""
     side, _, leaf = name.partition('/')
     if leaf.startswith('adapters/'):
         _, matrix, factor = leaf.split('/')
@@ -73,8 +67,8 @@ def _meaning(name: str, lens: Lens) -> str:
     position = 'Vectors [positions, d], in units of the residual stream, that are {} at the position that was read.'
     rows = 'Soft prompt [tokens, d] {} the {}, in units of the embedding table (times embed_scale = inputs_embeds).'
     return {
-        'decoder/maps_w': f'W [maps, d_in, d_out] of y = a @ W + b, the activation a a row vector (transpose it for '
-        f'torch.nn.Linear); y {d.injection.place}.',
+        'decoder/maps_w': 'W [maps, d_in, d_out] of y = a @ W + b, the activation a a row vector (transpose it for '
+        f'torch.nn.Linear); y {place}.',
         'decoder/maps_b': 'b [maps, d] of y = a @ W + b, see decoder/maps_w.',
         'decoder/prompt_left': rows.format('before', 'slot'),
         'decoder/prompt_right': rows.format('after', 'slot'),
@@ -83,16 +77,12 @@ def _meaning(name: str, lens: Lens) -> str:
         'decoder/positions': position.format('taken off the activation before it enters the prompt'),
         'encoder/positions': position.format('added to the reconstruction'),
         'encoder/special_last': 'Vector [d] added to the last input row, in units of the embedding table.',
-        'encoder/readout_w': f'W [d_in, d_out] of reconstruction = x @ W + b, the row vector x being the residual stream '
-        f'after block {e.output_layer} at the last position (before any final norm; transpose it for torch.nn.Linear).',
-        'encoder/readout_b': f"b [d] of reconstruction = x @ W + b, in units of the subject's residual stream after "
-        f'block {d.layer}.',
+        'encoder/readout_w': 'W [d_in, d_out] of reconstruction = x @ W + b, the row vector x being the residual stream '
+        f'after block {keys["encoder.output_layer"]} at the last position (before any final norm; transpose it for '
+        'torch.nn.Linear).',
+        'encoder/readout_b': "b [d] of reconstruction = x @ W + b, in units of the subject's residual stream after "
+        f'block {keys["layer"]}.',
     }[name]
-
-
-def tensors(lens: Lens) -> dict[str, np.ndarray]:
-    """Every trained leaf that is not an own base, float32 on the host, by its path."""
-    return {name: np.asarray(x, np.float32) for name, x in _leaves(lens).items() if not _is_own_base(name)}
 
 
 def model(lens: Lens, base: Transformer, side: str) -> Transformer:
@@ -111,14 +101,12 @@ def model(lens: Lens, base: Transformer, side: str) -> Transformer:
     return copy if part.adapters is None else lora.merge(copy, part.adapters)
 
 
-def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, dict], about: dict) -> None:
-    """lens.safetensors and lens.json. prompts: of each side, what lens.json says of it; about: further entries."""
-    arrays, keys = tensors(lens), settings(lens)
+def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, dict], about: dict) -> dict:
+    """Writes lens.safetensors, with every trained leaf that is not an own base in float32, and lens.json, which it
+    returns. prompts: of each side, what lens.json says of it; about: further entries."""
+    arrays = {name: np.asarray(x, np.float32) for name, x in _leaves(lens).items() if not _is_own_base(name)}
     hf.write_tensors(directory / 'lens.safetensors', arrays)
-    entries = {
-        name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'meaning': _meaning(name, lens)}
-        for name, x in arrays.items()
-    }
+    keys = settings(lens)
     sides = {
         side: {k.removeprefix(f'{side}.'): v for k, v in keys.items() if k.startswith(f'{side}.')} | prompts[side]
         for side in SIDES
@@ -133,49 +121,53 @@ def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[
         # inputs_embeds = embed_scale * rows of the embedding table; 1 but for Gemma
         'embed_scale': float(jnp.asarray(base.config.embed_scale, base.embedding.dtype)),
         **sides,
-        'tensors': entries,
+        'tensors': {
+            name: {
+                'shape': list(x.shape),
+                'dtype': x.dtype.name,
+                'meaning': _meaning(name, keys, lens.decoder.config.injection.place),
+            }
+            for name, x in arrays.items()
+        },
+        **about,
     }
-    (directory / 'lens.json').write_text(json.dumps(content | about, indent=2) + '\n')
+    files.write_json(directory / 'lens.json', content)
+    return content
 
 
 def _read_settings(directory: pathlib.Path) -> dict:
     """The settings of lens.json by configuration key, among others that it has."""
     file = directory / 'lens.json'
-    if not file.exists():
-        raise LensFolderError(f'{file} does not exist: init_from must be a folder of lens.export.')
-    try:
-        spec = json.loads(file.read_text())
-    except ValueError as e:
-        raise LensFolderError(f'{file} is not valid JSON ({e}): export the lens again.') from None
-    if not isinstance(spec, dict) or spec.get('format') != FORMAT:
-        raise LensFolderError(f'{file} is not of format {FORMAT}: export the lens again with this version.')
+    spec = files.read_json(file, 'init_from must be a folder of lens.export')
+    if spec.get('format') != FORMAT:
+        raise LensError(f'{file} is not of format {FORMAT}: export the lens again with this version.')
     try:
         sides = {f'{side}.{k}': v for side in SIDES for k, v in spec[side].items()}
         shared = {k: spec[k] for k in ('layer', 'position_vectors')}
         return sides | {f'{side}.train': spec['trained'][side] for side in SIDES} | shared
     except (KeyError, TypeError, AttributeError):
-        raise LensFolderError(f'{file} lacks layer, trained, decoder or encoder: export the lens again.') from None
+        raise LensError(f'{file} lacks layer, trained, decoder or encoder: export the lens again.') from None
 
 
 def check(directory: pathlib.Path, like: Lens) -> dict[str, np.ndarray]:
-    """The tensors of lens.safetensors. Raises LensFolderError unless they and the settings are those of `like`."""
+    """The tensors of lens.safetensors. Raises LensError unless they and the settings are those of `like`."""
     stored, small = _read_settings(directory), hf.read_tensors(directory / 'lens.safetensors')
     here = settings(like)
     differing = {k: stored.get(k) for k, v in here.items() if stored.get(k) != v}
     if differing:
         theirs, ours = (', '.join(f'{k}={d[k]}' for k in differing) for d in (differing, here))
-        raise LensFolderError(f'{directory} holds a lens with {theirs}, this configuration says {ours}: use its keys.')
+        raise LensError(f'{directory} holds a lens with {theirs}, this configuration says {ours}: use its keys.')
     wanted = {name: x.shape for name, x in _leaves(like).items() if not _is_own_base(name)}
     have = {name: x.shape for name, x in small.items()}
     for name in sorted(wanted.keys() | have.keys()):
         if wanted.get(name) != have.get(name):
             theirs, ours = (f'shape {d[name]}' if name in d else 'none' for d in (have, wanted))
-            raise LensFolderError(
+            raise LensError(
                 f'{directory}/lens.safetensors holds {name}: {theirs}, this configuration needs {ours}: use the subject, '
                 'the prompts and the lora.* keys that it was trained with.'
             )
         if not np.isfinite(small[name]).all():
-            raise LensFolderError(f'{directory}/lens.safetensors: {name} holds values that are not finite.')
+            raise LensError(f'{directory}/lens.safetensors: {name} holds values that are not finite.')
     return small
 
 
@@ -188,7 +180,7 @@ def _own_base(directory: pathlib.Path, side: str, like) -> dict[str, jax.Array]:
 def read(directory: str | pathlib.Path, like: Lens) -> Lens:
     """The lens of a folder in the structure and placement of `like` (ShapeDtypeStructs with shardings).
 
-    Raises LensFolderError when the folder is no export, is damaged, or its lens is another than `like`.
+    Raises LensError when the folder is no export, is damaged, or its lens is another than `like`.
     """
     directory = pathlib.Path(directory)
     stored, wanted = check(directory, like), _leaves(like)
@@ -198,7 +190,7 @@ def read(directory: str | pathlib.Path, like: Lens) -> Lens:
     for name, x in wanted.items():
         if name not in stored or stored[name].shape != x.shape:
             have = f'{name} of shape {stored[name].shape}' if name in stored else f'no {name}'
-            raise LensFolderError(f'{directory} holds {have}, the subject of this configuration needs {x.shape}.')
+            raise LensError(f'{directory} holds {have}, the subject of this configuration needs {x.shape}.')
 
     def leaf(kp, x):
         found = stored[sharding.path(kp)]

@@ -78,7 +78,7 @@ def make_world(folder: pathlib.Path) -> None:
     from tests.conftest import make_base  # also sets flags of XLA that make it compile quickly
 
     config = TransformerConfig(
-        'llama', len(hf.load_tokenizer(TOKENIZER)), 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(500.0),)
+        'llama', len(hf.load_tokenizer(TOKENIZER)), 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(10000.0),)
     )
     hf.save_model(make_base(config), folder / 'subject', source=TOKENIZER)
     sizes = ['--train=60', '--validation=12', '--positions=4']

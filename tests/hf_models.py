@@ -139,6 +139,9 @@ class Pair(NamedTuple):
     torch: transformers.PreTrainedModel
     jax: Transformer
 
+    def logits(self, ids) -> np.ndarray:
+        return forward(self.torch, ids)[0]
+
 
 def pairs(root: pathlib.Path):
     """pair(family, **changes) -> Pair; each is built once, in a directory of its own below `root`."""

@@ -16,7 +16,7 @@ TOKENIZER = 'configs/tiny_subject'
 def make_world(root: pathlib.Path) -> pathlib.Path:
     """root/subject, a random llama of 3 blocks, and root/data, 60 and 12 stories with explanations."""
     vocab = len(hf.load_tokenizer(TOKENIZER))
-    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(500.0),))
+    config = TransformerConfig('llama', vocab, 24, 3, 8, 4, 6, 40, 1e-5, True, 128, (Rope(10000.0),))
     hf.save_model(make_base(config), root / 'subject', source=TOKENIZER)
     story_world.write_arrays(root / 'data', TOKENIZER, story_world.Settings(train=60, validation=12, positions=4))
     return root

@@ -1,12 +1,12 @@
-"""An exported lens: the same figures when it comes back, the same text in PyTorch by the code of its card."""
+"""An exported lens: the same lens when it comes back, the same text in PyTorch by the program of its card."""
 
+import functools
+import importlib.resources
 import json
 import pathlib
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import types
 
 import jax
@@ -20,7 +20,6 @@ from ml_collections import config_flags
 from safetensors.numpy import load_file
 
 from lens import export, hf, lens_folder, lens_init, sampling, sharding
-from lens.checkpoint import Checkpoints
 from lens.config import open_run
 from lens.errors import LensError
 from lens.models import lora
@@ -30,7 +29,9 @@ from lens.models.lens import Lens
 from lens.response import NO_TAGS
 from tests import hf_models, small_run
 
-KINDS = ('lora', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('maps', 'full')))
+KINDS = ('lora', 'maps', 'full')
+SUMMARY = {'steps': 2, 'fve': 0.25, 'cosine': 0.5, 'activations': 24, 'documents': 6, 'device': 'a CPU'}
+SUMMARY |= {'commit': 'abc', 'command': 'python -m lens.main'}
 
 
 def config(world, kind, **changes):
@@ -42,25 +43,41 @@ def config(world, kind, **changes):
         'eval__every': 0,
         'lora__pattern': 'q|v|down',
         'lora__rank': 3,
+        'mesh__data': 1,
+        'decoder__train': kind,
+        'encoder__train': kind,
     }
-    short |= {'decoder__train': kind, 'encoder__train': kind}
     return small_run.config(world, **short | changes)
 
 
-@pytest.fixture(scope='module')
-def runs(world, tmp_path_factory):
-    """kind -> (workdir, summary, exported folder); each is made once."""
-    root, made = tmp_path_factory.mktemp('runs'), {}
+def abstract_lens(cfg):
+    """(run, the shapes of its lens)."""
+    run = open_run(cfg)
+    with jax.set_mesh(run.mesh):
+        return run, lens_init.abstract_lens(cfg, (run.decoder_prompt, run.encoder_prompt), run.base, run.mesh)
 
-    def run(kind):
+
+@pytest.fixture(scope='module')
+def exports(world, tmp_path_factory):
+    """kind -> (folder, lens of random numbers, run); each is made once."""
+    root, made = tmp_path_factory.mktemp('exports'), {}
+
+    def of(kind):
         if kind not in made:
-            workdir, out = root / kind, root / f'{kind}_exported'
-            summary = small_run.train(config(world, kind), workdir)
-            export.export(workdir, out)
-            made[kind] = (workdir, summary, out)
+            cfg, rng = config(world, kind), np.random.default_rng(4)
+            run, abstract = abstract_lens(cfg)
+
+            def leaf(kp, x):
+                one = 1 if sharding.path(kp).endswith('scale') else 0
+                return sharding.put((one + 0.2 * rng.standard_normal(x.shape)).astype(np.float32), x.sharding)
+
+            lens = jax.tree_util.tree_map_with_path(leaf, abstract)
+            with jax.set_mesh(run.mesh):
+                export.write_folder(root / kind, lens, run, json.loads(cfg.to_json()), 2, SUMMARY)
+            made[kind] = root / kind, lens, run
         return made[kind]
 
-    return run
+    return of
 
 
 def code_of(folder, language):
@@ -69,10 +86,21 @@ def code_of(folder, language):
 
 def run_card(folder, monkeypatch):
     """The names that the Python block of the card leaves behind, run as it stands in its folder."""
+    code = code_of(folder, 'python')
+    assert code == importlib.resources.files('lens').joinpath('card_code.py').read_text()
     monkeypatch.chdir(folder)
     names = {}
-    exec(code_of(folder, 'python'), names)
+    exec(code, names)
     return names
+
+
+@functools.partial(jax.jit, static_argnames='length')
+def greedy(decoder, base, activation_BxD, length):
+    return sampling.sample(decoder, base, activation_BxD, jax.random.key(0), length=length, temperature=0.0).ids_NxT
+
+
+reconstructions = jax.jit(encode)
+run_all = jax.jit(lambda model, x, adapters=None: model.run_layers(x, 0, model.config.n_layers, adapters=adapters))
 
 
 def check_card(names, lens, base, length):
@@ -80,28 +108,32 @@ def check_card(names, lens, base, length):
     scale = names['activation'].norm().item() * base.config.d_model**-0.5
     other = scale * np.random.default_rng(5).standard_normal((3, base.config.d_model)).astype(np.float32)
     a = np.concatenate([names['activation'][None].numpy(), other])
-    ids = np.asarray(sampling.sample(lens.decoder, base, a, jax.random.key(0), length=length, temperature=0.0).ids_NxT)
+    ids = np.asarray(greedy(lens.decoder, base, a, length))
     theirs = [names['explain'](torch.tensor(x)) for x in a]
     np.testing.assert_array_equal(np.stack(theirs), ids)
     assert len({tuple(x) for x in ids.tolist()}) > 1, 'the text must depend on the activation'
-    expected = encode(lens.encoder, base, ids)
-    for x, y in zip(theirs, expected, strict=True):
-        np.testing.assert_allclose(names['reconstruct'](x), y, atol=1e-4)
+    expected = np.asarray(reconstructions(lens.encoder, base, ids))
+    ours = np.stack([names['reconstruct'](x) for x in theirs])
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * expected.std())
+    assert expected.std(axis=0).mean() > 1e-3 * expected.std(), 'the reconstruction must depend on the text'
 
 
-def restored(world, kind, workdir):
-    """(lens, base) of the newest checkpoint, outside any mesh."""
-    cfg = config(world, kind)
-    run = open_run(cfg)
-    with jax.set_mesh(run.mesh), Checkpoints(workdir / 'checkpoints', 2) as c:
-        lens = lens_init.restore(cfg, run, c, c.latest_step).params
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (lens, run.base))
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_lens_comes_back_as_it_was(exports, world, kind):
+    folder, lens, _ = exports(kind)
+    run, abstract = abstract_lens(config(world, kind))
+    with jax.set_mesh(run.mesh):
+        again = lens_folder.read(folder, abstract)
+    leaves = jax.tree_util.tree_leaves_with_path(lens)
+    for (kp, x), y in zip(leaves, jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=sharding.path(kp))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', KINDS)
-def test_figures_come_back_by_the_command_of_the_card(runs, world, tmp_path, kind):
-    _, summary, out = runs(kind)
+def test_figures_come_back_by_the_command_of_the_card_and_training_goes_on(world, tmp_path):
+    workdir, out = tmp_path / 'run', tmp_path / 'exported'
+    summary = small_run.train(config(world, 'lora'), workdir)
+    export.export(workdir, out)
     words = shlex.split(code_of(out, 'sh').replace('\\\n', ' '))
     assert words[:3] == ['python', '-m', 'lens.main'] and words[-1] == '--workdir=runs/again'
     argv = [w.replace('init_from=DIR', f'init_from={out}') for w in words[2:-1]]
@@ -109,8 +141,8 @@ def test_figures_come_back_by_the_command_of_the_card(runs, world, tmp_path, kin
     config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=argv)
     holder(argv)
     cfg = holder.config
-    assert cfg.phases == () and cfg.decoder.train == kind and cfg.encoder.prompt == '<|bos|><text>'
-    cfg.eval = config(world, kind).eval
+    assert cfg.phases == () and cfg.decoder.train == 'lora' and cfg.encoder.prompt == '<|bos|><text>'
+    cfg.eval = config(world, 'lora').eval
     again = small_run.train(cfg, tmp_path / 'again')
     figures = small_run.figures(summary)
     assert {'fve', 'fve_greedy', 'fve_shuffled', 'cosine'} < figures.keys() and again['steps'] == 0
@@ -119,14 +151,11 @@ def test_figures_come_back_by_the_command_of_the_card(runs, world, tmp_path, kin
             np.testing.assert_allclose(again[name], value, atol=1e-4, err_msg=name)
     export.export(tmp_path / 'again', tmp_path / 'twice')
     assert (tmp_path / 'twice/lens.safetensors').read_bytes() == (out / 'lens.safetensors').read_bytes()
-
-
-@pytest.mark.slow
-def test_training_goes_on_from_an_export(runs, world, tmp_path):
-    _, summary, out = runs('lora')
+    with pytest.raises(LensError, match=r'twice holds something already: give an empty or a new folder as --out\.$'):
+        export.export(tmp_path / 'again', tmp_path / 'twice')
     more = config(world, 'lora', init_from=str(out), sft__learning_rate_decoder=1e-3, sft__learning_rate_encoder=1e-3)
-    again = small_run.train(more, tmp_path / 'w')
-    assert again['steps'] == 2 and abs(again['fve'] - summary['fve']) > 1e-6
+    on = small_run.train(more, tmp_path / 'on')
+    assert on['steps'] == 2 and abs(on['fve'] - summary['fve']) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -145,14 +174,20 @@ def test_training_goes_on_from_an_export(runs, world, tmp_path):
         ),
         ({'lora__pattern': 'q|v'}, r'decoder/adapters/down/a: shape \(3, 40, 3\), this configuration needs none'),
         ({'encoder__prompt': '<text>:'}, r'encoder/prompt_left: shape \(1, 24\), this configuration needs shape \(0,'),
-        ({'init_from': 'configs'}, r'configs/lens.json does not exist: init_from must be a folder of lens.export'),
     ],
 )
-def test_another_configuration_is_refused_in_one_sentence(runs, world, tmp_path, change, message):
-    cfg = config(world, 'lora', **{'init_from': str(runs('lora')[2])} | change)
+def test_another_configuration_is_refused_in_one_sentence(exports, world, change, message):
+    folder, (_, like) = exports('lora')[0], abstract_lens(config(world, 'lora', **change))
     with pytest.raises(LensError, match=message) as e:
+        lens_folder.check(folder, like)
+    assert '\n' not in str(e.value)
+
+
+def test_what_is_no_export_is_refused_before_anything_is_written(world, tmp_path):
+    cfg = config(world, 'lora', init_from='configs')
+    with pytest.raises(LensError, match=r'configs/lens.json does not exist: init_from must be a folder of lens.export'):
         small_run.train(cfg, tmp_path / 'w')
-    assert '\n' not in str(e.value) and not (tmp_path / 'w/config.json').exists()
+    assert not (tmp_path / 'w/config.json').exists()
 
 
 @pytest.mark.parametrize(
@@ -165,13 +200,23 @@ def test_another_configuration_is_refused_in_one_sentence(runs, world, tmp_path,
 )
 def test_a_damaged_sidecar_is_refused(tmp_path, text, message):
     (tmp_path / 'lens.json').write_text(text)
-    with pytest.raises(lens_folder.LensFolderError, match=message):
+    with pytest.raises(LensError, match=message):
         lens_folder.read(tmp_path, None)
 
 
+def test_weights_that_are_not_finite_are_refused(exports, tmp_path):
+    folder, lens, _ = exports('lora')
+    shutil.copytree(folder, tmp_path / 'copy')
+    arrays = load_file(folder / 'lens.safetensors')
+    arrays['decoder/maps_b'][0, 3] = np.nan
+    hf.write_tensors(tmp_path / 'copy/lens.safetensors', arrays)
+    with pytest.raises(LensError, match=r'lens.safetensors: decoder/maps_b holds values that are not finite'):
+        lens_folder.check(tmp_path / 'copy', lens)
+
+
 @pytest.mark.parametrize('kind', KINDS)
-def test_the_folder_holds_what_its_sidecar_says(runs, world, kind):
-    workdir, summary, out = runs(kind)
+def test_the_folder_holds_what_its_sidecar_says(exports, world, kind):
+    out, _, _ = exports(kind)
     assert {p.name for p in out.iterdir()} == {'decoder', 'encoder', 'lens.safetensors', 'lens.json', 'README.md'}
     assert not [p for p in out.parent.iterdir() if p.name.startswith('.')], 'nothing temporary stays'
     spec, tensors = json.loads((out / 'lens.json').read_text()), load_file(out / 'lens.safetensors')
@@ -184,13 +229,14 @@ def test_the_folder_holds_what_its_sidecar_says(runs, world, kind):
     assert spec['trained'] == {'decoder': kind, 'encoder': kind} and spec['layer'] == 1 and spec['step'] == 2
     assert spec['decoder'].items() >= {'patched_blocks': 2, 'shared_map': False, 'prompt': '<|bos|><embed>:'}.items()
     assert spec['encoder'].items() >= {'output_layer': 1, 'readout': 'affine', 'prompt_ids_right': []}.items()
-    assert spec['config'] == json.loads((workdir / 'config.json').read_text())
-    assert spec['figures'].items() <= summary.items() and spec['figures']['fve'] == summary['fve']
+    assert spec['config'] == json.loads(config(world, kind).to_json())
+    assert spec['figures'] == {k: SUMMARY[k] for k in ('fve', 'cosine')}
     card = (out / 'README.md').read_text()
-    for name, value in spec['figures'].items():
-        assert f'| `{name}` | {value:.3f} | ' in card
+    assert '{' + '{' not in card and '{%' not in card
+    assert ('do not add them a second time' in card) == (kind == 'lora')
     rows = [line.replace('\\|', '') for line in card.splitlines() if line.startswith('| ')]
     assert len(rows) == 1 + len(spec['figures']) and {row.count('|') for row in rows} == {4}
+    assert rows[1].startswith('| `fve` | 0.250 | ')
     blocks = {'decoder': 3, 'encoder': 2}
     subject = load_file(world / 'subject/model.safetensors')
     for side in lens_folder.SIDES:
@@ -205,9 +251,9 @@ def test_the_folder_holds_what_its_sidecar_says(runs, world, kind):
             assert bool(changed) == (kind == 'full')
 
 
-def test_the_card_reads_and_reconstructs_like_the_lens(runs, world, monkeypatch):
-    workdir, _, out = runs('lora')
-    lens, base = restored(world, 'lora', workdir)
+def test_the_card_reads_and_reconstructs_like_the_lens(exports, monkeypatch):
+    out, lens, run = exports('lora')
+    lens, base = jax.tree.map(np.asarray, (lens, run.base))  # outside any mesh
     check_card(run_card(out, monkeypatch), lens, base, 12)
 
 
@@ -220,16 +266,17 @@ def handmade(base, n, shared, own_base, readout, injection):
     decoder = Decoder(c, [3, 7], [9, 4, 6] if n else [], base, maps, **own)
     encoder = Encoder(EncoderConfig(3, readout), [5], [6, 8], base, **own)
     rng = np.random.default_rng(2)
-    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), Lens(decoder, encoder))
+    lens = Lens(decoder, encoder)
+    return jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32), lens)
 
 
 @pytest.mark.parametrize(
     ('family', 'n', 'shared', 'own_base', 'readout', 'injection'),
     [
-        ('gemma3_text', 0, False, False, 'affine', 'affine'),
-        ('gpt2', 3, True, True, 'none', 'affine'),
-        ('qwen2', 1, True, False, 'linear', 'add'),
-        pytest.param('gemma2', 2, False, False, 'linear', 'replace', marks=pytest.mark.slow),
+        ('gpt2', 3, True, False, 'none', 'affine'),
+        ('gemma2', 2, False, False, 'linear', 'replace'),
+        pytest.param('gemma3_text', 0, False, False, 'affine', 'affine', marks=pytest.mark.slow),
+        pytest.param('qwen2', 1, True, True, 'linear', 'add', marks=pytest.mark.slow),
     ],
 )
 def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shared, own_base, readout, injection):
@@ -249,27 +296,29 @@ def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shar
 
 
 def random_adapters(base, pattern='.*'):
-    adapters = lora.init_adapters(base.blocks, 3, pattern, 2, 4.0, jax.random.key(0))
-    rng = np.random.default_rng(4)
-    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), adapters)
+    init = functools.partial(lora.init_adapters, n_layers=3, pattern=pattern, rank=2, alpha=4.0)
+    shapes, rng = jax.eval_shape(init, base.blocks, key=jax.random.key(0)), np.random.default_rng(4)
+    return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), shapes)
 
 
 def test_merged_adapters_compute_what_separate_ones_do(base, tokens):
     adapters = random_adapters(base)
     assert set(adapters) == set(lora.MATRICES)
-    before = jax.tree.map(np.array, base)
-    x = base.embed(tokens)
-    expected = base.run_layers(x, 0, 3, adapters=adapters)
-    assert np.abs(expected - base.run_layers(x, 0, 3)).max() > 0.1
-    np.testing.assert_allclose(lora.merge(base, adapters).run_layers(x, 0, 3), expected, atol=1e-5)
+    before, x = jax.tree.map(np.array, base), base.embed(tokens)
+    expected = run_all(base, x, adapters)
+    assert np.abs(expected - run_all(base, x)).max() > 0.1
+    np.testing.assert_allclose(run_all(lora.merge(base, adapters), x), expected, atol=1e-4 * np.std(expected))
     jax.tree.map(np.testing.assert_array_equal, base, before)
-    mesh = sharding.make_mesh(1, 4)
+
+
+def test_merged_adapters_stay_where_their_matrices_are(base):
+    adapters, mesh = random_adapters(base, 'q|down'), sharding.make_mesh(1, 4)
     with jax.set_mesh(mesh):
         placed = sharding.place(base, mesh)
         merged = lora.merge(placed, sharding.place({'adapters': adapters}, mesh)['adapters'])
     for (kp, a), b in zip(jax.tree_util.tree_leaves_with_path(merged), jax.tree.leaves(placed), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim), sharding.path(kp)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, lora.merge(base, adapters))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), merged, lora.merge(base, adapters))
 
 
 def test_merging_adds_in_float32_and_keeps_the_dtype(base):
@@ -284,30 +333,15 @@ def test_merging_adds_in_float32_and_keeps_the_dtype(base):
         lora.merge(base, jax.tree.map(lambda x: x[:2], adapters))
 
 
-def test_a_failed_export_leaves_nothing(runs, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing(exports, world, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError('disk full')
 
+    _, lens, run = exports('maps')
     monkeypatch.setattr(hf, 'save_model', fail)
-    with pytest.raises(OSError, match='disk full'):
-        export.export(runs('maps')[0], tmp_path / 'out')
+    with pytest.raises(OSError, match='disk full'), jax.set_mesh(run.mesh):
+        export.write_folder(tmp_path / 'out', lens, run, json.loads(config(world, 'maps').to_json()), 2, {})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_the_command(runs, tmp_path):
-    """Succeeds once with a clear last line; then the folder holds something and is refused."""
-    workdir, _, out = runs('maps')
-
-    argv = [sys.executable, '-m', 'lens.export', f'--workdir={workdir}', f'--out={tmp_path}/new/out']
-    done = subprocess.run(argv, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 3, done.stderr
-    assert lines[0].startswith('Writing decoder: 3 blocks') and lines[1].startswith('Writing encoder: 2 blocks')
-    assert lines[2].startswith(f'Exported to {tmp_path}/new/out')
-    assert (tmp_path / 'new/out/lens.safetensors').read_bytes() == (out / 'lens.safetensors').read_bytes()
-    with pytest.raises(LensError, match=r'new/out holds something already: give an empty or a new folder as --out\.$'):
-        export.export(workdir, tmp_path / 'new/out')
 
 
 def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tmp_path, world):

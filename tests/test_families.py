@@ -1,19 +1,26 @@
 """Every supported family against transformers: logits, hidden states, files, caches, packed experts."""
 
+import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM
+import transformers
 
 from lens import hf
+from lens.models import families
 from tests import hf_models
 from tests.hf_models import FULL, SLIDING
 
 T = 13  # three windows
 IDS = np.random.default_rng(1).integers(0, 97, (2, T)).astype(np.int32)
+AT = 7
+CHANGED = IDS.copy()
+CHANGED[:, AT] = (CHANGED[:, AT] + 1) % 97
+PUBLISHED = sorted((pathlib.Path(__file__).parent / 'hf_configs').glob('*.json'))
 # The other way round than the family's default.
 RETIED = {
     'gpt2': False,
@@ -24,7 +31,10 @@ RETIED = {
     'gemma3_text': False,
     'gpt_oss': True,
 }
-families = pytest.mark.parametrize('family', hf_models.FAMILIES)
+# Of the spread of what is compared: the rounding of a few thousand sums, one on another.
+CLOSE = 1000 * np.finfo(np.float32).eps
+SHOWS = 100 * CLOSE  # least effect of a fact
+all_families = pytest.mark.parametrize('family', hf_models.FAMILIES)
 distinct = pytest.mark.parametrize('family', hf_models.DISTINCT)
 
 
@@ -33,8 +43,20 @@ def pair(tmp_path_factory):
     return hf_models.pairs(tmp_path_factory.mktemp('families'))
 
 
+def assert_close(ours, theirs, what=''):
+    error = np.abs(ours - theirs).max() / np.std(theirs)
+    assert error < CLOSE, f'{what}: {error / CLOSE:.1f} times what rounding explains'
+
+
 def reloaded(directory):
-    return AutoModelForCausalLM.from_pretrained(directory, **hf_models.EAGER).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, **hf_models.EAGER).eval()
+
+
+@jax.jit  # one program per family: compiling is all the time there is
+def outputs(model, ids):
+    """(logits BxTxV, streams that enter each block and leave the last)."""
+    x, streams = model.collect(model.embed(ids), 0, model.config.n_layers, lambda x: x)
+    return model.logits(x), jnp.concatenate([streams, x[None]])
 
 
 FACTS = [
@@ -59,100 +81,156 @@ FACTS = [
 
 
 @pytest.mark.parametrize(('family', 'change'), FACTS, ids=[f'{f}-{next(iter(c))}' for f, c in FACTS])
-def test_every_fact_of_the_random_models_shows_in_their_logits(tmp_path, family, change):
-    """Parity to 1e-4 would mean nothing for a window, cap or rotary table that changes nothing."""
-    model = hf_models.build(family, tmp_path / 'model')
-    logits = hf_models.forward(model, IDS)[0]
-    assert np.abs(hf_models.forward(hf_models.altered(model, **change), IDS)[0] - logits).max() > 0.1
+def test_every_fact_of_the_random_models_shows_in_their_logits(pair, family, change):
+    """Parity would mean nothing for a window, cap or rotary table that changes nothing."""
+    logits = pair(family).logits(IDS)
+    other = hf_models.forward(hf_models.altered(pair(family).torch, **change), IDS)[0]
+    assert np.abs(other - logits).max() > SHOWS * logits.std()
 
 
-@jax.jit  # one program: compiling is all the time there is
-def block_by_block(model, ids):
-    streams = [model.embed(ids)]
-    for k in range(model.config.n_layers):
-        streams.append(model.run_layers(streams[-1], k, k + 1))
-    return streams
-
-
-@families
+@all_families
 def test_logits_and_every_hidden_state_equal_transformers(pair, family):
     p = pair(family)
-    logits, streams = hf_models.forward(p.torch, IDS)
-    for ours, theirs in zip(block_by_block(p.jax, IDS), streams, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    np.testing.assert_allclose(p.jax(IDS), logits, atol=1e-4)
-
-
-@pytest.mark.parametrize(('family', 'tied'), RETIED.items())
-def test_tied_and_untied(pair, tmp_path, family, tied):
-    p = pair(family, tie_word_embeddings=tied)
-    logits = hf_models.forward(p.torch, IDS)[0]
-    assert (p.jax.head is None) == tied
-    np.testing.assert_allclose(p.jax(IDS), logits, atol=1e-4)
-    hf.save_model(p.jax, tmp_path / 'copy', source=p.directory)
-    np.testing.assert_allclose(hf_models.forward(reloaded(tmp_path / 'copy'), IDS)[0], logits, atol=1e-5)
-
-
-@distinct
-def test_bfloat16_stays_close(pair, family):
-    """Root mean square error of a position relative to the spread of the logits; the median position,
-    because where rounding makes a router pick another expert the whole row moves, in PyTorch too."""
-    p = pair(family)
-    logits = hf_models.forward(p.torch, IDS)[0]
-    model = hf.load_model(p.directory, dtype=jnp.bfloat16)
-    assert model.blocks.attn.q[...].dtype == jnp.bfloat16
-    error = np.median(np.sqrt(np.mean((model(IDS) - logits) ** 2, axis=-1))) / logits.std()
-    assert error < 0.05, error
-
-
-@families
-def test_saved_directory_is_the_same_model_to_transformers(pair, tmp_path, family):
-    p = pair(family)
-    hf.save_model(p.jax, tmp_path / 'copy', source=p.directory)
-    copy = reloaded(tmp_path / 'copy')
-    np.testing.assert_allclose(
-        hf_models.forward(copy, IDS)[0], hf_models.forward(p.torch, IDS)[0], rtol=1e-5, atol=1e-5
-    )
-    config = json.loads((tmp_path / 'copy' / 'config.json').read_text())
-    text = pair('gemma3_text' if family == 'gemma3' else family).torch  # a multimodal model saves as its text model
-    assert (config['architectures'], config['model_type']) == ([type(text).__name__], text.config.model_type)
-    assert copy.state_dict().keys() == text.state_dict().keys()
-
-
-@distinct
-def test_cached_decoding_equals_teacher_forcing_past_the_window(pair, family):
-    model, n, prompt = pair(family).jax, pair(family).jax.config.n_layers, 3
-    cache = model.empty_cache(len(IDS), T)
-    x, cache = model.run_layers_cached(model.embed(IDS[:, :prompt]), 0, n, cache, 0)
-    steps = [x]
-    for t in range(prompt, T):
-        x, cache = model.run_layers_cached(model.embed(IDS[:, t : t + 1], start=t), 0, n, cache, t)
-        steps.append(x)
-    np.testing.assert_allclose(model.logits(jnp.concatenate(steps, 1)), model(IDS), atol=1e-4)
-
-
-@distinct
-def test_stack_cut_at_even_and_odd_blocks_composes_to_the_whole(pair, family):
-    model = pair(family).jax
-    x = start = model.embed(IDS)
-    for lo, hi in ((0, 2), (2, 5), (5, 6)):
-        x = model.run_layers(x, lo, hi)
-    np.testing.assert_allclose(x, model.run_layers(start, 0, 6), atol=1e-5)
+    theirs, streams = hf_models.forward(p.torch, IDS)
+    logits, ours = outputs(p.jax, IDS)
+    assert_close(logits, theirs, 'logits')
+    for k, stream in enumerate(streams):
+        assert_close(ours[k], stream, f'stream {k}')
 
 
 @distinct
 def test_a_token_changes_nothing_before_it(pair, family):
-    model, at = pair(family).jax, 7
-    changed = IDS.copy()
-    changed[:, at] = (changed[:, at] + 1) % 97
-    change = np.abs(model(changed) - model(IDS)).max(-1)
-    assert change[:, :at].max() < 1e-6 and change[:, at].min() > 0.1
+    model = pair(family).jax
+    logits = outputs(model, IDS)[0]
+    change = np.abs(outputs(model, CHANGED)[0] - logits).max(-1) / np.std(logits)
+    assert change[:, :AT].max() == 0 and change[:, AT].min() > SHOWS
+
+
+@pytest.mark.parametrize(('family', 'tied'), RETIED.items())
+def test_tied_and_untied_heads_load_and_save(pair, tmp_path, family, tied):
+    p = pair(family, tie_word_embeddings=tied)
+    assert (p.jax.head is None) == tied
+    hf.save_model(p.jax, tmp_path / 'copy', source=p.directory)
+    assert_close(hf_models.forward(reloaded(tmp_path / 'copy'), IDS)[0], p.logits(IDS))
+
+
+def test_bfloat16_stays_close(pair):
+    """Root mean square error of a position relative to the spread of the logits; the median position,
+    because where rounding makes a router pick another expert the whole row moves, in PyTorch too."""
+    p = pair('gpt_oss')
+    logits = p.logits(IDS)
+    model = hf.load_model(p.directory, dtype=jnp.bfloat16)
+    assert model.blocks.attn.q[...].dtype == jnp.bfloat16
+    error = np.median(np.sqrt(np.mean((outputs(model, IDS)[0] - logits) ** 2, axis=-1))) / logits.std()
+    assert error < 0.05, error
+
+
+@all_families
+def test_saved_directory_is_the_same_model_to_transformers(pair, tmp_path, family):
+    p = pair(family)
+    hf.save_model(p.jax, tmp_path / 'copy', source=p.directory)
+    copy = reloaded(tmp_path / 'copy')
+    assert_close(hf_models.forward(copy, IDS)[0], p.logits(IDS))
+    config = json.loads((tmp_path / 'copy' / 'config.json').read_text())
+    text = pair('gemma3_text' if family == 'gemma3' else family).torch  # a multimodal model saves as its text model
+    assert (config['architectures'], config['model_type']) == ([type(text).__name__], text.config.model_type)
+    assert copy.state_dict().keys() == text.state_dict().keys()
+    rope = config.get('rope_parameters')
+    if rope:  # of transformers 5; what version 4 reads stands beside it
+        full = rope.get(FULL, rope)
+        assert config['rope_theta'] == full['rope_theta']
+        kind = full['rope_type']
+        assert config.get('rope_scaling', {'rope_type': 'default'})['rope_type'] == kind
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'qwen2', 'gemma3_text', 'gpt_oss'])
+def test_a_cut_stack_saves_as_a_shorter_model(pair, tmp_path, family):
+    """As the encoder of an exported lens; layer_types are cut with it."""
+    p, n = pair(family), 4
+    short = p.jax.truncated(n)
+    short.final_norm, short.head = p.jax.final_norm, p.jax.head
+    hf.save_model(short, tmp_path / 'copy', source=p.directory)
+    assert hf.read_config(tmp_path / 'copy').n_layers == n
+    streams = hf_models.forward(reloaded(tmp_path / 'copy'), IDS)[1]
+    assert len(streams) == n + 1
+    assert_close(streams[n], hf_models.forward(p.torch, IDS)[1][n])
+
+
+@pytest.mark.parametrize('file', PUBLISHED, ids=lambda f: f.stem)
+def test_published_configs_change_in_what_differs_alone(file, tmp_path):
+    """Half the blocks of a published model, by what transformers makes of both files."""
+    config = json.loads(file.read_text())
+    c = families.from_hf(config)
+    n = c.n_layers // 2 + 1
+    out = families.edited(config, dataclasses.replace(c, n_layers=n), 'bfloat16')
+    assert families.edited(out, families.from_hf(out), 'bfloat16') == out
+    (tmp_path / 'config.json').write_text(json.dumps(out))
+    ours = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    theirs = transformers.AutoConfig.from_pretrained(file).get_text_config().to_dict()
+    differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+    allowed = {
+        'n_layer',
+        'num_hidden_layers',
+        'layer_types',
+        'dtype',
+        'architectures',
+        'quantization_config',
+        '_name_or_path',
+    }
+    allowed |= {'eos_token_id'} if 'text_config' in config else set()
+    assert differing <= allowed, {k: (ours.get(k), theirs.get(k)) for k in differing - allowed}
+    if 'layer_types' in ours:
+        assert ours['layer_types'] == theirs['layer_types'][:n]
+
+
+def test_the_config_of_another_kind_of_model_is_refused(pair, tmp_path):
+    with pytest.raises(hf.ModelError, match=r'llama/config.json: it describes another model .*\(family, qk_norm diff'):
+        hf.save_model(pair('qwen3').jax, tmp_path / 'copy', source=pair('llama').directory)
+    with pytest.raises(hf.ModelError, match=r'config: it describes another model than the one to save \(ropes differ'):
+        config = json.loads((pair('llama3').directory / 'config.json').read_text())
+        hf.save_model(pair('llama').jax, tmp_path / 'copy', config=config)
+    assert not (tmp_path / 'copy').exists()
+
+
+@jax.jit
+def cached(model, ids):
+    """Logits of every token but the first two: a prompt of 3 tokens, then one by one through the cache."""
+    n, prompt = model.config.n_layers, 3
+    cache = model.empty_cache(*ids.shape)
+    x, cache = model.run_layers_cached(model.embed(ids[:, :prompt]), 0, n, cache, 0)
+
+    def step(cache, t):
+        y, cache = model.run_layers_cached(model.embed(ids[:, t][:, None], t), 0, n, cache, t)
+        return cache, y[:, 0]
+
+    _, y_TxBxD = jax.lax.scan(step, cache, jnp.arange(prompt, T))
+    return model.logits(jnp.concatenate([x[:, -1:], y_TxBxD.swapaxes(0, 1)], 1))
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'gemma3_text', 'gpt_oss'])
+def test_cached_decoding_equals_teacher_forcing_past_the_window(pair, family):
+    model = pair(family).jax
+    assert_close(cached(model, IDS), outputs(model, IDS)[0][:, 2:])
+
+
+@jax.jit
+def cut_twice(model, ids):
+    x = model.embed(ids)
+    for lo, hi in ((0, 2), (2, 5), (5, 6)):
+        x = model.run_layers(x, lo, hi)
+    return x
+
+
+def test_stack_cut_at_even_and_odd_blocks_composes_to_the_whole(pair):
+    """Where windows and rotary tables differ from layer to layer."""
+    model = pair('gemma3_text').jax
+    assert_close(cut_twice(model, IDS), outputs(model, IDS)[1][-1])
 
 
 def test_dense_and_grouped_experts_agree(pair):
     p = pair('gpt_oss')
     dense = hf.load_model(p.directory, experts='dense')
-    np.testing.assert_allclose(dense(IDS), hf_models.forward(p.torch, IDS)[0], atol=1e-4)
+    assert_close(outputs(dense, IDS)[0], p.logits(IDS))
 
 
 @pytest.fixture(scope='module')
@@ -164,10 +242,20 @@ def mxfp4(tmp_path_factory):
 @pytest.mark.parametrize('packed', [False, True])
 def test_mxfp4_directory_gives_the_logits_of_its_dequantised_weights(mxfp4, packed):
     directory, logits = mxfp4
-    np.testing.assert_allclose(hf.load_model(directory, packed=packed)(IDS), logits, atol=1e-4)
+    assert_close(outputs(hf.load_model(directory, packed=packed), IDS)[0], logits)
 
 
 def test_mxfp4_directory_saves_as_a_model_that_transformers_reads(mxfp4, tmp_path):
     directory, logits = mxfp4
     hf.save_model(hf.load_model(directory), tmp_path / 'copy', source=directory)
-    np.testing.assert_allclose(hf_models.forward(reloaded(tmp_path / 'copy'), IDS)[0], logits, atol=1e-4)
+    assert_close(hf_models.forward(reloaded(tmp_path / 'copy'), IDS)[0], logits)
+
+
+def test_packed_experts_are_saved_as_they_are(mxfp4, tmp_path):
+    directory, _ = mxfp4
+    hf.save_model(hf.load_model(directory, dtype=jnp.bfloat16, packed=True), tmp_path / 'copy', source=directory)
+    ours, theirs = (hf.read_tensors(d / 'model.safetensors') for d in (tmp_path / 'copy', directory))
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        np.testing.assert_array_equal(ours[name], x, err_msg=name)
+    assert hf.ships_packed(tmp_path / 'copy')

@@ -1,31 +1,35 @@
 """Families on a mesh: loaded into their places, the same logits, gradients and cache as on one device."""
 
+import dataclasses
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lens import hf, sharding
+from lens.models import families
 from tests import hf_models
 
 IDS = np.random.default_rng(2).integers(0, 97, (4, 9)).astype(np.int32)
+GPT_OSS = json.loads((pathlib.Path(__file__).parent / 'hf_configs/gpt-oss-20b.json').read_text())
 # Over two devices kv heads (2) and experts (4) are split; over four the heads do not divide and are replicated.
-CASES = [
-    ('gpt_oss', 2, 2),
-    *(pytest.param(*c, marks=pytest.mark.slow) for c in (('gpt_oss', 1, 4), ('gemma2', 2, 4), ('gpt2', 4, 2))),
-]
+CASES = [('gpt_oss', 2, 2), ('gemma2', 1, 4)]
 
 
 @pytest.fixture(scope='module')
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp('sharded')
-    small = {'num_hidden_layers': 2}
-    hf_models.build('gpt_oss', root / 'gpt_oss', num_local_experts=4, **small)
-    hf_models.build('gemma2', root / 'gemma2', layer_types=[hf_models.SLIDING, hf_models.FULL], **small)
-    hf_models.build('gpt2', root / 'gpt2', n_layer=2)
+    hf_models.build('gpt_oss', root / 'gpt_oss', num_local_experts=4, num_hidden_layers=2)
+    types = [hf_models.SLIDING, hf_models.FULL]
+    hf_models.build('gemma2', root / 'gemma2', layer_types=types, num_hidden_layers=2)
+    hf_models.mxfp4(root / 'mxfp4')
     return root
 
 
+@jax.jit
 def outputs(model, ids):
     """Logits, the gradient of a loss in the rows that enter, and cached logits of the last tokens."""
     n = model.config.n_layers
@@ -41,49 +45,48 @@ def outputs(model, ids):
     return {'logits': logits, 'grad': grad, 'cached': model.logits(x)}
 
 
-@pytest.mark.parametrize(('family', 'data', 'model'), CASES)
-def test_on_a_mesh_as_on_one_device(directories, family, data, model):
-    want = jax.jit(outputs)(hf.load_model(directories / family), IDS)
-    mesh = sharding.make_mesh(data, model)
-    with jax.set_mesh(mesh):
-        sharded = hf.load_model(directories / family, mesh=mesh)
-        got = jax.jit(outputs)(sharded, sharding.put_batch({'ids': IDS}, mesh)['ids'])
-    assert any('model' in jax.typeof(x).sharding.spec for x in jax.tree.leaves(sharded))
+def assert_same(got, want):
+    """Sums in another order: to a few thousand roundings of the spread."""
     for name, x in want.items():
-        x = np.asarray(x)
-        np.testing.assert_allclose(np.asarray(got[name]), x, rtol=1e-4, atol=1e-5 * np.abs(x).max(), err_msg=name)
-    np.testing.assert_allclose(np.asarray(got['cached']), np.asarray(want['logits'])[:, 6:], atol=1e-4)
-
-
-def test_experts_are_split_where_the_mesh_divides_them(directories):
-    for size, share in ((2, 1 / 2), (4, 1 / 4), (3, 1)):
-        mesh = sharding.make_mesh(1, size)
-        moe = hf.load_model(directories / 'gpt_oss', mesh=mesh).blocks.moe
-        for x in (moe.gate_up[...], moe.gate_up_bias[...], moe.down[...], moe.down_bias[...]):
-            assert np.prod(x.sharding.shard_shape(x.shape)) == share * x.size
-        assert moe.router_w[...].sharding.is_fully_replicated
-
-
-@pytest.fixture(scope='module')
-def packed_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp('mxfp4') / 'm'
-    hf_models.mxfp4(directory)
-    return directory
+        error = np.abs(np.asarray(got[name]) - np.asarray(x)).max() / np.std(x)
+        assert error < 1000 * np.finfo(np.float32).eps, (name, error)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('packed', [True, False])
-def test_what_is_split_over_data_too_computes_the_same(packed_directory, packed):
-    """Packed experts and dequantised ones; every matrix is split over the rows' devices as well."""
-    want = jax.jit(outputs)(hf.load_model(packed_directory, packed=packed), IDS)
-    mesh = sharding.make_mesh(2, 2)
+@pytest.mark.parametrize(('family', 'data', 'model'), CASES)
+def test_on_a_mesh_as_on_one_device(directories, family, data, model):
+    want = outputs(hf.load_model(directories / family), IDS)
+    mesh = sharding.make_mesh(data, model)
     with jax.set_mesh(mesh):
-        split = hf.load_model(packed_directory, packed=packed, mesh=mesh, split_above=0)
-        got = jax.jit(outputs)(split, sharding.put_batch({'ids': IDS}, mesh)['ids'])
-    for kp, x in jax.tree_util.tree_leaves_with_path(split):
-        name = sharding.path(kp)
-        small = name.endswith(('bias', 'router_w', 'scale', 'sinks'))
-        assert ('data' in jax.typeof(x).sharding.spec) == (not small), name
-    for name, x in want.items():
-        x = np.asarray(x)
-        np.testing.assert_allclose(np.asarray(got[name]), x, rtol=1e-4, atol=1e-5 * np.abs(x).max(), err_msg=name)
+        sharded = hf.load_model(directories / family, mesh=mesh)
+        got = outputs(sharded, sharding.put_batch({'ids': IDS}, mesh)['ids'])
+    assert any('model' in jax.typeof(x).sharding.spec for x in jax.tree.leaves(sharded))
+    assert_same(got, want)
+    assert_same({'cached': want['cached']}, {'cached': np.asarray(want['logits'])[:, 6:]})
+
+
+def test_experts_are_split_where_the_mesh_divides_them():
+    config = dataclasses.replace(families.from_hf(GPT_OSS), n_experts=4)
+    for size, share in ((2, 1 / 2), (4, 1 / 4), (3, 1)):
+        moe = hf.abstract_model(config, mesh=sharding.make_mesh(1, size)).blocks.moe
+        for x in jax.tree.leaves((moe.gate_up, moe.gate_up_bias, moe.down, moe.down_bias)):
+            assert np.prod(x.sharding.shard_shape(x.shape)) == share * x.size
+        assert jax.tree.leaves(moe.router_w)[0].sharding.is_fully_replicated
+
+
+@pytest.mark.slow
+def test_what_is_split_over_data_too_is_the_same(directories):
+    """Packed experts compute it, dequantised ones are it; every matrix is split over the rows' devices as well."""
+    whole, mesh = hf.load_model(directories / 'mxfp4'), sharding.make_mesh(2, 2)
+    with jax.set_mesh(mesh):
+        split, packed = (
+            hf.load_model(directories / 'mxfp4', packed=packed, mesh=mesh, split_above=0) for packed in (False, True)
+        )
+        got = outputs(packed, sharding.put_batch({'ids': IDS}, mesh)['ids'])
+    assert_same(got, outputs(whole, IDS))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(split), jax.tree.leaves(whole))
+    for model in (split, packed):
+        for kp, x in jax.tree_util.tree_leaves_with_path(model):
+            name = sharding.path(kp)
+            small = name.endswith(('bias', 'router_w', 'scale', 'sinks'))
+            assert ('data' in jax.typeof(x).sharding.spec) == (not small), name

@@ -14,6 +14,7 @@ from lens import hf, sharding
 from lens.hf import ModelError
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
+from tests import config_json
 
 CONFIG = TransformerConfig(
     family='llama',
@@ -41,10 +42,14 @@ def random_model(seed=0, config=CONFIG):
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
+def save(model, directory, **more):
+    hf.save_model(model, directory, config=config_json.llama(CONFIG), **more)
+
+
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp('hf') / 'model'
-    hf.save_model(random_model(), directory)
+    save(random_model(), directory)
     return directory
 
 
@@ -292,7 +297,7 @@ def test_save_then_load_gives_the_same_model(saved):
 def test_load_then_save_gives_identical_bytes(saved, folder, tmp_path, sharded):
     if sharded:
         shard(folder)
-    hf.save_model(hf.load_model(folder), tmp_path / 'again')
+    hf.save_model(hf.load_model(folder), tmp_path / 'again', source=folder)
     names = sorted(p.name for p in saved.iterdir())
     assert names == sorted(p.name for p in (tmp_path / 'again').iterdir())
     for name in names:
@@ -312,16 +317,38 @@ def test_layout_is_that_of_hugging_face(saved):
 
 
 def test_bfloat16_round_trip(tmp_path):
-    hf.save_model(random_model(), tmp_path / 'a', dtype=jnp.bfloat16)
+    save(random_model(), tmp_path / 'a', dtype=jnp.bfloat16)
     model = hf.load_model(tmp_path / 'a', dtype=jnp.bfloat16)
     for k, x in leaves(random_model()).items():
         np.testing.assert_array_equal(leaves(model)[k], x.astype(jnp.bfloat16), err_msg=k)
-    hf.save_model(model, tmp_path / 'b', dtype=jnp.bfloat16)
+    save(model, tmp_path / 'b', dtype=jnp.bfloat16)
     assert (tmp_path / 'a' / WEIGHTS).read_bytes() == (tmp_path / 'b' / WEIGHTS).read_bytes()
     assert json.loads((tmp_path / 'a' / 'config.json').read_text())['dtype'] == 'bfloat16'
 
 
 # ---- saving ----
+
+
+def test_large_models_are_saved_in_shards(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, 'SHARD_BYTES', 3000)
+    save(random_model(), tmp_path / 'model')
+    index = json.loads((tmp_path / 'model/model.safetensors.index.json').read_text())
+    files = sorted(p.name for p in (tmp_path / 'model').glob('*.safetensors'))
+    assert len(files) > 3 and files == sorted(set(index['weight_map'].values()))
+    assert index['weight_map'].keys() == tensors(saved).keys()
+    assert_same_weights(hf.load_model(tmp_path / 'model'), random_model())
+
+
+def test_token_ids_and_generation_config_are_the_sources_unless_config_has_others(saved, tmp_path):
+    source, keys = shutil.copytree(saved, tmp_path / 'source'), ('eos_token_id', 'temperature')
+    edit_config(source, eos_token_id=2)
+    (source / 'generation_config.json').write_text(json.dumps({'eos_token_id': [2, 3], 'temperature': 0.5}))
+    hf.save_model(random_model(), tmp_path / 'a', source=source)
+    hf.save_model(random_model(), tmp_path / 'b', source=source, config=config_json.llama(CONFIG) | {'eos_token_id': 7})
+    for name, config, generation in (('a', 2, ([2, 3], 0.5)), ('b', 7, (7, 0.5))):
+        assert json.loads((tmp_path / name / 'config.json').read_text())['eos_token_id'] == config
+        found = json.loads((tmp_path / name / 'generation_config.json').read_text())
+        assert tuple(found[k] for k in keys) == generation
 
 
 def content(directory):
@@ -334,7 +361,7 @@ def test_save_refuses_a_directory_that_holds_something(tmp_path, other):
     target.mkdir()
     (target / other).write_text('keep me')
     with pytest.raises(OSError):
-        hf.save_model(random_model(), target)
+        save(random_model(), target)
     assert content(target) == {other: b'keep me'}
     assert [p.name for p in tmp_path.iterdir()] == ['model']
 
@@ -344,13 +371,13 @@ def test_save_says_what_is_wrong_as_its_docstring_promises(tmp_path):
     target.mkdir()
     (target / 'thesis.txt').write_text('keep me')
     with pytest.raises(FileExistsError, match='model'):
-        hf.save_model(random_model(), target)
+        save(random_model(), target)
 
 
 def test_save_into_an_empty_or_missing_directory(tmp_path):
     (tmp_path / 'empty').mkdir()
-    hf.save_model(random_model(), tmp_path / 'empty')
-    hf.save_model(random_model(), tmp_path / 'new' / 'deep')
+    save(random_model(), tmp_path / 'empty')
+    save(random_model(), tmp_path / 'new' / 'deep')
     assert content(tmp_path / 'empty') == content(tmp_path / 'new' / 'deep')
 
 
@@ -360,5 +387,5 @@ def test_save_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hf.safetensors.numpy, 'save_file', disk_full)
     with pytest.raises(OSError, match='No space left'):
-        hf.save_model(random_model(), tmp_path / 'model')
+        save(random_model(), tmp_path / 'model')
     assert list(tmp_path.iterdir()) == []

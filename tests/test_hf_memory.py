@@ -1,4 +1,4 @@
-"""What loading costs the host: a synthetic checkpoint of 2 GB, measured in a process of its own."""
+"""What loading costs the host: a synthetic checkpoint of 500 MB, measured in a process of its own."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-D, F, LAYERS, V = 2048, 8192, 16, 8192
+D, F, LAYERS, V = 1024, 4096, 14, 4096
 SHAPES = {
     'input_layernorm': (D,),
     'post_attention_layernorm': (D,),
@@ -28,8 +28,8 @@ CONFIG = {
     'hidden_size': D,
     'intermediate_size': F,
     'num_hidden_layers': LAYERS,
-    'num_attention_heads': 32,
-    'num_key_value_heads': 16,
+    'num_attention_heads': 16,
+    'num_key_value_heads': 8,
     'tie_word_embeddings': False,
 }
 # VmHWM is the peak of a process; the device of a CPU is host memory too, so the model itself counts.
@@ -76,7 +76,7 @@ def test_host_memory_stays_below_one_shard_and_one_stacked_tensor(checkpoint):
     print(
         f'model {size / 1e9:.2f} GB, above it {extra / 1e6:.0f} MB; a shard {shard / 1e6:.0f}, a stack {stacked / 1e6:.0f}'
     )
-    assert size > 2e9
+    assert size > 4e8
     assert extra < shard + stacked
     assert value == stored(checkpoint, 'model.layers.3.mlp.down_proj.weight')[7, 5]  # our axes: [in, out]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lens import charts, report
+from lens.errors import LensError
 
 FIELDS = {'name': 24, 'kind': 16, 'friend': 24, 'place': 16, 'object': 16, 'food': 16, 'mood': 12, 'time': 8}
 RABBIT = """Once there was a rabbit called Milo. Milo, still cheerful, carried the button. Milo and Jasper ate
@@ -303,8 +304,8 @@ def test_curves_of_both_phases(workdir):
     boundary = float(re.search(r'class="phase" x1="([\d.]+)"', fve)[1])
     dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', fve)]
     assert dots[5] < boundary < dots[6], 'step 600 is the last of SFT'
-    phases = report.phases_of(report.load(workdir).metrics)
-    assert phases == [charts.Phase('SFT', 1, 600), charts.Phase('GRPO', 601, 700)]
+    phases = report.stretches(report.load(workdir).metrics)
+    assert phases == [charts.Stretch('SFT', 1, 600), charts.Stretch('GRPO', 601, 700)]
 
 
 @pytest.mark.parametrize('first, every', [(0, 1), (1, 1), (0, 10), (10, 10)])
@@ -313,7 +314,7 @@ def test_phase_lengths_do_not_depend_on_how_steps_are_logged(first, every):
         {'step': s, 'phase': 'sft' if s < 200 + first else 'grpo', 'kind': 'train'}
         for s in range(first, 500 + first, every)
     ]
-    assert [p.steps for p in report.phases_of(metrics, 500)] == [200, 300]
+    assert [p.steps for p in report.stretches(metrics, 500)] == [200, 300]
 
 
 def test_running_mean_and_ticks():
@@ -358,39 +359,32 @@ def test_interrupted_run_and_missing_keys(workdir):
 @pytest.mark.parametrize(
     'name, content, said',
     [
-        ('config.json', None, 'missing'),
-        ('metrics.jsonl', None, 'missing'),
-        ('config.json', '{"a": ', 'not JSON'),
+        ('config.json', None, 'does not exist: --workdir must be'),
+        ('metrics.jsonl', None, 'does not exist: --workdir must be'),
+        ('config.json', '{"a": ', 'not valid JSON'),
         ('metrics.jsonl', '{"step": 1}\ngarbage\n{"step": 2}\n', 'line 2'),
         ('metrics.jsonl', '{"loss": 1}\n', 'step'),
         ('metrics.jsonl', '{"step": null}\n', 'step'),
-        ('evaluation.json', '[]', 'JSON objects'),
+        ('evaluation.json', '[]', 'no JSON object'),
         ('evaluation.json', '{"step": 1}', 'figures'),
         ('evaluation.json', '{"figures": {"fve": {"ci95": null}}}', 'value'),
         ('evaluation.json', '{"figures": {}, "facts": [{"recall": 1}]}', 'field'),
         ('samples.jsonl', '{"tokens": ["a"], "read": 1}\n', 'read position 1'),
         ('samples.jsonl', '{"tokens": ["a"], "read": 0, "greedy": {"nmse": 1}}\n', 'tokens'),
-        ('summary.json', '3', 'JSON objects'),
+        ('summary.json', '3', 'no JSON object'),
     ],
 )
 def test_bad_file_is_named(workdir, name, content, said):
     (workdir / name).unlink() if content is None else (workdir / name).write_text(content)
-    with pytest.raises(report.ReportError, match=re.escape(str(workdir / name))) as caught:
+    with pytest.raises(LensError, match=re.escape(str(workdir / name))) as caught:
         report.write_report(workdir)
     assert said in str(caught.value) and '\n' not in str(caught.value)
     assert not (workdir / 'report.html').exists()
 
 
-def test_command_line(workdir):
-    def run():
-        return subprocess.run(
-            [sys.executable, '-m', 'lens.report', f'--workdir={workdir}'], capture_output=True, text=True, check=False
-        )
-
-    done = run()
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[-1] == f'Report: {workdir / "report.html"}'
+def test_the_command(workdir):
     (workdir / 'config.json').unlink()
-    failed = run()
+    argv = [sys.executable, '-m', 'lens.report', f'--workdir={workdir}']
+    failed = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert failed.returncode == 1 and 'Traceback' not in failed.stderr
-    assert failed.stderr.strip().splitlines()[-1].startswith(f'error: {workdir / "config.json"} is missing')
+    assert failed.stderr.strip().splitlines()[-1].startswith(f'error: {workdir / "config.json"} does not exist')

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lens import hf, sharding
+from tests import config_json
 from tests.conftest import TINY, make_base
 
 SUBJECT = 'configs/tiny_subject'
@@ -25,7 +26,7 @@ def torch_outputs(directory, tokens):
 @pytest.mark.parametrize('tied', [False, True])
 def test_logits_and_every_hidden_state_equal_transformers(tmp_path, tokens, tied):
     model = make_base(dataclasses.replace(TINY, tied=tied))
-    hf.save_model(model, tmp_path / 'model')
+    hf.save_model(model, tmp_path / 'model', config=config_json.llama(model.config))
     logits, hidden = torch_outputs(tmp_path / 'model', tokens)
     np.testing.assert_allclose(model(tokens), logits, atol=1e-4)
     for k in range(TINY.n_layers):  # hidden[-1] has the final norm applied

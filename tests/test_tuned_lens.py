@@ -20,6 +20,7 @@ from lens.errors import LensError
 from lens.models.transformer import Transformer
 from lens.tools import tuned_lens
 from lens.translators import compose
+from tests import config_json
 from tests.conftest import TINY, make_base
 
 L, D = TINY.n_layers, TINY.d_model
@@ -267,7 +268,7 @@ def test_translators_of_another_subject_are_refused(folder):
 def world(tmp_path_factory):
     """A folder with model/ and data/: 40 training and 21 held-out documents of 13 tokens or fewer."""
     root = tmp_path_factory.mktemp('tuned')
-    hf.save_model(make_base(), root / 'model')
+    hf.save_model(make_base(), root / 'model', config=config_json.llama(TINY))
     rng = np.random.default_rng(12)
     for split, n in {'train': 40, 'validation': 21}.items():
         d = root / 'data' / split

@@ -18,12 +18,14 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from lens import cli, data, hf, logger, losses, schedules, sharding
+from lens import cli, data, files, hf, logger, losses, schedules, sharding
 from lens.checkpoint import Checkpoints
 from lens.errors import LensError
 from lens.models.norm import unit_rms
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
+
+SUBJECT = pathlib.Path(__file__).parents[2] / 'configs/tiny_subject'  # its config.json, but for sizes and token ids
 
 
 class Trainable(nnx.Module):
@@ -179,7 +181,7 @@ class Pretrainer:
             self.workdir / 'model',
             dtype=jnp.bfloat16,
             source=cfg.tokenizer,
-            token_ids=ids,
+            config=files.read_json(SUBJECT / 'config.json', 'it is part of the repository') | ids,
         )
         return figures
 

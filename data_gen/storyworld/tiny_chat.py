@@ -28,7 +28,7 @@ from flax import nnx
 from data_gen import arrays, render
 from data_gen.documents import Chat
 from data_gen.storyworld import chats, harmony_tokenizer, pretrain, world
-from lens import cli, hf, logger, losses
+from lens import cli, files, hf, logger, losses
 from lens.errors import LensError
 from lens.models import families
 from lens.models.transformer import Transformer
@@ -214,18 +214,20 @@ def make(family: str, out: pathlib.Path, recipe: Recipe) -> float:
             model, table = hf.load_model(SUBJECT, remat='dots'), None
             log_rows_V = np.zeros(model.config.vocab_size, np.float32)
             ids['eos_token_id'] = tokenizer.convert_tokens_to_ids(END)
+            config = files.read_json(SUBJECT / 'config.json', 'see configs/tiny_subject.py')
         else:
             table = Table(np.unique(seen.tokens), harmony_tokenizer.VOCAB_SIZE)
             log_rows_V = table.log_rows
             seen, unseen = (x._replace(tokens=table.compact(x.tokens)) for x in (seen, unseen))
-            shape = families.from_hf(GPT_OSS | {'vocab_size': len(log_rows_V)})
+            config = GPT_OSS | {'vocab_size': len(log_rows_V)}
+            shape = families.from_hf(config)
             # so small a batch on a CPU is quickest with every expert for every token
             shape = dataclasses.replace(shape, remat='dots', experts='dense')
             model = Transformer(shape, rngs=nnx.Rngs(0))
             model.embedding = nnx.Param(model.embedding[...] * 0.02)
         model, right = fit(model, seen, unseen, log_rows_V, recipe)
         model = table.expand(model) if table else model
-        hf.save_model(model, out, dtype=jnp.bfloat16, source=folder, token_ids=ids)
+        hf.save_model(model, out, dtype=jnp.bfloat16, source=folder, config=config | ids)
     return right
 
 

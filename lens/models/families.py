@@ -1,4 +1,4 @@
-"""What a model family is: how its config.json reads and writes, and which tensor table it has.
+"""What a model family is: how its config.json is read and edited, and which tensor table it has.
 
 A family is facts only; the stack is one. `FAMILIES` maps model_type to a Family.
 """
@@ -7,19 +7,16 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from lens.errors import LensError
 from lens.models import tensors
 from lens.models.rope import Rope
 from lens.models.tensors import Tensor
 from lens.models.transformer import TransformerConfig
 
 
-class UnsupportedModelError(ValueError):
-    """The config.json describes a model that this version cannot run."""
-
-
 def _refuse_unless(ok: bool, what: str) -> None:
     if not ok:
-        raise UnsupportedModelError(what)
+        raise LensError(what)
 
 
 def _rope(p: dict, default_theta: float, max_positions: int) -> Rope:
@@ -35,49 +32,15 @@ def _rope(p: dict, default_theta: float, max_positions: int) -> Rope:
     if kind == 'default':
         return Rope(theta)
     factor, original = float(p['factor']), int(p.get('original_max_position_embeddings') or max_positions)
-    if kind == 'linear':
-        return Rope(theta, kind, factor)
+    own = {}
     if kind == 'llama3':
-        low, high = float(p['low_freq_factor']), float(p['high_freq_factor'])
-        return Rope(theta, kind, factor, original, low_freq_factor=low, high_freq_factor=high)
-    # YaRN: sin and cos grow with the logarithm of the factor unless the file says otherwise
-    attention = p.get('attention_factor') or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
-    return Rope(
-        theta,
-        kind,
-        factor,
-        original,
-        beta_fast=float(p.get('beta_fast') or 32),
-        beta_slow=float(p.get('beta_slow') or 1),
-        truncate=bool(p.get('truncate', True)),
-        attention_factor=float(attention),
-    )
-
-
-def _rope_to_hf(r: Rope) -> dict:
-    out = {'rope_type': r.kind, 'rope_theta': r.theta}
-    if r.kind != 'default':
-        out['factor'] = r.factor
-    if r.kind == 'llama3':
-        out |= {'low_freq_factor': r.low_freq_factor, 'high_freq_factor': r.high_freq_factor}
-    if r.kind == 'yarn':
-        out |= {'beta_fast': r.beta_fast, 'beta_slow': r.beta_slow, 'truncate': r.truncate}
-        out['attention_factor'] = r.attention_factor
-    if r.original_length:
-        out['original_max_position_embeddings'] = r.original_length
-    return out
-
-
-def _ropes_to_hf(full: Rope, local: Rope | None = None) -> dict:
-    """The keys of transformers 5, and those that its version 4 and other programs read; without them they would take
-    the usual theta."""
-    table = _rope_to_hf(full)
-    scaling = {k: v for k, v in table.items() if k != 'rope_theta'} if full.kind != 'default' else None
-    older = {'rope_theta': full.theta, 'rope_scaling': scaling}
-    if local is None:
-        return older | {'rope_parameters': table}
-    both = {'full_attention': table, 'sliding_attention': _rope_to_hf(local)}
-    return older | {'rope_parameters': both, 'rope_local_base_freq': local.theta}
+        own = {k: float(p[k]) for k in ('low_freq_factor', 'high_freq_factor')}
+    if kind == 'yarn':
+        # sin and cos grow with the logarithm of the factor unless the file says otherwise
+        attention = p.get('attention_factor') or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+        own = {'beta_fast': float(p.get('beta_fast') or 32), 'beta_slow': float(p.get('beta_slow') or 1)}
+        own |= {'truncate': bool(p.get('truncate', True)), 'attention_factor': float(attention)}
+    return Rope(theta, kind, factor, original, **own)
 
 
 def _one_rope(config: dict, default_theta: float) -> tuple[Rope, ...]:
@@ -95,42 +58,39 @@ def _windows(config: dict, default_types: Callable[[int], bool]) -> tuple[int, .
     return tuple(window if s and window else 0 for s in sliding)
 
 
-def _layer_types(c: TransformerConfig) -> list[str]:
-    pattern = [c.windows[i % len(c.windows)] for i in range(c.n_layers)]
-    return ['sliding_attention' if w else 'full_attention' for w in pattern]
+# TransformerConfig -> config.json, and GPT-2's names for the same.
+KEYS = {
+    'vocab_size': ('vocab_size', 'vocab_size'),
+    'd_model': ('hidden_size', 'n_embd'),
+    'n_layers': ('num_hidden_layers', 'n_layer'),
+    'n_heads': ('num_attention_heads', 'n_head'),
+    'n_kv_heads': ('num_key_value_heads', ''),
+    'head_dim': ('head_dim', ''),
+    'd_ff': ('intermediate_size', 'n_inner'),
+    'norm_eps': ('rms_norm_eps', 'layer_norm_epsilon'),
+    'tied': ('tie_word_embeddings', 'tie_word_embeddings'),
+    'max_positions': ('max_position_embeddings', 'n_positions'),
+}
 
 
-def _common(config: dict, tied_default: bool) -> dict:
-    """What every family but GPT-2 names alike."""
+def _keys(family: str) -> dict[str, str]:
+    return {field: names[family == 'gpt2'] for field, names in KEYS.items() if names[family == 'gpt2']}
+
+
+def _sizes(config: dict, **defaults) -> dict:
+    """The fields of KEYS; defaults: of those that a file may leave out. Raises KeyError."""
+    out = {'family': config['model_type']} | defaults
+    for field, key in _keys(config['model_type']).items():
+        if config.get(key) is not None or field not in defaults:
+            out[field] = config[key]
+    return out
+
+
+def _common(config: dict, tied: bool) -> dict:
+    """What every family but GPT-2 names alike. tied: where the file does not say."""
     heads = config['num_attention_heads']
-    return {
-        'family': config['model_type'],
-        'vocab_size': config['vocab_size'],
-        'd_model': config['hidden_size'],
-        'n_layers': config['num_hidden_layers'],
-        'n_heads': heads,
-        'n_kv_heads': config.get('num_key_value_heads') or heads,
-        'head_dim': config.get('head_dim') or config['hidden_size'] // heads,
-        'd_ff': config['intermediate_size'],
-        'norm_eps': config.get('rms_norm_eps', 1e-6),
-        'tied': bool(config.get('tie_word_embeddings', tied_default)),
-        'max_positions': config.get('max_position_embeddings', 2048),
-    }
-
-
-def _common_to_hf(c: TransformerConfig) -> dict:
-    return {
-        'vocab_size': c.vocab_size,
-        'hidden_size': c.d_model,
-        'num_hidden_layers': c.n_layers,
-        'num_attention_heads': c.n_heads,
-        'num_key_value_heads': c.n_kv_heads,
-        'head_dim': c.head_dim,
-        'intermediate_size': c.d_ff,
-        'rms_norm_eps': c.norm_eps,
-        'tie_word_embeddings': c.tied,
-        'max_position_embeddings': c.max_positions,
-    }
+    own = {'n_kv_heads': heads, 'head_dim': config['hidden_size'] // heads}
+    return _sizes(config, **own, norm_eps=1e-6, tied=tied, max_positions=2048)
 
 
 def _activation(config: dict, key: str, default: str, supported: tuple[str, ...]) -> None:
@@ -151,11 +111,6 @@ def _llama(config: dict) -> TransformerConfig:
     )
 
 
-def _llama_to_hf(c: TransformerConfig) -> dict:
-    own = {'attention_bias': c.o_bias, 'mlp_bias': c.mlp_bias, 'hidden_act': 'silu'}
-    return _common_to_hf(c) | own | _ropes_to_hf(*c.ropes)
-
-
 def _qwen(config: dict) -> TransformerConfig:
     """Qwen2, Qwen2.5 (biases on q, k, v) and Qwen3 (norms on q and k)."""
     _activation(config, 'hidden_act', 'silu', ('silu', 'swish'))
@@ -171,17 +126,6 @@ def _qwen(config: dict) -> TransformerConfig:
         o_bias=bias if three else False,
         qk_norm=three,
     )
-
-
-def _qwen_to_hf(c: TransformerConfig) -> dict:
-    own = {
-        'hidden_act': 'silu',
-        'use_sliding_window': any(c.windows),
-        'sliding_window': max(c.windows) or None,
-        'layer_types': _layer_types(c),
-        **_ropes_to_hf(*c.ropes),
-    }
-    return _common_to_hf(c) | own | ({'attention_bias': c.o_bias} if c.qk_norm else {})
 
 
 def _gemma(config: dict, **own) -> TransformerConfig:
@@ -229,20 +173,6 @@ def _gemma3(config: dict) -> TransformerConfig:
     return _gemma(config, ropes=ropes, windows=windows, layer_rope=tuple(int(w > 0) for w in windows), qk_norm=True)
 
 
-def _gemma_to_hf(c: TransformerConfig) -> dict:
-    own = {
-        'hidden_activation': 'gelu_pytorch_tanh',
-        'query_pre_attn_scalar': round(c.query_scale**-2),
-        'attn_logit_softcapping': c.attn_softcap or None,
-        'final_logit_softcapping': c.final_softcap or None,
-        'attention_bias': c.o_bias,
-        'sliding_window': max(c.windows) or None,
-        'layer_types': _layer_types(c),
-        **_ropes_to_hf(*c.ropes),
-    }
-    return _common_to_hf(c) | own
-
-
 def _gpt_oss(config: dict) -> TransformerConfig:
     _refuse_unless(config.get('swiglu_alpha', 1.702) == 1.702, 'swiglu_alpha must be 1.702')
     _refuse_unless(config.get('swiglu_limit', 7.0) == 7.0, 'swiglu_limit must be 7')
@@ -268,38 +198,15 @@ def _gpt_oss(config: dict) -> TransformerConfig:
     )
 
 
-def _gpt_oss_to_hf(c: TransformerConfig) -> dict:
-    own = {
-        'hidden_act': 'silu',
-        'attention_bias': c.o_bias,
-        'sliding_window': max(c.windows) or None,
-        'layer_types': _layer_types(c),
-        **_ropes_to_hf(*c.ropes),
-        'num_local_experts': c.n_experts,
-        'num_experts_per_tok': c.top_k,
-        'swiglu_limit': 7.0,
-    }
-    quantised = {'quantization_config': {'quant_method': 'mxfp4'}} if c.packed else {}
-    return _common_to_hf(c) | own | quantised
-
-
 def _gpt2(config: dict) -> TransformerConfig:
     _activation(config, 'activation_function', 'gelu_new', ('gelu_new',))
     for key, value in (('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
         _refuse_unless(config.get(key, value) == value, f'{key}={config.get(key)} is not supported')
     d, heads = config['n_embd'], config['n_head']
     return TransformerConfig(
-        family='gpt2',
-        vocab_size=config['vocab_size'],
-        d_model=d,
-        n_layers=config['n_layer'],
-        n_heads=heads,
+        **_sizes(config, d_ff=4 * d, norm_eps=1e-5, tied=True, max_positions=1024),
         n_kv_heads=heads,
         head_dim=d // heads,
-        d_ff=config.get('n_inner') or 4 * d,
-        norm_eps=config.get('layer_norm_epsilon', 1e-5),
-        tied=bool(config.get('tie_word_embeddings', True)),
-        max_positions=config.get('n_positions', 1024),
         ropes=(),
         norm='layer',
         qkv_bias=True,
@@ -309,20 +216,6 @@ def _gpt2(config: dict) -> TransformerConfig:
     )
 
 
-def _gpt2_to_hf(c: TransformerConfig) -> dict:
-    return {
-        'vocab_size': c.vocab_size,
-        'n_embd': c.d_model,
-        'n_layer': c.n_layers,
-        'n_head': c.n_heads,
-        'n_inner': c.d_ff,
-        'n_positions': c.max_positions,
-        'layer_norm_epsilon': c.norm_eps,
-        'activation_function': 'gelu_new',
-        'tie_word_embeddings': c.tied,
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """architecture: the class that transformers loads. table: all rows that a member may have. prefix: of
@@ -330,41 +223,79 @@ class Family:
 
     architecture: str
     read: Callable[[dict], TransformerConfig]
-    write: Callable[[TransformerConfig], dict]
     table: tuple[Tensor, ...]
     prefix: str = 'model.'
 
 
 FAMILIES = {
-    'gpt2': Family('GPT2LMHeadModel', _gpt2, _gpt2_to_hf, tensors.GPT2, 'transformer.'),
-    'llama': Family('LlamaForCausalLM', _llama, _llama_to_hf, tensors.LLAMA),
-    'qwen2': Family('Qwen2ForCausalLM', _qwen, _qwen_to_hf, tensors.LLAMA),
-    'qwen3': Family('Qwen3ForCausalLM', _qwen, _qwen_to_hf, tensors.LLAMA),
-    'gemma2': Family('Gemma2ForCausalLM', _gemma2, _gemma_to_hf, tensors.GEMMA),
-    'gemma3_text': Family('Gemma3ForCausalLM', _gemma3, _gemma_to_hf, tensors.GEMMA),
-    'gpt_oss': Family('GptOssForCausalLM', _gpt_oss, _gpt_oss_to_hf, tensors.GPT_OSS),
+    'gpt2': Family('GPT2LMHeadModel', _gpt2, tensors.GPT2, 'transformer.'),
+    'llama': Family('LlamaForCausalLM', _llama, tensors.LLAMA),
+    'qwen2': Family('Qwen2ForCausalLM', _qwen, tensors.LLAMA),
+    'qwen3': Family('Qwen3ForCausalLM', _qwen, tensors.LLAMA),
+    'gemma2': Family('Gemma2ForCausalLM', _gemma2, tensors.GEMMA),
+    'gemma3_text': Family('Gemma3ForCausalLM', _gemma3, tensors.GEMMA),
+    'gpt_oss': Family('GptOssForCausalLM', _gpt_oss, tensors.GPT_OSS),
 }
 
 
-def from_hf(config: dict) -> TransformerConfig:
-    """TransformerConfig of a config.json; of the text model where it is nested in a multimodal one.
+def _text_model(config: dict) -> dict:
+    """The config.json of the text model alone where it is nested in that of a multimodal one (Gemma-3)."""
+    if config.get('model_type') != 'gemma3':
+        return dict(config)
+    outer = {k: config[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id') if k in config}
+    tied = {'tie_word_embeddings': config.get('tie_word_embeddings', True)}
+    return tied | dict(config.get('text_config') or {}) | outer | {'model_type': 'gemma3_text'}
 
-    Raises UnsupportedModelError, KeyError for a key that must be there.
+
+def from_hf(config: dict) -> TransformerConfig:
+    """Reads a config.json; the text model where it is nested in a multimodal one.
+
+    Raises LensError, without a full stop: for what this version cannot run, for a key that must be there.
     """
-    if config.get('model_type') == 'gemma3':
-        text = dict(config.get('text_config') or {})
-        config = {'tie_word_embeddings': config.get('tie_word_embeddings', True)} | text
-        config['model_type'] = 'gemma3_text'
+    config = _text_model(config)
     family = config.get('model_type')
     _refuse_unless(family in FAMILIES, f'model_type {family!r} is not supported; supported: {", ".join(FAMILIES)}')
-    return FAMILIES[family].read(config)
+    try:
+        return FAMILIES[family].read(config)
+    except KeyError as e:
+        raise LensError(f'it has no key {e}') from None
 
 
-def to_hf(c: TransformerConfig, dtype: str) -> dict:
-    """The config.json of a model, without token ids."""
-    family = FAMILIES[c.family]
-    names = {'architectures': [family.architecture], 'model_type': c.family}
-    return names | family.write(c) | {'dtype': dtype}
+def edited(config: dict, c: TransformerConfig, dtype: str) -> dict:
+    """Returns the config.json of a model: that of its source, or of a relative, changed in what differs.
+
+    dtype: of the stored weights. Raises LensError where more differs than KEYS.
+    """
+    out = _text_model(config)
+    theirs = from_hf(out)
+    out |= {key: getattr(c, k) for k, key in _keys(theirs.family).items() if getattr(theirs, k) != getattr(c, k)}
+    if out.get('layer_types'):
+        out['layer_types'] = out['layer_types'][: c.n_layers]
+    if not c.packed:
+        out.pop('quantization_config', None)
+    out.pop('torch_dtype', None)
+    out |= {'architectures': [FAMILIES[c.family].architecture], 'dtype': dtype}
+    out |= _older_ropes(out.get('rope_parameters') or {})
+
+    def facts(c: TransformerConfig) -> dict:  # how the model is run is none of its facts
+        patterns = {k: getattr(c, k) * c.n_layers for k in ('windows', 'layer_rope')}
+        patterns = {k: x[: c.n_layers] for k, x in patterns.items()}
+        return dataclasses.asdict(dataclasses.replace(c, remat='', experts='', packed=False)) | patterns
+
+    told, model = facts(from_hf(out)), facts(c)
+    differing = ', '.join(k for k in model if told[k] != model[k])
+    _refuse_unless(not differing, f'it describes another model than the one to save ({differing} differ)')
+    return out
+
+
+def _older_ropes(p: dict) -> dict:
+    """The keys that transformers 4 and other programs read, from rope_parameters of transformers 5; without them
+    they would take the usual theta."""
+    full, local = p.get('full_attention', p), p.get('sliding_attention', {})
+    scaling = {k: x for k, x in full.items() if k != 'rope_theta'}
+    out = {'rope_theta': full.get('rope_theta'), 'rope_local_base_freq': local.get('rope_theta')}
+    out['rope_scaling'] = scaling if scaling.get('rope_type', 'default') != 'default' else None
+    return {k: x for k, x in out.items() if x is not None}
 
 
 def table(c: TransformerConfig, has_leaf: Callable[[str], bool], mxfp4: bool = False) -> tuple[Tensor, ...]:

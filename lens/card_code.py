@@ -1,0 +1,115 @@
+import json
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = '.'  # this folder
+with open(f'{FOLDER}/lens.json') as file:
+    spec = json.load(file)
+lens = load_file(f'{FOLDER}/lens.safetensors')
+tokenizer = AutoTokenizer.from_pretrained(f'{FOLDER}/decoder')
+
+
+def load(path):
+    # eager attention is the one that has every family's soft-caps and sinks
+    return AutoModelForCausalLM.from_pretrained(path, dtype='auto', attn_implementation='eager')
+
+
+subject, decoder, encoder = load(spec['subject']), load(f'{FOLDER}/decoder'), load(f'{FOLDER}/encoder')
+
+
+def blocks(model):
+    body = model.base_model
+    return body.layers if hasattr(body, 'layers') else body.h  # GPT-2: h
+
+
+def inputs(model, rows):
+    # rows in units of the embedding table; token ids get Gemma's scale inside the model, these get it here
+    return rows.to(model.dtype)[None] * spec['embed_scale']
+
+
+@torch.no_grad()
+def block_output(model, block, **tokens):
+    # the residual stream [T, d] after a block; hidden_states would have the final norm on the last one
+    found = []
+    hook = blocks(model)[block].register_forward_hook(lambda *a: found.append(a[2]))
+    model(**tokens, use_cache=False)
+    hook.remove()
+    out = found[0][0] if isinstance(found[0], tuple) else found[0]
+    return out[0].float()
+
+
+@torch.no_grad()
+def explain(activation, position=0):
+    # activation [d] at a position -> token ids of the most probable explanation
+    c, left, right, a = spec['decoder'], lens['decoder/prompt_left'], lens['decoder/prompt_right'], activation.float()
+    slots = [len(left), *(len(left) + 1 + i for i in c['more_slots'])]
+    if spec['position_vectors']:
+        a = a - lens['decoder/positions'][position]
+    if c['injection'] == 'affine':
+        maps = torch.einsum('d,nde->ne', a, lens['decoder/maps_w']) + lens['decoder/maps_b']
+        entry, at = maps[0], {k: maps[min(k, len(maps) - 1)] for k in range(c['patched_blocks'])}
+    elif c['injection'] == 'replace':
+        entry, at = a / a.norm() * c['norm'] / spec['embed_scale'], {}
+    else:
+        entry, at = decoder.get_input_embeddings().weight[c['marker_id']].float(), {2: None}
+
+    def write(value):
+        def hook(block, args):
+            x = args[0].clone()
+            h = x[:, slots].float()
+            new = h + h.norm(dim=-1, keepdim=True) * a / a.norm() if value is None else value.expand_as(h)
+            x[:, slots] = new.to(x.dtype)
+            return (x, *args[1:])
+
+        return hook
+
+    rows = torch.cat([left, entry[None], right])
+    rows[slots] = entry
+    hooks = [blocks(decoder)[k].register_forward_pre_hook(write(value)) for k, value in at.items()]
+    out = decoder(inputs_embeds=inputs(decoder, rows), use_cache=True)
+    for hook in hooks:  # later tokens see the slot through the cache
+        hook.remove()
+    ids = [out.logits[0, -1].argmax()]
+    while len(ids) < spec['explanation_len']:
+        out = decoder(input_ids=ids[-1].view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+        ids.append(out.logits[0, -1].argmax())
+    return within(torch.stack(ids))
+
+
+def within(ids):
+    # what a response has between its tags; all of it where it has no closed pair
+    opening, closing = (spec['tags'][k] for k in ('opening', 'closing'))
+
+    def find(tag, i):
+        return next((k for k in range(i, len(ids) - len(tag) + 1) if ids[k : k + len(tag)].tolist() == tag), -1)
+
+    start = find(opening, 0) + len(opening)
+    end = find(closing, max(start, 0)) if closing else len(ids)
+    return ids[max(start, 0) : end] if end > start >= len(opening) else ids
+
+
+@torch.no_grad()
+def reconstruct(ids, token=0, position=0):
+    # token ids of an explanation of that token at that position -> activation [d]
+    c, table = spec['encoder'], encoder.get_input_embeddings().weight
+    current = table[token].float()[None] if c['current_token'] else lens['encoder/prompt_right'][:0]
+    rows = torch.cat([lens['encoder/prompt_left'], table[ids].float(), lens['encoder/prompt_right'], current])
+    rows[-1] += lens['encoder/special_last']
+    x = block_output(encoder, c['output_layer'], inputs_embeds=inputs(encoder, rows))[-1]
+    if c['readout'] != 'none':
+        x = x @ lens['encoder/readout_w']
+    if c['readout'] == 'affine':
+        x = x + lens['encoder/readout_b']
+    return x + lens['encoder/positions'][position] if spec['position_vectors'] else x
+
+
+# write out special tokens that the training texts began with and the tokenizer does not add
+text = 'The hidden state of the last token of this text is read.'
+tokens = tokenizer(text, return_tensors='pt').input_ids
+activation = block_output(subject, spec['layer'], input_ids=tokens)[-1]
+position = tokens.shape[1] - 1
+ids = explain(activation, position)
+reconstruction = reconstruct(ids, tokens[0, -1], position)
+print(tokenizer.decode(ids), torch.cosine_similarity(activation, reconstruction, dim=0).item())
