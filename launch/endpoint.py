@@ -52,7 +52,9 @@ def wait(url, seconds):
         except urllib.error.HTTPError as e:
             problem = f'HTTP {e.code} from {e.url}'
             if e.url.endswith('/completions') and e.code < 500:
-                sys.exit(f'error: {url} refuses a completion (HTTP {e.code}: {e.read()[:300].decode(errors="replace")}).')
+                sys.exit(
+                    f'error: {url} refuses a completion (HTTP {e.code}: {e.read()[:300].decode(errors="replace")}).'
+                )
         except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as e:
             problem = f'{type(e).__name__}: {e}'
         if time.monotonic() - said >= LINE_EVERY_S:

@@ -6,10 +6,9 @@ check_model() {
   case $1 in
     '' | -*) die "The first argument is the model, a Hub id or a directory: $(basename "$0") MODEL [options]" ;;
   esac
-  if [ -d "$1" ]; then
-    [ -e "$1/config.json" ] || die "$1 has no config.json: give a directory in Hugging Face layout or a Hub id."
-  elif [ -e "$1" ] || [ -d "${1%%/*}" ] || [[ $1 = [/.~]* || $1 = */*/* ]]; then
-    die "$1 is no directory: give one in Hugging Face layout or a Hub id."
+  if [ -e "$1/config.json" ]; then return; fi
+  if [ -e "$1" ] || [ -d "${1%%/*}" ] || [[ $1 = [/.~]* || $1 = */*/* ]]; then
+    die "$1 has no config.json: give a directory in Hugging Face layout or a Hub id."
   fi
 }
 

@@ -45,6 +45,6 @@ command_of() { :; }
 supervise 1
 if [ -e "$workdir/summary.json" ]; then exit; fi
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)
-[ "$state" = RUNNING ] || die "Job $SLURM_JOB_ID is being ended (${state:-state unknown}): the same command goes on."
+[ "$state" = RUNNING ] || die "Job $SLURM_JOB_ID is being ended (${state:-state unknown}), not queued again: the same command goes on."
 show scontrol requeue "$SLURM_JOB_ID"
 scontrol requeue "$SLURM_JOB_ID" || die "Slurm does not queue the job again: submit it by the same command."
