@@ -55,7 +55,7 @@ def test_who_has_started_several_processes(environment, wanted):
         ((None, None, None), task(1, 0), None),
         ((None, None, None), task(4, 1), ('gpu03:61441', 4, 1, [])),  # one task a node sees all of its devices
         ((None, None, None), task(8, 5, 1), ('gpu03:61441', 8, 5, [1])),
-        ((None, None, None), MPI, ('10.96.0.1:62936', 6, 5, [2])),
+        ((None, None, None), MPI, ('10.96.0.1:62624', 6, 5, [2])),
     ],
 )
 def test_what_jax_makes_of_flags_and_environments(given, environment, wanted, monkeypatch):
