@@ -34,8 +34,8 @@ at_exit() {
   trap 'exit 143' TERM
 }
 
-# Starts a command as the leader of a process group of its own, out of reach of the terminal's Ctrl-C; its id is
-# $started. The command gets SIGTERM when this script ends in any way, be it by kill -9.
+# Starts a command in a process group of its own, $started, out of reach of the terminal's Ctrl-C. It gets SIGTERM when
+# this script ends, be it by kill -9.
 start_group() {
   setsid setpriv --pdeathsig TERM "$@" </dev/null &
   started=$!
@@ -62,15 +62,10 @@ stop_group() {
   wait "$1" 2>/dev/null || true
 }
 
-# The value of option $1 among the other arguments, which write it --a_b=V, --a-b=V or with a blank.
+# The last value of option $1 among the other arguments, which write it --a_b=V, --a-b=V or with a blank.
 option_value() {
-  local name=--${1//_/-} value='' given
-  while shift && (($#)); do
-    given=${1%%=*}
-    if [ "${given//_/-}" != "$name" ]; then continue; fi
-    if [[ $1 = *=* ]]; then value=${1#*=}; else value=${2-}; fi
-  done
-  echo "$value"
+  local name=--${1//_/[-_]}
+  printf '%s\n' "${@:2}" '' | sed -nE "/^$name\$/{n;h}; /^$name=/{s/[^=]*=//;h}; \${x;p}"
 }
 
 # Refuses arguments, those after $1, that lack one of the options $1.

@@ -6,9 +6,8 @@
 #       --max_concurrency=256
 #
 # MODEL is a Hub id or a directory. All options go to data_gen.generate. Results: OUTPUT_PATH/dataset and /parquet (rows)
-# and OUTPUT_PATH/tokens (train and validation arrays). The same command goes on where it was stopped. SIGTERM, SIGHUP or
-# Ctrl-C keep what was answered and leave no process behind.
-#
+# and OUTPUT_PATH/tokens (train and validation arrays). SIGTERM, SIGHUP or Ctrl-C keep what was answered and leave no
+# process behind; the same command goes on.
 # Variables:
 #   VLLM_ARGS          options of launch/serve_vllm.sh, whose variables this has too, and of vLLM, separated by blanks
 #   PRETOKENIZE_ARGS   options of data_gen.pretokenize, such as '--seq_len=2048'

