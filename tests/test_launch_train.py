@@ -290,6 +290,21 @@ def test_a_connection_that_is_lost(launch):
     assert launch.finished() and [len(launch.starts(i)) for i in range(2)] == [2, 2]
 
 
+def test_what_is_left_on_a_host_is_killed_by_the_next_start(launch):
+    words = [ROOT / 'launch' / 'on_host.sh', launch.workdir]
+    starts, env = [], launch.env | {'TMPDIR': str(launch.folder)}
+    for _ in range(2):
+        process = subprocess.Popen(
+            [*words, 'sh', '-c', 'echo runs; sleep 1000'], env=env, stdout=-1, text=True, start_new_session=True
+        )
+        assert process.stdout.readline() == 'runs\n'
+        starts.append(process)
+    assert starts[0].wait(LIMIT_S) == -signal.SIGKILL
+    subprocess.run([*words, '-TERM'], env=env, check=True)
+    assert starts[1].wait(LIMIT_S) == -signal.SIGTERM
+    subprocess.run([*words, '-TERM'], env=env, check=True)  # nothing runs
+
+
 def test_a_host_that_cannot_be_reached(launch):
     (launch.hosts / 'node2').mkdir()
     (launch.hosts / 'node2' / 'down').touch()
