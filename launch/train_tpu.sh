@@ -7,8 +7,10 @@
 #
 # Before, once: the repository as REPO_DIR on all workers, by `gcloud compute tpus tpu-vm scp --recurse --worker=all`, and
 # there, by `… ssh --worker=all --command=…`: python3 -m venv .venv && .venv/bin/pip install --editable '.[tpu]'
+#
 # All arguments go to lens.main, in REPO_DIR on every worker. WORKDIR and the data must be on a file system that all
 # share. gcloud reaches all at once only when the agent knows its key: ssh-add ~/.ssh/google_compute_engine.
+#
 # Variables, beside REMOTE_ENV, REPO_DIR (default lens) and PYTHON of launch/hosts.sh:
 #   TPU_NAME, ZONE   needed; PROJECT by default is that of gcloud
 set -euo pipefail
@@ -22,10 +24,12 @@ REPO_DIR=${REPO_DIR:-lens}
 where=("--zone=$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all)
 training=("${PYTHON:-.venv/bin/python}" -m lens.main "$@" --coordinator=auto)
 
-on_all() { command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command="$1" -- "${ssh_options[@]}"); }
-command_of() { on_all "$(on_host "${training[@]}")"; }
+to_all() {
+  command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command="$(on_host "$@")" -- "${ssh_options[@]}")
+}
+command_of() { to_all "${training[@]}"; }
 signal_all() {
-  on_all "$(on_host "-$1")"
+  to_all "-$1"
   "${command[@]}" </dev/null || true
 }
 supervise 1
