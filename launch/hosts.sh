@@ -9,25 +9,38 @@
 # name of the first host must mean that host on all of them, and WORKDIR must be on a file system that they share. The
 # output of the first host goes to the terminal, that of host I to WORKDIR/logs/process-I.log here.
 #
-# Variables:
+# Variables, beside those of launch/train_local.sh:
 #   HOSTS         needed: the hosts, or a file
 #   PORT          port of the first host where the processes find each other, default 12355
 #   REPO_DIR      folder of the repository on the hosts, absolute or from the home folder; default: that of this one
 #   PYTHON        interpreter on the hosts, absolute or from REPO_DIR, default .venv/bin/python
 #   REMOTE_ENV    variables for the processes, such as 'HF_HUB_OFFLINE=1 XLA_FLAGS="--a --b"'
-#   MAX_RESTARTS, PAUSE_S, GRACE_S, STOP_S    as in launch/train_local.sh. When a process has died the connections are
-#                 cut after GRACE_S, and what hangs on a host gets SIGKILL GRACE_S later
-#
-# SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C: all save, then it ends with exit code 0, and the same command goes on later.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-program=hosts.sh
 . "$root/launch/common.sh"
-
-[ "${1-}" != -- ] || shift
-read_training "$@"
+. "$root/launch/restart.sh"
+. "$root/launch/on_host.sh"
 needs ssh
-[ "${HOSTS-}" ] || die "HOSTS is needed, the hosts or a file of them: see the head of launch/$program."
-[[ ${PORT:=12355} =~ ^[0-9]+$ ]] || die "PORT=$PORT is no port."
-export PORT PYTHON=${PYTHON:-.venv/bin/python} REPO_DIR=${REPO_DIR:-$root}
-supervise_from_here hosts --workdir="$workdir" -- "$@"
+port=${PORT:-12355} REPO_DIR=${REPO_DIR:-$root} hosts=${HOSTS-}
+training=("${PYTHON:-.venv/bin/python}" -m lens.main "$@")
+[[ $port =~ ^[0-9]+$ ]] || die "PORT=$port is no port."
+if [ -f "$hosts" ]; then hosts=$(sed 's/#.*//' "$hosts"); fi
+read -r -d '' -a hosts <<<"$hosts" || true
+if [ -z "${hosts[0]-}" ] || [[ " ${hosts[*]}" = *' -'* ]] || [ "$(printf '%s\n' "${hosts[@]}" | sort | uniq -d)" ]; then
+  die "HOSTS=${HOSTS-} has to name hosts, each once, or a file of them: see the head of launch/hosts.sh."
+fi
+
+to() { command=(ssh "${ssh_options[@]}" "${hosts[$1]}" "$(on_host "${@:2}")"); }
+command_of() {
+  to "$1" "${training[@]}" --coordinator="${hosts[0]#*@}:$port" --num_processes="${#hosts[@]}" --process_id="$1"
+}
+signal_all() {
+  local i ids=()
+  for i in "${!hosts[@]}"; do
+    to "$i" "-$1"
+    "${command[@]}" </dev/null &
+    ids+=($!)
+  done
+  wait "${ids[@]}" || true
+}
+supervise "${#hosts[@]}"

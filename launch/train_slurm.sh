@@ -9,13 +9,9 @@
 # the time limit, or when it is to be preempted, Slurm sends a signal: all processes save and end, and unless the run is
 # finished (WORKDIR/summary.json) the job is queued again. A job that scancel ends is not.
 #
-# Variables:
+# Variables, beside MAX_RESTARTS, PAUSE_S and PYTHON of launch/train_local.sh:
 #   SBATCH_ARGS   options of sbatch where the script submits itself, separated by blanks
-#   MAX_RESTARTS, PAUSE_S, STOP_S    as in launch/train_local.sh
-#   GRACE_S       seconds for Slurm to end the other processes when one has died, default 60 (its KillWait is 30)
-#   REPO_DIR      folder of the repository; default where this script is or, of a copy of sbatch's, where sbatch was
-#                 called
-#   PYTHON        interpreter, default .venv/bin/python there
+#   REPO_DIR      folder of the repository; default where this script is or, of a copy of sbatch's, where sbatch was called
 #
 #SBATCH --job-name=lens
 #SBATCH --ntasks-per-node=1
@@ -24,51 +20,31 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -e "$root/launch/supervise.py" ] || root=${REPO_DIR:-${SLURM_SUBMIT_DIR-}}
-if [ ! -e "$root/launch/supervise.py" ]; then
+[ -e "$root/launch/restart.sh" ] || root=${REPO_DIR:-${SLURM_SUBMIT_DIR-}}
+if [ ! -e "$root/launch/restart.sh" ]; then
   echo "error: sbatch runs a copy of this script: call sbatch from the repository, or set REPO_DIR to it." >&2
   exit 1
 fi
-program=train_slurm.sh
 . "$root/launch/common.sh"
-
-[ "${1-}" != -- ] || shift
-read_training "$@"
-use_python
-export REPO_DIR=$root
+. "$root/launch/restart.sh"
+python=${PYTHON:-$root/.venv/bin/python}
+needs "$python" sbatch srun squeue scontrol
 if [ -z "${SLURM_JOB_ID-}" ]; then
-  needs sbatch
-  read -r -a sbatch_args <<<"${SBATCH_ARGS-}"
-  show sbatch "${sbatch_args[@]}" "$root/launch/$program" -- "$@"
-  exec sbatch "${sbatch_args[@]}" "$root/launch/$program" -- "$@"
+  read -r -a sbatch <<<"sbatch ${SBATCH_ARGS-}"
+  show "${sbatch[@]}" "$root/launch/train_slurm.sh" "$@"
+  REPO_DIR=$root exec "${sbatch[@]}" "$root/launch/train_slurm.sh" "$@"
 fi
 
-needs srun scontrol squeue
-export GRACE_S=${GRACE_S:-60}
-supervisor='' received='' trapped=''
-pass_on() {
-  received+=" $1" trapped=1
-  if [ "$supervisor" ]; then kill "-$1" "$supervisor" 2>/dev/null || true; fi
-}
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
-"$PYTHON" "$root/launch/supervise.py" slurm --workdir="$workdir" -- "$@" &
-supervisor=$!
-# a trap ends `wait` with a code above 128, and the supervisor goes on
-while true; do
-  trapped='' code=0
-  wait "$supervisor" || code=$?
-  if [ -z "$trapped" ] || ((code <= 128)); then break; fi
-done
-((code == 0)) || exit "$code"
-
-if [ -e "$workdir/summary.json" ]; then exit 0; fi
-# Preemption may signal the step alone; then it has saved, and nothing was received here.
-[ "$received" ] || [ -d "$workdir/checkpoints" ] || die "The training ended without a result in $workdir."
+# srun returns the highest code of all: an error of the user has to be above those that follow from it, or are its own
+user_error=255
+# shellcheck disable=SC2016
+task='trap : TERM USR1; "$@"; code=$?; exit $((code == 1 ? 255 : code))' # a signal goes to all processes of a step
+command=(env PYTHONUNBUFFERED=1 SLURM_EXIT_ERROR=71 srun --ntasks-per-node=1 --kill-on-bad-exit=1
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c "$task" task "$python" -m lens.main "$@")
+command_of() { :; }
+supervise 1
+if [ -e "$workdir/summary.json" ]; then exit; fi
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)
-if [ "$state" = RUNNING ]; then
-  show scontrol requeue "$SLURM_JOB_ID"
-  scontrol requeue "$SLURM_JOB_ID" || die "Slurm does not queue the job again: submit it by the same command."
-else
-  echo "Job $SLURM_JOB_ID is being ended (${state:-state unknown}), not queued again: the same command goes on."
-fi
+[ "$state" = RUNNING ] || die "Job $SLURM_JOB_ID is being ended (${state:-state unknown}), not queued again: the same command goes on."
+show scontrol requeue "$SLURM_JOB_ID"
+scontrol requeue "$SLURM_JOB_ID" || die "Slurm does not queue the job again: submit it by the same command."

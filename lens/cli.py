@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -63,8 +64,8 @@ def _leave(code: int) -> NoReturn:
     At the exit JAX waits minutes for the other processes of a run and then aborts, and these may wait in a collective
     for this process.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print(end='', flush=True)
+    print(end='', flush=True, file=sys.stderr)
     timer = threading.Timer(LEAVE_S, os._exit, (code,))
     timer.daemon = True
     timer.start()
@@ -79,6 +80,9 @@ def run(main) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
         try:
             return main(argv)
+        except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _leave(128 + signal.SIGPIPE)
         except (LensError, OSError) as e:
             if DEBUG.value:
                 traceback.print_exc()

@@ -125,7 +125,7 @@ def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[
             name: {
                 'shape': list(x.shape),
                 'dtype': x.dtype.name,
-                'meaning': _meaning(name, keys, lens.decoder.config.injection.place),
+                'meaning': _meaning(name, keys, place),
             }
             for name, x in arrays.items()
         },

@@ -1,7 +1,6 @@
 """The scripted server as a program with vLLM's options: what VLLM_COMMAND names in the tests of launch/.
 
-FAKE_VLLM, blanks between: die (before it listens), loading (healthy never), base (no chats), refusing (no
-completion at all), first (dies at the first completion), child (has a child that ignores SIGTERM), hold=FILE (answers
+FAKE_VLLM, blanks between: die (before it listens), loading (answers nothing yet), refusing (no completion), first (dies at the first completion), child (has a child that ignores SIGTERM), hold=FILE (answers
 five chats, the others when FILE is gone).
 """
 
@@ -22,18 +21,15 @@ chats = itertools.count(1)
 
 class Handler(fake_server._Handler):
     def do_GET(self):
-        if self.path == '/health':
-            return self._send(503 if 'loading' in MODES else 200, '')
-        return super().do_GET()
+        return self._send(503, '') if 'loading' in MODES else super().do_GET()
 
     def do_POST(self):
         if 'first' in MODES:
             print('head_dim 12 is not supported', flush=True)
             os._exit(4)
-        refused = {'/v1/chat/completions': {'base', 'refusing'}, '/v1/completions': {'refusing'}}[self.path]
-        if refused & MODES.keys():
+        if 'refusing' in MODES:
             self.rfile.read(int(self.headers['Content-Length']))
-            return self._send(400, '{"error": {"message": "no chat template"}}')
+            return self._send(400, '{"error": {"message": "no such task"}}')
         if self.path == '/v1/completions':
             body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
             return self._send(200, json.dumps({'choices': [{'text': body['prompt']}]}))

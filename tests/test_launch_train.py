@@ -16,6 +16,7 @@ import pytest
 from tests.marked import MARK, marked
 
 ROOT = pathlib.Path(__file__).parents[1]
+LIMIT_S = 120
 SCRIPTS = ['train_local.sh', 'hosts.sh', 'train_slurm.sh', 'train_tpu.sh']
 OVERRIDES = ['--config.phases=(\'sft\', "grpo")', '--config.text=$HOME `id` * \\ a  b;', '--config.empty=']
 
@@ -33,14 +34,12 @@ class Launch:
         self.slurm.mkdir()
         fakes = f'{ROOT}/tests/fake_bin:{ROOT}/tests/fake_slurm'
         self.env = os.environ | {'PATH': f'{fakes}:{os.environ["PATH"]}', 'PYTHON': sys.executable, MARK: self.value}
-        self.env |= {'FAKE_HOSTS': str(self.hosts), 'FAKE_SLURM': str(self.slurm), 'PAUSE_S': '0.1', 'GRACE_S': '0.3'}
+        self.env |= {'FAKE_HOSTS': str(self.hosts), 'FAKE_SLURM': str(self.slurm), 'PAUSE_S': '0.1'}
         self.env |= {'HOSTS': 'node1 me@node2', 'REPO_DIR': str(self.repository), 'TPU_NAME': 'pod', 'ZONE': 'zone-b'}
         self.env |= {'PROJECT': 'mine', 'SBATCH_ARGS': f'--nodes=2 --output={folder}/printed'}
         self.printed_file = folder / 'printed'
 
     def start(self, script: str, *arguments, **env) -> subprocess.Popen:
-        if script == 'train_local.sh':
-            env = {'PROCESSES': '2'} | env
         command = ['env', '--default-signal=INT', f'launch/{script}', *map(str, arguments)]
         with self.printed_file.open('w') as f:
             return subprocess.Popen(
@@ -48,11 +47,15 @@ class Launch:
             )
 
     def train(self, script: str, *arguments, **env) -> subprocess.Popen:
-        return self.start(script, '--config=c.py:sft', '--workdir=runs/x', *arguments, **env)
+        """Two processes unless the first argument says otherwise, by -n."""
+        if script == 'train_local.sh' and '-n' not in arguments[:1]:
+            arguments = ('-n', 2, *arguments)
+        own = arguments[:2] if '-n' in arguments[:1] else ()
+        return self.start(script, *own, '--config=c.py:sft', '--workdir=runs/x', *arguments[len(own) :], **env)
 
     def run(self, script: str, *arguments, **env) -> int:
         """The exit code of a run to its end, of which no process is left; 0 for a job of Slurm."""
-        code = self.train(script, *arguments, **env).wait(20)
+        code = self.train(script, *arguments, **env).wait(LIMIT_S)
         if script == 'train_slurm.sh':
             self.until(lambda: not marked(self.value))
         self.none_left()
@@ -61,15 +64,15 @@ class Launch:
     def printed(self) -> str:
         return self.printed_file.read_text()
 
-    def until(self, condition, seconds: float = 20):
-        last = time.monotonic() + seconds
+    def until(self, condition):
+        last = time.monotonic() + LIMIT_S
         while not (value := condition()):
             assert time.monotonic() < last, self.printed()
             time.sleep(0.02)
         return value
 
     def none_left(self) -> None:
-        last = time.monotonic() + 2
+        last = time.monotonic() + LIMIT_S
         while left := marked(self.value):
             assert time.monotonic() < last, left
             time.sleep(0.02)
@@ -82,9 +85,9 @@ class Launch:
         """The step at which process 0 began, for each start."""
         return [int(n) for n in re.findall(r'^process 0 of \d begins at step (\d+)$', self.printed(), re.M)]
 
-    def met(self, step: int) -> bool:
-        """Whether both processes of the first start have reached this step."""
-        return all((self.workdir / 'meetings' / '0' / f'{step}-{i}').exists() for i in range(2))
+    def met(self, step: int, count: int = 2) -> bool:
+        """Whether all processes of the first start have reached this step."""
+        return all((self.workdir / 'meetings' / '0' / f'{step}-{i}').exists() for i in range(count))
 
     def newest(self) -> int:
         return max((int(p.name) for p in (self.workdir / 'checkpoints').glob('*')), default=-1)
@@ -95,12 +98,6 @@ class Launch:
     def calls(self, folder: pathlib.Path, name: str) -> list[str]:
         lines = (folder / 'calls').read_text().splitlines()
         return [line.partition(' ')[2] for line in lines if line.startswith(name + ' ')]
-
-    def kill(self, *words: str) -> None:
-        """SIGKILL to all processes of the test with these words in their command line."""
-        for pid, line in marked(self.value).items():
-            if all(word in line for word in words):
-                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -131,7 +128,7 @@ def test_arguments_arrive_untouched_and_the_command_is_printed(launch, script):
         address = flags[0][0]
         assert re.fullmatch(r'--coordinator=(127\.0\.0\.1|node1):\d+', address)
         assert flags == [[address, '--num_processes=2', f'--process_id={i}'] for i in range(2)]
-    words = shlex.split(re.search(r'^\+ (.* lens\.main .*)$', launch.printed(), re.M)[1])
+    words = shlex.split(re.search(r'^\+ (.*lens\.main.*)$', launch.printed(), re.M)[1])
     if script in ('hosts.sh', 'train_tpu.sh'):  # one word is the command for a shell
         words = shlex.split(next(w for w in words if 'lens.main' in w))
     at = words.index('-m')
@@ -140,10 +137,12 @@ def test_arguments_arrive_untouched_and_the_command_is_printed(launch, script):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_when_one_process_dies_all_start_again_from_the_last_checkpoint(launch, script):
-    assert launch.run(script, '--fault=kill:1:0') == 0, launch.printed()
+    """The other one waits for it, deaf to SIGTERM. For a pod JAX ends it, which is played."""
+    faults = '--fault=kill:1:0' + (',abort:0:0' if script == 'train_tpu.sh' else '')
+    assert launch.run(script, faults) == 0, launch.printed()
     assert launch.finished() and [len(launch.starts(i)) for i in range(2)] == [2, 2]
     assert launch.begun() == [0, 2], 'process 1 died at step 3, a checkpoint comes every 2 steps'
-    assert re.search(r'^(process 1|the training)( on \S+)? ended with code 137 \(SIGKILL\)$', launch.printed(), re.M)
+    assert re.search(r'^process [01] ended with code [1-9]', launch.printed(), re.M)
     assert 'Restart 1 of 10, from checkpoint 2, in 0.1 s' in launch.printed()
 
 
@@ -158,51 +157,48 @@ def test_an_error_of_the_user_is_not_tried_again(launch, script):
         assert not launch.calls(launch.slurm, 'scontrol')
 
 
-@pytest.mark.parametrize('script', ['train_local.sh', 'hosts.sh', 'train_tpu.sh'])
-def test_a_signal_stops_all_and_the_same_command_goes_on(launch, script):
-    process = launch.train(script, '--steps=1000', '--save_every=1000')
-    launch.until(lambda: launch.met(3))
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(10) == 0, launch.printed()
+@pytest.mark.parametrize(
+    ('script', 'name', 'count'),
+    [
+        ('train_local.sh', 'SIGUSR1', 2),
+        ('train_local.sh', 'SIGINT', 2),
+        ('train_local.sh', 'SIGHUP', 1),
+        ('hosts.sh', 'SIGTERM', 2),
+        ('train_tpu.sh', 'SIGUSR1', 2),
+    ],
+)
+def test_a_signal_stops_all_and_the_same_command_goes_on(launch, script, name, count):
+    count_words = ('-n', count) if script == 'train_local.sh' else ()
+    process = launch.train(script, *count_words, '--steps=1000', '--save_every=1000')
+    launch.until(lambda: launch.met(3, count))
+    process.send_signal(signal.Signals[name])
+    assert process.wait(LIMIT_S) == 0, launch.printed()
     launch.none_left()
-    stopped = launch.newest()
-    sent = 'SIGUSR1' if script == 'train_local.sh' else 'SIGTERM'  # a connection has but its end
+    stopped, sent = launch.newest(), 'SIGUSR1' if name == 'SIGUSR1' else 'SIGTERM'
     assert stopped >= 3 and f'Stopped at step {stopped} by {sent}' in launch.printed() and not launch.finished()
-    assert launch.run(script, f'--steps={stopped + 5}') == 0
+    assert launch.run(script, *count_words, f'--steps={stopped + 5}') == 0
     assert launch.finished() and launch.begun() == [stopped]
 
 
 # --- one machine ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('name', 'processes'), [('SIGTERM', '1'), ('SIGINT', '2'), ('SIGHUP', '2')])
-def test_every_signal_lets_the_processes_save(launch, name, processes):
-    process = launch.train('train_local.sh', '--steps=1000', PROCESSES=processes)
-    launch.until(lambda: launch.met(1) or (launch.begun() and processes == '1'))
-    process.send_signal(signal.Signals[name])
-    assert process.wait(10) == 0
-    launch.none_left()
-    assert f'Stopped at step {launch.newest()} by SIGTERM' in launch.printed() and len(launch.starts(0)) == 1
-
-
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
-def test_a_signal_before_the_training_handles_it(launch, name):
-    process = launch.train('train_local.sh', '--imports_s=9')
+def test_a_signal_before_the_training_handles_it(launch):
+    process = launch.train('train_local.sh', '--imports_s=99')
     launch.until(lambda: 'importing' in launch.printed())
-    process.send_signal(signal.Signals[name])
-    assert process.wait(10) == 0
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(LIMIT_S) == 0
     launch.none_left()
-    assert launch.printed().splitlines()[-1] == 'Stopped by a signal'
+    assert 'Restart' not in launch.printed()
 
 
 def test_output_of_the_others_and_one_process_without_flags(launch):
-    assert (
-        launch.start('train_local.sh', '-n', 3, '--', '--config=c', '--workdir', 'w', '--workdir=runs/x').wait(10) == 0
-    )
+    arguments = ('-n', 3, '--config=c', '--workdir', 'w', '--workdir=runs/x')
+    assert launch.start('train_local.sh', *arguments).wait(LIMIT_S) == 0
     logs = {p.name: p.read_text() for p in (launch.workdir / 'logs').glob('*.log')}
     assert logs == {f'process-{i}.log': f'process {i} of 3 begins at step 0\n' for i in (1, 2)}
     assert launch.begun() == [0] and not (launch.repository / 'w').exists()
-    assert launch.run('train_local.sh', PROCESSES='') == 0
+    assert launch.run('train_local.sh', '-n', 1) == 0
     assert launch.starts(0)[1]['arguments'] == ['--config=c.py:sft', '--workdir=runs/x']
 
 
@@ -213,7 +209,6 @@ def test_output_of_the_others_and_one_process_without_flags(launch):
         ('broken:0:0,error:1:0', 1, 1),
         ('broken:0:0,broken:1:0', 2, 0),
         ('error:0:0,kill:1:0', 2, 0),
-        ('abort:0:0,abort:1:0', 2, 0),
     ],
 )
 def test_what_came_first_decides_when_several_die(launch, faults, starts, code):
@@ -224,31 +219,20 @@ def test_what_came_first_decides_when_several_die(launch, faults, starts, code):
 
 def test_restarts_are_bounded_and_a_checkpoint_resets_the_count(launch):
     always = '--fault=' + ','.join(f'kill:0:{k}' for k in range(9))
-    assert launch.run('train_local.sh', always, '--save_every=100', PROCESSES='1', MAX_RESTARTS='2') == 1
+    assert launch.run('train_local.sh', '-n', 1, always, '--save_every=100', MAX_RESTARTS='2') == 1
     assert launch.begun() == [0, 0, 0]
-    last = launch.printed().splitlines()[-1]
-    assert last == 'error: No new checkpoint in runs/x after 2 restarts: given up.'
-    assert launch.run('train_local.sh', always, PROCESSES='1', MAX_RESTARTS='1', PAUSE_S='0') == 0, launch.printed()
+    assert launch.printed().splitlines()[-1] == 'error: No new checkpoint in runs/x after 2 restarts: given up.'
+    assert launch.run('train_local.sh', '-n', 1, always, MAX_RESTARTS='1', PAUSE_S='0') == 0, launch.printed()
     assert launch.begun() == [0, 2, 4, 6, 8, 10] and launch.finished()
 
 
-def test_a_process_that_hangs_is_killed_after_the_grace(launch):
-    began = time.monotonic()
-    assert launch.run('train_local.sh', '--fault=hang:0:0,kill:1:0', GRACE_S='1.5') == 0
-    assert 1.5 < time.monotonic() - began < 6
-    assert 'SIGKILL to process 0, which still runs 1.5 s after it was asked to end' in launch.printed()
-    assert launch.finished()
-
-
-@pytest.mark.parametrize('how', ['STOP_S', 'second Ctrl-C'])
-def test_a_process_that_hangs_when_it_should_save(launch, how):
-    process = launch.train('train_local.sh', '--fault=hang:1:0', **({'STOP_S': '0.5'} if how == 'STOP_S' else {}))
+def test_a_second_ctrl_c_ends_a_process_that_hangs(launch):
+    process = launch.train('train_local.sh', '--fault=hang:1:0')
     launch.until(lambda: (launch.workdir / 'meetings' / '0' / '3-0').exists())
     process.send_signal(signal.SIGINT)
-    if how != 'STOP_S':
-        launch.until(lambda: 'SIGINT: waiting until all have saved, at most 600 s' in launch.printed())
-        process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 1
+    launch.until(lambda: 'SIGINT: SIGTERM to all processes' in launch.printed())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(LIMIT_S) == 1
     launch.none_left()
     last = launch.printed().splitlines()[-1]
     assert last == 'error: Ended without saving; the same command goes on from the last checkpoint.'
@@ -274,9 +258,8 @@ def test_kill_of_the_launcher_and_a_second_one_beside_it(launch):
 def test_each_process_has_its_part_of_the_gpus(launch):
     assert launch.run('train_local.sh', DEVICES_PER_PROCESS='2', CUDA_VISIBLE_DEVICES='7,5,3,1') == 0
     assert [launch.starts(i)[0]['environment']['CUDA_VISIBLE_DEVICES'] for i in range(2)] == ['7,5', '3,1']
-    assert '+ CUDA_VISIBLE_DEVICES=7,5 ' in launch.printed()
     assert launch.run('train_local.sh', DEVICES_PER_PROCESS='3', CUDA_VISIBLE_DEVICES='7,5,3,1') == 1
-    assert 'error: CUDA_VISIBLE_DEVICES=7,5,3,1 has 4 devices, and 2 processes with 3 each need 6' in launch.printed()
+    assert 'error: CUDA_VISIBLE_DEVICES=7,5,3,1 has 4 devices, and 2 processes' in launch.printed()
 
 
 # --- several machines -----------------------------------------------------------------------------------------
@@ -291,27 +274,35 @@ def test_hosts_of_a_file_with_their_options(launch):
     calls = (launch.hosts / 'calls').read_text().splitlines()
     assert sorted(re.search(r'-oServerAliveCountMax=4 (\S+) cd', c)[1] for c in calls) == ['me@node2', 'node1', 'node3']
     assert all(c.startswith('-oBatchMode=yes ') for c in calls)
-    log = (launch.workdir / 'logs' / 'process-2.log').read_text()
-    assert log.startswith('process 2 of 3 begins at step 0\nlens agent on ')
+    assert (launch.workdir / 'logs' / 'process-2.log').read_text() == 'process 2 of 3 begins at step 0\n'
 
 
 def test_a_connection_that_is_lost(launch):
-    process = launch.train('hosts.sh', '--steps=40')
-    launch.until(lambda: launch.met(1))
-    first = launch.starts(0)[0]['pid']
-    launch.kill('ssh', 'me@node2', 'BatchMode')
-    assert process.wait(20) == 0, launch.printed()
+    """What it leaves on the host is ended, and all start again."""
+    process = launch.train('hosts.sh', '--steps=200', '--save_every=20')
+    launch.until(lambda: launch.met(21))
+    for pid, line in marked(launch.value).items():
+        if line.startswith('setsid --wait') and '--process_id=1' in line:
+            os.kill(pid, signal.SIGKILL)
+    assert process.wait(LIMIT_S) == 0, launch.printed()
     launch.none_left()
-    assert 'process 1 ended with code 137 (SIGKILL)' in launch.printed()
-    assert launch.finished() and len(launch.starts(1)) == 2 and launch.starts(0)[1]['pid'] != first
+    assert 'process 1 ended with code 137' in launch.printed()
+    assert launch.finished() and [len(launch.starts(i)) for i in range(2)] == [2, 2]
 
 
-def test_what_hangs_on_a_host_is_ended_before_the_next_start(launch):
-    assert launch.run('hosts.sh', '--fault=kill:0:0,hang:1:0') == 0, launch.printed()
-    pid = launch.starts(1)[0]['pid']
-    log = (launch.workdir / 'logs' / 'process-1.log').read_text()
-    assert f'SIGKILL to process group {pid}, left by an earlier start' in log
-    assert launch.finished() and launch.begun() == [0, 2]
+def test_what_is_left_on_a_host_is_killed_by_the_next_start(launch):
+    words = [ROOT / 'launch' / 'on_host.sh', launch.workdir]
+    starts, env = [], launch.env | {'TMPDIR': str(launch.folder)}
+    for _ in range(2):
+        process = subprocess.Popen(
+            [*words, 'sh', '-c', 'echo runs; sleep 1000'], env=env, stdout=-1, text=True, start_new_session=True
+        )
+        assert process.stdout.readline() == 'runs\n'
+        starts.append(process)
+    assert starts[0].wait(LIMIT_S) == -signal.SIGKILL
+    subprocess.run([*words, '-TERM'], env=env, check=True)
+    assert starts[1].wait(LIMIT_S) == -signal.SIGTERM
+    subprocess.run([*words, '-TERM'], env=env, check=True)  # nothing runs
 
 
 def test_a_host_that_cannot_be_reached(launch):
@@ -321,34 +312,11 @@ def test_a_host_that_cannot_be_reached(launch):
     assert 'No route to host' in launch.printed() and launch.printed().count('process 1 ended with code 255') == 2
 
 
-def test_a_pod_is_set_up_by_a_copy(launch):
-    """What git does not ignore arrives on the workers, is installed there, and trains; one that hangs does not stay."""
-    python = launch.folder / 'python3.77'
-    python.write_text(
-        '#!/bin/sh\n[ "$*" = "-m venv .venv" ] || exit 9\nmkdir -p .venv/bin\n'
-        f'printf \'#!/bin/sh\\nexec {sys.executable} "$@"\\n\' >.venv/bin/python\n'
-        'printf \'#!/bin/sh\\necho "pip $*"\\n\' >.venv/bin/pip\nchmod +x .venv/bin/*\n'
-    )
-    python.chmod(0o755)
-    for words in (['init', '-q'], ['add', '.']):
-        subprocess.run(['git', *words], cwd=launch.repository, check=True)
-    (launch.repository / '.gitignore').write_text('/runs/\n')
-    (launch.repository / 'runs').mkdir()
-    (launch.repository / 'runs' / 'large').touch()
-    arguments = ['--config=c', f'--workdir={launch.workdir}', '--fault=kill:1:0,hang:0:0']
-    env = {'SETUP': '1', 'SETUP_PYTHON': str(python), 'REPO_DIR': 'the lens', 'PYTHON': ''}
-    assert launch.start('train_tpu.sh', *arguments, **env).wait(20) == 0, launch.printed()
-    launch.none_left()
-    assert launch.finished() and launch.begun() == [0, 2]
-    assert launch.printed().count('pip install --quiet --editable .[tpu]\n') == 2
-    for i in range(2):
-        copied = launch.hosts / f'worker-{i}' / 'the lens'
-        assert sorted(p.name for p in copied.iterdir()) == ['.gitignore', '.venv', 'launch', 'lens']
-    copy, install, *trainings = (launch.hosts / 'calls').read_text().splitlines()
+def test_the_options_of_a_pod(launch):
+    assert launch.run('train_tpu.sh') == 0
+    (call,) = (launch.hosts / 'calls').read_text().splitlines()
     where = 'pod --zone=zone-b --project=mine --worker=all'
-    assert re.fullmatch(rf'compute tpus tpu-vm scp \S+ pod:\S+ {where.removeprefix("pod ")}', copy)
-    assert install.startswith(f'compute tpus tpu-vm ssh {where} --command=mkdir')
-    assert [t.startswith(f'compute tpus tpu-vm ssh {where} --command=cd ') for t in trainings] == [True, True]
+    assert call.startswith(f'compute tpus tpu-vm ssh {where} --command=cd ') and ' -- -oBatchMode=yes ' in call
 
 
 # --- Slurm ----------------------------------------------------------------------------------------------------
@@ -363,7 +331,7 @@ def requeues(launch: Launch) -> list[str]:
 
 
 def begin_job(launch: Launch, *arguments: str) -> None:
-    assert launch.train('train_slurm.sh', *arguments).wait(10) == 0
+    assert launch.train('train_slurm.sh', *arguments).wait(LIMIT_S) == 0
     launch.until(lambda: launch.met(1))
 
 
@@ -397,7 +365,7 @@ def test_the_options_of_the_job_and_a_copy_of_the_script(launch):
     assert set(options) >= {'--ntasks-per-node=1', '--signal=B:USR1@300', '--requeue', '--open-mode=append'}
     assert all(line.startswith('#') for line in head.splitlines()), 'sbatch reads options before the first command'
     env = {k: v for k, v in launch.env.items() if k != 'REPO_DIR'}
-    words = ['launch/train_slurm.sh', '--', '--config=c', '--workdir=runs/x']
+    words = ['launch/train_slurm.sh', '--config=c', '--workdir=runs/x']
     command = ['sbatch', f'--output={launch.printed_file}', *words]
     subprocess.run(command, cwd=launch.repository, env=env, check=True, stdout=subprocess.DEVNULL)
     launch.until(launch.finished)
@@ -414,17 +382,18 @@ def test_the_options_of_the_job_and_a_copy_of_the_script(launch):
 def test_arguments_that_are_refused_before_anything_starts(launch):
     both = ['--config=c', '--workdir=runs/x']
     for script, arguments, env, message in (
-        *((s, ['--config=c'], {}, f'--workdir is needed: see the head of launch/{s}.') for s in SCRIPTS),
+        *((s, ['--config=c'], {}, f'--workdir is needed: see the head of {s}.') for s in SCRIPTS),
         ('train_local.sh', ['--workdir=w', '--config.a=1'], {}, '--config is needed'),
-        ('train_local.sh', ['-n'], {}, '-n needs a number of processes.'),
-        ('train_local.sh', ['-n', '0', *both], {}, '0 is no number of processes: give -n 2.'),
+        ('train_local.sh', ['-n'], {}, '-n needs a number of processes: -n 2.'),
+        ('train_local.sh', ['-n', '0', *both], {}, '-n needs a number of processes: -n 2.'),
         ('train_local.sh', both, {'PYTHON': 'none/python'}, 'none/python is missing'),
-        ('train_local.sh', both, {'GRACE_S': 'long'}, 'GRACE_S=long is not a number.'),
-        ('hosts.sh', both, {'HOSTS': ''}, 'HOSTS is needed'),
-        ('hosts.sh', both, {'HOSTS': 'a b a'}, 'HOSTS=a b a names no host, or one twice'),
+        *(
+            ('hosts.sh', both, {'HOSTS': h}, f'HOSTS={h} has to name hosts')
+            for h in ('', 'a b a', 'a -oProxyCommand=x')
+        ),
         ('hosts.sh', both, {'PORT': 'x'}, 'PORT=x is no port.'),
-        ('train_tpu.sh', both, {'ZONE': ''}, 'ZONE is needed'),
+        ('train_tpu.sh', both, {'ZONE': ''}, 'TPU_NAME and ZONE are needed'),
     ):
-        assert launch.start(script, *arguments, **env).wait(10) == 1
+        assert launch.start(script, *arguments, **env).wait(LIMIT_S) == 1
         assert launch.printed().startswith(f'error: {message}') and launch.printed().count('\n') == 1
     assert not launch.workdir.exists() and not (launch.hosts / 'calls').exists()

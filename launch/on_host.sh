@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Sourced by hosts.sh and train_tpu.sh for `on_host`; on the other machines, which run one training of a WORKDIR at a time:
+#
+#   launch/on_host.sh WORKDIR COMMAND…    becomes COMMAND; what a lost connection left is killed first
+#   launch/on_host.sh WORKDIR -NAME       sends signal NAME to it
+# shellcheck disable=SC1091,SC2034,SC2154 # variables that the scripts set or use
+set -euo pipefail
+
+# For ssh: nothing is asked, and a connection that is lost is noticed within a minute.
+ssh_options=(-oBatchMode=yes -oConnectTimeout=15 -oServerAliveInterval=15 -oServerAliveCountMax=4)
+
+# What the shell of another machine is given: this script with WORKDIR and the words $@, in REPO_DIR.
+on_host() {
+  local word
+  printf 'cd %q && exec env PYTHONUNBUFFERED=1 %s launch/on_host.sh' "$REPO_DIR" "${REMOTE_ENV-}"
+  for word in "$workdir" "$@"; do printf " '%s'" "${word//\'/\'\\\'\'}"; done
+}
+if [ "$0" != "${BASH_SOURCE[0]}" ]; then return; fi
+
+. "$(dirname "$0")/common.sh"
+lock=${TMPDIR:-/tmp}/lens-$UID-$(realpath -m "$1" | cksum | tr -d ' ')
+exec 9>>"$lock" # held by COMMAND, whose id is in the file
+send() { flock -n 9 || signal_group "$1" "$(<"$lock")"; }
+if [[ $2 = -* ]]; then
+  send "${2#-}"
+  exit
+fi
+send KILL
+flock -w 60 9 || die "$(uname -n) still runs an earlier start in $1, which SIGKILL does not end."
+echo $$ >"$lock"
+exec "${@:2}"
