@@ -60,6 +60,11 @@ def first_chats(count: int, *, seed: int = 0, index: int = 0) -> list[StoryChat]
     return list(itertools.islice(of_all, count))
 
 
+def held_out(count: int, seed: int) -> list[StoryChat]:
+    """Chats of stories that no model is fitted on."""
+    return first_chats(count, seed=seed, index=world.FIRST_VALIDATION_INDEX)
+
+
 def row(chat: StoryChat) -> dict:
     """The chat as a row of JSON lines."""
     answer = {'role': 'assistant', 'content': chat.content, 'thinking': chat.thinking}
@@ -68,7 +73,7 @@ def row(chat: StoryChat) -> dict:
 
 def main(_):
     path = pathlib.Path(flags.FLAGS.out)
-    chats = first_chats(flags.FLAGS.rows, seed=flags.FLAGS.seed, index=world.FIRST_VALIDATION_INDEX)
+    chats = held_out(flags.FLAGS.rows, flags.FLAGS.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_jsonl(path, map(row, chats))
     print(f'{len(chats)} chats: {path}')

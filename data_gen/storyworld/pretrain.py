@@ -171,8 +171,14 @@ class Pretrainer:
 
     def init(self) -> dict:
         """Returns the state before the first step."""
-        t = Trainable(self.shape, len(self.fact_ids), rngs=nnx.Rngs(self.cfg.seed))
-        return {'trainable': t, 'opt': self.tx.init(t)}
+
+        @jax.jit
+        def make():
+            t = Trainable(self.shape, len(self.fact_ids), rngs=nnx.Rngs(self.cfg.seed))
+            return {'trainable': t, 'opt': self.tx.init(t)}
+
+        # committed, as what a checkpoint gives back: both run through one compiled step
+        return jax.device_put(make(), jax.devices()[0])
 
     def run(self, workdir: pathlib.Path) -> dict[str, float]:
         """Trains to the end, writes the model and returns its held-out losses; goes on from the last checkpoint."""

@@ -25,7 +25,7 @@ from flax import nnx
 
 from data_gen import arrays, render
 from data_gen.documents import Chat
-from data_gen.storyworld import chats, harmony_tokenizer, pretrain, world
+from data_gen.storyworld import chats, harmony_tokenizer, pretrain
 from lens import cli, hf, losses
 from lens.errors import LensError
 from lens.models import families
@@ -196,8 +196,7 @@ def make(family: str, out: pathlib.Path, recipe: Recipe) -> float:
         write_tokenizer(family, pathlib.Path(folder))
         tokenizer = hf.load_tokenizer(folder)
         seen = encode(chats.first_chats(CHATS), tokenizer, family)
-        unseen = chats.first_chats(HELD_OUT, index=world.FIRST_VALIDATION_INDEX)
-        unseen = encode(unseen, tokenizer, family)
+        unseen = encode(chats.held_out(HELD_OUT, seed=0), tokenizer, family)
         ids = {f'{k}_token_id': getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')}
         if family == 'llama':
             model, table = hf.load_model(SUBJECT, remat='dots'), None
