@@ -202,8 +202,8 @@ def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, 'SHARDS_PER_PROCESS', 1)
     collect = shards._collect
 
-    def collect_and_kill(waiting, progress):
-        collect(waiting, progress)
+    def collect_and_kill(waiting, bar):
+        collect(waiting, bar)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     monkeypatch.setattr(shards, '_collect', collect_and_kill)
