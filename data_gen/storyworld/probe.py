@@ -45,16 +45,13 @@ def fit(a_NxD, labels_N, classes: int):
 
     tx = optax.adam(optax.cosine_decay_schedule(0.05, FIT_STEPS))
 
-    @jax.jit
-    def run(w):
-        def body(carry, _):
-            w, opt = carry
-            updates, opt = tx.update(jax.grad(loss)(w), opt)
-            return (w + updates, opt), None
+    def step(_, carry):
+        w, opt = carry
+        updates, opt = tx.update(jax.grad(loss)(w), opt)
+        return w + updates, opt
 
-        return jax.lax.scan(body, (w, tx.init(w)), length=FIT_STEPS)[0][0]
-
-    return run(jnp.zeros((x.shape[1], classes)))
+    w = jnp.zeros((x.shape[1], classes))
+    return jax.lax.fori_loop(0, FIT_STEPS, step, (w, tx.init(w)))[0]
 
 
 def accuracies(model, train: data.Split, validation: data.Split, layer: int) -> list[tuple[str, int, float]]:

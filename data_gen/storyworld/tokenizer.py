@@ -6,18 +6,8 @@ import pathlib
 from lens import files, hf
 from lens.errors import LensError
 
-SPECIAL_TOKENS = [
-    '<|pad|>',
-    '<|bos|>',
-    '<|eos|>',
-    '<|user|>',
-    '<|assistant|>',
-    '<|system|>',
-    '<|think|>',
-    '<|/think|>',
-    '<|end|>',
-]
-PAD, BOS, EOS = SPECIAL_TOKENS[:3]
+PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
+SPECIAL_TOKENS = [PAD, BOS, EOS, '<|user|>', '<|assistant|>', '<|system|>', '<|think|>', '<|/think|>', '<|end|>']
 MAX_VOCAB = 2000
 CHAT_TEMPLATE = (
     '{{ bos_token }}'
