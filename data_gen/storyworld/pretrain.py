@@ -167,18 +167,16 @@ class Pretrainer:
             loss_fn, **cfg.lookahead, fact_ids_M=self.fact_ids, group_sizes=tuple(len(f['token_ids']) for f in fields)
         )
 
-        self.step, self.loss = make_step(loss, self.tx), jax.jit(loss)
+        def init():
+            t = Trainable(self.shape, len(self.fact_ids), rngs=nnx.Rngs(cfg.seed))
+            return {'trainable': t, 'opt': self.tx.init(t)}
+
+        self._init, self.step, self.loss = jax.jit(init), make_step(loss, self.tx), jax.jit(loss)
 
     def init(self) -> dict:
         """Returns the state before the first step."""
-
-        @jax.jit
-        def make():
-            t = Trainable(self.shape, len(self.fact_ids), rngs=nnx.Rngs(self.cfg.seed))
-            return {'trainable': t, 'opt': self.tx.init(t)}
-
         # committed, as what a checkpoint gives back: both run through one compiled step
-        return jax.device_put(make(), jax.devices()[0])
+        return jax.device_put(self._init(), jax.devices()[0])
 
     def run(self, workdir: pathlib.Path) -> dict[str, float]:
         """Trains to the end, writes the model and returns its held-out losses; goes on from the last checkpoint."""

@@ -130,7 +130,7 @@ class Table(NamedTuple):
     @property
     def log_rows(self) -> np.ndarray:
         """Logarithm of how many rows of the large table each one stands for, float32."""
-        return np.log(np.append(np.ones(len(self.ids)), self.size), dtype=np.float32)
+        return np.log(np.append(np.ones(len(self.ids)), self.size - len(self.ids)), dtype=np.float32)
 
     def compact(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids of the large table to those of the small one."""
