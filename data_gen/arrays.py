@@ -9,32 +9,26 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 
 import numpy as np
+
+from lens import files
 
 BLOCK_BYTES = 1 << 23  # of padded token ids that are in memory at a time
 NO_ROLE = -1  # role of the padding
 
 
-def write_splits(out: str | os.PathLike[str], splits) -> None:
+def write_splits(out: pathlib.Path, splits) -> None:
     """Writes out/<name>/<array>.npy and meta.json for every (name, arrays, meta) of `splits`.
 
     `splits` may be a generator: one split is in memory at a time. `out` must not exist.
     """
-    out = pathlib.Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
-    try:
-        temporary.chmod(0o755)
+    with files.new_folder(out) as folder:
         for name, arrays, meta in splits:
-            (temporary / name).mkdir()
+            (folder / name).mkdir()
             for stem, array in arrays.items():
-                np.save(temporary / name / f'{stem}.npy', array)
-            write_json(temporary / name / 'meta.json', meta)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                np.save(folder / name / f'{stem}.npy', array)
+            write_json(folder / name / 'meta.json', meta)
 
 
 def write_json(path: pathlib.Path, value) -> None:

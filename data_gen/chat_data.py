@@ -1,12 +1,13 @@
 """Reading chat data sets: Hub id, save_to_disk directory, Parquet, JSON lines; what is a chat in a row.
 
-open_table gives an object with `name`, `columns`, len() and `rows(start, stop)`. Rows are streamed, never held,
-and a table can be pickled for a worker process. messages_of turns the value of a chat column into a list of
+open_table gives an object with `name`, `columns`, len(), `rows(start, stop)` and `identity`, what tells a changed
+input from the one that was read. Rows are streamed, never held, and a table can be pickled for a worker process. messages_of turns the value of a chat column into a list of
 {role, content[, thinking]}.
 """
 
 import bisect
 import json
+import os
 import pathlib
 import re
 
@@ -35,8 +36,8 @@ class LineTable:
                         self._marks.append(offset)
                     self._count += 1
                 offset += len(line)
-        keys = {k: None for _, row in self.rows(0, LOOK) if row for k in row}
-        self.columns = list(keys)
+        self.columns = list({k: None for _, row in self.rows(0, LOOK) if row for k in row})
+        self.identity = _sizes_and_times([path])
 
     def __len__(self) -> int:
         return self._count
@@ -75,9 +76,8 @@ class ParquetTable:
         import pyarrow
         import pyarrow.parquet
 
-        self.name, self.paths = name, paths
-        self._groups = []  # (first row, file, row group)
-        self._count, self.columns = 0, None
+        self.name = name
+        self._count, self.columns, self._groups = 0, None, []  # (first row, file, row group)
         for path in paths:
             try:
                 meta = pyarrow.parquet.read_metadata(path)
@@ -87,6 +87,7 @@ class ParquetTable:
             for group in range(meta.num_row_groups):
                 self._groups.append((self._count, path, group))
                 self._count += meta.row_group(group).num_rows
+        self.identity = _sizes_and_times(paths)
 
     def __len__(self) -> int:
         return self._count
@@ -113,6 +114,7 @@ class DatasetTable:
     def __init__(self, name: str, dataset):
         self.name, self.columns = name, list(dataset.column_names)
         self._dataset = dataset.with_format('arrow')
+        self.identity = dataset._fingerprint
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -181,6 +183,10 @@ def _from_hub(name: str, split: str, config: str | None):
         raise LensError(
             f'{name} is no file or folder, and the Hub gives no such data set and split ({_first_line(e)}).'
         ) from None
+
+
+def _sizes_and_times(paths: list[pathlib.Path]) -> list:
+    return [[x.st_size, x.st_mtime_ns] for x in map(os.stat, paths)]
 
 
 def _first_line(e: Exception) -> str:

@@ -54,7 +54,7 @@ def parse(row: dict | None, form: str, column: str, effort: str) -> Chat | str:
     if form == 'text':
         if not isinstance(row.get(column), str):
             raise BadRow(f'no text in {column}')
-        return _clean(row[column])
+        return chat_data.clean(row[column])
     messages = _messages(row, form, column)
     effort = next((row[k] for k in ('system_reasoning_effort', 'reasoning_effort') if row.get(k)), effort)
     if form == 'chat' and isinstance(row.get('system'), str):  # what data_gen.generate sent as the system line
@@ -82,7 +82,7 @@ def _messages(row: dict, form: str, column: str) -> list[dict]:
 
 def _message(message: dict) -> dict:
     """Without blank texts; <think>…</think> at the start of an answer becomes the field `thinking`."""
-    content, thinking = _clean(message['content']), _clean(message.get('thinking') or '')
+    content, thinking = message['content'], message.get('thinking')
     if message['role'] == 'assistant' and not thinking and content.lstrip().startswith('<think>'):
         thinking, content = chat_data.split_thinking(content)
     out = {'role': message['role'], 'content': content if content.strip() else ''}
@@ -91,8 +91,3 @@ def _message(message: dict) -> dict:
     elif message['role'] == 'assistant' and not out['content']:
         raise BadRow('an empty assistant message')
     return out
-
-
-def _clean(text: str) -> str:
-    """`text` without lone surrogates, which JSON can hold and tokenizers refuse."""
-    return text if text.isascii() else text.encode('utf-8', 'replace').decode()

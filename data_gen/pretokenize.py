@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from data_gen import arrays, chat_data, documents, locks, render, shards
-from lens import cli
+from lens import cli, files
 from lens.errors import LensError
 
 FORMAT = 'lens-tokens/1'  # lens.data.FORMAT; that module loads more than a worker process needs
@@ -64,7 +64,7 @@ def choose(rows: dict[str, np.ndarray], validation_N: np.ndarray, s: Settings, g
     held_out = max(round(len(kept) * s.validation_fraction), 1)
     if not given and len(kept) > held_out:
         part[kept[np.random.default_rng(s.seed).permutation(len(kept))[:held_out]]] = 1
-    part[~first] = -1
+    pass
     return part
 
 
@@ -73,22 +73,22 @@ def existing(out: pathlib.Path, s: Settings, force: bool) -> str | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        metas = [json.loads((out / name / 'meta.json').read_text()) for name in SPLITS]
-        found = [m['source'].get('settings') for m in metas]
+        metas = [files.read_json(out / name / 'meta.json', 'choose another --out') for name in SPLITS]
+        found = metas[0]['source'].get('settings')
         counts = ' and '.join(f'{m["documents"]} {name}' for m, name in zip(metas, SPLITS, strict=True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (LensError, KeyError, TypeError, AttributeError):
         raise LensError(f'{out} exists and is no folder of tokens: choose another --out.') from None
     if force:
         return None
-    other = '' if found[0] == shown_settings(s) else ', made with other settings'
+    other = '' if found == shown_settings(s) else ', made with other settings'
     return f'{out} exists and is kept ({counts} documents{other}); --force makes it again.'
 
 
 def shown_settings(s: Settings) -> dict:
     """Settings as meta.json has them: files by their name alone."""
-    files = ('input', 'tokenizer', 'validation_input')
+    names = ('input', 'tokenizer', 'validation_input')
     values = dataclasses.asdict(s)
-    return values | {k: pathlib.Path(values[k]).name for k in files if values[k] and pathlib.Path(values[k]).exists()}
+    return values | {k: pathlib.Path(values[k]).name for k in names if values[k] and pathlib.Path(values[k]).exists()}
 
 
 @contextlib.contextmanager
@@ -121,18 +121,6 @@ def open_tables(s: Settings) -> list:
     return tables
 
 
-def identity(table) -> list:
-    """What tells a changed input from the one that a finished shard was made of."""
-    paths = getattr(table, 'paths', [getattr(table, 'path', None)])
-    stats = [os.stat(p) for p in paths if p]
-    return [
-        table.name,
-        len(table),
-        getattr(getattr(table, '_dataset', None), '_fingerprint', ''),
-        [[x.st_size, x.st_mtime_ns] for x in stats],
-    ]
-
-
 def pretokenize(s: Settings, out: pathlib.Path, *, num_proc: int = 1, force: bool = False) -> str:
     """Writes out/train and out/validation; returns what they hold, in a few lines. Raises LensError."""
     if kept := existing(out, s, force):
@@ -154,7 +142,7 @@ def pretokenize(s: Settings, out: pathlib.Path, *, num_proc: int = 1, force: boo
         'template': renderer.kind if chats else None,
         'roles': render.ROLES,
     }
-    job = dataclasses.asdict(s) | meta | {'tables': [identity(t) for t in tables], 'formats': formats}
+    job = dataclasses.asdict(s) | meta | {'tables': [[t.name, len(t), t.identity] for t in tables], 'formats': formats}
     worker = shards.Worker(renderer, tables, formats, s.min_tokens, s.reasoning_effort)
     try:
         with work_folder(out, job) as folder:
@@ -195,23 +183,22 @@ def finish(s: Settings, folder: pathlib.Path, out: pathlib.Path, paths, table_ro
         'dropped': dict(sorted(dropped.items())),
         'settings': shown_settings(s),
     }
-    new, progress = folder / 'out', shards.Progress('Writing', sum(sizes))
+    new, bar = folder / 'out', shards.progress('Writing', sum(sizes))
     shutil.rmtree(new, ignore_errors=True)
     for i, name in enumerate(SPLITS):
         keep, split = part == i, new / name
         split.mkdir(parents=True)
         marks = rows['flags'][keep]
         totals = arrays.merge(
-            flat, rows['shard'], keep, split, s.seq_len, meta['pad_id'], len(meta['roles']), progress.add
+            flat, rows['shard'], keep, split, s.seq_len, meta['pad_id'], len(meta['roles']), bar.update
         )
         np.save(split / 'lengths.npy', rows['lengths'][keep])
         np.save(split / 'doc_id.npy', doc_id[keep])
         more = {'split': name, 'documents': sizes[i], 'tokens': int(totals.sum())}
         more['role_tokens'] = {k: int(totals[code]) for k, code in meta['roles'].items()}
-        for key, flag in render.FLAGS.items():
-            more[key] = int((marks & flag > 0).sum())
+        more |= {key: int((marks & flag > 0).sum()) for key, flag in render.FLAGS.items()}
         arrays.write_json(split / 'meta.json', meta | more | {'source': source})
-    progress.close()
+    bar.close()
     arrays.replace_folder(new, out)
     shutil.rmtree(folder)
     left_out = ''.join(f', {n} {k}' for k, n in source['dropped'].items())
@@ -220,7 +207,7 @@ def finish(s: Settings, folder: pathlib.Path, out: pathlib.Path, paths, table_ro
 
 def report(out: pathlib.Path, tokenizer) -> str:
     """The first training document, its roles in brackets; what truncation took."""
-    metas = [json.loads((out / name / 'meta.json').read_text()) for name in SPLITS]
+    metas = [files.read_json(out / name / 'meta.json', 'pretokenize again') for name in SPLITS]
     ids, roles, n = (np.load(out / 'train' / f'{k}.npy', mmap_mode='r')[0] for k in ('tokens', 'role', 'lengths'))
     names = {code: name for name, code in metas[0]['roles'].items()}
     runs = np.split(np.arange(n), np.flatnonzero(np.diff(roles[:n])) + 1)

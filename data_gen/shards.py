@@ -14,10 +14,10 @@ import pathlib
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 
 import numpy as np
+from tqdm import tqdm
 
 from data_gen import chat_data, documents, render
 from lens.errors import LensError
@@ -29,30 +29,18 @@ PROGRESS_S = (0.5, 20.0)  # seconds between two updates on a terminal, elsewhere
 ROW_FIELDS = ('lengths', 'row', 'flags', 'digest')  # of every document of a shard
 
 
-class Progress:
-    """One line on a terminal, a line now and then elsewhere; cleared when done."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.before = what, max(total, 1), 0, 0
-        self.terminal = sys.stderr.isatty()
-        self.begin = self.shown = time.monotonic()
-
-    def add(self, n: int, earlier: bool = False) -> None:
-        """n more rows; earlier: an interrupted command had done them."""
-        self.done, self.before = self.done + n, self.before + n * earlier
-        now = time.monotonic()
-        if now - self.shown < PROGRESS_S[not self.terminal]:
-            return
-        self.shown, rate = now, (self.done - self.before) / (now - self.begin)
-        eta = f'ETA {(self.total - self.done) / rate:.0f} s' if rate else ''
-        line = f'{self.what} {self.done:,} of {self.total:,} rows  {rate:,.0f} rows/s  {eta}'
-        print(
-            f'\r\x1b[K{line}' if self.terminal else line, end='' if self.terminal else '\n', file=sys.stderr, flush=True
-        )
-
-    def close(self) -> None:
-        if self.terminal:
-            print('\r\x1b[K', end='', file=sys.stderr, flush=True)
+def progress(what: str, total: int) -> tqdm:
+    """A bar on a terminal, cleared when done; a line now and then elsewhere."""
+    interval_s = PROGRESS_S[not sys.stderr.isatty()]
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=' rows',
+        leave=False,
+        mininterval=interval_s,
+        maxinterval=interval_s,
+        delay=interval_s,
+    )
 
 
 def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:
@@ -164,7 +152,7 @@ def shards(table, folder: pathlib.Path, number: int):
 
 def encode_all(worker: Worker, folder: pathlib.Path, num_proc: int) -> list[list[pathlib.Path]]:
     """Makes every shard that is not there yet, in `num_proc` processes; the paths by table."""
-    progress = Progress('Tokenizing', sum(map(len, worker.tables)))
+    bar = progress('Tokenizing', sum(map(len, worker.tables)))
     paths, waiting = [[] for _ in worker.tables], set()
     pool, count = None, -(-sum(map(len, worker.tables)) // ROWS)
     num_proc = min(num_proc, -(-count // SHARDS_PER_PROCESS))
@@ -175,28 +163,29 @@ def encode_all(worker: Worker, folder: pathlib.Path, num_proc: int) -> list[list
             for path, start, rows in shards(table, folder, number):
                 paths[number].append(path)
                 if path.exists():
-                    progress.add(min(ROWS, len(table) - start), earlier=True)
+                    bar.initial += min(ROWS, len(table) - start)  # of an interrupted command, no part of the rate
+                    bar.update(min(ROWS, len(table) - start))
                 elif pool is None:
-                    progress.add(worker.encode(number, path, start, start + ROWS, rows))
+                    bar.update(worker.encode(number, path, start, start + ROWS, rows))
                 else:
                     waiting.add(pool.submit(_encode, number, path, start, start + ROWS, rows))
                     if len(waiting) > num_proc:
-                        _collect(waiting, progress)
+                        _collect(waiting, bar)
         while waiting:
-            _collect(waiting, progress)
+            _collect(waiting, bar)
     except concurrent.futures.BrokenExecutor:
         raise LensError(
             'A worker process was killed: give the same command with a smaller --num_proc, it goes on where it was.'
         ) from None
     finally:
-        progress.close()
+        bar.close()
         if pool:
             pool.shutdown(wait=True, cancel_futures=True)
     return paths
 
 
-def _collect(waiting: set, progress: Progress) -> None:
+def _collect(waiting: set, bar: tqdm) -> None:
     done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
     waiting -= done
     for future in done:
-        progress.add(future.result())
+        bar.update(future.result())

@@ -15,16 +15,17 @@ none); meta.json's "facts" lists every field with its values and their token ids
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable
 
 import grain
 import numpy as np
 
+from lens import files
 from lens.errors import LensError
 
 FORMAT = 'lens-tokens/1'
+MAKE = 'make the data, or set data.path to a folder that has it'  # what to do about a damaged file
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
 ROWS_PER_CHECK = 65536
 BYTES_PER_SCAN = 1 << 24  # of role.npy
@@ -78,9 +79,7 @@ def _load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarra
     try:
         x = np.load(path, mmap_mode='r', allow_pickle=False)
     except FileNotFoundError:
-        raise DataError(
-            f'{path} does not exist: make the data first, or set data.path to a folder that has it.'
-        ) from None
+        raise DataError(f'{path} does not exist: {MAKE}.') from None
     except (ValueError, EOFError, OSError):
         raise DataError(f'{path} is truncated or not a .npy array of numbers: make the data again.') from None
     if x.dtype.kind not in 'iu':
@@ -93,17 +92,9 @@ def _load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarra
 def open_split(path: str, split: str, *, vocab_size: int) -> Split:
     """Opens and checks `path`/`split`. Raises DataError; reads every token id once (about 1 GB/s)."""
     d = pathlib.Path(path) / split
-    try:
-        meta = json.loads((d / 'meta.json').read_text())
-    except FileNotFoundError:
-        raise DataError(
-            f'{d}/meta.json does not exist: make the data first, or set data.path to a folder that has it.'
-        ) from None
-    except ValueError as e:
-        raise DataError(f'{d}/meta.json is not valid JSON ({e}): make the data again.') from None
-    found = meta.get('format') if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise DataError(f'{d}/meta.json has format {found!r}, expected {FORMAT!r}.')
+    meta = files.read_json(d / 'meta.json', MAKE, DataError)
+    if meta.get('format') != FORMAT:
+        raise DataError(f'{d}/meta.json has format {meta.get("format")!r}, expected {FORMAT!r}.')
     tokens = _load(d / 'tokens.npy', (None, None))
     n, s = tokens.shape
     if n == 0:
@@ -139,13 +130,9 @@ def _check_ids(ids: np.ndarray, path: pathlib.Path, vocab_size: int) -> None:
     for i in range(0, len(ids), ROWS_PER_CHECK):
         chunk = ids[i : i + ROWS_PER_CHECK]
         if chunk.min() < 0 or chunk.max() >= vocab_size:
-            row = i + int(
-                np.argmax(
-                    (chunk.reshape(len(chunk), -1) < 0).any(1) | (chunk.reshape(len(chunk), -1) >= vocab_size).any(1)
-                )
-            )
+            wrong = ((chunk < 0) | (chunk >= vocab_size)).reshape(len(chunk), -1).any(1)
             raise DataError(
-                f'{path} row {row} holds token ids outside 0..{vocab_size - 1}, the vocabulary of the '
+                f'{path} row {i + np.argmax(wrong)} holds token ids outside 0..{vocab_size - 1}, the vocabulary of the '
                 'subject: pretokenize with the tokenizer of this subject.'
             )
 
@@ -233,10 +220,7 @@ def first_unlabelled(split: Split, min_pos: int) -> int | None:
 
 def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rng) -> dict:
     allowed = None if split.codes is None else np.isin(split.role[i], split.codes)
-    row = {
-        'tokens': np.asarray(split.tokens[i], np.int32),
-        'doc_id': np.int64(split.doc_id[i]),
-    }
+    row = {'tokens': np.asarray(split.tokens[i], np.int32), 'doc_id': np.int64(split.doc_id[i])}
     if labelled:
         have = _labelled(split, i, min_pos)
         if not len(have):
@@ -315,16 +299,10 @@ def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: 
     n = min(documents, len(split))
     which = split.read_rows[:n]
     labelled = split.positions is not None and all(len(_labelled(split, i, min_pos)) for i in which)
+    rngs = [np.random.default_rng([seed, int(split.doc_id[i]) % 2**64]) for i in which]
     rows = [
-        _row(
-            split,
-            i,
-            vectors=vectors,
-            min_pos=min_pos,
-            labelled=labelled,
-            rng=np.random.default_rng([seed, int(split.doc_id[i]) % 2**64]),
-        )
-        for i in which
+        _row(split, i, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng)
+        for i, rng in zip(which, rngs, strict=True)
     ]
     batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
     batch['lengths'] = np.asarray(split.lengths[which])

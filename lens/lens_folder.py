@@ -106,7 +106,7 @@ def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[
     returns. prompts: of each side, what lens.json says of it; about: further entries."""
     arrays = {name: np.asarray(x, np.float32) for name, x in _leaves(lens).items() if not _is_own_base(name)}
     hf.write_tensors(directory / 'lens.safetensors', arrays)
-    keys = settings(lens)
+    keys, place = settings(lens), lens.decoder.config.injection.place
     sides = {
         side: {k.removeprefix(f'{side}.'): v for k, v in keys.items() if k.startswith(f'{side}.')} | prompts[side]
         for side in SIDES

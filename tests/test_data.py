@@ -1,7 +1,6 @@
 """lens.data: what it reads, what it refuses, and which positions it draws."""
 
 import dataclasses
-import itertools
 import json
 
 import numpy as np
@@ -9,47 +8,22 @@ import pytest
 
 from lens import data
 from lens.data import DataError
-
-DOCUMENTS, S, POSITIONS, T, F, VOCAB = 10, 13, 3, 4, 2, 600
-FIELDS = [
-    {'field': 'kind', 'values': ['fox', 'owl'], 'token_ids': [101, 102]},
-    {'field': 'mood', 'values': ['sad', 'glad', 'calm'], 'token_ids': [103, 104, 105]},
-]
-
-
-def arrays(first_id=1000, documents=DOCUMENTS):
-    """Every value names its place: explanation of document i at p starts with 50 * i + p."""
-    rng = np.random.default_rng(first_id)
-    lengths = rng.integers(8, S + 1, documents).astype(np.int32)
-    lengths[0] = S
-    tokens = rng.integers(1, VOCAB, (documents, S)).astype(np.int32)
-    tokens[np.arange(S) >= lengths[:, None]] = 0
-    positions = np.stack([np.sort(rng.choice(n, POSITIONS, replace=False)) for n in lengths]).astype(np.int32)
-    positions[1] = [positions[1].max(), -1, -1]  # -1: fewer than POSITIONS labelled positions
-    explanations = np.broadcast_to(
-        (50 * np.arange(documents)[:, None] + positions)[..., None], (documents, POSITIONS, T)
-    )
-    facts = np.stack([rng.integers(-1, len(f['values']), (documents, S)) for f in FIELDS], -1).astype(np.int8)
-    return {
-        'tokens': tokens,
-        'lengths': lengths,
-        'doc_id': first_id + 7 * np.arange(documents, dtype=np.int64),
-        'positions': positions,
-        'explanations': np.abs(explanations).astype(np.int32),
-        'facts': facts,
-    }
-
-
-META = {'format': 'lens-tokens/1', 'vocab_size': VOCAB, 'pad_id': 0, 'facts': FIELDS}
-
-
-def write(root, split='train', meta=META, **arrays_of_split):
-    folder = root / split
-    folder.mkdir(parents=True)  # never written over: a reader's thread may have the arrays mapped
-    (folder / 'meta.json').write_text(json.dumps(meta))
-    for name, x in arrays_of_split.items():
-        np.save(folder / f'{name}.npy', x)
-    return folder
+from tests.small_split import (
+    DOCUMENTS,
+    META,
+    VOCAB,
+    F,
+    S,
+    T,
+    arrays,
+    batches,
+    held,
+    message_of,
+    open_train,
+    row_of,
+    same,
+    write,
+)
 
 
 @pytest.fixture
@@ -63,17 +37,6 @@ def split(tmp_path_factory):
     root = tmp_path_factory.mktemp('data')
     write(root, **arrays())
     return data.open_split(str(root), 'train', vocab_size=VOCAB)
-
-
-def open_train(folder, vocab_size=VOCAB):
-    return data.open_split(str(folder.parent), 'train', vocab_size=vocab_size)
-
-
-def message_of(error) -> str:
-    """The message, after a check that it is one sentence on one line."""
-    text = str(error.value)
-    assert text.endswith('.') and '\n' not in text and '. ' not in text.replace('e.g. ', ''), text
-    return text
 
 
 def refused(folder, *needles):
@@ -171,13 +134,18 @@ def test_the_vocabulary_is_that_of_the_subject(folder):
         open_train(folder, vocab_size=top)
 
 
-@pytest.mark.parametrize('text', ['', '{', '{"format": "lens-tokens/1"', 'no json', b'\xff\xfe\x00'])
+@pytest.mark.parametrize('text', ['', '{"format": "lens-tokens/1"', b'\xff\xfe\x00'])
 def test_bad_json(folder, text):
     (folder / 'meta.json').write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(folder, f'{folder}/meta.json is not valid JSON')
 
 
-@pytest.mark.parametrize('meta', [{}, {'format': 'lens-tokens/2'}, {'format': None}, [], 'lens-tokens/1'])
+def test_meta_that_is_no_object(folder):
+    (folder / 'meta.json').write_text('["lens-tokens/1"]')
+    refused(folder, f'{folder}/meta.json holds no JSON object', 'data.path')
+
+
+@pytest.mark.parametrize('meta', [{}, {'format': 'lens-tokens/2'}, {'format': None}])
 def test_wrong_format(folder, meta):
     (folder / 'meta.json').write_text(json.dumps(meta))
     refused(folder, f'{folder}/meta.json', 'lens-tokens/1')
@@ -286,24 +254,6 @@ def test_draw_positions_is_uniform():
 # ---- training batches ----
 
 
-def batches(split, n=None, **more):
-    settings = {'documents': 4, 'vectors': 2, 'min_pos': 3, 'labelled': False, 'seed': 0} | more
-    it = data.train_batches(split, **settings)
-    return it if n is None else list(itertools.islice(it, n))
-
-
-def same(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for k in x:
-            np.testing.assert_array_equal(x[k], y[k])
-
-
-def row_of(doc_id):
-    return (np.asarray(doc_id) - 1000) // 7
-
-
 def test_train_batches_have_the_shapes_and_the_content_of_their_documents(split):
     for batch in batches(split, 6):
         assert {k: v.shape for k, v in batch.items()} == {'tokens': (4, S), 'positions': (4, 2), 'doc_id': (4,)}
@@ -406,10 +356,6 @@ def test_fewer_documents_than_a_batch(split):
 # ---- held-out set ----
 
 
-def held(split, documents=5, **more):
-    return data.held_out(split, documents=documents, **{'vectors': 2, 'min_pos': 3, 'seed': 0} | more)
-
-
 def test_held_out_is_fixed_and_does_not_depend_on_the_number_of_documents(split):
     five, three = held(split, 5), held(split, 3)
     same([five], [held(split, 5)])
@@ -448,116 +394,9 @@ def test_held_out_without_explanations_draws_positions_from_seed_and_document(tm
     np.testing.assert_array_equal(turned['positions'][::-1], got['positions'])
 
 
-# ---- positions by role ----
-
-ROLES = {'system': 4, 'user': 1, 'thinking': 0, 'final': 3, 'special': 5, 'text': 2}  # codes are the data's own
-KIND = {'assistant': ('thinking', 'final'), 'thinking': ('thinking',), 'final': ('final',)}
-
-
-def with_roles(root, labelled=False, split='train', **more):
-    """Document 2 has nothing of the assistant, 4 only its first token, 5 a final answer alone."""
-    a = arrays()
-    role = np.random.default_rng(5).choice([ROLES[k] for k in ('user', 'thinking', 'final', 'special')], (DOCUMENTS, S))
-    role[2], role[4], role[5] = ROLES['user'], ROLES['user'], ROLES['final']
-    role[4, 0] = ROLES['thinking']
-    a['role'] = np.where(np.arange(S) < a['lengths'][:, None], role, -1).astype(np.int8)
-    names = (*a, 'role') if labelled else ('tokens', 'lengths', 'doc_id', 'role')
-    meta = {'format': 'lens-tokens/1', 'roles': ROLES} | more
-    folder = write(root, split, meta, **{k: a[k] for k in names})
-    return data.open_split(str(folder.parent), split, vocab_size=VOCAB), a
-
-
-def may_be_read(a, kind, min_pos=3):
-    """[N, S] by the definition, one position at a time."""
-    codes = [ROLES[k] for k in KIND[kind]]
-    return np.array(
-        [
-            [p >= min(min_pos, n - 1) and p < n and row[p] in codes for p in range(S)]
-            for row, n in zip(a['role'], a['lengths'], strict=True)
-        ]
-    )
-
-
-@pytest.mark.parametrize('kind', list(KIND))
-def test_positions_of_one_role(tmp_path, kind):
-    split, a = with_roles(tmp_path)
-    chosen, ok = data.readable(split, kind, 3), may_be_read(a, kind)
-    have = np.flatnonzero(ok.any(1))
-    assert 2 not in have and 4 not in have and (5 in have) == (kind != 'thinking')
-    assert chosen.rows.tolist() == have.tolist() and len(chosen) == len(have)
-    assert chosen.left_out == DOCUMENTS - len(have) and split.left_out == 0
-    seen = np.zeros_like(ok)
-    for batch in [*batches(chosen, 300), held(chosen, DOCUMENTS)]:
-        rows = row_of(batch['doc_id'])
-        assert set(rows) <= set(have) and (np.diff(batch['positions']) >= 0).all()
-        np.testing.assert_array_equal(batch['tokens'], a['tokens'][rows])
-        for row, p in zip(rows, batch['positions'], strict=True):
-            assert ok[row, p].all() and len(set(p.tolist())) == min(2, ok[row].sum())
-            seen[row, p] = True
-    assert (seen == ok).all()  # every one that may be read comes up
-    assert held(chosen, 3)['doc_id'].tolist() == split.doc_id[have[:3]].tolist()
-    np.testing.assert_array_equal(held(chosen, 3)['lengths'], a['lengths'][have[:3]])
-
-
-def test_positions_of_any_role_are_those_of_data_without_roles(tmp_path, split):
-    chosen, _ = with_roles(tmp_path)
-    assert data.readable(chosen, 'any', 3) is chosen
-    same(batches(chosen, 6), batches(split, 6))
-
-
 def test_the_fingerprint_is_of_documents_their_order_and_their_labels(tmp_path):
     write(tmp_path, **arrays())
     split, again = (data.open_split(str(tmp_path), 'train', vocab_size=VOCAB) for _ in range(2))
     other = [dataclasses.replace(split, **{k: getattr(split, k)[::-1]}) for k in ('doc_id', 'lengths', 'positions')]
     prints = [data.fingerprint(x) for x in (split, *other, dataclasses.replace(split, positions=None))]
     assert len(set(prints)) == 5 and data.fingerprint(again) == prints[0]
-
-
-def test_positions_of_one_role_are_deterministic_and_continue(tmp_path):
-    chosen = data.readable(with_roles(tmp_path)[0], 'assistant', 3)
-    opened_again = data.readable(data.open_split(str(tmp_path), 'train', vocab_size=VOCAB), 'assistant', 3)
-    whole = batches(chosen, 8)
-    same(whole, batches(chosen, 8))
-    it = batches(chosen)
-    for _ in range(3):
-        next(it)
-    state = json.loads(json.dumps(it.get_state()))
-    again = batches(opened_again)
-    again.set_state(state)
-    same([next(again) for _ in range(5)], whole[3:])
-    five, two = held(chosen, 5), held(chosen, 2)
-    same([{k: v[:2] for k, v in five.items()}], [two])
-
-
-def test_roles_are_scanned_in_blocks(tmp_path, monkeypatch):
-    split, _ = with_roles(tmp_path)
-    rows = data.readable(split, 'final', 3).rows
-    monkeypatch.setattr(data, 'BYTES_PER_SCAN', 3 * S)
-    assert data.readable(split, 'final', 3).rows.tolist() == rows.tolist()
-
-
-def test_given_explanations_of_one_role(tmp_path):
-    split, a = with_roles(tmp_path, labelled=True, facts=FIELDS)
-    chosen, ok = data.readable(split, 'assistant', 0), may_be_read(a, 'assistant', 0)
-    for batch in [*batches(chosen, 20, labelled=True, min_pos=0), held(chosen, DOCUMENTS, min_pos=0)]:
-        for row, p, e in zip(row_of(batch['doc_id']), batch['positions'], batch['explanations'], strict=True):
-            assert ok[row, p].all() and set(p.tolist()) <= set(a['positions'][row].tolist())
-            assert e[:, 0].tolist() == (50 * row + p).tolist()
-    got = held(chosen, DOCUMENTS, min_pos=0)
-    rows = row_of(got['doc_id'])
-    np.testing.assert_array_equal(got['facts'], a['facts'][rows[:, None], got['positions']])
-
-
-def test_roles_that_are_not_there(tmp_path, split):
-    bare = with_roles(tmp_path / 'a')[0]
-    for x in (split, data.open_split(str(tmp_path / 'a'), 'train', vocab_size=VOCAB)):
-        if x is not split:
-            x.meta.pop('roles')
-        with pytest.raises(DataError) as error:
-            data.readable(x, 'final', 3)
-        assert str(x.directory) in message_of(error) and "data.positions='final'" in str(error.value)
-    (bare.directory / 'role.npy').unlink()
-    assert data.open_split(str(tmp_path / 'a'), 'train', vocab_size=VOCAB).role is None
-    with pytest.raises(DataError) as error:
-        data.readable(with_roles(tmp_path / 'b', roles=ROLES | {'thinking': 77})[0], 'thinking', 3)
-    assert 'no document with a position' in message_of(error)

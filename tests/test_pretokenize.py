@@ -2,322 +2,30 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from data_gen import arrays, chat_data, documents, render, shards
+from data_gen import arrays, render, shards
 from data_gen import pretokenize as module
-from data_gen.documents import BadRow, Chat
 from data_gen.pretokenize import Settings, pretokenize
-from data_gen.storyworld import harmony_tokenizer
 from lens import data, hf
 from lens.errors import LensError
+from tests.chat_rows import assistant, chats, jsonl, user
 
 SUBJECT = 'configs/tiny_subject'
 VOCAB = 940
-NAMES = {code: name for name, code in render.ROLES.items()}
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def command(*args, **more):
-    return subprocess.run([sys.executable, '-m', 'data_gen.pretokenize', *args], capture_output=True, text=True, **more)
-
-
-def letters(template=CHATML, specials=('<|im_start|>', '<|im_end|>', '<|pad|>')):
-    """A byte-level tokenizer without merges: every letter is a token, so that roles can be counted by hand."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token='<|pad|>')
-    tokenizer.add_special_tokens({'additional_special_tokens': list(specials)})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def renderer(tokenizer=None, seq_len=4096, truncate='right', chats=True, **more):
-    return render.Renderer(
-        tokenizer or letters(**more), seq_len=seq_len, truncate=truncate, date='2025-06-28', chats=chats
-    )
-
-
-def runs(tokenizer, encoded):
-    """[(role, text)] of what encode gives, neighbours of one role joined."""
-    ids, roles, _ = encoded
-    cuts = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(roles)) + 1)
-    return [(NAMES[int(roles[c[0]])], tokenizer.decode(ids[c])) for c in cuts]
-
-
-def user(text):
-    return {'role': 'user', 'content': text}
-
-
-def assistant(text, thinking=None):
-    return {'role': 'assistant', 'content': text} | ({'thinking': thinking} if thinking else {})
-
-
-def jsonl(path, rows):
-    path.write_text(''.join((r if isinstance(r, str) else json.dumps(r)) + '\n' for r in rows))
-    return path
-
-
-def chats(n):
-    return [{'messages': [user(f'Where is rabbit {i}?'), assistant(f'In meadow {i}.', 'A rabbit.')]} for i in range(n)]
 
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
-
-
-# ---- rows ----
-
-
-@pytest.mark.parametrize(
-    ('row', 'expected'),
-    [
-        ({'question': 'q', 'answer': '<think>t</think>\na'}, ([user('q'), assistant('a', 't')], 'low')),
-        ({'question': 'q', 'answer': 'a', 'thinking': 't', 'text': 'x'}, ([user('q'), assistant('a', 't')], 'low')),
-        (
-            {
-                'user_content': 'q',
-                'assistant_content': 'a',
-                'assistant_thinking': None,
-                'system_reasoning_effort': 'high',
-            },
-            ([user('q'), assistant('a')], 'high'),
-        ),
-        ({'messages': [user('q'), assistant('a') | {'thinking': None}]}, ([user('q'), assistant('a')], 'low')),
-        (
-            {'system': 'Reasoning: high', 'messages': [{'role': 'system', 'content': 'x'}, user('q'), assistant('a')]},
-            ([{'role': 'system', 'content': 'Reasoning: high'}, user('q'), assistant('a')], 'high'),
-        ),
-        ({'turns': ['q', 'a', 'r']}, ([user('q'), assistant('a'), user('r')], 'low')),
-        ({'text': 'a text', 'id': 'b'}, 'a text'),
-        ({'text': 'half \ud83d'}, 'half ?'),
-    ],
-)
-def test_row_formats_in_their_order(tmp_path, row, expected):
-    table = chat_data.open_table(str(jsonl(tmp_path / 'in.jsonl', [row])))
-    got = documents.parse(row, *documents.row_format(table), 'low')
-    assert got == (expected if isinstance(expected, str) else Chat(*expected))
-
-
-@pytest.mark.parametrize(
-    ('row', 'reason'),
-    [
-        (None, 'not a JSON object'),
-        ({'messages': []}, 'no list of messages'),
-        ({'messages': [{'role': 'wizard', 'content': 'x'}]}, 'a message has an unknown role'),
-        ({'messages': [user('x'), {'role': 'assistant', 'content': None}]}, 'a message has no text'),
-        ({'messages': [user('x'), assistant(' \n')]}, 'an empty assistant message'),
-        ({'messages': [user('x')], 'reasoning_effort': 'heroic'}, 'unknown reasoning effort'),
-    ],
-)
-def test_bad_rows_name_their_reason(row, reason):
-    with pytest.raises(BadRow, match=f'^{reason}$'):
-        documents.parse(row, 'chat', 'messages', 'medium')
-
-
-# ---- roles ----
-
-
-def test_chatml_roles_by_hand():
-    r = renderer()
-    chat = Chat(
-        [
-            {'role': 'system', 'content': 'Be kind.'},
-            user('user'),  # the word of the header as well
-            assistant('Yes', 'Hm?'),
-            user('<|im_end|> é兎'),  # a control token that somebody typed stays one
-            assistant('assistant'),
-        ],
-        'medium',
-    )
-    ids, roles, flags = r.encode([chat])[0]
-    assert flags == 0
-    assert runs(r.tokenizer, (ids, roles, flags)) == [
-        ('special', '<|im_start|>system\n'),
-        ('system', 'Be kind.'),
-        ('special', '<|im_end|>\n<|im_start|>user\n'),
-        ('user', 'user'),
-        ('special', '<|im_end|>\n<|im_start|>assistant\n<think>'),
-        ('thinking', 'Hm?'),
-        ('special', '</think>\n'),
-        ('final', 'Yes'),
-        ('special', '<|im_end|>\n<|im_start|>user\n<|im_end|>'),
-        ('user', ' é兎'),
-        ('special', '<|im_end|>\n<|im_start|>assistant\n'),
-        ('final', 'assistant'),
-        ('special', '<|im_end|>\n'),
-    ]
-    assert ids.dtype == np.int32 and roles.dtype == np.int8
-
-
-def test_a_template_that_strips_and_drops():
-    """Like Qwen3: texts stripped, thinking of earlier turns left out, the date asked for."""
-    template = (
-        "{{ strftime_now('%Y-%m-%d') }}{{ reasoning_effort }}"
-        '{% for m in messages %}[{{ m.role }}]{% set c = m.content | trim %}'
-        "{% if '</think>' in c and not loop.last %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-        '{{ c }}{% endfor %}'
-    )
-    r = renderer(template=template)
-    chat = Chat([user(' a b\n'), assistant('c', 'gone'), user('d'), assistant('e ', 'kept')], 'high')
-    assert runs(r.tokenizer, r.encode([chat])[0]) == [
-        ('special', '2025-06-28high[user]'),
-        ('user', 'a b'),
-        ('special', '[assistant]'),
-        ('final', 'c'),
-        ('special', '[user]'),
-        ('user', 'd'),
-        ('special', '[assistant]<think>'),
-        ('thinking', 'kept'),
-        ('special', '</think>\n'),
-        ('final', 'e'),
-    ]
-
-
-def test_templates_that_do_not_serve_are_reasons():
-    got = renderer(template='{{ messages[0].content | upper }}').encode([Chat([user('a')], 'low')])
-    assert str(got[0]) == 'the chat template changes the text'
-    got = renderer(template="{{ raise_exception('No, thanks') }}").encode([Chat([user('a')], 'low')])
-    assert str(got[0]) == 'the chat template refuses it: No, thanks'
-    with pytest.raises(LensError, match='no chat template'):
-        renderer(template=None)
-
-
-def test_a_template_with_thinking_of_its_own():
-    r = renderer(hf.load_tokenizer(SUBJECT))
-    got = runs(r.tokenizer, r.encode([Chat([user('the fox'), assistant('the owl', 'the rabbit')], 'low')])[0])
-    assert [(role, text.strip()) for role, text in got] == [
-        ('special', '<|bos|><|user|>'),
-        ('user', 'the fox'),
-        ('special', '<|end|><|assistant|><|think|>'),
-        ('thinking', 'the rabbit'),
-        ('special', '<|/think|>'),
-        ('final', 'the owl'),
-        ('special', '<|end|>'),
-    ]
-
-
-def test_a_token_across_a_border_belongs_to_its_first_visible_character():
-    text = 'user\n\nHi you. <end>'
-    spans = [(5, 14, render.USER)]  # '\nHi you. '
-    tokens = ['user', '\n\n', 'Hi', ' you', '. <', 'end', '>']
-    ends = np.cumsum([len(t) for t in tokens])
-    offsets = np.stack([np.append(0, ends[:-1]), ends], 1)
-    names = [NAMES[int(r)] for r in render.token_roles(text, spans, offsets)]
-    assert names == ['special', 'special', 'user', 'user', 'user', 'special', 'special']
-    spaced = render.token_roles('[I] a', [(4, 5, render.USER)], np.array([[0, 3], [3, 5], [5, 5]]))
-    assert [NAMES[int(r)] for r in spaced] == ['special', 'user', 'special']
-
-
-def test_truncation_counts_lost_answers():
-    chat = Chat([user('abcd'), assistant('wxyz')], 'low')  # 7 + 4 + 2 + 11 + 4 + 2 tokens with the ChatML around
-    (whole,) = renderer().encode([chat])
-    first = int(np.flatnonzero(whole[1] == render.FINAL)[0])
-    for size, flags in ((len(whole[0]), 0), (first + 4, 1), (first + 2, 1 | 2), (first, 1 | 4)):
-        ids, roles, got = renderer(seq_len=size).encode([chat])[0]
-        assert got == flags and (ids == whole[0][:size]).all() and (roles == whole[1][:size]).all()
-    ids, roles, got = renderer(seq_len=7, truncate='left').encode([chat])[0]
-    assert got == 1 and (ids == whole[0][-7:]).all() and (roles == whole[1][-7:]).all()
-    assert renderer(seq_len=4, truncate='left').encode([chat])[0][2] == 1 | 2
-
-
-# ---- Harmony ----
-
-
-@pytest.fixture(scope='module')
-def harmony(tmp_path_factory):
-    """(openai_harmony's encoding, the gpt-oss tokenizer rebuilt from it)."""
-    folder = tmp_path_factory.mktemp('harmony')
-    harmony_tokenizer.build(folder)
-    return harmony_tokenizer.load_encoding(), hf.load_tokenizer(folder)
-
-
-TURNS = [
-    {'role': 'system', 'content': 'Reasoning: high\nBe kind.'},
-    user("Where's the fox <|end|> 12345?\n\n"),
-    assistant('In the den.', 'They want a fox.'),
-    user('And 兎?'),
-    assistant(' In the meadow…\n', 'A rabbit,\nthen.'),
-]
-
-
-def theirs(encoding, turns, effort='HIGH'):
-    import openai_harmony as h
-
-    def message(role, text, channel=None):
-        m = h.Message.from_role_and_content(role, text)
-        return m.with_channel(channel) if channel else m
-
-    system = h.SystemContent.new().with_reasoning_effort(h.ReasoningEffort[effort])
-    out = [message(h.Role.SYSTEM, system.with_conversation_start_date('2025-06-28'))]
-    for t in turns:
-        if t['role'] == 'system':
-            out.append(message(h.Role.DEVELOPER, h.DeveloperContent.new().with_instructions(t['content'])))
-        elif t['role'] == 'user':
-            out.append(message(h.Role.USER, t['content']))
-        else:
-            if 'thinking' in t:
-                out.append(message(h.Role.ASSISTANT, t['thinking'], 'analysis'))
-            out.append(message(h.Role.ASSISTANT, t['content'], 'final'))
-    return encoding.render_conversation_for_training(
-        h.Conversation.from_messages(out), config=h.RenderConversationConfig(auto_drop_analysis=False)
-    )
-
-
-def test_harmony_is_that_of_openai_harmony(harmony):
-    encoding, tokenizer = harmony
-    r = renderer(tokenizer)
-    assert r.kind == 'harmony'
-    chat = documents.parse({'messages': TURNS}, 'chat', 'messages', 'medium')
-    assert chat.effort == 'high'
-    plain = documents.parse({'messages': [TURNS[1], assistant('No.')]}, 'chat', 'messages', 'medium')
-    got = r.encode([chat, plain])
-    assert got[0][0].tolist() == theirs(encoding, [{'role': 'system', 'content': 'Be kind.'}, *TURNS[1:]])
-    assert got[1][0].tolist() == theirs(encoding, [TURNS[1], assistant('No.')], 'MEDIUM')
-
-
-def test_harmony_roles_by_hand(harmony):
-    r = renderer(harmony[1])
-    chat = documents.parse({'messages': TURNS}, 'chat', 'messages', 'medium')
-    head = 'Knowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\nReasoning: high\n\n# Valid channels'
-    got = runs(r.tokenizer, r.encode([chat])[0])
-    assert head in got[1][1] and got[1][0] == 'system'
-    assert [got[0], *got[2:]] == [
-        ('special', '<|start|>system<|message|>'),
-        ('special', '<|end|><|start|>developer<|message|>'),
-        ('system', '# Instructions\n\nBe kind.'),
-        ('special', '<|end|><|start|>user<|message|>'),
-        ('user', "Where's the fox <|end|> 12345?\n\n"),  # typed, not a control token
-        ('special', '<|end|><|start|>assistant<|channel|>analysis<|message|>'),
-        ('thinking', 'They want a fox.'),
-        ('special', '<|end|><|start|>assistant<|channel|>final<|message|>'),
-        ('final', 'In the den.'),
-        ('special', '<|end|><|start|>user<|message|>'),
-        ('user', 'And 兎?'),
-        ('special', '<|end|><|start|>assistant<|channel|>analysis<|message|>'),
-        ('thinking', 'A rabbit,\nthen.'),
-        ('special', '<|end|><|start|>assistant<|channel|>final<|message|>'),
-        ('final', ' In the meadow…\n'),
-        ('special', '<|return|>'),
-    ]
 
 
 # ---- texts, the whole command ----
@@ -329,15 +37,8 @@ def written(tmp_path_factory):
     texts = [f'Once there was a rabbit number {i}. ' + 'It went to the meadow. ' * (i % 7 + 3) for i in range(40)]
     lines = [*texts, texts[0], 'short', 'Ünïcode — 兎 was here, and it stayed for a very long while.']
     jsonl(root / 'in.jsonl', [{'text': t} for t in lines] + ['{"body": "no"}', '{torn'])
-    run = command(
-        f'--input={root}/in.jsonl',
-        f'--tokenizer={SUBJECT}',
-        f'--out={root}/out',
-        '--seq_len=48',
-        '--validation_fraction=0.2',
-    )
-    assert run.returncode == 0, run.stderr
-    return root, lines, run.stdout
+    settings = Settings(f'{root}/in.jsonl', SUBJECT, seq_len=48, validation_fraction=0.2)
+    return root, lines, pretokenize(settings, root / 'out')
 
 
 def open_both(root):
@@ -389,13 +90,6 @@ def test_text_files_and_long_documents(tmp_path):
     pretokenize(Settings(str(tmp_path / 'in.txt'), SUBJECT, seq_len=32), tmp_path / 'out')
     train, validation = open_both(tmp_path / 'out')
     assert (len(train), len(validation)) == (4, 1) and (train.lengths == 32).all() and train.meta['truncated'] == 4
-
-
-def test_left_truncation_keeps_what_the_tokenizer_puts_before_a_text():
-    r = renderer(hf.load_tokenizer(SUBJECT), seq_len=6, truncate='left', chats=False)
-    text = 'the fox and the owl and the rabbit and the cat'
-    whole = r.tokenizer(text)['input_ids']
-    assert r.encode([text])[0][0].tolist() == [whole[0], *whole[-5:]] and whole[0] == r.tokenizer.bos_token_id
 
 
 # ---- shards, resuming, processes ----
@@ -502,21 +196,23 @@ def test_lost_answers_are_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_and_kills_change_nothing(tmp_path):
-    jsonl(tmp_path / 'in.jsonl', chats(30_000))
-    args = (f'--input={tmp_path}/in.jsonl', f'--tokenizer={SUBJECT}', '--seq_len=64', '--min_tokens=4')
-    assert command(*args, f'--out={tmp_path}/one', '--num_proc=1').returncode == 0
-    for _ in range(2):
-        run = subprocess.Popen([sys.executable, '-m', 'data_gen.pretokenize', *args, f'--out={tmp_path}/two'])
-        folder, seen = tmp_path / '.two.partial', len(list((tmp_path / '.two.partial').glob('*.npz')))
-        while len(list(folder.glob('*.npz'))) < seen + 4 and run.poll() is None:
-            time.sleep(0.1)
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
-    assert not (tmp_path / 'two').exists()
-    assert command(*args, f'--out={tmp_path}/two', '--num_proc=2').returncode == 0
-    one, two = (contents(tmp_path / x) for x in ('one', 'two'))
-    assert one == two
+def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
+    """The command in two processes, of which one is killed; then again."""
+    pretokenize(many, tmp_path / 'one')
+    monkeypatch.setattr(shards, 'SHARDS_PER_PROCESS', 1)
+    collect = shards._collect
+
+    def collect_and_kill(waiting, bar):
+        collect(waiting, bar)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(shards, '_collect', collect_and_kill)
+    with pytest.raises(LensError, match=r'A worker process was killed: .* a smaller --num_proc'):
+        pretokenize(many, tmp_path / 'two', num_proc=2)
+    assert list((tmp_path / '.two.partial').glob('*.npz')) and not (tmp_path / 'two').exists()
+    monkeypatch.setattr(shards, '_collect', collect)
+    pretokenize(many, tmp_path / 'two', num_proc=2)
+    assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
 
 
 # ---- errors ----

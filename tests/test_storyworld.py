@@ -3,11 +3,18 @@
 import collections
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from data_gen.storyworld import grammar, world
+from data_gen.storyworld import tokenizer as word_tokenizer
+from lens.errors import LensError
 
 FIELD_OF = {value: field for field, values in world.FIELDS.items() for value in values}
 SETTINGS = world.Settings(train=60, validation=20, seed=3, positions=5)
@@ -22,7 +29,7 @@ def tokenizer_dir(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def tokenizer(tokenizer_dir):
-    return world.load_tokenizer(tokenizer_dir)
+    return word_tokenizer.load(tokenizer_dir)
 
 
 @pytest.fixture(scope='module')
@@ -86,8 +93,8 @@ def test_every_word_is_one_token(tokenizer):
     ids = world.value_token_ids(tokenizer)
     flat = [token for field in ids for token in field]
     assert len(set(flat)) == len(FIELD_OF)
-    assert len(tokenizer) <= world.MAX_VOCAB
-    assert tokenizer.convert_ids_to_tokens(range(9)) == list(world.SPECIAL_TOKENS)
+    assert len(tokenizer) <= word_tokenizer.MAX_VOCAB
+    assert tokenizer.convert_ids_to_tokens(range(9)) == list(word_tokenizer.SPECIAL_TOKENS)
     assert len(tokenizer.encode(' | | |', add_special_tokens=False)) == 3
     for index in range(300):
         story = world.generate(99, index)
@@ -207,50 +214,61 @@ def test_unlabelled_slots_hold_padding_only(tokenizer):
     assert (text_NxPxT[0, 1] == 0).all()
 
 
-def test_command_line(tokenizer_dir, tmp_path, capsys):
+def command(*args):
+    return subprocess.run([sys.executable, '-m', 'data_gen.storyworld', *args], capture_output=True, text=True)
+
+
+def test_the_command_writes_arrays_once(tokenizer_dir, tmp_path):
     out = tmp_path / 'world'
-    argv = ['storyworld', f'--out={out}', f'--tokenizer={tokenizer_dir}', '--train=5', '--validation=2']
-    assert world.main(argv) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f'Arrays written: {out}'
+    args = (f'--out={out}', f'--tokenizer={tokenizer_dir}', '--train=5', '--validation=2')
+    assert command(*args).stdout.splitlines()[-1] == f'Arrays written: {out}'
     before = (out / 'train' / 'tokens.npy').stat().st_mtime_ns
-    assert world.main(argv) == 0
-    assert 'there already' in capsys.readouterr().out
+    assert not world.write_arrays(out, tokenizer_dir, world.Settings(train=5, validation=2))
     assert (out / 'train' / 'tokens.npy').stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ['world']
+    wrong = command(*args, '--seed=1')
+    assert wrong.returncode == 1 and wrong.stderr.count('\n') == 1, wrong.stderr
+    assert wrong.stderr.startswith(f'error: {out} exists with other settings: remove it or choose another --out.')
 
 
 @pytest.mark.parametrize(
-    'extra, message',
+    'tokenizer_path, changes, message',
     [
-        (['--tokenizer=/nowhere'], 'No tokenizer.json in /nowhere'),
-        (['--seed=1'], 'exists with other settings'),
-        (['--train=0'], 'must be at least 1'),
-        (['--train=many'], 'train'),
-        (['--unknown=1'], 'unknown'),
-        (['stray'], 'stray'),
+        (
+            '/nowhere',
+            {},
+            'No tokenizer.json in /nowhere: run python -m data_gen.storyworld --train_tokenizer=/nowhere.',
+        ),
+        (None, {'seed': 1}, 'exists with other settings: remove it or choose another --out.'),
+        (None, {'train': 0}, 'train, validation and positions must be at least 1, seed at least 0.'),
+        (None, {'seq_len': 8}, 'train must be at most 10000000 and seq_len above 8.'),
     ],
 )
-def test_command_line_errors(tokenizer_dir, arrays_dir, capsys, extra, message):
-    argv = ['storyworld', f'--out={arrays_dir}', f'--tokenizer={tokenizer_dir}', *extra]
-    assert world.main(argv) == 1
-    error = capsys.readouterr().err
-    assert error.startswith('Error: ') and error.count('\n') == 1 and message in error
+def test_settings_that_do_not_serve(tokenizer_dir, arrays_dir, tokenizer_path, changes, message):
+    with pytest.raises(LensError, match=re.escape(message)):
+        world.write_arrays(arrays_dir, tokenizer_path or tokenizer_dir, SETTINGS._replace(**changes))
 
 
-def test_a_tokenizer_that_splits_values_is_refused(tmp_path, capsys):
-    import tokenizers
-    import transformers
+def test_damaged_and_foreign_output_is_kept(tokenizer_dir, arrays_dir, tmp_path):
+    out = tmp_path / 'copy'
+    shutil.copytree(arrays_dir, out)
+    meta = out / 'validation/meta.json'
+    meta.write_text('{torn')
+    with pytest.raises(LensError, match=r'meta.json is not valid JSON .* remove it or choose another --out'):
+        world.write_arrays(out, tokenizer_dir, SETTINGS)
+    meta.unlink()
+    with pytest.raises(LensError, match=r'meta.json does not exist: remove it or choose another --out'):
+        world.write_arrays(out, tokenizer_dir, SETTINGS)
+    assert (out / 'train/tokens.npy').exists()
 
+
+def test_a_tokenizer_that_splits_values_is_refused(tmp_path):
     bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE())
     bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.train_from_iterator(
-        [],
-        tokenizers.trainers.BpeTrainer(
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
-    )
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    bytes_only.train_from_iterator([], trainer)
     transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only).save_pretrained(tmp_path)
-    out = tmp_path / 'out'
-    assert world.main(['storyworld', f'--out={out}', f'--tokenizer={tmp_path}']) == 1
-    assert "splits ' Mira' into 5 tokens" in capsys.readouterr().err
-    assert not out.exists()
+    with pytest.raises(LensError, match=r"splits ' (\||Mira)' into \d tokens"):
+        world.write_arrays(tmp_path / 'out', tmp_path, SETTINGS)
+    assert not (tmp_path / 'out').exists()

@@ -1,12 +1,10 @@
-"""Questions about Storyworld stories: python -m data_gen.story_chats --out=data/story_chats.jsonl --rows=64
+"""Questions about stories: python -m data_gen.storyworld.chats --out=data/story_chats.jsonl --rows=64
 
 Every row is {"messages": [user, assistant]}: the beginning of a story with a question, and its answer with
-thinking. data_gen.tiny_chat fits its models on such chats; this file has stories that they have not seen.
+thinking. `tiny_chat` fits its models on such chats; this file has stories that they have not seen.
 """
 
 import itertools
-import json
-import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -14,7 +12,7 @@ from typing import NamedTuple
 from absl import flags
 
 from data_gen.storyworld import world
-from lens import cli
+from lens import cli, files
 
 SENTENCES = 6  # of a story
 QUESTIONS = {  # question -> fields that the story must tell, thinking, answer
@@ -62,6 +60,11 @@ def first_chats(count: int, *, seed: int = 0, index: int = 0) -> list[StoryChat]
     return list(itertools.islice(of_all, count))
 
 
+def held_out(count: int, seed: int) -> list[StoryChat]:
+    """Chats of stories that no model is fitted on."""
+    return first_chats(count, seed=seed, index=world.FIRST_VALIDATION_INDEX)
+
+
 def row(chat: StoryChat) -> dict:
     """The chat as a row of JSON lines."""
     answer = {'role': 'assistant', 'content': chat.content, 'thinking': chat.thinking}
@@ -70,11 +73,9 @@ def row(chat: StoryChat) -> dict:
 
 def main(_):
     path = pathlib.Path(flags.FLAGS.out)
-    chats = first_chats(flags.FLAGS.rows, seed=flags.FLAGS.seed, index=world.FIRST_VALIDATION_INDEX)
+    chats = held_out(flags.FLAGS.rows, flags.FLAGS.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f'.{path.name}.new')
-    new.write_text(''.join(json.dumps(row(c)) + '\n' for c in chats))
-    os.replace(new, path)
+    files.write_jsonl(path, map(row, chats))
     print(f'{len(chats)} chats: {path}')
 
 

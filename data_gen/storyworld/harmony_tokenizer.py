@@ -1,15 +1,14 @@
-"""The tokenizer directory of gpt-oss, rebuilt offline: python -m data_gen.harmony_tokenizer --out=DIR
+"""The tokenizer directory of gpt-oss, rebuilt offline: python -m data_gen.storyworld.harmony_tokenizer --out=DIR
 
 The vocabulary (o200k and the Harmony control tokens, 201088 rows with those that are reserved) comes out of the
 package oss-harmony, which holds it; nothing is downloaded. 27 MB: made where it is needed, never committed.
 """
 
-import json
 import os
-import pathlib
 
 from absl import flags
 
+from data_gen.storyworld import tokenizer
 from lens import cli
 from lens.errors import LensError
 
@@ -79,8 +78,7 @@ def _control_tokens(encoding) -> list[str]:
 
 def build(directory: str | os.PathLike) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; a few seconds. Raises LensError."""
-    import tokenizers
-    import transformers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     encoding, letter = load_encoding(), bytes_to_unicode()
@@ -89,27 +87,14 @@ def build(directory: str | os.PathLike) -> None:
     def text(token: bytes) -> str:
         return ''.join(letter[b] for b in token)
 
-    bpe = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            {text(t): i for t, i in ranks.items()}, [(text(a), text(b)) for a, b in _merges(ranks)], ignore_merges=True
-        )
-    )
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), 'isolated'),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = tokenizers.decoders.ByteLevel()
+    merges = [(text(a), text(b)) for a, b in _merges(ranks)]
+    bpe = Tokenizer(models.BPE({text(t): i for t, i in ranks.items()}, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(PATTERN), 'isolated')
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
+    bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(_control_tokens(encoding))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE.strip()
-    tokenizer.save_pretrained(directory)
-    path = pathlib.Path(directory) / 'tokenizer_config.json'
-    config = json.loads(path.read_text()) | {'tokenizer_class': 'PreTrainedTokenizerFast'}
-    path.write_text(json.dumps(config, indent=2) + '\n')
+    tokenizer.save(bpe, directory, CHAT_TEMPLATE.strip(), pad=PAD, bos=BOS, eos=EOS)
 
 
 def main(_):

@@ -18,14 +18,16 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from lens import cli, data, files, hf, logger, losses, schedules, sharding
-from lens.checkpoint import Checkpoints
+from lens import cli, data, files, hf, logger, losses, sharding
+from lens.checkpoint import Checkpoints, Keep
 from lens.errors import LensError
 from lens.models.norm import unit_rms
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
 
 SUBJECT = pathlib.Path(__file__).parents[2] / 'configs/tiny_subject'  # its config.json, but for sizes and token ids
+END = 0.05  # of the peak learning rate
+HELD_OUT, BATCH = 512, 64  # documents of the held-out losses, per forward
 
 
 class Trainable(nnx.Module):
@@ -77,7 +79,7 @@ def lookahead_loss(head_DxM, x_BxSxD, targets_BxSxM, group_sizes: tuple[int, ...
     return -jnp.sum(logp * targets_BxSxM) / jnp.maximum(jnp.sum(targets_BxSxM), 1)
 
 
-def loss_fn(t: Trainable, tokens_BxS, lengths_B, fact_ids_M, *, layer, window, weight, group_sizes):
+def loss_fn(t: Trainable, tokens_BxS, lengths_B, *, fact_ids_M, layer, window, weight, group_sizes):
     """LM loss + weight * look-ahead loss, and both as metrics (nats)."""
     m, c = t.model, t.model.config
     mask = jnp.arange(tokens_BxS.shape[1]) < lengths_B[:, None]
@@ -91,28 +93,51 @@ def loss_fn(t: Trainable, tokens_BxS, lengths_B, fact_ids_M, *, layer, window, w
     return lm + weight * ahead, {'lm_loss_nats': lm, 'lookahead_loss_nats': ahead}
 
 
-def make_optimizer(cfg, t: Trainable) -> optax.GradientTransformation:
-    """Muon for the block matrices, Adam for the rest. Muon learns to carry the facts several times
-    faster than Adam: look-ahead loss 2.06 against 2.70 after 250 steps."""
-    clock = schedules.Clock(total=cfg.steps)
-    schedule = schedules.parse(f'cosine 1 0.05 warmup {cfg.warmup_steps}s', clock, 'learning_rate')
+def make_optimizer(recipe) -> optax.GradientTransformation:
+    """Muon for the block matrices, Adam for the rest. Muon learns to carry the facts several times faster than
+    Adam: look-ahead loss 2.06 against 2.70 after 250 steps.
+
+    recipe: steps, warmup_steps, weight_decay and two peak learning rates, learning_rate_matrices and learning_rate.
+    """
+
+    def schedule(peak):
+        return optax.warmup_cosine_decay_schedule(0.0, peak, recipe.warmup_steps, recipe.steps, END * peak)
+
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
-            lambda i: cfg.learning_rate_matrices * schedule(i),
-            weight_decay=cfg.weight_decay,
-            adam_learning_rate=lambda i: cfg.learning_rate * schedule(i),
+            schedule(recipe.learning_rate_matrices),
+            weight_decay=recipe.weight_decay,
+            adam_learning_rate=schedule(recipe.learning_rate),
             adam_b2=0.98,
-            muon_weight_dimension_numbers=matrix_axes(t),
+            muon_weight_dimension_numbers=matrix_axes,
         ),
     )
 
 
-class Pretrainer:
-    """One run in one workdir; killed, the same command goes on from the last checkpoint."""
+def make_step(loss, tx: optax.GradientTransformation):
+    """A compiled step (state, *batch) -> (state, figures) for loss(trainable, *batch) -> (nats, figures)."""
 
-    def __init__(self, cfg, workdir: pathlib.Path):
-        self.cfg, self.workdir = cfg, workdir
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, *batch):
+        grads, out = jax.grad(loss, has_aux=True)(state['trainable'], *batch)
+        updates, opt = tx.update(grads, state['opt'], state['trainable'])
+        return {'trainable': optax.apply_updates(state['trainable'], updates), 'opt': opt}, out
+
+    return step
+
+
+def show(step: int, steps: int, figures: dict, rate_s: float) -> None:
+    """Prints a line of progress. rate_s: seconds per step."""
+    text = '  '.join(f'{k} {float(v):.3f}' for k, v in figures.items())
+    print(f'step {step}/{steps}  {text}  ETA {logger.clock(rate_s * (steps - step))}', flush=True)
+
+
+class Pretrainer:
+    """A recipe with its data and compiled step: `run` trains in a workdir. Raises LensError for what does not fit."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
         self.tokenizer = hf.load_tokenizer(cfg.tokenizer)
         vocab_size = len(self.tokenizer)
         self.train, self.validation = (
@@ -123,14 +148,11 @@ class Pretrainer:
             raise LensError(
                 f'lookahead.layer={cfg.lookahead.layer} is not a block of the model (0..{cfg.model.n_layers - 1}).'
             )
-        if (workdir / 'model').exists():
-            raise LensError(f'{workdir}/model exists: this run is finished; use another --workdir.')
         if cfg.lookahead.weight and not fields:
             raise LensError(
                 f'{cfg.data} has no known facts: the look-ahead loss needs them, or set lookahead.weight=0.'
             )
-        self.fact_ids = jnp.asarray([i for f in fields for i in f['token_ids']], jnp.int32)
-        shape = TransformerConfig(
+        self.shape = TransformerConfig(
             family='llama',
             vocab_size=vocab_size,
             norm_eps=1e-5,
@@ -140,77 +162,62 @@ class Pretrainer:
             remat='dots',
             **cfg.model,
         )
-        t = Trainable(shape, len(self.fact_ids), rngs=nnx.Rngs(cfg.seed))
-        self.tx = make_optimizer(cfg, t)
-        self.state = {'trainable': t, 'opt': self.tx.init(t)}
-        self.loss = functools.partial(
-            loss_fn,
-            layer=cfg.lookahead.layer,
-            window=cfg.lookahead.window,
-            weight=cfg.lookahead.weight,
-            group_sizes=tuple(len(f['token_ids']) for f in fields),
+        self.fact_ids = np.array([i for f in fields for i in f['token_ids']], np.int32)
+        self.tx = make_optimizer(cfg)
+        loss = functools.partial(
+            loss_fn, **cfg.lookahead, fact_ids_M=self.fact_ids, group_sizes=tuple(len(f['token_ids']) for f in fields)
         )
 
-    def run(self) -> dict:
-        """Trains to the end, writes the model and returns its held-out figures."""
-        cfg = self.cfg
-        step = jax.jit(self._step, donate_argnums=0)
-        rng = np.random.default_rng(cfg.seed)
-        with Checkpoints(self.workdir / 'checkpoints', keep=1) as checkpoints:
+        def init():
+            t = Trainable(self.shape, len(self.fact_ids), rngs=nnx.Rngs(cfg.seed))
+            return {'trainable': t, 'opt': self.tx.init(t)}
+
+        self._init, self.step, self.loss = jax.jit(init), make_step(loss, self.tx), jax.jit(loss)
+
+    def init(self) -> dict:
+        """Returns the state before the first step."""
+        # committed, as what a checkpoint gives back: both run through one compiled step
+        return jax.device_put(self._init(), jax.devices()[0])
+
+    def run(self, workdir: pathlib.Path) -> dict[str, float]:
+        """Trains to the end, writes the model and returns its held-out losses; goes on from the last checkpoint."""
+        cfg, state, rng = self.cfg, self.init(), np.random.default_rng(self.cfg.seed)
+        if (workdir / 'model').exists():
+            raise LensError(f'{workdir}/model exists: this run is finished; use another --workdir.')
+        print(f'{sum(x.size for x in jax.tree.leaves(state["trainable"].model)):,} parameters')
+        with Checkpoints(workdir / 'checkpoints', Keep()) as checkpoints:
             first = checkpoints.latest_step or 0
             if first:
-                self.state = checkpoints.restore(first, self.state)
+                state = checkpoints.restore(first, state)
                 print(f'Continuing at step {first}')
             begin = time.monotonic()
             for i in range(1, cfg.steps + 1):
                 rows = rng.integers(len(self.train), size=cfg.documents)
                 if i <= first:
                     continue
-                self.state, out = step(self.state, self.train.tokens[rows], self.train.lengths[rows])
+                state, out = self.step(state, self.train.tokens[rows], self.train.lengths[rows])
                 if i % cfg.log_every_steps == 0:
-                    left = (time.monotonic() - begin) / (i - first) * (cfg.steps - i)
-                    text = '  '.join(f'{k} {float(v):.3f}' for k, v in out.items())
-                    print(f'step {i}/{cfg.steps}  {text}  ETA {logger.clock(left)}', flush=True)
+                    show(i, cfg.steps, out, (time.monotonic() - begin) / (i - first))
                 if i % cfg.checkpoint_every_steps == 0:
-                    print(f'held out at step {i}: {self.held_out()}', flush=True)
-                    checkpoints.save(i, self.state, {})
-        figures = self.held_out()
+                    print(f'held out at step {i}: {self.held_out(state["trainable"])}', flush=True)
+                    checkpoints.save(i, state, {})
+        model = state['trainable'].model
         ids = {f'{k}_token_id': getattr(self.tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')}
-        hf.save_model(
-            self.state['trainable'].model,
-            self.workdir / 'model',
-            dtype=jnp.bfloat16,
-            source=cfg.tokenizer,
-            config=files.read_json(SUBJECT / 'config.json', 'it is part of the repository') | ids,
-        )
-        return figures
+        config = files.read_json(SUBJECT / 'config.json', 'it is part of the repository') | ids
+        hf.save_model(model, workdir / 'model', dtype=jnp.bfloat16, source=cfg.tokenizer, config=config)
+        return self.held_out(state['trainable'])
 
-    def _step(self, state, tokens, lengths):
-        grads, out = jax.grad(self.loss, has_aux=True)(state['trainable'], tokens, lengths, self.fact_ids)
-        updates, opt = self.tx.update(grads, state['opt'], state['trainable'])
-        return {'trainable': optax.apply_updates(state['trainable'], updates), 'opt': opt}, out
-
-    def held_out(self) -> dict[str, float]:
+    def held_out(self, t: Trainable) -> dict[str, float]:
         """Losses over the first held-out documents, nats."""
-        loss = jax.jit(self.loss)
-        n = max(min(len(self.validation), 512) // 64, 1) * 64
-        parts = [
-            loss(
-                self.state['trainable'],
-                self.validation.tokens[i : i + 64],
-                self.validation.lengths[i : i + 64],
-                self.fact_ids,
-            )[1]
-            for i in range(0, n, 64)
-        ]
+        n = max(min(len(self.validation), HELD_OUT) // BATCH, 1) * BATCH
+        tokens, lengths = self.validation.tokens, self.validation.lengths
+        parts = [self.loss(t, tokens[i : i + BATCH], lengths[i : i + BATCH])[1] for i in range(0, n, BATCH)]
         return {k: round(float(np.mean([p[k] for p in parts])), 4) for k in parts[0]}
 
 
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
-    trainer = Pretrainer(CONFIG.value, workdir)
-    print(f'{sum(x.size for x in jax.tree.leaves(trainer.state["trainable"].model)):,} parameters')
-    print(f'Held out: {trainer.run()}\nModel: {workdir}/model')
+    print(f'Held out: {Pretrainer(CONFIG.value).run(workdir)}\nModel: {workdir}/model')
 
 
 if __name__ == '__main__':

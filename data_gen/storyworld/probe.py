@@ -30,12 +30,9 @@ def activations(model, split: data.Split, documents: int, layer: int) -> tuple[n
     """(activations NxD, established values NxF) at POSITIONS positions of the first documents."""
     held = data.held_out(split, documents=documents, vectors=POSITIONS, min_pos=MIN_POS, seed=1)
     read = jax.jit(subject.activations, static_argnames='layer')
-    parts = [
-        np.asarray(read(model, held['tokens'][i : i + BATCH], held['positions'][i : i + BATCH], layer=layer))
-        for i in range(0, len(held['tokens']), BATCH)
-    ]
-    a = np.concatenate(parts)
-    return a.reshape(-1, a.shape[-1]), held['facts'].reshape(-1, held['facts'].shape[-1])
+    starts = range(0, len(held['tokens']), BATCH)
+    parts = [read(model, *(held[k][i : i + BATCH] for k in ('tokens', 'positions')), layer=layer) for i in starts]
+    return tuple(np.concatenate(x).reshape(-1, x[0].shape[-1]) for x in (parts, held['facts']))
 
 
 def fit(a_NxD, labels_N, classes: int):
@@ -48,16 +45,13 @@ def fit(a_NxD, labels_N, classes: int):
 
     tx = optax.adam(optax.cosine_decay_schedule(0.05, FIT_STEPS))
 
-    @jax.jit
-    def run(w):
-        def body(carry, _):
-            w, opt = carry
-            updates, opt = tx.update(jax.grad(loss)(w), opt)
-            return (w + updates, opt), None
+    def step(_, carry):
+        w, opt = carry
+        updates, opt = tx.update(jax.grad(loss)(w), opt)
+        return w + updates, opt
 
-        return jax.lax.scan(body, (w, tx.init(w)), length=FIT_STEPS)[0][0]
-
-    return run(jnp.zeros((x.shape[1], classes)))
+    w = jnp.zeros((x.shape[1], classes))
+    return jax.lax.fori_loop(0, FIT_STEPS, step, (w, tx.init(w)))[0]
 
 
 def accuracies(model, train: data.Split, validation: data.Split, layer: int) -> list[tuple[str, int, float]]:
@@ -84,10 +78,8 @@ def lm_loss(model, split: data.Split) -> float:
         mask = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
         return jnp.sum(-logp * mask), jnp.sum(mask)
 
-    parts = [
-        batch_loss(model, np.asarray(split.tokens[i : i + BATCH]), np.asarray(split.lengths[i : i + BATCH]))
-        for i in range(0, len(split), BATCH)
-    ]
+    starts = range(0, len(split), BATCH)
+    parts = [batch_loss(model, split.tokens[i : i + BATCH], split.lengths[i : i + BATCH]) for i in starts]
     total, count = np.sum(np.asarray(parts, np.float64), axis=0)
     return float(total / count)
 

@@ -1,17 +1,13 @@
 """Storyworld: seeded short stories whose facts are known at every token, by construction.
 
 Each story has a hidden scene of 8 fields (see `grammar.FIELDS`), told in short sentences
-that establish the facts one after the other and need them again later. The module also trains the
-tokenizer (one token per word) and writes labelled token arrays:
-
-    python -m data_gen.storyworld --train_tokenizer=configs/tiny_subject
-    python -m data_gen.storyworld --out=data/storyworld --tokenizer=configs/tiny_subject
+that establish the facts one after the other and need them again later. `write_arrays` makes labelled token arrays
+of them; `python -m data_gen.storyworld` is its command.
 
 Dimension letters: N documents, S sequence length, P labelled positions, T explanation tokens,
 F fields, V vocabulary.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
@@ -19,54 +15,26 @@ import os
 import pathlib
 import random
 import re
-import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from data_gen import arrays
 from data_gen.storyworld import grammar
-from lens import hf
+from data_gen.storyworld import tokenizer as word_tokenizer
+from lens import files, hf
+from lens.errors import LensError
 
 FIELDS = grammar.FIELDS
-
-SPECIAL_TOKENS = (
-    '<|pad|>',
-    '<|bos|>',
-    '<|eos|>',
-    '<|user|>',
-    '<|assistant|>',
-    '<|system|>',
-    '<|think|>',
-    '<|/think|>',
-    '<|end|>',
-)
 BAR = ' |'
 EXPLANATION_LEN = 12  # 3 last tokens, the bar, at most 8 facts
 FIRST_POSITION = 8  # earlier positions have almost nothing established
 FIRST_VALIDATION_INDEX = 10_000_000
-MAX_VOCAB = 2000
 TOKENIZER_STORIES = 4000
 NEW_FACT_SHARE = 0.5
 MAX_NEW_FACTS = 2
 MIN_BUDGET, MAX_BUDGET = 100, 127  # story tokens without BOS; MAX_BUDGET + BOS = 128
 RECENT_FORMS = 5  # forms that are not told again so soon
-
-CHAT_TEMPLATE = (
-    '{{ bos_token }}'
-    '{% for message in messages %}'
-    "{{ '<|' + message['role'] + '|>' }}"
-    "{% if message['role'] == 'assistant' and message['thinking'] %}"
-    "{{ '<|think|>' + message['thinking'] + '<|/think|>' }}"
-    '{% endif %}'
-    "{{ message['content'] + '<|end|>' }}"
-    '{% endfor %}'
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-class StoryworldError(ValueError):
-    """A problem that the caller can mend; the message is one sentence."""
 
 
 class Story(NamedTuple):
@@ -87,7 +55,7 @@ class _Form(NamedTuple):
 
 class _Choice(NamedTuple):
     forms: list[_Form]
-    cumulative: list[float]
+    cum_weights: list[float]
 
 
 def split_words(text: str) -> list[str]:
@@ -125,15 +93,13 @@ _NEW, _REPEAT, _OPENERS = _tables()
 def generate(seed: int, index: int) -> Story:
     """Story number `index` of the world `seed`; it depends on nothing else."""
     rng = random.Random(f'{seed}|{index}')
-    uniform = rng.random
-    scene = {field: values[int(uniform() * len(values))] for field, values in FIELDS.items()}
-    left = MIN_BUDGET + int(uniform() * (MAX_BUDGET - MIN_BUDGET + 1))
+    scene = {field: rng.choices(values)[0] for field, values in FIELDS.items()}
+    left = rng.choices(range(MIN_BUDGET, MAX_BUDGET + 1))[0]
     told, sentences, recent = 0, [], []
     choice = _OPENERS
     while True:
         for _ in range(4):
-            draw = uniform() * choice.cumulative[-1]
-            form = choice.forms[bisect.bisect_right(choice.cumulative, draw)]
+            form = rng.choices(choice.forms, cum_weights=choice.cum_weights)[0]
             if form not in recent:
                 break
         if form.tokens > left:
@@ -141,9 +107,8 @@ def generate(seed: int, index: int) -> Story:
         left -= form.tokens
         told |= form.fields
         recent = [form, *recent[: RECENT_FORMS - 1]]
-        variant = form.variants[int(uniform() * len(form.variants))]
-        sentences.append(variant.format_map(scene))
-        adds = _NEW[told].forms and (not _REPEAT[told].forms or uniform() < NEW_FACT_SHARE)
+        sentences.append(rng.choices(form.variants)[0].format_map(scene))
+        adds = _NEW[told].forms and (not _REPEAT[told].forms or rng.random() < NEW_FACT_SHARE)
         choice = _NEW[told] if adds else _REPEAT[told]
     text = ' '.join(sentences)
     return Story(text, split_words(text), scene)
@@ -159,80 +124,24 @@ def _tokenizer_corpus() -> list[str]:
     return stories + listed + starts + [BAR * 8]
 
 
-def train_tokenizer(out_dir: str | os.PathLike[str]) -> Any:
-    """Trains the byte-level BPE tokenizer, saves it to out_dir and returns it.
-
-    Every value word with its leading space, every ordinary word and ` |` is one token. Encoding with
-    special tokens puts `<|bos|>` in front.
-    """
-    import tokenizers
-    import transformers
-
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(
-        _tokenizer_corpus(),
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=MAX_VOCAB,
-            min_frequency=1,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(
-        single='<|bos|> $A', pair='<|bos|> $A $B', special_tokens=[('<|bos|>', 1)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token='<|pad|>',
-        bos_token='<|bos|>',
-        eos_token='<|eos|>',
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(out_dir)
-    config_path = pathlib.Path(out_dir) / 'tokenizer_config.json'
-    config = json.loads(config_path.read_text())
-    config['tokenizer_class'] = 'PreTrainedTokenizerFast'  # transformers 5 writes a name of its own
-    config_path.write_text(json.dumps(config, indent=2) + '\n')
+def train_tokenizer(directory: str | os.PathLike):
+    """Trains the tokenizer, saves it and returns it. Value words and ordinary words, each with its leading space,
+    and ` |` are one token each."""
+    tokenizer = word_tokenizer.train(_tokenizer_corpus(), directory)
+    value_token_ids(tokenizer)
     return tokenizer
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer saved at `path`; StoryworldError where there is none."""
-    if not (pathlib.Path(path) / 'tokenizer.json').is_file():
-        raise StoryworldError(
-            f'No tokenizer.json in {path}: run python -m data_gen.storyworld --train_tokenizer={path}'
-        )
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(path)
+def value_token_ids(tokenizer) -> list[list[int]]:
+    """Token id of every value with its leading space, per field. Raises LensError if the tokenizer splits one."""
+    return [[word_tokenizer.single_token(tokenizer, f' {value}') for value in values] for values in FIELDS.values()]
 
 
-def _single_token(tokenizer: Any, text: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise StoryworldError(
-            f'The tokenizer splits {text!r} into {len(ids)} tokens; Storyworld needs '
-            'a tokenizer that keeps every value word whole (--train_tokenizer)'
-        )
-    return ids[0]
-
-
-def value_token_ids(tokenizer: Any) -> list[list[int]]:
-    """Token id of every value with its leading space, per field; StoryworldError if one is split."""
-    return [[_single_token(tokenizer, f' {value}') for value in values] for values in FIELDS.values()]
-
-
-def encode_stories(tokenizer: Any, texts: list[str], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_stories(tokenizer, texts: list[str], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [N, S] int32, BOS first and right padded, and lengths [N] int32."""
     rows = [encoding.ids[:seq_len] for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
-    lengths_N = np.array([len(row) for row in rows], np.int32)
-    tokens_NxS = np.full((len(rows), seq_len), tokenizer.pad_token_id, np.int32)
-    tokens_NxS[np.arange(seq_len) < lengths_N[:, None]] = np.concatenate(rows)
-    return tokens_NxS, lengths_N
+    lengths_N = np.array(list(map(len, rows)), np.int32)
+    return arrays.pad(np.concatenate(rows).astype(np.int32), lengths_N, seq_len, tokenizer.pad_token_id), lengths_N
 
 
 def track_facts(tokens_NxS: np.ndarray, token_ids: list[list[int]], vocab: int) -> np.ndarray:
@@ -272,15 +181,9 @@ def explain(
     row_Nx1 = np.arange(len(tokens_NxS))[:, None]
     last_NxPx3 = np.stack([tokens_NxS[row_Nx1, at_NxP - back] for back in range(3)], axis=-1)
     facts_NxPxF = facts_NxSxF[row_Nx1, at_NxP]
-    named_NxPxF = np.stack(
-        [
-            np.array([*ids, bar_id], np.int32)[facts_NxPxF[..., field]]  # -1 picks the bar
-            for field, ids in enumerate(token_ids)
-        ],
-        axis=-1,
-    )
+    named_F = [np.array([*ids, bar_id])[facts_NxPxF[..., f]] for f, ids in enumerate(token_ids)]  # -1 picks the bar
     order_NxPxF = np.argsort(facts_NxPxF < 0, axis=-1, kind='stable')
-    named_NxPxF = np.take_along_axis(named_NxPxF, order_NxPxF, axis=-1)
+    named_NxPxF = np.take_along_axis(np.stack(named_F, axis=-1), order_NxPxF, axis=-1)
     bar_NxPx1 = np.full((*positions_NxP.shape, 1), bar_id, np.int32)
     text_NxPxT = np.concatenate([last_NxPx3, bar_NxPx1, named_NxPxF], axis=-1)
     text_NxPxT[positions_NxP < 0] = pad_id
@@ -298,22 +201,12 @@ class Settings(NamedTuple):
 
 
 def _grammar_sha256() -> str:
-    rules = [
-        FIELDS,
-        grammar.TEMPLATES,
-        NEW_FACT_SHARE,
-        MAX_NEW_FACTS,
-        MIN_BUDGET,
-        MAX_BUDGET,
-        RECENT_FORMS,
-        FIRST_POSITION,
-    ]
+    rules = [FIELDS, grammar.TEMPLATES, NEW_FACT_SHARE, MAX_NEW_FACTS]
+    rules += [MIN_BUDGET, MAX_BUDGET, RECENT_FORMS, FIRST_POSITION]
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
 
-def _meta(
-    split: str, settings: Settings, tokenizer: Any, tokenizer_dir: str | os.PathLike[str], token_ids: list[list[int]]
-) -> dict[str, Any]:
+def _meta(split: str, settings: Settings, tokenizer, tokenizer_dir: str | os.PathLike) -> dict:
     return {
         'format': 'lens-tokens/1',
         'split': split,
@@ -330,114 +223,54 @@ def _meta(
             'grammar_sha256': _grammar_sha256(),
         },
         'explanation_len': EXPLANATION_LEN,
-        'filler_id': _single_token(tokenizer, BAR),
+        'filler_id': word_tokenizer.single_token(tokenizer, BAR),
         'facts': [
             {'field': field, 'values': list(values), 'token_ids': ids}
-            for (field, values), ids in zip(FIELDS.items(), token_ids, strict=True)
+            for (field, values), ids in zip(FIELDS.items(), value_token_ids(tokenizer), strict=True)
         ],
     }
 
 
-def build_split(split: str, settings: Settings, tokenizer: Any) -> dict[str, np.ndarray]:
-    """All arrays of 'train' or 'validation', by file stem; see `write_arrays` for the shapes."""
-    first = {'train': 0, 'validation': FIRST_VALIDATION_INDEX}[split]
-    doc_id_N = np.arange(first, first + getattr(settings, split), dtype=np.int64)
-    token_ids = value_token_ids(tokenizer)
+def build_split(meta: dict, settings: Settings, tokenizer) -> dict[str, np.ndarray]:
+    """All arrays of the split that `meta` describes, by file stem; see `write_arrays` for the shapes."""
+    first = {'train': 0, 'validation': FIRST_VALIDATION_INDEX}[meta['split']]
+    doc_id_N = np.arange(first, first + meta['documents'], dtype=np.int64)
+    token_ids = [field['token_ids'] for field in meta['facts']]
     texts = [generate(settings.seed, int(index)).text for index in doc_id_N]
     tokens_NxS, lengths_N = encode_stories(tokenizer, texts, settings.seq_len)
-    facts_NxSxF = track_facts(tokens_NxS, token_ids, len(tokenizer))
+    facts_NxSxF = track_facts(tokens_NxS, token_ids, meta['vocab_size'])
     rng = np.random.default_rng([settings.seed, first])
     positions_NxP = sample_positions(lengths_N, settings.seq_len, settings.positions, rng)
-    explanations_NxPxT = explain(
-        tokens_NxS, facts_NxSxF, positions_NxP, token_ids, _single_token(tokenizer, BAR), tokenizer.pad_token_id
-    )
     return {
         'tokens': tokens_NxS,
         'lengths': lengths_N,
         'doc_id': doc_id_N,
         'positions': positions_NxP,
-        'explanations': explanations_NxPxT,
+        'explanations': explain(tokens_NxS, facts_NxSxF, positions_NxP, token_ids, meta['filler_id'], meta['pad_id']),
         'facts': facts_NxSxF,
     }
 
 
-def write_arrays(out: str | os.PathLike[str], tokenizer_dir: str | os.PathLike[str], settings: Settings) -> bool:
+def write_arrays(out: str | os.PathLike, tokenizer_dir: str | os.PathLike, settings: Settings) -> bool:
     """Writes out/train and out/validation at once; False if they exist with the same settings.
 
     Per split: tokens [N, S] int32 (BOS first, right padded), lengths [N] int32, doc_id [N] int64,
     positions [N, P] int32 (-1 = none), explanations [N, P, T] int32, facts [N, S, F] int8 (-1 = not
     established yet; the last state after the end of the story) and meta.json.
 
-    Raises StoryworldError if settings or tokenizer do not serve, or if `out` holds something else.
+    Raises LensError if settings or tokenizer do not serve, or if `out` holds something else.
     """
     if min(settings.train, settings.validation, settings.positions) < 1 or settings.seed < 0:
-        raise StoryworldError('train, validation and positions must be at least 1, seed at least 0')
+        raise LensError('train, validation and positions must be at least 1, seed at least 0.')
     if settings.train > FIRST_VALIDATION_INDEX or settings.seq_len <= FIRST_POSITION:
-        raise StoryworldError(f'train must be at most {FIRST_VALIDATION_INDEX} and seq_len above {FIRST_POSITION}')
+        raise LensError(f'train must be at most {FIRST_VALIDATION_INDEX} and seq_len above {FIRST_POSITION}.')
     out = pathlib.Path(out)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    token_ids = value_token_ids(tokenizer)
-    metas = {split: _meta(split, settings, tokenizer, tokenizer_dir, token_ids) for split in ('train', 'validation')}
+    tokenizer = word_tokenizer.load(tokenizer_dir)
+    metas = [_meta(split, settings, tokenizer, tokenizer_dir) for split in ('train', 'validation')]
     if out.exists():
-        paths = {split: out / split / 'meta.json' for split in metas}
-        if all(p.is_file() and json.loads(p.read_text()) == metas[s] for s, p in paths.items()):
+        remedy = 'remove it or choose another --out'
+        if all(files.read_json(out / m['split'] / 'meta.json', remedy) == m for m in metas):
             return False
-        raise StoryworldError(f'{out} exists with other settings; remove it or choose another --out')
-    arrays.write_splits(out, ((s, build_split(s, settings, tokenizer), m) for s, m in metas.items()))
+        raise LensError(f'{out} exists with other settings: {remedy}.')
+    arrays.write_splits(out, ((m['split'], build_split(m, settings, tokenizer), m) for m in metas))
     return True
-
-
-def _parse_flags(argv: list[str]) -> Any:
-    """Flags live in their own container: importing this module must not claim names like --seed."""
-    from absl import flags
-
-    values, defaults = flags.FlagValues(), Settings()
-    flags.DEFINE_string('train_tokenizer', None, 'Train the tokenizer into this folder, then stop.', flag_values=values)
-    flags.DEFINE_string('out', 'data/storyworld', 'Folder for the arrays.', flag_values=values)
-    flags.DEFINE_string('tokenizer', 'configs/tiny_subject', 'Folder with tokenizer.json.', flag_values=values)
-    helps = {
-        'train': 'Training stories.',
-        'validation': 'Validation stories.',
-        'seed': 'Which world.',
-        'positions': 'Labelled positions per story.',
-        'seq_len': 'Tokens per row, BOS included.',
-    }
-    for name, text in helps.items():
-        flags.DEFINE_integer(name, getattr(defaults, name), text, flag_values=values)
-    flags.DEFINE_bool('help', False, 'Show the flags.', flag_values=values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise StoryworldError(str(error)) from error
-    if len(rest) > 1:
-        raise StoryworldError(f'Unexpected argument {rest[1]!r}')
-    return values
-
-
-def main(argv: list[str]) -> int:
-    """Command line; returns the exit code."""
-    try:
-        flags = _parse_flags(argv)
-        if flags.help:
-            print(__doc__, flags.get_help(), sep='\n')
-        elif flags.train_tokenizer:
-            tokenizer = train_tokenizer(flags.train_tokenizer)
-            value_token_ids(tokenizer)
-            print(f'Tokenizer with {len(tokenizer)} entries: {flags.train_tokenizer}')
-        else:
-            settings = Settings(*(flags[name].value for name in Settings._fields))
-            print(
-                f'Storyworld: {settings.train} training and {settings.validation} validation stories, '
-                f'seed {settings.seed} ...',
-                flush=True,
-            )
-            written = write_arrays(flags.out, flags.tokenizer, settings)
-            print(
-                f'Arrays written: {flags.out}'
-                if written
-                else f'Nothing to do, these settings are there already: {flags.out}'
-            )
-    except StoryworldError as error:
-        print(f'Error: {error}', file=sys.stderr)
-        return 1
-    return 0
