@@ -71,13 +71,10 @@ def test_weights_of_another_run_start_one_without_its_optimizer(settings, calm, 
 
 
 def test_the_window_of_the_profiler(settings, calm, tmp_path, capsys):
-    """A trace of its steps, and the seconds of the parts of a step; nothing else differs."""
+    """A trace of its steps; nothing else differs."""
     trainer = Trainer(settings, tmp_path / 'w', profile='2:2')
     with jax.set_mesh(trainer.run.mesh):
         trainer.train()
-    (row,) = (r for r in read_jsonl(tmp_path / 'w/metrics.jsonl') if r['kind'] == 'profile')
-    parts = [row[f'{k}_s'] for k in ('extraction', 'sampling', 'scoring', 'update')]
-    assert row['step'] == 3 and min(parts) >= 0 and sum(parts) == pytest.approx(row['step_s'])
     assert list((tmp_path / 'w/profile').rglob('*.xplane.pb'))
     assert 'Profile of steps 2 to 3' in capsys.readouterr().out
     assert curve(tmp_path / 'w') == curve(calm[0])
