@@ -48,7 +48,7 @@ def permuted(batch, sampled_NxT, keys_N, tags: Tags):
     noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_N)
     inside, at = _inside(find(sampled_NxT, tags), length), jnp.arange(length)
     start = jnp.argmax(inside, axis=1, keepdims=True)
-    order = jnp.argsort(jnp.where(inside, start + noise, at + (at > start)), axis=1)
+    order = jnp.argsort(jnp.where(inside, start + noise, at), axis=1)
     return jnp.take_along_axis(sampled_NxT, order, axis=1)
 
 

@@ -3,9 +3,10 @@
 N activations come from M documents: `doc_N` is the index of the document of each, 0..M-1. A figure is
 {'value', 'ci95': [low, high]}. Its interval is a percentile bootstrap that resamples whole documents, because
 activations of one document are alike; percentiles, other than the basic bootstrap 2 * value - percentile, stay in the
-range of a figure (a recall below 0 does not exist). A statistic that is biased under resampling, of few documents above
-all (a document drawn twice has less variance than two), may lie outside of 95% of its resamples, where no choice
-among these bootstraps would hold it; the interval is then widened to its value.
+range of a figure (a recall below 0 does not exist). A statistic that is biased under resampling may lie outside of 95%
+of its resamples: of few documents, since one drawn twice has less variance than two, and of the held-out mean as a
+prediction always. Neither percentiles, bias-corrected or not, nor the basic bootstrap hold it then, all for the same
+reason; the interval is widened to its value.
 """
 
 import dataclasses
