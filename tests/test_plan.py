@@ -157,7 +157,7 @@ def test_what_is_compiled_for_experts_is_no_dense_product(opened):
         with jax.set_mesh(mesh):
             return sum(flops.by_scope(plan.trace(*next(plan.steps(cfg, job, mesh))).jaxpr, job.c).values())
 
-    assert work('planned') == work('ragged') < 0.8 * work('dense')
+    assert work('planned') < 0.8 * work('dense')
 
 
 CHANGED = [
