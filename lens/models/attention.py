@@ -11,7 +11,7 @@ from flax import nnx
 
 from lens import sharding
 from lens.models import lora, rope
-from lens.models.norm import Norm
+from lens.models.norm import Norm, normal, zeros
 
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
@@ -88,23 +88,17 @@ class Attention(nnx.Module):
     def __init__(self, c, *, rngs: nnx.Rngs, dtype):
         d, k, g, h = c.d_model, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim
 
-        def init(shape, fan_in):
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
-
-        def zeros(wanted, shape):
-            return nnx.data(nnx.Param(jnp.zeros(shape, dtype)) if wanted else None)
-
-        self.q = init((d, k, g, h), d)
-        self.k = init((d, k, h), d)
-        self.v = init((d, k, h), d)
-        self.o = init((k, g, h, d), k * g * h * 2 * c.n_layers)
-        self.q_bias = zeros(c.qkv_bias, (k, g, h))
-        self.k_bias = zeros(c.qkv_bias, (k, h))
-        self.v_bias = zeros(c.qkv_bias, (k, h))
-        self.o_bias = zeros(c.o_bias, (d,))
+        self.q = normal((d, k, g, h), d, rngs, dtype)
+        self.k = normal((d, k, h), d, rngs, dtype)
+        self.v = normal((d, k, h), d, rngs, dtype)
+        self.o = normal((k, g, h, d), k * g * h * 2 * c.n_layers, rngs, dtype)
+        self.q_bias = zeros((k, g, h), dtype, c.qkv_bias)
+        self.k_bias = zeros((k, h), dtype, c.qkv_bias)
+        self.v_bias = zeros((k, h), dtype, c.qkv_bias)
+        self.o_bias = zeros(d, dtype, c.o_bias)
         self.q_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
         self.k_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
-        self.sinks = zeros(c.sinks, (k, g))
+        self.sinks = zeros((k, g), dtype, c.sinks)
 
     @jax.named_scope('attention')
     def __call__(self, x_BxTxD, layer, positions, c, past: KVCache | Stream | None, adapters):

@@ -2,7 +2,7 @@
 
 The prompt is [left, slot, right]; `right` may hold further slots. How the activation enters them is an object of
 injection.py; later tokens see it through the key/value cache only. What the prompt is made of is in the units of
-the embedding table (before Gemma's scale and GPT-2's positions).
+the embedding table: before Gemma's scale and GPT-2's positions.
 """
 
 import dataclasses
@@ -14,13 +14,12 @@ from flax import nnx
 from lens import losses, sharding
 from lens.models import injection
 from lens.models.attention import KVCache
-from lens.models.transformer import Transformer, model_of, rows_for
+from lens.models.transformer import Side, Transformer, model_of, rows_for
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """layer: the block that the activation is from. more_slots: rows of `right` that are slots as well. marker: id
-    of the token in the slots, where one marks them."""
+    """layer: block that the activation is from. more_slots: rows of `right` that are slots too. marker: id in them."""
 
     injection: injection.Injection
     layer: int
@@ -28,32 +27,14 @@ class DecoderConfig:
     marker: int = 0
 
 
-class Decoder(nnx.Module):
-    """What the decoder trains: maps, soft prompt, and its own base or adapters where asked for.
+class Decoder(Side):
+    """What the decoder trains: maps, and what every side does. Of `positions`, an activation loses its vector."""
 
-    maps: (W MxDxD, b MxD) at the start, None for an injection without maps. positions: whether an activation
-    loses a position vector, of a trained copy of the table, before it enters (GPT-2).
-    """
-
-    def __init__(
-        self,
-        c: DecoderConfig,
-        left_ids,
-        right_ids,
-        base: Transformer,
-        maps,
-        *,
-        own_base: bool,
-        adapters: dict | None,
-        positions: bool = False,
-    ):
+    def __init__(self, c: DecoderConfig, left_ids, right_ids, base, maps, *, own_base, adapters, positions=False):
+        """maps: (W MxDxD, b MxD) at the start, None for an injection without maps. The others: Side."""
+        super().__init__(left_ids, right_ids, base, base if own_base else None, adapters, positions)
         self.config = c
         self.maps_w, self.maps_b = (nnx.data(x if x is None else nnx.Param(x)) for x in maps or (None, None))
-        self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
-        self.prompt_right = nnx.Param(base.embedding_rows(right_ids).astype(jnp.float32))
-        self.positions = nnx.data(nnx.Param(base.positions[...].astype(jnp.float32)) if positions else None)
-        self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), base) if own_base else None)
-        self.adapters = nnx.data(adapters)
 
     @property
     def prompt_len(self) -> int:
@@ -77,7 +58,7 @@ def scaled_identity(inject: injection.Injection, layer: int, embed_scale: float,
 
 
 def without_position(decoder: Decoder, activation_NxD, position_N):
-    """What the decoder reads of an activation: without the vector of its position where it has a table of them."""
+    """Takes the vector of its position off each activation, where the decoder has a table of them."""
     if decoder.positions is None:
         return activation_NxD
     return activation_NxD - decoder.positions[...].at[position_N].get(out_sharding=sharding.like(activation_NxD))

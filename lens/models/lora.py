@@ -4,6 +4,7 @@ Adapters are plain trees {'q': {'a', 'b'}, ...} stacked over layers and passed a
 so that the frozen base stays untouched. Which matrices have one is a regex over their names.
 """
 
+import math
 import re
 
 import jax
@@ -60,10 +61,7 @@ def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, 
         group, n_out = MATRICES[name]
         w = getattr(getattr(blocks, group), name)[...]
         inner, outer = w.shape[1 : w.ndim - n_out], w.shape[w.ndim - n_out :]
-        fan_in = 1
-        for n in inner:
-            fan_in *= n
-        scale = alpha / (rank**0.5 if rs else rank) * fan_in**-0.5
+        scale = alpha / (rank**0.5 if rs else rank) * math.prod(inner) ** -0.5
         adapters[name] = {
             'a': scale * jax.random.normal(k, (n_layers, *inner, rank), jnp.float32),
             'b': jnp.zeros((n_layers, rank, *outer), jnp.float32),

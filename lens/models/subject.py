@@ -7,17 +7,6 @@ from lens import sharding
 from lens.models.transformer import Transformer
 
 
-def gather_positions(x_BxTxD, positions_BxP):
-    """x[b, positions[b, p]] -> BxPxD."""
-    return jnp.take_along_axis(x_BxTxD, positions_BxP[..., None], axis=1)
-
-
-def overwrite(x_BxTxD, position_B, value_BxD):
-    """x with row b's hidden state at position_B[b] (or one shared int) replaced by value_BxD[b]."""
-    hit_BxT = jnp.arange(x_BxTxD.shape[1]) == jnp.asarray(position_B).reshape(-1, 1)
-    return jnp.where(hit_BxT[..., None], value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
-
-
 @jax.named_scope('read')
 def activations(subject: Transformer, tokens_BxS, positions_BxP, layer: int):
     """Read activations BxPxD: the output of block `layer` (0-based) at each position, without gradient.
@@ -26,7 +15,7 @@ def activations(subject: Transformer, tokens_BxS, positions_BxP, layer: int):
     forward stops after that block.
     """
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    return jax.lax.stop_gradient(gather_positions(x, positions_BxP))
+    return jax.lax.stop_gradient(jnp.take_along_axis(x, positions_BxP[..., None], axis=1))
 
 
 def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
@@ -34,10 +23,10 @@ def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
 
     Replacing by the activation itself gives the natural logits. Differentiable in value_BxD.
     """
-    c = subject.config
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    x = overwrite(x, position_B, value_BxD)
-    return subject.logits(subject.run_layers(x, layer + 1, c.n_layers))
+    hit_BxS = jnp.arange(x.shape[1]) == position_B[:, None]
+    x = jnp.where(hit_BxS[..., None], value_BxD[:, None].astype(x.dtype), x)
+    return subject.logits(subject.run_layers(x, layer + 1, subject.config.n_layers))
 
 
 @jax.named_scope('patch')
