@@ -61,7 +61,9 @@ def decode_by_hand(decoder, model, a_BxD, ids_BxT):
     x = np.concatenate([left, np.zeros_like(a)[:, None], right, table[np.asarray(ids_BxT)[:, :-1]]], axis=1)
     slots = [len(decoder.prompt_left), *(len(decoder.prompt_left) + 1 + i for i in c.more_slots)]
     if isinstance(how, Affine):
-        maps = [a @ np.asarray(w) + np.asarray(b) for w, b in zip(decoder.maps_w[...], decoder.maps_b[...], strict=True)]
+        maps = [
+            a @ np.asarray(w) + np.asarray(b) for w, b in zip(decoder.maps_w[...], decoder.maps_b[...], strict=True)
+        ]
         x[:, slots] = maps[0][:, None]
     elif isinstance(how, Replace):
         x[:, slots] = (a * how.norm / np.linalg.norm(a, axis=-1, keepdims=True))[:, None]
