@@ -43,7 +43,7 @@ class Words(NamedTuple):
 def rollout(
     decoder, base, activation_NxD, table_VxW, key, *, length: int, tau, temperature=1.0, form: str = 'full'
 ) -> Words:
-    """One explanation of `length` tokens per activation: the tokens of sampling.sample for the same key.
+    """Draws one explanation of `length` tokens per activation: the tokens of sampling.sample for the same key.
 
     table_VxW: whose rows the reader of the words takes in, a constant. tau: may be traced. temperature: a
     number, or one per activation [N]. Gradients reach the decoder and the activations; base, table, tau and

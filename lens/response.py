@@ -95,7 +95,7 @@ def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndar
 
 
 def sites(ids: list[int], marker: int) -> tuple[int, ...]:
-    """Indices of the marker in `ids` that have neighbours."""
+    """Finds the indices of the marker in `ids` that have neighbours."""
     return tuple(i for i in range(1, len(ids) - 1) if ids[i] == marker)
 
 
@@ -112,14 +112,14 @@ def _prompt_ids(tokenizer, text: str, key: str) -> list[int]:
 
 
 def encoder_prompt(tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Token ids before and after the words, which stand where <text> comes last (before, it is a tag). Raises LensError."""
+    """Tokenises what is before and after the words, at the last <text> (before, it is a tag). Raises LensError."""
     if TEXT not in text:
         raise LensError(f'encoder.prompt={text!r} must contain {TEXT}.')
     return tuple(_prompt_ids(tokenizer, part, 'encoder.prompt') for part in text.rsplit(TEXT, 1))
 
 
 def decoder_prompt(tokenizer, text: str, marker: str) -> Prompt:
-    """Token ids around the slots; with a marker, of the whole text, as its readers tokenise it. Raises LensError."""
+    """Tokenises what is around the slots; with a marker, the whole text, as its readers do. Raises LensError."""
     key, count = 'decoder.prompt', text.count(EMBED)
     if not count:
         raise LensError(f'{key}={text!r} must contain {EMBED}.')
@@ -142,7 +142,7 @@ def decoder_prompt(tokenizer, text: str, marker: str) -> Prompt:
 
 
 def tags(tokenizer, opening: str, closing: str) -> Tags:
-    """What an explanation stands between. Raises LensError."""
+    """Tokenises what an explanation stands between. Raises LensError."""
     if opening and not closing:
         raise LensError(f'explanation_open={opening!r} needs an explanation_close.')
     return Tags(tuple(_ids(tokenizer, opening)), tuple(_ids(tokenizer, closing)))

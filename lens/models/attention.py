@@ -32,12 +32,12 @@ class Stream(NamedTuple):
 
 
 def softcap(x, cap: float):
-    """cap * tanh(x / cap), or x where cap is 0 (Gemma-2)."""
+    """Bounds x: cap * tanh(x / cap), or x where cap is 0 (Gemma-2)."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask, *, scale: float, cap: float = 0.0, sinks_KxG=None):
-    """softmax(scale q k) v under a boolean mask (True = may look); softmax in float32.
+    """Computes softmax(scale q k) v under a boolean mask (True = may look); softmax in float32.
 
     mask: TxS, or Bx1x1xTxS where rows differ.
     sinks: one learned logit per query head that takes part in the softmax and carries no value.
@@ -55,7 +55,7 @@ def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask, *, scale: float, cap: float 
 
 
 def visible(slots_S, at, own, window):
-    """Which of the key slots a query sees, [..., S]: those before its position `at`, and its own.
+    """Says which of the key slots a query sees, [..., S]: those before its position `at`, and its own.
 
     at, own: [...]. window: it sees so many, itself included; 0 = all; None where no layer has a window.
     """
@@ -67,7 +67,7 @@ def visible(slots_S, at, own, window):
 
 
 def in_chunks(attend_rows, q_BxTxKxGxh, *places):
-    """attend_rows(q, *places) over QUERY_CHUNK queries at a time, recomputed in the backward pass.
+    """Applies attend_rows(q, *places) to QUERY_CHUNK queries at a time, recomputed in the backward pass.
 
     places: what else differs between queries, [T] or [B, T] each.
     """

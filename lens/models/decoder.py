@@ -47,7 +47,7 @@ class Decoder(Side):
 
 
 def scaled_identity(inject: injection.Injection, layer: int, embed_scale: float, d_model: int, norms):
-    """Maps (W, b) that start as the identity times the ratio of mean norms, the scale of consistency lenses.
+    """Makes maps (W, b) that start as the identity times the ratio of mean norms, the scale of consistency lenses.
 
     norms: hs norms of the base, [n_layers + 1] (subject.stream_norms): map k is scaled by norms[k] / norms[layer + 1];
     where it fills the slot of the input, before the model's input scale, by that much less.
@@ -65,7 +65,7 @@ def without_position(decoder: Decoder, activation_NxD, position_N):
 
 
 def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
-    """(prompt rows BxQxD in the units of the embedding table, before_block hook)."""
+    """Makes (prompt rows BxQxD in the units of the embedding table, before_block hook)."""
     n, dtype = len(activation_BxD), model.embedding.dtype
     slot_BxD, hook = decoder.config.injection.enter(decoder, model, activation_BxD.astype(jnp.float32))
     left, right = (rows_for(n, p[...], dtype) for p in (decoder.prompt_left, decoder.prompt_right))
@@ -87,7 +87,7 @@ def prefill(decoder: Decoder, base: Transformer, activation_BxD, length: int) ->
 
 @jax.named_scope('decode')
 def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple[jax.Array, KVCache]:
-    """One generated token at index t. Returns the logits of the next one, BxV, and the cache."""
+    """Reads one generated token at index t. Returns the logits of the next one, BxV, and the cache."""
     model = model_of(decoder, base)
     start = decoder.prompt_len + t
     x, cache = model.run_layers_cached(
@@ -98,7 +98,7 @@ def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple
 
 @jax.named_scope('score')
 def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> jax.Array:
-    """Logits BxTxV of every token of given explanations."""
+    """Computes logits BxTxV of every token of given explanations."""
     model = model_of(decoder, base)
     x, hook = prompt_rows(decoder, model, activation_BxD)
     x = model.enter(jnp.concatenate([x, model.lookup(ids_BxT[:, :-1])], axis=1))
@@ -107,14 +107,14 @@ def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, i
 
 
 def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple[jax.Array, jax.Array]:
-    """Teacher forcing: log-probabilities of the given tokens BxT and the entropy at each, BxT (nats)."""
+    """Computes log-probabilities of given tokens BxT by teacher forcing and the entropy at each, BxT (nats)."""
     logits = teacher_forced_logits(decoder, base, activation_BxD, ids_BxT)
     return losses.token_log_probs(logits, ids_BxT), losses.entropy(logits)
 
 
 @jax.named_scope('natural')
 def natural_logits(base: Transformer, prefix_Q, ids_BxT):
-    """The untouched base's logits BxTxV of every token of ids after the token ids `prefix_Q`, no gradient."""
+    """Computes the untouched base's logits BxTxV of each token of ids after those of `prefix_Q`, no gradient."""
     shape = (ids_BxT.shape[0], len(prefix_Q))
     prefix = jnp.broadcast_to(prefix_Q, shape, out_sharding=sharding.out(sharding.rows(2)))
     x = base.embed(jnp.concatenate([prefix, ids_BxT[:, :-1]], axis=1))

@@ -48,13 +48,13 @@ class Encoder(Side):
 
 
 def encode(encoder: Encoder, base: Transformer, ids_BxT, source: Source | None = None, span=None):
-    """Reconstruction BxD (float32) of the activation from the token ids alone; arguments of encode_rows."""
+    """Reconstructs the activation BxD (float32) from the token ids alone; arguments of encode_rows."""
     return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT), source, span)
 
 
 @jax.named_scope('encode')
 def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source | None = None, span=None):
-    """Reconstruction BxD (float32) from words given as rows of the encoder's embedding table.
+    """Reconstructs the activation BxD (float32) from words given as rows of the encoder's embedding table.
 
     Input rows: [left, words, right, current token], the special vector added to the last one, all in the units of
     the embedding table. source: needed by an encoder with a current token or positions. span: (start_B, length_B)

@@ -37,7 +37,7 @@ class Injection:
     at_input = True
 
     def settings(self) -> dict:
-        """What decides how an activation enters, by configuration key."""
+        """Names what decides how an activation enters, by configuration key."""
         return {'decoder.injection': self.name} | {f'decoder.{k}': v for k, v in dataclasses.asdict(self).items()}
 
 
@@ -129,20 +129,20 @@ INJECTIONS = {kind.name: kind for kind in (Affine, Replace, Add)}
 
 
 def of_config(d, c) -> Injection:
-    """The injection of cfg.decoder for a base of TransformerConfig `c`. Raises LensError."""
+    """Picks the injection of cfg.decoder for a base of TransformerConfig `c`. Raises LensError."""
     if d.injection not in INJECTIONS:
         raise LensError(f'decoder.injection={d.injection!r} is not one of {", ".join(INJECTIONS)}.')
     return INJECTIONS[d.injection].from_config(d, c)
 
 
 def overwrite(x_BxTxD, slots: tuple[int, ...], value_BxD):
-    """x with the rows at the slots replaced by the value."""
+    """Gives x with the rows at the slots replaced by the value."""
     hit_Tx1 = np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
     return jnp.where(hit_Tx1, value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
 
 
 def add_norm_matched(x_BxTxD, slots: tuple[int, ...], vector_BxD):
-    """h + |h| v / (|v| + 1e-9) at the slots; the vector is rounded to the dtype of the stream first."""
+    """Gives h + |h| v / (|v| + 1e-9) at the slots; the vector is rounded to the dtype of the stream first."""
     hit_Tx1 = np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
     v = vector_BxD[:, None].astype(x_BxTxD.dtype).astype(jnp.float32)
     h = jnp.where(hit_Tx1, x_BxTxD.astype(jnp.float32), 1.0)  # elsewhere any row with a norm that has a gradient
@@ -152,7 +152,7 @@ def add_norm_matched(x_BxTxD, slots: tuple[int, ...], vector_BxD):
 
 
 def fixed_norm(v_NxD, norm: float):
-    """v * norm / max(|v|, 1e-12): zero stays zero."""
+    """Rescales: v * norm / max(|v|, 1e-12): zero stays zero."""
     v = v_NxD.astype(jnp.float32)
     size = jnp.sqrt(jnp.maximum(jnp.sum(v**2, -1, keepdims=True), 1e-24))
     return v * (norm / size)

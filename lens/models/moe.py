@@ -31,7 +31,7 @@ class Experts(NamedTuple):
 
 
 def activate(gate_up_Nx2xF, dtype):
-    """(up + 1) * gate * sigmoid(1.702 gate) of the clipped float32 halves, [..., F] in `dtype`."""
+    """Gates: (up + 1) * gate * sigmoid(1.702 gate) of the clipped float32 halves, [..., F] in `dtype`."""
     gate = jnp.minimum(gate_up_Nx2xF[..., 0, :], LIMIT)
     up = jnp.clip(gate_up_Nx2xF[..., 1, :], -LIMIT, LIMIT)
     return ((up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)).astype(dtype)
@@ -150,7 +150,7 @@ class MoE(nnx.Module):
         self.down_bias = zeros((e, d), dtype)
 
     def route(self, x_BxTxD, top_k: int):
-        """(experts, weights), each BxTxC: the largest logits and, in float32, the softmax over those alone."""
+        """Chooses (experts, weights), each BxTxC: the largest logits and, in float32, the softmax over those alone."""
         logits = jnp.einsum('btd,de->bte', x_BxTxD, self.router_w[...], preferred_element_type=jnp.float32)
         # Rounded once, after the bias: in bfloat16 the rounding decides which experts tie.
         logits = (logits + self.router_bias[...].astype(jnp.float32)).astype(x_BxTxD.dtype)

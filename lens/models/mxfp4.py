@@ -9,7 +9,7 @@ BIAS = 127  # of the scale byte
 
 
 def dequantise(blocks, scales, dtype):
-    """Values [..., n] of blocks uint8 [..., n/32, 16] (low nibble first) and scales uint8 [..., n/32].
+    """Unpacks values [..., n] of blocks uint8 [..., n/32, 16] (low nibble first) and scales uint8 [..., n/32].
 
     Exact in float32 and bfloat16: table value * 2^(scale - 127). Beyond their range (scales 253 and more) it
     is inf, and results below 2^-126 (scales 0 and 1 only) are 0: XLA has no subnormal numbers.

@@ -6,17 +6,17 @@ from flax import nnx
 
 
 def normal(shape, fan_in: int, rngs: nnx.Rngs, dtype) -> nnx.Param:
-    """A random matrix whose products have about the size of what it is applied to."""
+    """Draws a random matrix whose products have about the size of what it is applied to."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
 
 
 def zeros(shape, dtype, wanted: bool = True):
-    """A parameter of zeros where it is wanted, else None."""
+    """Makes a parameter of zeros where it is wanted, else None."""
     return nnx.data(nnx.Param(jnp.zeros(shape, dtype)) if wanted else None)
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """x over the root of its mean square, in float32."""
+    """Divides x by the root of its mean square, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 

@@ -69,7 +69,7 @@ class TransformerConfig:
     packed: bool = False
 
     def of_layer(self, pattern: tuple[int, ...], layer):
-        """The entry of a layer pattern; `layer` may be traced."""
+        """Picks the entry of a layer pattern; `layer` may be traced."""
         return pattern[0] if len(set(pattern)) == 1 else jnp.asarray(pattern)[layer % len(pattern)]
 
 
@@ -118,7 +118,7 @@ class Block(nnx.Module):
 
 
 def at_layer(stacks, i):
-    """Layer i of stacks, put together where they are split. Call it inside a checkpoint: see the module docstring."""
+    """Takes layer i of stacks, whole where they are split. Call it inside a checkpoint: see the module docstring."""
     return sharding.gathered(jax.tree.map(lambda w: w[i], stacks))
 
 
@@ -185,15 +185,15 @@ class Transformer(nnx.Module):
 
     @property
     def table(self):
-        """The embedding table VxD."""
+        """Gathers the embedding table VxD."""
         return sharding.gathered(self.embedding[...])
 
     def lookup(self, ids_BxT):
-        """Rows of the embedding table BxTxD, as they are stored."""
+        """Looks rows of the embedding table up, BxTxD, as they are stored."""
         return self.table.at[ids_BxT].get(out_sharding=sharding.out(sharding.ACT))
 
     def enter(self, x_BxTxD, start=0):
-        """What enters block 0 at positions start..start+T-1, of rows in the units of the embedding table:
+        """Makes what enters block 0 at positions start..start+T-1, of rows in the units of the embedding table:
         times Gemma's scale, plus GPT-2's position vectors."""
         c = self.config
         if c.embed_scale != 1.0:
@@ -203,16 +203,16 @@ class Transformer(nnx.Module):
         return x_BxTxD
 
     def embed(self, ids_BxT, start=0):
-        """Token ids as they enter block 0 at positions start..start+T-1, BxTxD."""
+        """Embeds token ids as they enter block 0 at positions start..start+T-1, BxTxD."""
         return self.enter(self.lookup(ids_BxT), start)
 
     def embedding_rows(self, ids: list[int]):
-        """Rows of the embedding table as they are, len(ids) x D: where a soft prompt starts."""
+        """Looks rows of the embedding table up as they are, len(ids) x D: where a soft prompt starts."""
         ids = jnp.asarray(ids, jnp.int32)
         return self.table.at[ids].get(out_sharding=sharding.out(sharding.P(None, None)))
 
     def truncated(self, n: int) -> 'Transformer':
-        """A copy of the first n blocks and the embedding; it has no final norm and no head."""
+        """Copies the first n blocks and the embedding; it has no final norm and no head."""
         copy = jax.tree.map(lambda x: x, self)
         copy.config = dataclasses.replace(self.config, n_layers=n)
         copy.blocks = jax.tree.map(lambda w: w[:n], self.blocks)
@@ -220,23 +220,23 @@ class Transformer(nnx.Module):
         return copy
 
     def run_layers(self, x_BxTxD, lo: int, hi: int, *, adapters=None, before_block=None):
-        """Residual stream after blocks lo..hi-1, positions 0..T-1.
+        """Runs blocks lo..hi-1: the residual stream after them, positions 0..T-1.
 
         before_block(x_BxTxD, layer_index) -> x_BxTxD is applied at the entrance of every block.
         """
         return _run_blocks(self.blocks, adapters, x_BxTxD, None, 0, lo, hi, self.config, before_block)[0][0]
 
     def run_layers_cached(self, x_BxTxD, lo: int, hi: int, cache: KVCache, start, *, adapters=None, before_block=None):
-        """(x_BxTxD, cache) of run_layers for positions start..start+T-1, which see those in `cache` and enter it."""
+        """Runs layers at positions start..start+T-1, which see those in `cache` and enter it: (x_BxTxD, cache)."""
         return _run_blocks(self.blocks, adapters, x_BxTxD, cache, start, lo, hi, self.config, before_block)[0]
 
     def collect(self, x_BxTxD, lo: int, hi: int, of: Callable):
-        """(residual stream after blocks lo..hi-1, of(x_BxTxD) of the stream entering each, stacked)."""
+        """Runs layers and collects: (the stream after them, of(x_BxTxD) of the stream entering each, stacked)."""
         (x, _), collected = _run_blocks(self.blocks, None, x_BxTxD, None, 0, lo, hi, self.config, None, of)
         return x, collected
 
     def run_beside(self, x_BxSxD, y_BxPxD, positions_BxP, lo: int, hi: int):
-        """Residual stream BxPxD after blocks lo..hi-1 of tokens that each replace one of x, alone.
+        """Runs blocks lo..hi-1 for tokens that each replace one of x, alone: their residual stream BxPxD.
 
         y_BxPxD[b, p] enters block lo at positions_BxP[b, p] (below S) instead of x_BxSxD[b] there. It sees the
         tokens of x before that position, and itself: what run_layers gives there for x with this one
@@ -246,14 +246,14 @@ class Transformer(nnx.Module):
         return _run_beside(blocks, x, y_BxPxD, positions_BxP, lo, hi, self.config)
 
     def logits(self, x_BxTxD):
-        """Final norm and output head; BxTxV in float32."""
+        """Applies final norm and output head: BxTxV in float32."""
         c = self.config
         x = self.final_norm(x_BxTxD, c.norm_eps)
         spec, w = ('vd', self.table) if self.head is None else ('dv', sharding.gathered(self.head[...]))
         return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A zero cache for `batch` rows and `length` positions."""
+        """Makes a zero cache for `batch` rows and `length` positions."""
         c, heads = self.config, jax.typeof(self.blocks.attn.k[...]).sharding.spec[2]
         spec = sharding.out(sharding.P(None, sharding.ROW_AXES, None, heads, None))
         shape = (c.n_layers, batch, length, c.n_kv_heads, c.head_dim)
@@ -278,10 +278,10 @@ class Side(nnx.Module):
 
 
 def model_of(side: Side, base: Transformer) -> Transformer:
-    """The model that a side runs: its own base where it trains one, else the frozen one."""
+    """Picks the model that a side runs: its own base where it trains one, else the frozen one."""
     return base if side.base is None else side.base
 
 
 def rows_for(batch: int, p_QxD, dtype):
-    """The rows of a prompt for every row of a batch, BxQxD in `dtype`."""
+    """Repeats the rows of a prompt for every row of a batch, BxQxD in `dtype`."""
     return jnp.broadcast_to(p_QxD, (batch, *p_QxD.shape), out_sharding=sharding.out(sharding.ACT)).astype(dtype)
