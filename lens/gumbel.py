@@ -24,7 +24,6 @@ from lens.models import decoder as dec
 from lens.models.attention import KVCache, Stream
 from lens.models.transformer import REMAT_POLICIES, at_layer, model_of
 
-FORMS = ('full', 'two_pass')
 MIN_TAU = 0.1
 
 
@@ -44,18 +43,16 @@ class Words(NamedTuple):
 def rollout(
     decoder, base, activation_NxD, table_VxW, key, *, length: int, tau, temperature=1.0, form: str = 'full'
 ) -> Words:
-    """One explanation of `length` tokens per activation: the tokens of sampling.sample for the same key.
+    """Draws one explanation of `length` tokens per activation: the tokens of sampling.sample for the same key.
 
     table_VxW: whose rows the reader of the words takes in, a constant. tau: may be traced. temperature: a
     number, or one per activation [N]. Gradients reach the decoder and the activations; base, table, tau and
     temperature are constants. Of the decoder's own embedding table, too, the relaxation is a constant function;
     a row that it feeds back has a lookup's gradient.
     """
-    if form not in FORMS:
-        raise ValueError(f'form={form!r} is none of {", ".join(FORMS)}')
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), activation_NxD.shape[:1])
-    roll = _full if form == 'full' else _two_pass
-    return roll(length, decoder, base, activation_NxD, table_VxW, key, jnp.asarray(tau, jnp.float32), temperature)
+    tau = jnp.asarray(tau, jnp.float32)
+    return FORMS[form](length, decoder, base, activation_NxD, table_VxW, key, tau, temperature)
 
 
 def _relaxed_rows(perturbed_NxV, tau, tables):
@@ -63,10 +60,8 @@ def _relaxed_rows(perturbed_NxV, tau, tables):
     soft = jax.nn.softmax(perturbed_NxV / jnp.maximum(tau, MIN_TAU), axis=-1)
 
     def rows(table_VxW):
-        vocabulary = sharding.like(table_VxW)
-        placed = sharding.reshard(
-            soft.astype(table_VxW.dtype), sharding.P(sharding.ROW_AXES, vocabulary and vocabulary[0])
-        )
+        split = sharding.like(table_VxW)  # of the vocabulary over `model`
+        placed = sharding.reshard(soft.astype(table_VxW.dtype), sharding.P(sharding.ROW_AXES, split and split[0]))
         return jnp.einsum('nv,vw->nw', placed, table_VxW, out_sharding=sharding.out(sampling.ROWS))
 
     return jax.tree.map(rows, jax.lax.stop_gradient(tables))
@@ -103,12 +98,8 @@ def _full(length: int, decoder, base, activation_NxD, table_VxW, key, tau, tempe
 def _forward(length, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N):
     """The loop of sampling.sample; the final cache lacks the last token."""
     logits, cache = dec.prefill(decoder, base, activation_NxD, length)
-
-    def keep(logits_NxV, ids_N):
-        return logits_NxV
-
     ids, kept, cache = sampling.draw(
-        decoder, base, logits, cache, key, length=length, temperature_N=temperature_N, keep=keep
+        decoder, base, logits, cache, key, length=length, temperature_N=temperature_N, keep=lambda logits, _: logits
     )
     residuals = decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids, cache
     return Words(ids, _lookup(table_VxW, ids), kept), residuals
@@ -155,6 +146,7 @@ def _backward(length, residuals, cotangents):
 
 
 _full.defvjp(_forward, _backward)
+FORMS = {'full': _full, 'two_pass': _two_pass}
 
 
 def _token(x, t):

@@ -1,6 +1,7 @@
 """Prompts and tags as token ids, and where the explanation stands in a response: between two tags."""
 
 import dataclasses
+import itertools
 import re
 from typing import NamedTuple
 
@@ -56,8 +57,7 @@ class Found(NamedTuple):
 
 def _first(ids_NxT, tag: tuple[int, ...], begin_N):
     """(index of the first occurrence of `tag` at or after begin, whether there is one)."""
-    t = ids_NxT.shape[1]
-    hit = jnp.arange(t) >= begin_N[:, None]
+    hit = jnp.arange(ids_NxT.shape[1]) >= begin_N[:, None]
     for k, token in enumerate(tag):
         hit &= jnp.pad(ids_NxT[:, k:], ((0, 0), (0, k)), constant_values=-1) == token
     return jnp.argmax(hit, axis=1).astype(jnp.int32), hit.any(1)
@@ -66,11 +66,9 @@ def _first(ids_NxT, tag: tuple[int, ...], begin_N):
 def find(ids_NxT, tags: Tags) -> Found:
     """Finds the first closed pair of tags with at least one token between them.
 
-    A response without one has failed: all its tokens count, the explanation is what follows the opening tag, or
-    all of it. Without tags nothing fails.
+    Without one it has failed: all tokens count, words are what follows the opening tag, or all. No tags, no failure.
     """
-    t = ids_NxT.shape[1]
-    zero = jnp.zeros_like(ids_NxT[:, 0])
+    t, zero = ids_NxT.shape[1], jnp.zeros_like(ids_NxT[:, 0])
     if not tags:
         return Found(zero, zero + t, zero + t, zero == 0)
     opened, has_opening = _first(ids_NxT, tags.opening, zero)
@@ -83,11 +81,7 @@ def find(ids_NxT, tags: Tags) -> Found:
 
 
 def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndarray:
-    """Makes responses [..., length] of given explanations [..., T]: opening tag, words, closing tag, filler.
-
-    The filler at the end of a label is no word. Labels that leave no room for the tags are cut. Without tags the
-    labels themselves are the responses.
-    """
+    """Makes responses [..., length] of explanations [..., T]: opening tag, words (cut to fit), closing tag, filler."""
     if not tags:
         return labels
     room = length - len(tags.opening) - len(tags.closing)
@@ -101,7 +95,7 @@ def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndar
 
 
 def sites(ids: list[int], marker: int) -> tuple[int, ...]:
-    """Indices of the marker in `ids` that have neighbours."""
+    """Finds the indices of the marker in `ids` that have neighbours."""
     return tuple(i for i in range(1, len(ids) - 1) if ids[i] == marker)
 
 
@@ -113,34 +107,29 @@ def _prompt_ids(tokenizer, text: str, key: str) -> list[int]:
     """Token ids of a part of a prompt, in which special tokens are written out and must be one token each."""
     for literal in re.findall(SPECIAL_LITERAL, text):
         if len(_ids(tokenizer, literal)) != 1:
-            raise LensError(
-                f'{key} holds {literal}, which is no token of the subject: write one that its tokenizer has.'
-            )
+            raise LensError(f'{key} holds {literal}, which is no token of the subject: write one that it has.')
     return _ids(tokenizer, text)
 
 
 def encoder_prompt(tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Token ids before and after the words, which stand where <text> comes last. Raises LensError."""
+    """Tokenises what is before and after the words, at the last <text> (before, it is a tag). Raises LensError."""
     if TEXT not in text:
         raise LensError(f'encoder.prompt={text!r} must contain {TEXT}.')
-    before, after = text.rsplit(TEXT, 1)  # an earlier one is a tag
-    return _prompt_ids(tokenizer, before, 'encoder.prompt'), _prompt_ids(tokenizer, after, 'encoder.prompt')
+    return tuple(_prompt_ids(tokenizer, part, 'encoder.prompt') for part in text.rsplit(TEXT, 1))
 
 
 def decoder_prompt(tokenizer, text: str, marker: str) -> Prompt:
-    """Token ids around the slots; with a marker, of the whole text, as its readers tokenise it. Raises LensError."""
+    """Tokenises what is around the slots; with a marker, the whole text, as its readers do. Raises LensError."""
     key, count = 'decoder.prompt', text.count(EMBED)
     if not count:
         raise LensError(f'{key}={text!r} must contain {EMBED}.')
     parts = [_prompt_ids(tokenizer, part, key) for part in text.split(EMBED)]
-    ids, found, token = parts[0], [], [0]
-    for part in parts[1:]:
-        found.append(len(ids))
-        ids = [*ids, 0, *part]
+    token = _ids(tokenizer, marker) if marker else [0]
+    if len(token) != 1:
+        raise LensError(f'decoder.marker={marker!r} is {len(token)} tokens of the subject, it must be one.')
+    found = [n - 1 for n in itertools.accumulate(len(part) + 1 for part in parts[:-1])]
+    ids = sum(([0, *part] for part in parts[1:]), parts[0])
     if marker:
-        token = _ids(tokenizer, marker)
-        if len(token) != 1:
-            raise LensError(f'decoder.marker={marker!r} is {len(token)} tokens of the subject, it must be one.')
         ids = _ids(tokenizer, text.replace(EMBED, marker))
         found = sites(ids, token[0])
         if not len(found) == count == ids.count(token[0]):
@@ -153,7 +142,7 @@ def decoder_prompt(tokenizer, text: str, marker: str) -> Prompt:
 
 
 def tags(tokenizer, opening: str, closing: str) -> Tags:
-    """What an explanation stands between. Raises LensError."""
+    """Tokenises what an explanation stands between. Raises LensError."""
     if opening and not closing:
         raise LensError(f'explanation_open={opening!r} needs an explanation_close.')
     return Tags(tuple(_ids(tokenizer, opening)), tuple(_ids(tokenizer, closing)))

@@ -27,7 +27,7 @@ def noise(key, t, shape: tuple[int, int]):
 
 
 def perturbed(logits_NxV, key, t, temperature_N):
-    """logits + temperature * noise of token t: what its id is the argmax of."""
+    """Adds temperature * noise of token t: what its id is the argmax of."""
     temperature_N = sharding.reshard(temperature_N, sharding.rows(1))
     return sharding.reshard(logits_NxV, ROWS) + temperature_N[:, None] * noise(key, t, logits_NxV.shape)
 

@@ -1,4 +1,4 @@
-"""The straight-through rollout as a plain scan that JAX differentiates: the oracle of lens.gumbel."""
+"""The straight-through rollout as a plain scan that JAX differentiates: the oracle of lens.gumbel, form 'full'."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ from lens import gumbel, sampling
 from lens.models import decoder as dec
 
 
-def rollout(decoder, base, activation_NxD, table_VxE, key, *, length, tau, temperature=1.0, form='full'):
-    """gumbel.rollout of form 'full' or 'truncated'; reverse mode stores a cache per token and layer."""
+def rollout(decoder, base, activation_NxD, table_VxW, key, *, length, tau, temperature=1.0):
+    """gumbel.rollout of form 'full'; reverse mode stores a cache per token and layer."""
     model = base if decoder.base is None else decoder.base
     start = decoder.prompt_len
 
@@ -18,18 +18,14 @@ def rollout(decoder, base, activation_NxD, table_VxE, key, *, length, tau, tempe
 
     def body(carry, t):
         logits, cache = carry
-        z = logits + temperature * sampling.noise(key, t, logits.shape)
+        z = logits + jnp.reshape(temperature, (-1, 1)) * sampling.noise(key, t, logits.shape)
         ids = jnp.argmax(z, axis=-1)
         row = straight_through(model.embedding[...], z, ids)
-        if form == 'truncated':
-            row = jax.lax.stop_gradient(row)
-            generated = (jnp.arange(start + length) >= start)[:, None, None]
-            cache = jax.tree.map(lambda x: jnp.where(generated, jax.lax.stop_gradient(x), x), cache)
         x, cache = model.run_layers_cached(
             model.enter(row[:, None], start + t), 0, model.config.n_layers, cache, start + t, adapters=decoder.adapters
         )
-        word = straight_through(jax.lax.stop_gradient(table_VxE), z, ids)
-        return (model.logits(x)[:, 0], cache), gumbel.Rollout(ids, word, logits)
+        word = straight_through(jax.lax.stop_gradient(table_VxW), z, ids)
+        return (model.logits(x)[:, 0], cache), gumbel.Words(ids, word, logits)
 
     _, out = jax.lax.scan(body, dec.prefill(decoder, base, activation_NxD, length), jnp.arange(length))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)

@@ -1,125 +1,184 @@
-"""How a vector enters a prompt: formulas on hand numbers, sites, and the same thing under jit, remat, cache, mesh."""
+"""How an activation enters a prompt: formulas on hand numbers, every injection against the stack by hand, a new one."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
-from lens import sampling, sharding
+from configs import base as base_config
+from lens import sharding
+from lens.errors import LensError
 from lens.models import decoder as dec
 from lens.models import injection
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
-from tests.conftest import LAYER, LENGTH, TINY, make_base
+from lens.models.injection import Add, Affine, Injection, Replace
+from tests import programs
+from tests.compare import close
+from tests.conftest import LAYER, LENGTH, TINY
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(2, 5, 4)).astype(np.float32)
-V = RNG.normal(size=(2, 2, 4)).astype(np.float32)
-KEY = jax.random.key(3)
-
-
-def test_sites_need_neighbours():
-    assert injection.sites([7, 1, 7, 2, 7, 3, 7], 7) == (2, 4)
-    assert injection.sites([0, 1, 7, 2, 1, 7, 3], 7, left=1, right=2) == (2,)
-    assert injection.sites([1, 2, 3], 7) == ()
-
-
-def test_overwrite_replaces_each_slot_by_its_own_value():
-    want = X.copy()
-    want[:, 1], want[:, 3] = V[:, 0], V[:, 1]
-    np.testing.assert_array_equal(injection.overwrite(jnp.asarray(X), (1, 3), jnp.asarray(V)), want)
-    with pytest.raises(ValueError, match='1 slots for 2 vectors'):
-        injection.overwrite(jnp.asarray(X), (1,), jnp.asarray(V))
+MARKER = 11
+CASES = {
+    'input': (Affine(0), ()),
+    'two blocks': (Affine(2), ()),
+    'shared map and two slots': (Affine(3, True), (0,)),
+    'replace': (Replace(5.0), (0,)),
+    'add': (Add(), (0,)),
+}
 
 
-def test_norm_matched_addition_by_hand():
-    h, v = np.array([[[3.0, 4.0], [1.0, 1.0]]]), np.array([[[0.0, 2.0]]])
-    got = injection.add_norm_matched(jnp.asarray(h), (0,), jnp.asarray(v))
-    np.testing.assert_allclose(got, [[[3.0, 9.0], [1.0, 1.0]]], rtol=1e-6)
-    grad = jax.grad(lambda h: injection.add_norm_matched(h, (0,), jnp.asarray(v)).sum())(jnp.asarray(h))
-    # d/dh of h + |h| v/|v|: 1 + h_i/|h| in the direction of v
-    np.testing.assert_allclose(grad, [[[1.6, 1.8], [1.0, 1.0]]], rtol=1e-6)
-
-
-def test_fixed_norm():
-    got = np.asarray(injection.fixed_norm(jnp.asarray(V[0]), 30.0))
-    np.testing.assert_allclose(got, V[0] / np.linalg.norm(V[0], axis=-1, keepdims=True) * 30, rtol=1e-5)
+def test_overwriting_and_fixed_norms_by_hand():
+    rng = np.random.default_rng(0)
+    x, v = rng.normal(size=(2, 5, 4)).astype(np.float32), rng.normal(size=(2, 4)).astype(np.float32)
+    want = x.copy()
+    want[:, 1] = want[:, 3] = v
+    np.testing.assert_array_equal(injection.overwrite(x, (1, 3), jnp.asarray(v)), want)
+    close(injection.fixed_norm(v, 30.0), v / np.linalg.norm(v, axis=-1, keepdims=True) * 30)
     assert not np.asarray(injection.fixed_norm(jnp.zeros((1, 4)), 30.0)).any()
     assert np.isfinite(jax.grad(lambda v: injection.fixed_norm(v, 2.0).sum())(jnp.full((1, 4), 1e-20))).all()
 
 
-def decoder(base, family, more=(), blocks=2):
-    c = DecoderConfig(blocks, False, LAYER, family, 5.0, 11, more)
-    maps = scaled_identity(c, 1.0, TINY.d_model, np.arange(1, 5, dtype=np.float32)) if family == 'affine' else None
-    return Decoder(c, [3, 7], [9, 2, 4], base, maps, own_base=False, adapters=None)
+def test_norm_matched_addition_by_hand():
+    h, v = np.array([[[3.0, 4.0], [1.0, 1.0]]]), np.array([[0.0, 2.0]])
+    out, back = jax.vjp(lambda h: injection.add_norm_matched(h, (0,), jnp.asarray(v)), jnp.asarray(h))
+    close(out, np.array([[[3.0, 9.0], [1.0, 1.0]]]))
+    # d/dh of h + |h| v/|v|: 1 + h_i/|h| in the direction of v
+    close(back(jnp.ones_like(out))[0], np.array([[[1.6, 1.8], [1.0, 1.0]]]))
 
 
-def by_hand(base, d, a, ids):
-    """Logits of the words, block by block, one activation at a time."""
-    c, table = d.config, base.embedding[...]
-    rows = np.array(jnp.concatenate([d.prompt_left[...], jnp.zeros((1, 24)), d.prompt_right[...], table[ids[:-1]]]))
-    for s in d.slots:
-        if c.injection == 'replace':
-            rows[s] = a * c.norm / np.linalg.norm(a)
-        elif c.injection == 'add':
-            rows[s] = table[c.marker]
-    x = jnp.asarray(rows)[None]
-    for k in range(base.config.n_layers):
-        for s in d.slots:
-            if c.injection == 'affine' and k < c.patched_blocks:
-                x = x.at[0, s].set(a @ d.maps_w[...][k] + d.maps_b[...][k])
-            elif c.injection == 'add' and k == 2:
-                h = x[0, s]
-                x = x.at[0, s].set(h + jnp.linalg.norm(h) * a / jnp.linalg.norm(a))
-        x = base.run_layers(x, k, k + 1)
-    return base.logits(x)[0, d.prompt_len - 1 :]
+def make_decoder(base, inject, more=()):
+    """Nothing of it is at its initial value."""
+    maps = None
+    if inject.n_maps:
+        maps = scaled_identity(inject, LAYER, 1.0, TINY.d_model, np.arange(1, 5, dtype=np.float32))
+    config = DecoderConfig(inject, LAYER, more, MARKER)
+    rng = np.random.default_rng(2)
+    decoder = Decoder(config, [3, 7], [9], base, maps, own_base=False, adapters=None)
+    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), decoder)
 
 
 @pytest.fixture(scope='module')
-def activations():
-    return RNG.normal(size=(8, 24)).astype(np.float32)
+def given():
+    """(activations, explanations)"""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(8, TINY.d_model)).astype(np.float32)
+    return a, rng.integers(0, TINY.vocab_size, (8, LENGTH)).astype(np.int32)
 
 
-@pytest.mark.parametrize('more', [(), (1,)])
-@pytest.mark.parametrize('family', injection.FAMILIES)
-def test_every_family_equals_the_stack_by_hand(base, activations, family, more):
-    d, ids = decoder(base, family, more), RNG.integers(0, TINY.vocab_size, (8, LENGTH))
-    assert d.slots == ((2, 4) if more else (2,))
-    got = jax.jit(dec.teacher_forced_logits)(d, base, activations, ids)
-    for b in range(2):
-        np.testing.assert_allclose(got[b], by_hand(base, d, activations[b], ids[b]), atol=1e-4)
+@pytest.mark.parametrize('case', CASES)
+def test_every_injection_equals_the_stack_by_hand(base, given, case):
+    decoder = make_decoder(base, *CASES[case])
+    assert decoder.slots == ((2, 3) if CASES[case][1] else (2,))
+    logits = programs.decode_by_hand(decoder, base, *given)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    logp, entropy = programs.score(decoder, base, *given)
+    close(logp, np.take_along_axis(log_p, given[1][..., None], -1)[..., 0])
+    close(entropy, -(np.exp(log_p) * log_p).sum(-1))
 
 
-@pytest.mark.parametrize('family', [pytest.param('replace', marks=pytest.mark.slow), 'add'])
-def test_the_sampler_and_the_scorer_inject_alike_with_and_without_remat(base, activations, family):
-    d = decoder(base, family, (1,))
-    s = jax.jit(lambda d: sampling.sample(d, base, activations, KEY, length=LENGTH, group=2))(d)
+def test_added_while_sampling_as_while_scoring(base, given):
+    """Also without remat: the hook is inside the checkpoint."""
+    decoder = make_decoder(base, *CASES['add'])
+    s = programs.sample(decoder, base, given[0], jax.random.key(3), length=LENGTH)
+    close(programs.score(decoder, base, given[0], s.ids_NxT)[0], s.logp_NxT)
     kept = jax.tree.map(lambda x: x, base)
     kept.config = dataclasses.replace(base.config, remat='dots')
-    for model in (base, kept):
-        logp, _ = dec.score(d, model, jnp.repeat(activations, 2, axis=0), s.ids_NxT)
-        np.testing.assert_allclose(logp, s.logp_NxT, atol=1e-4)
+    close(programs.score(decoder, kept, given[0], s.ids_NxT)[0], s.logp_NxT)
+
+
+def config(**changes):
+    d = base_config.get_config().decoder
+    d.update(changes)
+    return d
+
+
+@pytest.mark.parametrize(
+    ('changes', 'want', 'settings'),
+    [
+        (
+            {'patched_blocks': -1},
+            Affine(3),
+            {'decoder.injection': 'affine', 'decoder.patched_blocks': 3, 'decoder.shared_map': False},
+        ),
+        ({'injection': 'replace'}, Replace(24**0.5), {'decoder.injection': 'replace', 'decoder.norm': 24**0.5}),
+        ({'injection': 'replace', 'norm': 7}, Replace(7.0), {'decoder.injection': 'replace', 'decoder.norm': 7.0}),
+        ({'injection': 'add', 'marker': '#'}, Add(), {'decoder.injection': 'add'}),
+    ],
+)
+def test_of_a_configuration_and_back(changes, want, settings):
+    got = injection.of_config(config(**changes), TINY)
+    assert got == want and hash(got) == hash(want) and got.settings() == settings
+
+
+@pytest.mark.parametrize(
+    ('changes', 'n_layers', 'message'),
+    [
+        ({'injection': 'spell'}, 3, "decoder.injection='spell' is not one of affine, replace, add"),
+        ({'patched_blocks': 4}, 3, r'decoder.patched_blocks=4 is not in -1\.\.3, the blocks of the subject'),
+        ({'patched_blocks': -2}, 3, r'decoder.patched_blocks=-2 is not in -1\.\.3'),
+        ({'injection': 'replace', 'norm': -1.0}, 3, r'decoder.norm=-1.0 must not be negative'),
+        ({'injection': 'add', 'marker': '#'}, 2, r'add writes at block 2, the subject has 2 blocks'),
+        ({'injection': 'add', 'marker': ''}, 3, r'add needs decoder.marker, a text of one token for the slot'),
+    ],
+)
+def test_impossible_values_are_refused(changes, n_layers, message):
+    with pytest.raises(LensError, match=message):
+        injection.of_config(config(**changes), dataclasses.replace(TINY, n_layers=n_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved(Injection):
+    """One map, a share of which is added to the slot at the entrance of a block: not of this package."""
+
+    block: int
+    name = 'halved'
+    n_maps = 1
+
+    @classmethod
+    def from_config(cls, d, c):
+        return cls(min(d.block, c.n_layers - 1))
+
+    def enter(self, decoder, model, a_BxD):
+        value = 0.5 * (a_BxD @ decoder.maps_w[...][0] + decoder.maps_b[...][0])
+
+        def add(x, block):
+            return jnp.where(block == self.block, injection.overwrite(x, decoder.slots, x[:, 2] + value), x)
+
+        return 2 * value, add
+
+
+def test_a_new_injection_is_one_class_and_one_entry(base, given, monkeypatch):
+    monkeypatch.setitem(injection.INJECTIONS, 'halved', Halved)
+    c = ml_collections.ConfigDict({'injection': 'halved', 'block': 1})
+    decoder = make_decoder(base, injection.of_config(c, TINY))
+    assert decoder.config.injection.settings() == {'decoder.injection': 'halved', 'decoder.block': 1}
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(decoder):
+        logits, _ = dec.prefill(decoder, base, jnp.asarray(given[0]), LENGTH)
+        return jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+
+    got, grad = run(decoder)
+    step = jax.tree.map(jnp.zeros_like, decoder)
+    step.maps_w[...] = jnp.asarray(np.random.default_rng(1).normal(size=step.maps_w.shape), jnp.float32)
+    ahead, behind = (run(jax.tree.map(lambda x, s, t=t: x + t * s, decoder, step))[0] for t in (1e-2, -1e-2))
+    slope = np.vdot(grad.maps_w[...], step.maps_w[...])
+    assert np.isfinite(got) and abs(slope - (ahead - behind) / 2e-2) < 0.02 * abs(slope) and abs(slope) > 1e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', [pytest.param('replace', marks=pytest.mark.slow), 'add'])
-def test_sharded_injection_is_unsharded_injection(activations, family):
-    ids = RNG.integers(0, TINY.vocab_size, (8, LENGTH))
+def test_sharded_injection_is_unsharded_injection(base, given):
+    @jax.jit
+    @jax.value_and_grad
+    def run(decoder, base, a, ids):
+        return jnp.mean(jnp.sin(dec.teacher_forced_logits(decoder, base, a, ids)))
 
-    def logits_and_gradient(shape):
-        mesh = sharding.make_mesh(*shape)
-        with jax.set_mesh(mesh):
-            base = sharding.place(make_base(), mesh)
-            d = sharding.place(decoder(base, family, (1,)), mesh)
-            batch = sharding.put_batch({'a': activations, 'ids': ids}, mesh)
-
-            def f(d):
-                logits = dec.teacher_forced_logits(d, base, batch['a'], batch['ids'])
-                return jnp.mean(jnp.sin(logits)), logits
-
-            (_, logits), grads = jax.jit(jax.value_and_grad(f, has_aux=True))(d)
-            return jax.tree.map(np.asarray, (logits, grads))
-
-    plain, other = logits_and_gradient((1, 1)), logits_and_gradient((2, 4))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), plain, other)
+    decoder, mesh = make_decoder(base, *CASES['add']), sharding.make_mesh(2, 2)
+    with jax.set_mesh(mesh):
+        placed = sharding.put_batch(dict(zip(('a', 'ids'), given, strict=True)), mesh)
+        got = run(sharding.place(decoder, mesh), sharding.place(base, mesh), placed['a'], placed['ids'])
+        got = jax.tree.map(np.asarray, got)
+    close(got, run(decoder, base, *given), steps=1024)

@@ -1,3 +1,5 @@
+"""MXFP4 against a table and against transformers."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,11 @@ TABLE = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]  # no
 SCALES = [0, 1, 2, 100, 127, 252, 254]
 
 
-def random_packed(shape, scales=(100, 127), seed=0):
+def random_packed(shape):
     """Random bytes for values of `shape`."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     groups = (*shape[:-1], shape[-1] // 32)
-    return rng.integers(0, 256, (*groups, 16), np.uint8), rng.integers(*scales, groups, np.uint8)
+    return rng.integers(0, 256, (*groups, 16), np.uint8), rng.integers(100, 127, groups, np.uint8)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -46,34 +48,3 @@ def test_equals_transformers(dtype):
     ours = mxfp4.dequantise(blocks, scales, jnp.dtype(dtype))
     assert theirs.shape == (3, 128, 10) and ours.shape == (3, 10, 128)  # theirs: inputs before outputs
     np.testing.assert_array_equal(np.asarray(ours).swapaxes(1, 2).astype(np.float32), theirs.float().numpy())
-
-
-def test_packing_what_was_unpacked_changes_nothing():
-    blocks, scales = random_packed((5, 3, 96), scales=(4, 250))
-    x = np.asarray(mxfp4.dequantise(blocks, scales, jnp.float32))
-    again = mxfp4.pack(x)
-    assert [a.dtype for a in again] == [np.uint8] * 2
-    assert [a.shape for a in again] == [(5, 3, 3, 16), (5, 3, 3)]
-    y = np.asarray(mxfp4.dequantise(*again, jnp.float32))
-    np.testing.assert_array_equal(y, x)
-    np.testing.assert_array_equal(np.signbit(y), np.signbit(x))
-
-
-def test_packing_takes_the_nearest_value():
-    x = np.zeros(32)
-    x[:9] = [6.0, 0.2, 0.3, -1.2, -1.3, 2.4, 2.6, 4.9, -5.1]
-    y = np.asarray(mxfp4.dequantise(*mxfp4.pack(x), jnp.float32))
-    np.testing.assert_array_equal(y[:9], [6.0, 0, 0.5, -1, -1.5, 2, 3, 4, -6])
-    x[0] = 7.5  # the scale still fits 4..8, the value does not
-    assert mxfp4.dequantise(*mxfp4.pack(x), jnp.float32)[0] == 6
-
-
-def test_packing_works_on_each_block_alone_and_on_zeros():
-    x = np.stack([np.full(32, 2.0**-90), np.full(32, -3 * 2.0**80), np.zeros(32)]).reshape(96)
-    np.testing.assert_array_equal(mxfp4.dequantise(*mxfp4.pack(x), jnp.float32), x)
-
-
-@pytest.mark.parametrize('x', [np.ones((2, 48)), np.full(32, np.nan), np.full(32, np.inf)])
-def test_what_cannot_be_packed_is_an_error(x):
-    with pytest.raises(ValueError, match='multiples of 32'):
-        mxfp4.pack(x)

@@ -1,210 +1,182 @@
-"""Subject, decoder and encoder: read, patch, inject, score, sample, read out."""
+"""Subject, decoder and encoder: read, patch, sample, score, read out. What is injected how: test_injection."""
 
-import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens import losses, sampling
+from lens import sampling
 from lens.models import decoder as dec
 from lens.models import lora, subject
 from lens.models.encoder import encode
+from tests import programs
+from tests.compare import close, differs
 from tests.conftest import LAYER, LENGTH, TINY, make_lens
 
-K = TINY.n_layers
+L = TINY.n_layers
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope='module')
 def activations(base, batch):
-    a = subject.read(base, batch['tokens'], batch['positions'], LAYER)
-    return a.reshape(-1, TINY.d_model)[:6]
+    a = programs.activations(base, batch['tokens'], batch['positions'], layer=LAYER)
+    return a.reshape(-1, TINY.d_model)[:8]
 
 
-@pytest.mark.parametrize('layer', range(K))
-def test_read_is_the_output_of_the_block_before_any_norm(base, batch, layer):
-    a = subject.read(base, batch['tokens'], batch['positions'], layer)
-    x = np.asarray(base.run_layers(base.embed(batch['tokens']), 0, layer + 1))
-    for b, row in enumerate(batch['positions']):
-        for v, p in enumerate(row):
-            np.testing.assert_array_equal(a[b, v], x[b, p])
+@pytest.mark.parametrize('layer', [LAYER, L - 1])
+def test_activations_are_the_output_of_the_block_before_any_norm(base, batch, layer):
+    stream = programs.hidden(base, batch['tokens'])[1][layer + 1]
+    want = np.take_along_axis(np.asarray(stream), batch['positions'][..., None], axis=1)
+    close(programs.activations(base, batch['tokens'], batch['positions'], layer=layer), want)
 
 
-def test_read_has_no_gradient(base, batch):
-    grads = jax.grad(lambda m: subject.read(m, batch['tokens'], batch['positions'], LAYER).sum())(base)
-    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+def test_reading_has_no_gradient(base, batch):
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        return subject.activations(model, batch['tokens'], batch['positions'], LAYER).sum()
+
+    assert all(not np.any(g) for g in jax.tree.leaves(gradient(base)))
 
 
-@pytest.mark.parametrize('layer', range(K))
-def test_patching_the_activation_itself_reproduces_the_logits(base, batch, layer):
-    position = batch['positions'][:, 0]
-    a = subject.read(base, batch['tokens'], batch['positions'], layer)[:, 0]
-    np.testing.assert_allclose(
-        subject.patch(base, batch['tokens'], position, a, layer), base(batch['tokens']), atol=1e-6
-    )
-
-
-def test_patching_another_vector_changes_this_and_later_positions_only(base, batch):
-    position = batch['positions'][:, 0]
-    a = np.ones((8, TINY.d_model), np.float32)
-    change = np.abs(subject.patch(base, batch['tokens'], position, a, LAYER) - base(batch['tokens'])).max(-1)
+def test_patching_changes_this_and_later_positions_only_and_nothing_by_the_activation_itself(base, batch):
+    tokens, position = batch['tokens'], batch['positions'][:, 0]
+    natural = programs.hidden(base, tokens)[0]
+    own = programs.activations(base, tokens, batch['positions'], layer=LAYER)[:, 0]
+    close(programs.patch(base, tokens, position, own, layer=LAYER), natural)
+    patched = programs.patch(base, tokens, position, jnp.ones_like(own), layer=LAYER)
     for b, p in enumerate(position):
-        assert not change[b, :p].any() and (change[b, p:] > 1e-4).all()
+        close(patched[b, :p], natural[b, :p])
+        for t in range(p, tokens.shape[1]):
+            differs(patched[b, t], natural[b, t])
 
 
 def test_stream_norms_match_a_loop(base, tokens):
     lengths = np.array([11, 7, 9, 11, 8, 10, 11, 0], np.int32)
-    got = subject.stream_norms(base, tokens, lengths, skip=3)
-    for k in range(K + 1):
-        x = np.asarray(base.run_layers(base.embed(tokens), 0, k))
-        values = [np.linalg.norm(x[b, t]) for b in range(8) for t in range(3, lengths[b])]
-        np.testing.assert_allclose(got[k], np.mean(values), rtol=1e-5)
-
-
-def decoder_by_hand(lens, base, a_D, ids_T, patched, shared=False):
-    """Logits of every explanation token, one block at a time on one row, without cache or scan."""
-    d = lens.decoder
-    maps = [np.asarray(a_D) @ np.asarray(w) + np.asarray(b) for w, b in zip(d.maps_w[...], d.maps_b[...], strict=True)]
-    x = jnp.concatenate([d.prompt_left[...], maps[0][None], d.prompt_right[...], base.embedding[...][ids_T[:-1]]])[None]
-    for k in range(K):
-        if k < patched:
-            x = x.at[0, 2].set(maps[0 if shared else k])
-        x = base.run_layers(x, k, k + 1)
-    x = base.final_norm(x, TINY.norm_eps)[0, 3:]
-    return x @ base.head[...]
-
-
-@pytest.mark.parametrize(('patched', 'shared'), [(0, False), (1, False), (2, False), (3, True)])
-def test_score_equals_the_decoder_written_by_hand(base, activations, patched, shared):
-    lens = make_lens(base, patched=patched, shared=shared)
-    ids = np.random.default_rng(5).integers(0, TINY.vocab_size, (6, LENGTH))
-    logp, entropy = dec.score(lens.decoder, base, activations, ids)
-    for i in range(6):
-        logits = decoder_by_hand(lens, base, activations[i], ids[i], patched, shared)
-        p = np.asarray(jax.nn.softmax(logits, -1), np.float64)
-        np.testing.assert_allclose(logp[i], np.log(p[np.arange(LENGTH), ids[i]]), atol=1e-5)
-        np.testing.assert_allclose(entropy[i], -(p * np.log(p)).sum(-1), atol=1e-5)
-
-
-def test_soft_prompts_reach_the_text(base, activations):
-    lens = make_lens(base, patched=1)
-    ids = np.zeros((6, LENGTH), np.int32)
-    a = dec.score(lens.decoder, base, activations, ids)[0]
-    moved = jax.tree.map(lambda x: x, lens.decoder)
-    moved.prompt_left[...] = moved.prompt_left[...] + 1
-    assert np.abs(dec.score(moved, base, activations, ids)[0] - a).max() > 1e-3
+    streams = np.asarray(programs.hidden(base, tokens)[1], np.float64)
+    want = [np.mean([np.linalg.norm(x[b, t]) for b in range(8) for t in range(3, lengths[b])]) for x in streams]
+    got = jax.jit(subject.stream_norms, static_argnames='skip')(base, tokens, lengths, skip=3)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize('own_base', [False, True])
-def test_sampler_and_scorer_agree(base, activations, own_base):
-    lens = make_lens(base, own_base=own_base)
-    s = sampling.sample(lens.decoder, base, activations, jax.random.key(0), length=LENGTH, group=3)
-    assert s.ids_NxT.shape == (18, LENGTH)
-    logp, _ = dec.score(lens.decoder, base, subject.tile_rows(activations, 3), s.ids_NxT)
-    np.testing.assert_allclose(s.logp_NxT, logp, atol=1e-5)
-
-
-def test_sampler_uses_its_own_base_when_it_has_one(base, activations):
-    lens = make_lens(base, own_base=True)
-    zero = jax.tree.map(jnp.zeros_like, base)
-    a = sampling.sample(lens.decoder, base, activations, jax.random.key(0), length=LENGTH)
-    b = sampling.sample(lens.decoder, zero, activations, jax.random.key(0), length=LENGTH)
-    np.testing.assert_array_equal(a.ids_NxT, b.ids_NxT)
-
-
-def test_group_members_differ_and_share_their_activation(base, lens, activations):
-    s = sampling.sample(lens.decoder, base, activations, jax.random.key(0), length=LENGTH, group=4)
-    groups = np.asarray(s.ids_NxT).reshape(6, 4, LENGTH)
-    assert all(len(np.unique(g, axis=0)) > 1 for g in groups)
-    rows, _ = dec.score(lens.decoder, base, activations[2:3], groups[2][:1])
-    np.testing.assert_allclose(s.logp_NxT[8:9], rows, atol=1e-5)
-
-
-def test_greedy_takes_the_most_probable_token(base, lens, activations):
-    s = sampling.sample(lens.decoder, base, activations, jax.random.key(0), length=LENGTH, temperature=0.0)
-    for i in range(6):
-        logits = decoder_by_hand(lens, base, activations[i], np.asarray(s.ids_NxT[i]), 2)
-        np.testing.assert_array_equal(np.argmax(logits, -1), s.ids_NxT[i])
-
-
-def test_temperature_per_activation(base, lens, activations):
-    """Rows at temperature 0 are the greedy ones, rows at 1 the sampled ones."""
-    draw = functools.partial(sampling.sample, lens.decoder, base, activations, jax.random.key(0), length=LENGTH)
-    mixed = draw(temperature=jnp.asarray([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])).ids_NxT
-    sampled, greedy = draw().ids_NxT, draw(temperature=0.0).ids_NxT
-    np.testing.assert_array_equal(mixed, np.where([[0], [1], [0], [1], [1], [0]], sampled, greedy))
-    assert (sampled != greedy).any()
-
-
-def test_first_token_frequencies_are_the_softmax(base, lens, activations):
-    n = 20000
-    s = sampling.sample(lens.decoder, base, activations[:1], jax.random.key(4), length=2, group=n)
-    logits, _ = dec.prefill(lens.decoder, base, activations[:1], 1)
-    p = np.asarray(jax.nn.softmax(logits[0]), np.float64)
-    freq = np.bincount(np.asarray(s.ids_NxT[:, 0]), minlength=TINY.vocab_size) / n
-    z = (freq - p) / np.sqrt(p * (1 - p) / n)
-    assert np.abs(z).max() < 4.5 and p.max() < 0.9
+def test_samples_are_the_scorers_exact_draws(base, lens, activations, own_base):
+    """Token t is the argmax of the scorer's logits and the noise of the token, rows of one activation side by side;
+    rows at temperature 0 are greedy. A decoder with a base of its own never looks at the other one."""
+    group, temperature = 3, np.linspace(0, 1.4, 8, dtype=np.float32)
+    d = make_lens(base, own_base=True).decoder if own_base else lens.decoder
+    model = d.base if own_base else base
+    given = jax.tree.map(jnp.zeros_like, base) if own_base else base
+    s = programs.sample(d, given, activations, KEY, length=LENGTH, group=group, temperature=temperature)
+    ids = np.asarray(s.ids_NxT)
+    a, temperature = (np.repeat(np.asarray(x), group, axis=0) for x in (activations, temperature))
+    logits = programs.decode_by_hand(d, model, a, ids)
+    close(s.logp_NxT, np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[..., None], -1)[..., 0])
+    noise = np.stack([sampling.noise(KEY, t, (len(ids), TINY.vocab_size)) for t in range(LENGTH)], axis=1)
+    best = logits + temperature[:, None, None] * noise
+    chosen = np.take_along_axis(best, ids[..., None], -1)[..., 0]
+    close(chosen, best.max(-1))
+    assert all(len(np.unique(rows, axis=0)) > 1 for rows in ids.reshape(-1, group, LENGTH)[1:])
 
 
 def test_samples_repeat_with_the_key_and_change_with_it(base, lens, activations):
     draw = [
-        sampling.sample(lens.decoder, base, activations, jax.random.key(k), length=LENGTH).ids_NxT for k in (0, 0, 1)
+        programs.sample(
+            lens.decoder,
+            base,
+            activations,
+            jax.random.key(k),
+            length=LENGTH,
+            group=3,
+            temperature=np.ones(8, np.float32),
+        ).ids_NxT
+        for k in (0, 0, 1)
     ]
     np.testing.assert_array_equal(draw[0], draw[1])
     assert (draw[0] != draw[2]).any()
 
 
-def test_natural_log_probs_are_the_untouched_base(base):
-    ids = np.random.default_rng(5).integers(0, TINY.vocab_size, (2, LENGTH))
-    got = losses.token_log_probs(dec.natural_logits(base, jnp.asarray([3, 1, 9]), ids), ids)
-    full = np.concatenate([np.tile([3, 1, 9], (2, 1)), ids], axis=1)
-    logp = np.asarray(jax.nn.log_softmax(base(full), -1))
-    for b in range(2):
-        for t in range(LENGTH):
-            np.testing.assert_allclose(got[b, t], logp[b, 2 + t, ids[b, t]], atol=1e-5)
+def test_frequencies_of_draws_are_the_softmax():
+    n, logits = 20000, np.random.default_rng(0).normal(size=9).astype(np.float32)
+    rows = jnp.broadcast_to(logits, (n, 9))
+    draws = jnp.argmax(sampling.perturbed(rows, KEY, 0, jnp.ones(n)), axis=-1)
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    z = (np.bincount(np.asarray(draws), minlength=9) / n - p) / np.sqrt(p * (1 - p) / n)
+    assert np.abs(z).max() < 4.5 and p.max() < 0.9
+
+
+def test_natural_logits_are_the_untouched_bases(base):
+    ids = np.random.default_rng(5).integers(0, TINY.vocab_size, (8, 11))
+    ids[:, :3] = [3, 1, 9]
+    got = programs.natural_logits(base, jnp.asarray([3, 1, 9]), ids[:, 3:])
+    close(got, programs.hidden(base, ids)[0][:, 2:-1])
 
 
 def test_encoder_by_hand_and_stops_at_its_block(base, lens):
-    ids = np.random.default_rng(6).integers(0, TINY.vocab_size, (4, LENGTH))
-    e = lens.encoder
-    for b in range(4):
-        x = jnp.concatenate([e.prompt_left[...], base.embedding[...][ids[b]], e.prompt_right[...]])
-        x = x.at[-1].add(e.special_last[...])
-        y = base.run_layers(x[None], 0, LAYER + 1)[0, -1] @ e.readout_w[...] + e.readout_b[...]
-        np.testing.assert_allclose(encode(e, base, ids)[b], y, atol=1e-5)
-    grads = jax.grad(lambda m: encode(e, m, ids).sum())(base)
+    ids = np.random.default_rng(6).integers(0, TINY.vocab_size, (8, LENGTH))
+    close(programs.encode(lens.encoder, base, ids), programs.encode_by_hand(lens.encoder, base, ids))
+    grads = jax.jit(jax.grad(lambda m: encode(lens.encoder, m, ids).sum()))(base)
     assert not np.any(grads.blocks.mlp.up[...][LAYER + 1 :]) and np.any(grads.blocks.mlp.up[...][LAYER])
 
 
-@pytest.mark.parametrize('pattern', ['q|k|v|o', 'gate|up|down', '.*'])
-def test_adapters_are_neutral_at_the_start_and_equal_merged_weights(base, tokens, pattern):
-    adapters = lora.init_adapters(base.blocks, TINY.n_layers, pattern, 2, 4.0, jax.random.key(0))
+def test_adapters_are_neutral_at_the_start_and_equal_merged_weights(base, tokens):
+    """Every matrix at once, each with an update of its own; merged by hand and by lora.merge."""
+    adapters = lora.init_adapters(base.blocks, L, '.*', 2, 4.0, KEY)
+    assert set(adapters) == set(lora.MATRICES)
     x = base.embed(tokens)
-    plain = base.run_layers(x, 0, K)
-    np.testing.assert_array_equal(base.run_layers(x, 0, K, adapters=adapters), plain)
+    plain = programs.layers(base, x)
+    close(programs.layers(base, x, adapters), plain)
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda w: w + 0.3 * rng.standard_normal(w.shape).astype(np.float32), adapters)
     merged = jax.tree.map(lambda w: w, base)
     for name, ab in adapters.items():
         group = getattr(merged.blocks, lora.MATRICES[name][0])
         w = getattr(group, name)
-        n_in = w.ndim - 1 - lora.MATRICES[name][1]
         a, b = np.asarray(ab['a']), np.asarray(ab['b'])
-        delta = np.einsum('lir,lro->lio', a.reshape(K, -1, 2), b.reshape(K, 2, -1))
-        assert a.ndim == n_in + 2
+        assert a.ndim == w.ndim + 1 - lora.MATRICES[name][1]
+        delta = np.einsum('lir,lro->lio', a.reshape(L, -1, 2), b.reshape(L, 2, -1))
         setattr(group, name, type(w)(w[...] + delta.reshape(w.shape)))
-    got = base.run_layers(x, 0, K, adapters=adapters)
-    np.testing.assert_allclose(got, merged.run_layers(x, 0, K), rtol=1e-4, atol=1e-4)
-    assert np.abs(got - plain).max() > 0.1
+    got = programs.layers(base, x, adapters)
+    close(got, programs.layers(merged, x), steps=1024)
+    close(lora.merge(base, adapters), merged)
+    differs(got, plain)
 
 
 def test_adapter_pattern_that_matches_nothing_is_refused(base):
     with pytest.raises(ValueError, match='matches none of the matrices of this model: q, k, v'):
-        lora.init_adapters(base.blocks, TINY.n_layers, 'query', 2, 4.0, jax.random.key(0))
+        lora.init_adapters(base.blocks, L, 'query', 2, 4.0, KEY)
 
 
-def test_token_log_probs_on_sharded_vocabulary_need_no_gather(base, tokens):
-    logp = losses.token_log_probs(base(tokens)[:, :-1], tokens[:, 1:])
-    full = np.asarray(jax.nn.log_softmax(base(tokens)[:, :-1], -1))
-    np.testing.assert_allclose(logp, np.take_along_axis(full, tokens[:, 1:, None], -1)[..., 0], atol=1e-5)
+def products(jaxpr, outside=''):
+    """The scopes of every matrix product below a jaxpr, those of the programs around it included."""
+    for e in jaxpr.eqns:
+        names = f'{outside}/{e.source_info.name_stack}'
+        if e.primitive.name == 'dot_general':
+            yield set(re.findall(r'\w+', names))
+        for value in e.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, 'jaxpr', inner)
+                if hasattr(inner, 'eqns'):
+                    yield from products(inner, names)
+
+
+def test_scopes_name_the_work_through_jit_scan_and_gradient(base, lens, batch):
+    """Every product belongs to one of them, forwards and backwards; in blocks, to attention or an MLP."""
+
+    @jax.jit
+    def loss(lens):
+        a = subject.activations(base, batch['tokens'], batch['positions'], LAYER).reshape(-1, TINY.d_model)
+        ids = sampling.sample(jax.lax.stop_gradient(lens.decoder), base, a, KEY, length=LENGTH).ids_NxT
+        logp, _ = dec.score(lens.decoder, base, a, ids)
+        return jnp.sum(logp) + jnp.sum((encode(lens.encoder, base, ids) - a) ** 2)
+
+    found = list(products(jax.make_jaxpr(jax.grad(loss))(lens).jaxpr))
+    work = {'read', 'prefill', 'decode', 'score', 'encode'}
+    assert all(len(names & work) == 1 for names in found), [n for n in found if len(n & work) != 1]
+    inside = [names for names in found if 'block' in names]
+    assert all(len(names & {'attention', 'mlp'}) == 1 for names in inside)
+    for part in work:
+        assert {'attention', 'mlp'} <= set.union(*(names for names in inside if part in names)), part
+    assert {'score', 'encode'} == {p for p in work if any('transpose' in n for n in found if p in n)}

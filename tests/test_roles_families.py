@@ -1,27 +1,23 @@
-"""The three roles in every family against PyTorch hooks: read, patch, inject, score, sample, read out."""
+"""The three roles against PyTorch hooks, in a family for each mechanism: positions; scale, caps; experts, windows."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from lens import sampling
-from lens.models import decoder as dec
-from lens.models import subject
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
-from lens.models.encoder import Encoder, EncoderConfig, encode
-from tests import hf_models
+from lens.models.encoder import Encoder, EncoderConfig
+from lens.models.injection import Affine
+from tests import hf_models, programs
+from tests.compare import close, differs
 
-LAYER, LAST = 2, 5
+LAYER = 2
 LEFT, RIGHT = [3, 7], [9]
 LENGTH = 10  # of an explanation: with the prompt three windows
 rng = np.random.default_rng(1)
 IDS = rng.integers(0, 97, (2, 13)).astype(np.int32)
 POSITIONS = np.array([[5, 11], [2, 12]], np.int32)
-WORDS = rng.integers(0, 97, (2, LENGTH)).astype(np.int32)
-families = pytest.mark.parametrize('family', hf_models.DISTINCT)
-layers = pytest.mark.parametrize('layer', [LAYER, LAST])
+WORDS = rng.integers(0, 97, (4, LENGTH)).astype(np.int32)
 
 
 @pytest.fixture(scope='module')
@@ -37,8 +33,8 @@ def shaken(module):
 
 def make_decoder(base, patched):
     norms = np.linspace(1, 2, base.config.n_layers + 1, dtype=np.float32)
-    c = DecoderConfig(patched, False, LAYER)
-    maps = scaled_identity(c, base.config.embed_scale, base.config.d_model, norms)
+    c = DecoderConfig(Affine(patched), LAYER)
+    maps = scaled_identity(c.injection, LAYER, base.config.embed_scale, base.config.d_model, norms)
     return shaken(Decoder(c, LEFT, RIGHT, base, maps, own_base=False, adapters=None))
 
 
@@ -52,43 +48,33 @@ def table(p):
     return p.torch.get_input_embeddings().weight.detach().numpy()
 
 
-@families
-@layers
-def test_read_equals_the_output_of_the_block(pair, family, layer):
-    p = pair(family)
-    stream = hf_models.forward(p.torch, IDS)[1][layer + 1]
-    expected = np.take_along_axis(stream, POSITIONS[..., None], axis=1)
-    np.testing.assert_allclose(subject.read(p.jax, IDS, POSITIONS, layer), expected, atol=1e-4)
-
-
-@families
-@layers
-def test_patch_equals_a_hook_on_the_block(pair, family, layer):
-    p, position = pair(family), POSITIONS[:, 0]
+def test_what_is_read_and_patched_is_the_output_of_the_block(pair):
+    p, position = pair('gemma2'), POSITIONS[:, 0]
     natural, streams = hf_models.forward(p.torch, IDS)
-    own = streams[layer + 1][np.arange(2), position]
-    np.testing.assert_allclose(subject.patch(p.jax, IDS, position, own, layer), natural, atol=1e-4)
-
-    other = np.random.default_rng(3).standard_normal(own.shape).astype(np.float32)
+    want = np.take_along_axis(streams[LAYER + 1], POSITIONS[..., None], axis=1)
+    close(programs.activations(p.jax, IDS, POSITIONS, layer=LAYER), want)
+    close(programs.patch(p.jax, IDS, position, want[:, 0], layer=LAYER), natural)
+    other = np.random.default_rng(3).standard_normal((2, 48)).astype(np.float32)
 
     def after(k, x):
-        if k == layer:
+        if k == LAYER:
             x[np.arange(2), position] = torch.tensor(other)
         return x
 
     logits = hf_models.forward(p.torch, IDS, after=after)[0]
-    assert np.abs(logits - natural).max() > 0.1
-    np.testing.assert_allclose(subject.patch(p.jax, IDS, position, other, layer), logits, atol=1e-4)
+    differs(logits, natural)
+    close(programs.patch(p.jax, IDS, position, other, layer=LAYER), logits)
 
 
-@families
-@pytest.mark.parametrize('patched', [0, 2])
+@pytest.mark.parametrize(('family', 'patched'), [('gpt2', 2), ('gemma2', 0), ('gpt_oss', 2)])
 def test_decoder_equals_hooks_at_the_entrance_of_the_blocks(pair, family, patched):
+    """Scores, and samples whose log-probabilities are the scorer's; with the prompt, texts are three windows long."""
     p = pair(family)
     decoder = make_decoder(p.jax, patched)
-    a = np.random.default_rng(4).standard_normal((2, 48)).astype(np.float32)
+    two = np.random.default_rng(4).standard_normal((2, 48)).astype(np.float32)
+    a = np.repeat(two, 2, axis=0)
     maps = [a @ np.asarray(w) + np.asarray(b) for w, b in zip(decoder.maps_w[...], decoder.maps_b[...], strict=True)]
-    left, right = (np.tile(x[...], (2, 1, 1)) for x in (decoder.prompt_left, decoder.prompt_right))
+    left, right = (np.tile(x[...], (4, 1, 1)) for x in (decoder.prompt_left, decoder.prompt_right))
     rows = np.concatenate([left, maps[0][:, None], right, table(p)[WORDS[:, :-1]]], axis=1)
 
     def before(k, x):
@@ -97,31 +83,21 @@ def test_decoder_equals_hooks_at_the_entrance_of_the_blocks(pair, family, patche
         return x
 
     logits = hf_models.forward(p.torch, embeds=inputs_embeds(p.torch, rows), before=before)[0]
-    logits = logits[:, decoder.prompt_len - 1 :]
-    np.testing.assert_allclose(dec.prefill(decoder, p.jax, a, LENGTH)[0], logits[:, 0], atol=1e-4)
-    logp, entropy = dec.score(decoder, p.jax, a, WORDS)
-    expected = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
-    np.testing.assert_allclose(logp, np.take_along_axis(expected, WORDS[..., None], -1)[..., 0], atol=1e-4)
-    np.testing.assert_allclose(entropy, -(np.exp(expected) * expected).sum(-1), atol=1e-4)
+    want = np.asarray(jax.nn.log_softmax(logits[:, decoder.prompt_len - 1 :]))
+    logp, entropy = programs.score(decoder, p.jax, a, WORDS)
+    close(logp, np.take_along_axis(want, WORDS[..., None], -1)[..., 0])
+    close(entropy, -(np.exp(want) * want).sum(-1))
+    if patched:
+        s = programs.sample(decoder, p.jax, two, jax.random.key(0), length=LENGTH, group=2)
+        close(s.logp_NxT, programs.score(decoder, p.jax, a, s.ids_NxT)[0])
 
 
-@families
+@pytest.mark.parametrize('family', ['gpt2', 'gemma2'])
 def test_encoder_equals_the_block_output_at_the_last_position(pair, family):
     p = pair(family)
     e = shaken(Encoder(EncoderConfig(LAYER, 'affine'), [5], [6, 8], p.jax, own_base=False, adapters=None))
-    left, right = (np.tile(x[...], (2, 1, 1)) for x in (e.prompt_left, e.prompt_right))
+    left, right = (np.tile(x[...], (4, 1, 1)) for x in (e.prompt_left, e.prompt_right))
     rows = np.concatenate([left, table(p)[WORDS], right], axis=1)
     rows[:, -1] += e.special_last[...]
     stream = hf_models.forward(p.torch, embeds=inputs_embeds(p.torch, rows))[1][LAYER + 1]
-    expected = stream[:, -1] @ np.asarray(e.readout_w[...]) + np.asarray(e.readout_b[...])
-    np.testing.assert_allclose(encode(e, p.jax, WORDS), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize('family', ['gpt2', 'gemma3_text', 'gpt_oss'])
-def test_sampler_and_scorer_agree_past_the_window(pair, family):
-    base = pair(family).jax
-    decoder = make_decoder(base, 2)
-    a = np.random.default_rng(4).standard_normal((2, 48)).astype(np.float32)
-    s = sampling.sample(decoder, base, a, jax.random.key(0), length=LENGTH, group=2)
-    logp, _ = dec.score(decoder, base, subject.tile_rows(jnp.asarray(a), 2), s.ids_NxT)
-    np.testing.assert_allclose(s.logp_NxT, logp, atol=1e-4)
+    close(programs.encode(e, p.jax, WORDS), stream[:, -1] @ np.asarray(e.readout_w[...]) + np.asarray(e.readout_b[...]))

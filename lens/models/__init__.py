@@ -14,6 +14,5 @@ The suffix of a tensor's name is its shape, a letter for each axis:
     W  width of a table that words are        I, O  inputs and outputs of any matrix
        read from, that of the encoder
 
-N = B·P activations; with a group of explanations for each, N = B·P·group. A tensor without a suffix has axes
-that its docstring gives.
+N = B·P activations; with a group of explanations for each, N = B·P·group.
 """

@@ -11,7 +11,7 @@ from flax import nnx
 
 from lens import sharding
 from lens.models import lora, rope
-from lens.models.norm import Norm
+from lens.models.norm import Norm, normal, zeros
 
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
@@ -32,12 +32,12 @@ class Stream(NamedTuple):
 
 
 def softcap(x, cap: float):
-    """cap * tanh(x / cap), or x where cap is 0 (Gemma-2)."""
+    """Bounds x: cap * tanh(x / cap), or x where cap is 0 (Gemma-2)."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask, *, scale: float, cap: float = 0.0, sinks_KxG=None):
-    """softmax(scale q k) v under a boolean mask (True = may look); softmax in float32.
+    """Computes softmax(scale q k) v under a boolean mask (True = may look); softmax in float32.
 
     mask: TxS, or Bx1x1xTxS where rows differ.
     sinks: one learned logit per query head that takes part in the softmax and carries no value.
@@ -55,7 +55,7 @@ def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask, *, scale: float, cap: float 
 
 
 def visible(slots_S, at, own, window):
-    """Which of the key slots a query sees, [..., S]: those before its position `at`, and its own.
+    """Says which of the key slots a query sees, [..., S]: those before its position `at`, and its own.
 
     at, own: [...]. window: it sees so many, itself included; 0 = all; None where no layer has a window.
     """
@@ -67,7 +67,7 @@ def visible(slots_S, at, own, window):
 
 
 def in_chunks(attend_rows, q_BxTxKxGxh, *places):
-    """attend_rows(q, *places) over QUERY_CHUNK queries at a time, recomputed in the backward pass.
+    """Applies attend_rows(q, *places) to QUERY_CHUNK queries at a time, recomputed in the backward pass.
 
     places: what else differs between queries, [T] or [B, T] each.
     """
@@ -88,23 +88,17 @@ class Attention(nnx.Module):
     def __init__(self, c, *, rngs: nnx.Rngs, dtype):
         d, k, g, h = c.d_model, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim
 
-        def init(shape, fan_in):
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
-
-        def zeros(wanted, shape):
-            return nnx.data(nnx.Param(jnp.zeros(shape, dtype)) if wanted else None)
-
-        self.q = init((d, k, g, h), d)
-        self.k = init((d, k, h), d)
-        self.v = init((d, k, h), d)
-        self.o = init((k, g, h, d), k * g * h * 2 * c.n_layers)
-        self.q_bias = zeros(c.qkv_bias, (k, g, h))
-        self.k_bias = zeros(c.qkv_bias, (k, h))
-        self.v_bias = zeros(c.qkv_bias, (k, h))
-        self.o_bias = zeros(c.o_bias, (d,))
+        self.q = normal((d, k, g, h), d, rngs, dtype)
+        self.k = normal((d, k, h), d, rngs, dtype)
+        self.v = normal((d, k, h), d, rngs, dtype)
+        self.o = normal((k, g, h, d), k * g * h * 2 * c.n_layers, rngs, dtype)
+        self.q_bias = zeros((k, g, h), dtype, c.qkv_bias)
+        self.k_bias = zeros((k, h), dtype, c.qkv_bias)
+        self.v_bias = zeros((k, h), dtype, c.qkv_bias)
+        self.o_bias = zeros(d, dtype, c.o_bias)
         self.q_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
         self.k_norm = nnx.data(Norm(h, c.norm, dtype) if c.qk_norm else None)
-        self.sinks = zeros(c.sinks, (k, g))
+        self.sinks = zeros((k, g), dtype, c.sinks)
 
     @jax.named_scope('attention')
     def __call__(self, x_BxTxD, layer, positions, c, past: KVCache | Stream | None, adapters):

@@ -2,7 +2,7 @@
 
 The prompt is [left, slot, right]; `right` may hold further slots. How the activation enters them is an object of
 injection.py; later tokens see it through the key/value cache only. What the prompt is made of is in the units of
-the embedding table (before Gemma's scale and GPT-2's positions).
+the embedding table: before Gemma's scale and GPT-2's positions.
 """
 
 import dataclasses
@@ -14,13 +14,12 @@ from flax import nnx
 from lens import losses, sharding
 from lens.models import injection
 from lens.models.attention import KVCache
-from lens.models.transformer import Transformer, model_of, rows_for
+from lens.models.transformer import Side, Transformer, model_of, rows_for
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """layer: the block that the activation is from. more_slots: rows of `right` that are slots as well. marker: id
-    of the token in the slots, where one marks them."""
+    """layer: block that the activation is from. more_slots: rows of `right` that are slots too. marker: id in them."""
 
     injection: injection.Injection
     layer: int
@@ -28,32 +27,14 @@ class DecoderConfig:
     marker: int = 0
 
 
-class Decoder(nnx.Module):
-    """What the decoder trains: maps, soft prompt, and its own base or adapters where asked for.
+class Decoder(Side):
+    """What the decoder trains: maps, and what every side does. Of `positions`, an activation loses its vector."""
 
-    maps: (W MxDxD, b MxD) at the start, None for an injection without maps. positions: whether an activation
-    loses a position vector, of a trained copy of the table, before it enters (GPT-2).
-    """
-
-    def __init__(
-        self,
-        c: DecoderConfig,
-        left_ids,
-        right_ids,
-        base: Transformer,
-        maps,
-        *,
-        own_base: bool,
-        adapters: dict | None,
-        positions: bool = False,
-    ):
+    def __init__(self, c: DecoderConfig, left_ids, right_ids, base, maps, *, own_base, adapters, positions=False):
+        """maps: (W MxDxD, b MxD) at the start, None for an injection without maps. The others: Side."""
+        super().__init__(left_ids, right_ids, base, base if own_base else None, adapters, positions)
         self.config = c
         self.maps_w, self.maps_b = (nnx.data(x if x is None else nnx.Param(x)) for x in maps or (None, None))
-        self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
-        self.prompt_right = nnx.Param(base.embedding_rows(right_ids).astype(jnp.float32))
-        self.positions = nnx.data(nnx.Param(base.positions[...].astype(jnp.float32)) if positions else None)
-        self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), base) if own_base else None)
-        self.adapters = nnx.data(adapters)
 
     @property
     def prompt_len(self) -> int:
@@ -66,7 +47,7 @@ class Decoder(nnx.Module):
 
 
 def scaled_identity(inject: injection.Injection, layer: int, embed_scale: float, d_model: int, norms):
-    """Maps (W, b) that start as the identity times the ratio of mean norms, the scale of consistency lenses.
+    """Makes maps (W, b) that start as the identity times the ratio of mean norms, the scale of consistency lenses.
 
     norms: hs norms of the base, [n_layers + 1] (subject.stream_norms): map k is scaled by norms[k] / norms[layer + 1];
     where it fills the slot of the input, before the model's input scale, by that much less.
@@ -77,14 +58,14 @@ def scaled_identity(inject: injection.Injection, layer: int, embed_scale: float,
 
 
 def without_position(decoder: Decoder, activation_NxD, position_N):
-    """What the decoder reads of an activation: without the vector of its position where it has a table of them."""
+    """Takes the vector of its position off each activation, where the decoder has a table of them."""
     if decoder.positions is None:
         return activation_NxD
     return activation_NxD - decoder.positions[...].at[position_N].get(out_sharding=sharding.like(activation_NxD))
 
 
 def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
-    """(prompt rows BxQxD in the units of the embedding table, before_block hook)."""
+    """Makes (prompt rows BxQxD in the units of the embedding table, before_block hook)."""
     n, dtype = len(activation_BxD), model.embedding.dtype
     slot_BxD, hook = decoder.config.injection.enter(decoder, model, activation_BxD.astype(jnp.float32))
     left, right = (rows_for(n, p[...], dtype) for p in (decoder.prompt_left, decoder.prompt_right))
@@ -106,7 +87,7 @@ def prefill(decoder: Decoder, base: Transformer, activation_BxD, length: int) ->
 
 @jax.named_scope('decode')
 def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple[jax.Array, KVCache]:
-    """One generated token at index t. Returns the logits of the next one, BxV, and the cache."""
+    """Reads one generated token at index t. Returns the logits of the next one, BxV, and the cache."""
     model = model_of(decoder, base)
     start = decoder.prompt_len + t
     x, cache = model.run_layers_cached(
@@ -117,7 +98,7 @@ def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple
 
 @jax.named_scope('score')
 def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> jax.Array:
-    """Logits BxTxV of every token of given explanations."""
+    """Computes logits BxTxV of every token of given explanations."""
     model = model_of(decoder, base)
     x, hook = prompt_rows(decoder, model, activation_BxD)
     x = model.enter(jnp.concatenate([x, model.lookup(ids_BxT[:, :-1])], axis=1))
@@ -126,14 +107,14 @@ def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, i
 
 
 def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple[jax.Array, jax.Array]:
-    """Teacher forcing: log-probabilities of the given tokens BxT and the entropy at each, BxT (nats)."""
+    """Computes log-probabilities of given tokens BxT by teacher forcing and the entropy at each, BxT (nats)."""
     logits = teacher_forced_logits(decoder, base, activation_BxD, ids_BxT)
     return losses.token_log_probs(logits, ids_BxT), losses.entropy(logits)
 
 
 @jax.named_scope('natural')
 def natural_logits(base: Transformer, prefix_Q, ids_BxT):
-    """The untouched base's logits BxTxV of every token of ids after the token ids `prefix_Q`, no gradient."""
+    """Computes the untouched base's logits BxTxV of each token of ids after those of `prefix_Q`, no gradient."""
     shape = (ids_BxT.shape[0], len(prefix_Q))
     prefix = jnp.broadcast_to(prefix_Q, shape, out_sharding=sharding.out(sharding.rows(2)))
     x = base.embed(jnp.concatenate([prefix, ids_BxT[:, :-1]], axis=1))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lens import sharding
-from lens.models.transformer import Transformer, model_of, rows_for
+from lens.models.transformer import Side, Transformer, model_of, rows_for
 
 READOUTS = ('affine', 'linear', 'none')
 
@@ -30,47 +30,31 @@ class EncoderConfig:
     current_token: bool = False
 
 
-class Encoder(nnx.Module):
-    """What the encoder trains: soft prompt, special last vector, read-out, own base or adapters.
-
-    positions: whether the reconstruction gets a position vector, of a trained copy of the table (GPT-2).
-    """
+class Encoder(Side):
+    """What the encoder trains: special last vector, read-out, and what every side does; its own base ends after the
+    block that is read. The reconstruction gets its vector of `positions`."""
 
     def __init__(
-        self,
-        c: EncoderConfig,
-        left_ids,
-        right_ids,
-        base: Transformer,
-        *,
-        own_base: bool,
-        adapters: dict | None,
-        readout=None,
-        positions: bool = False,
+        self, c: EncoderConfig, left_ids, right_ids, base, *, own_base, adapters, readout=None, positions=False
     ):
-        """readout: (W DxD, b D) at the start; the identity where not given."""
-        self.config = c
-        d = base.config.d_model
+        """readout: (W DxD, b D) at the start; the identity where not given. The others: Side."""
+        own = base.truncated(c.output_layer + 1) if own_base else None
+        super().__init__(left_ids, right_ids, base, own, adapters, positions)
+        self.config, d = c, base.config.d_model
         w, b = readout or (jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32))
-        self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
-        self.prompt_right = nnx.Param(base.embedding_rows(right_ids).astype(jnp.float32))
         self.special_last = nnx.Param(jnp.zeros(d, jnp.float32))
         self.readout_w = nnx.data(nnx.Param(w) if c.readout != 'none' else None)
         self.readout_b = nnx.data(nnx.Param(b) if c.readout == 'affine' else None)
-        self.positions = nnx.data(nnx.Param(base.positions[...].astype(jnp.float32)) if positions else None)
-        own = base.truncated(c.output_layer + 1) if own_base else None
-        self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), own))
-        self.adapters = nnx.data(adapters)
 
 
 def encode(encoder: Encoder, base: Transformer, ids_BxT, source: Source | None = None, span=None):
-    """Reconstruction BxD (float32) of the activation from the token ids alone; arguments of encode_rows."""
+    """Reconstructs the activation BxD (float32) from the token ids alone; arguments of encode_rows."""
     return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT), source, span)
 
 
 @jax.named_scope('encode')
 def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source | None = None, span=None):
-    """Reconstruction BxD (float32) from words given as rows of the encoder's embedding table.
+    """Reconstructs the activation BxD (float32) from words given as rows of the encoder's embedding table.
 
     Input rows: [left, words, right, current token], the special vector added to the last one, all in the units of
     the embedding table. source: needed by an encoder with a current token or positions. span: (start_B, length_B)

@@ -4,13 +4,11 @@ Affine   trained maps of it overwrite the slot at the input or at the entrance o
 Replace  the row of the slot at the input is the activation itself, rescaled to a fixed norm
 Add      the stream that leaves block 1 keeps its direction at the slot and gets that of the activation, norm-matched
 
-Replace and Add are the families A and B of natural language autoencoders. They mark their slots in the prompt by a
-token of its own, the marker. A new one is a class like these and its name in INJECTIONS; its fields are keys of
-cfg.decoder.
+Replace and Add are the families A and B of natural language autoencoders; a token of its own marks their slots. A
+new one is a class like these and its name in INJECTIONS; its fields are keys of cfg.decoder.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -24,29 +22,23 @@ ADD_BLOCK = 2  # block at whose entrance Add acts
 
 
 class Injection:
-    """What every injection has. n_maps: trained maps y = a W + b, in Decoder.maps_w and maps_b. place: where y goes,
-    for a reader of exported weights. at_input: whether y is in units of the embedding table, not of the stream."""
+    """What every injection has, beside two functions of its own:
+
+    from_config(d, c) makes it of cfg.decoder and the base's TransformerConfig. Raises LensError.
+    enter(decoder, model, a_BxD) -> (row_BxD, before_block): what fills the slots of the prompt, in units of the
+    embedding table, and the hook of Transformer.run_layers, in those of the stream, or None. a_BxD: float32.
+    n_maps: trained maps y = a W + b, in Decoder.maps_w and maps_b. place: where y goes, for a reader of exported
+    weights. at_input: whether y is in units of the embedding table.
+    """
 
     name: ClassVar[str]
     n_maps = 0
     place = ''
     at_input = True
 
-    @classmethod
-    def from_config(cls, d, c) -> 'Injection':
-        """Of cfg.decoder for a base of TransformerConfig `c`. Raises LensError for values that are impossible."""
-        raise NotImplementedError
-
     def settings(self) -> dict:
-        """What decides how an activation enters, by configuration key."""
+        """Names what decides how an activation enters, by configuration key."""
         return {'decoder.injection': self.name} | {f'decoder.{k}': v for k, v in dataclasses.asdict(self).items()}
-
-    def enter(self, decoder, model, a_BxD) -> tuple[jax.Array, Callable | None]:
-        """(row BxD of every slot of the prompt, before_block of Transformer.run_layers or None).
-
-        The row is in units of the embedding table, what the hook writes in those of the stream. a_BxD: float32.
-        """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,34 +129,30 @@ INJECTIONS = {kind.name: kind for kind in (Affine, Replace, Add)}
 
 
 def of_config(d, c) -> Injection:
-    """The injection of cfg.decoder for a base of TransformerConfig `c`. Raises LensError."""
+    """Picks the injection of cfg.decoder for a base of TransformerConfig `c`. Raises LensError."""
     if d.injection not in INJECTIONS:
         raise LensError(f'decoder.injection={d.injection!r} is not one of {", ".join(INJECTIONS)}.')
     return INJECTIONS[d.injection].from_config(d, c)
 
 
-def _at(slots: tuple[int, ...], x_BxTxD):
-    """Where a slot is, Tx1."""
-    return np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
-
-
 def overwrite(x_BxTxD, slots: tuple[int, ...], value_BxD):
-    """x with the rows at the slots replaced by the value."""
-    return jnp.where(_at(slots, x_BxTxD), value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
+    """Gives x with the rows at the slots replaced by the value."""
+    hit_Tx1 = np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
+    return jnp.where(hit_Tx1, value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
 
 
 def add_norm_matched(x_BxTxD, slots: tuple[int, ...], vector_BxD):
-    """h + |h| v / (|v| + 1e-9) at the slots; the vector is rounded to the dtype of the stream first."""
-    hit = _at(slots, x_BxTxD)
+    """Gives h + |h| v / (|v| + 1e-9) at the slots; the vector is rounded to the dtype of the stream first."""
+    hit_Tx1 = np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
     v = vector_BxD[:, None].astype(x_BxTxD.dtype).astype(jnp.float32)
-    h = jnp.where(hit, x_BxTxD.astype(jnp.float32), 1.0)  # elsewhere any row with a norm that has a gradient
+    h = jnp.where(hit_Tx1, x_BxTxD.astype(jnp.float32), 1.0)  # elsewhere any row with a norm that has a gradient
     size = jnp.linalg.norm(h, axis=-1, keepdims=True)
     added = size * v / (jnp.linalg.norm(jax.lax.stop_gradient(v), axis=-1, keepdims=True) + 1e-9)
-    return jnp.where(hit, (h + added).astype(x_BxTxD.dtype), x_BxTxD)
+    return jnp.where(hit_Tx1, (h + added).astype(x_BxTxD.dtype), x_BxTxD)
 
 
 def fixed_norm(v_NxD, norm: float):
-    """v * norm / max(|v|, 1e-12): zero stays zero."""
+    """Rescales: v * norm / max(|v|, 1e-12): zero stays zero."""
     v = v_NxD.astype(jnp.float32)
     size = jnp.sqrt(jnp.maximum(jnp.sum(v**2, -1, keepdims=True), 1e-24))
     return v * (norm / size)

@@ -4,6 +4,7 @@ Adapters are plain trees {'q': {'a', 'b'}, ...} stacked over layers and passed a
 so that the frozen base stays untouched. Which matrices have one is a regex over their names.
 """
 
+import math
 import re
 
 import jax
@@ -25,7 +26,7 @@ MATRICES = {
 
 
 def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
-    """einsum(spec, x, w) plus `bias`, plus the adapter `name` when `adapters` has one.
+    """Computes einsum(spec, x, w) plus `bias`, plus the adapter `name` when `adapters` has one.
 
     out_spec: where the result lives; needed where the contraction runs over a sharded axis.
     """
@@ -45,7 +46,7 @@ def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
 
 
 def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key, *, rs: bool = False) -> dict:
-    """Zero-effect adapters for the first `n_layers` blocks, on every matrix whose name fully matches `pattern`.
+    """Makes zero-effect adapters for the first `n_layers` blocks, on every matrix whose name fully matches `pattern`.
 
     blocks: the stacked blocks of the base (leaves [L, ...]). The scale alpha/rank, or alpha/sqrt(rank) with `rs`
     (rsLoRA, Kalajdzievski 2023), is folded into A.
@@ -60,10 +61,7 @@ def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, 
         group, n_out = MATRICES[name]
         w = getattr(getattr(blocks, group), name)[...]
         inner, outer = w.shape[1 : w.ndim - n_out], w.shape[w.ndim - n_out :]
-        fan_in = 1
-        for n in inner:
-            fan_in *= n
-        scale = alpha / (rank**0.5 if rs else rank) * fan_in**-0.5
+        scale = alpha / (rank**0.5 if rs else rank) * math.prod(inner) ** -0.5
         adapters[name] = {
             'a': scale * jax.random.normal(k, (n_layers, *inner, rank), jnp.float32),
             'b': jnp.zeros((n_layers, rank, *outer), jnp.float32),
@@ -81,7 +79,7 @@ def _merged(w, a, b):
 
 
 def merge(model, adapters: dict):
-    """The Transformer with W + A B in place of every adapted matrix; it needs no adapters any more.
+    """Puts W + A B in place of every adapted matrix: a Transformer that needs no adapters any more.
 
     The sum is made in float32 and rounded to the dtype of W. All other leaves are those of `model`, whose
     stacks may be longer than its config.n_layers. Raises ValueError unless each of its blocks is adapted.

@@ -15,6 +15,7 @@ from flax import nnx
 from lens import sharding
 from lens.errors import LensError
 from lens.models import mxfp4
+from lens.models.norm import normal, zeros
 
 LIMIT = 7.0  # of the gate from above, of `up` on both sides
 ALPHA = 1.702
@@ -30,7 +31,7 @@ class Experts(NamedTuple):
 
 
 def activate(gate_up_Nx2xF, dtype):
-    """(up + 1) * gate * sigmoid(1.702 gate) of the clipped float32 halves, [..., F] in `dtype`."""
+    """Gates: (up + 1) * gate * sigmoid(1.702 gate) of the clipped float32 halves, [..., F] in `dtype`."""
     gate = jnp.minimum(gate_up_Nx2xF[..., 0, :], LIMIT)
     up = jnp.clip(gate_up_Nx2xF[..., 1, :], -LIMIT, LIMIT)
     return ((up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)).astype(dtype)
@@ -126,11 +127,8 @@ class MoE(nnx.Module):
         """Raises LensError when packed widths are no multiples of 32."""
         e, d, f = c.n_experts, c.d_model, c.d_ff
 
-        def init(shape, fan_in):
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
-
         def init_packed(shape, fan_in):
-            """Random bytes of about the size that `init` gives: a random code has an RMS of 2.9."""
+            """Random bytes of about the size that `normal` gives: a random code has an RMS of 2.9."""
             if shape[-1] % mxfp4.BLOCK:
                 raise LensError(f'packed experts need d_model={d} and d_ff={f} to be multiples of {mxfp4.BLOCK}.')
             groups = (*shape[:-1], shape[-1] // mxfp4.BLOCK)
@@ -140,33 +138,30 @@ class MoE(nnx.Module):
             return nnx.Param(blocks), nnx.Param(scales)
 
         down_fan_in = f * 2 * c.n_layers
-        self.router_w = init((d, e), d)
-        self.router_bias = nnx.Param(jnp.zeros(e, dtype))
+        self.router_w = normal((d, e), d, rngs, dtype)
+        self.router_bias = zeros(e, dtype)
         if c.packed:
             self.gate_up_blocks, self.gate_up_scales = init_packed((e, 2, f, d), d)
             self.down_blocks, self.down_scales = init_packed((e, d, f), down_fan_in)
         else:
-            self.gate_up = init((e, d, 2, f), d)
-            self.down = init((e, f, d), down_fan_in)
-        self.gate_up_bias = nnx.Param(jnp.zeros((e, 2, f), dtype))
-        self.down_bias = nnx.Param(jnp.zeros((e, d), dtype))
+            self.gate_up = normal((e, d, 2, f), d, rngs, dtype)
+            self.down = normal((e, f, d), down_fan_in, rngs, dtype)
+        self.gate_up_bias = zeros((e, 2, f), dtype)
+        self.down_bias = zeros((e, d), dtype)
 
     def route(self, x_BxTxD, top_k: int):
-        """(experts, weights), each BxTxC: the largest logits and, in float32, the softmax over those alone."""
+        """Chooses (experts, weights), each BxTxC: the largest logits and, in float32, the softmax over those alone."""
         logits = jnp.einsum('btd,de->bte', x_BxTxD, self.router_w[...], preferred_element_type=jnp.float32)
         # Rounded once, after the bias: in bfloat16 the rounding decides which experts tie.
         logits = (logits + self.router_bias[...].astype(jnp.float32)).astype(x_BxTxD.dtype)
         top, choice = _top_k(logits, top_k)
         return choice, jax.nn.softmax(top.astype(jnp.float32), axis=-1)
 
-    def _stored(self) -> dict[str, jax.Array]:
-        return {k: v[...] for k, v in vars(self).items() if k.startswith(('gate_up', 'down'))}
-
     @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c):
         """BxTxD, like x. Raises LensError when c.experts names a package that is missing."""
         choice, weight = self.route(x_BxTxD, c.top_k)
-        stored = self._stored()
+        stored = {k: v[...] for k, v in vars(self).items() if k.startswith(('gate_up', 'down'))}
 
         def run(x_BxTxD, choice_BxTxC, weight_BxTxC, stored):
             rows = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, choice_BxTxC, weight_BxTxC))

@@ -1,12 +1,22 @@
-"""RMSNorm, Gemma's RMSNorm and LayerNorm."""
+"""RMSNorm, Gemma's RMSNorm and LayerNorm; how parameters start."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
+def normal(shape, fan_in: int, rngs: nnx.Rngs, dtype) -> nnx.Param:
+    """Draws a random matrix whose products have about the size of what it is applied to."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
+
+
+def zeros(shape, dtype, wanted: bool = True):
+    """Makes a parameter of zeros where it is wanted, else None."""
+    return nnx.data(nnx.Param(jnp.zeros(shape, dtype)) if wanted else None)
+
+
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """x over the root of its mean square, in float32."""
+    """Divides x by the root of its mean square, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
@@ -20,7 +30,7 @@ class Norm(nnx.Module):
     def __init__(self, size: int, kind: str, dtype):
         self.kind = kind
         self.scale = nnx.Param(jnp.zeros(size, dtype) if kind == 'rms_offset' else jnp.ones(size, dtype))
-        self.bias = nnx.data(nnx.Param(jnp.zeros(size, dtype)) if kind == 'layer' else None)
+        self.bias = zeros(size, dtype, kind == 'layer')
 
     def __call__(self, x: jax.Array, eps: float) -> jax.Array:
         y = x.astype(jnp.float32)

@@ -26,7 +26,7 @@ class Rope:
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each rotated pair, [head_dim / 2] in float64."""
+    """Gives radians per position of each rotated pair, [head_dim / 2] in float64."""
     pair = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     freq = rope.theta**-pair
     if rope.kind == 'linear':
@@ -53,7 +53,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def tables(positions: jax.Array, ropes: tuple[Rope, ...], which, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """(sin, cos) of ropes[which] at positions [T] or, per row, [B, T]: each [..., head_dim/2] in float32.
+    """Computes (sin, cos) of ropes[which] at positions [T] or, per row, [B, T]: each [..., head_dim/2] in float32.
 
     `which` may be traced.
     """

@@ -7,42 +7,31 @@ from lens import sharding
 from lens.models.transformer import Transformer
 
 
-def gather_positions(x_BxTxD, positions_BxP):
-    """x[b, positions[b, p]] -> BxPxD."""
-    return jnp.take_along_axis(x_BxTxD, positions_BxP[..., None], axis=1)
-
-
-def overwrite(x_BxTxD, position_B, value_BxD):
-    """x with row b's hidden state at position_B[b] (or one shared int) replaced by value_BxD[b]."""
-    hit_BxT = jnp.arange(x_BxTxD.shape[1]) == jnp.asarray(position_B).reshape(-1, 1)
-    return jnp.where(hit_BxT[..., None], value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
-
-
 @jax.named_scope('read')
 def activations(subject: Transformer, tokens_BxS, positions_BxP, layer: int):
-    """Read activations BxPxD: the output of block `layer` (0-based) at each position, without gradient.
+    """Reads activations BxPxD: the output of block `layer` (0-based) at each position, without gradient.
 
     This is Hugging Face's hidden_states[layer + 1], for the last block before the final norm. The
     forward stops after that block.
     """
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    return jax.lax.stop_gradient(gather_positions(x, positions_BxP))
+    return jax.lax.stop_gradient(jnp.take_along_axis(x, positions_BxP[..., None], axis=1))
 
 
 def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
-    """Logits BxSxV when the output of block `layer` at position_B[b] is replaced by value_BxD[b].
+    """Computes logits BxSxV when the output of block `layer` at position_B[b] is replaced by value_BxD[b].
 
     Replacing by the activation itself gives the natural logits. Differentiable in value_BxD.
     """
-    c = subject.config
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    x = overwrite(x, position_B, value_BxD)
-    return subject.logits(subject.run_layers(x, layer + 1, c.n_layers))
+    hit_BxS = jnp.arange(x.shape[1]) == position_B[:, None]
+    x = jnp.where(hit_BxS[..., None], value_BxD[:, None].astype(x.dtype), x)
+    return subject.logits(subject.run_layers(x, layer + 1, subject.config.n_layers))
 
 
 @jax.named_scope('patch')
 def logits_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, layer: int):
-    """Next-token logits BxPxV at each position when the output of block `layer` there is replaced by its value.
+    """Computes next-token logits BxPxV at positions where the output of block `layer` is replaced by values.
 
     Row p is patch(...)[b, positions_BxP[b, p]] with that one value put in: replacements do not see each
     other, so a position may come twice, say with the activation and with a reconstruction of it. The
@@ -57,7 +46,7 @@ def logits_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, lay
 
 
 def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):
-    """Mean norm of the stream entering each block and leaving the last one, [n_layers + 1].
+    """Measures the mean norm of the stream entering each block and leaving the last one, [n_layers + 1].
 
     Entry k is hs[k]; positions before `skip` and padding are left out.
     """
@@ -72,6 +61,6 @@ def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):
 
 
 def tile_rows(x, group: int):
-    """Each row repeated `group` times, copies contiguous: BxPx... -> (B*group)x..., batch-sharded."""
+    """Repeats each row `group` times, copies contiguous: BxPx... -> (B*group)x..., batch-sharded."""
     spec = sharding.out(sharding.rows(x.ndim))
     return jnp.repeat(x, group, axis=0, out_sharding=spec)

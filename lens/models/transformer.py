@@ -17,7 +17,7 @@ from lens import sharding
 from lens.models import lora
 from lens.models.attention import Attention, KVCache, softcap
 from lens.models.moe import MoE
-from lens.models.norm import Norm
+from lens.models.norm import Norm, normal, zeros
 from lens.models.rope import Rope
 
 REMAT_POLICIES = {
@@ -69,7 +69,7 @@ class TransformerConfig:
     packed: bool = False
 
     def of_layer(self, pattern: tuple[int, ...], layer):
-        """The entry of a layer pattern; `layer` may be traced."""
+        """Picks the entry of a layer pattern; `layer` may be traced."""
         return pattern[0] if len(set(pattern)) == 1 else jnp.asarray(pattern)[layer % len(pattern)]
 
 
@@ -77,19 +77,13 @@ class MLP(nnx.Module):
     """down(act(gate x) * up x), or down(gelu(up x)) without a gate."""
 
     def __init__(self, c: TransformerConfig, *, rngs: nnx.Rngs, dtype):
-        def init(shape, fan_in):
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
-
-        def zeros(wanted, size):
-            return nnx.data(nnx.Param(jnp.zeros(size, dtype)) if wanted else None)
-
-        gated = c.mlp != 'gelu_plain'
-        self.gate = nnx.data(init((c.d_model, c.d_ff), c.d_model) if gated else None)
-        self.up = init((c.d_model, c.d_ff), c.d_model)
-        self.down = init((c.d_ff, c.d_model), c.d_ff * 2 * c.n_layers)
-        self.gate_bias = zeros(gated and c.mlp_bias, c.d_ff)
-        self.up_bias = zeros(c.mlp_bias, c.d_ff)
-        self.down_bias = zeros(c.mlp_bias, c.d_model)
+        d, f, gated = c.d_model, c.d_ff, c.mlp != 'gelu_plain'
+        self.gate = nnx.data(normal((d, f), d, rngs, dtype) if gated else None)
+        self.up = normal((d, f), d, rngs, dtype)
+        self.down = normal((f, d), f * 2 * c.n_layers, rngs, dtype)
+        self.gate_bias = zeros(f, dtype, gated and c.mlp_bias)
+        self.up_bias = zeros(f, dtype, c.mlp_bias)
+        self.down_bias = zeros(d, dtype, c.mlp_bias)
 
     @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c: TransformerConfig, adapters):
@@ -124,12 +118,12 @@ class Block(nnx.Module):
 
 
 def at_layer(stacks, i):
-    """Layer i of stacks, put together where they are split. Call it inside a checkpoint: see the module docstring."""
+    """Takes layer i of stacks, whole where they are split. Call it inside a checkpoint: see the module docstring."""
     return sharding.gathered(jax.tree.map(lambda w: w[i], stacks))
 
 
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block', 'collect'))
-def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_block=None, collect=None):
+def _run_blocks(blocks, adapters, x_BxTxD, cache, start, lo, hi, c, before_block=None, collect=None):
     """Blocks lo..hi-1; returns ((x_BxTxD, cache), collected). Jitted so that calls outside jit compile once."""
     _check_range(lo, hi, c)
     positions_T = start + jnp.arange(x_BxTxD.shape[1])
@@ -147,7 +141,7 @@ def _run_blocks(blocks, adapters, x_BxTxD, cache, start, *, lo, hi, c, before_bl
 
 
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c'))
-def _run_beside(blocks, x_BxSxD, y_BxPxD, positions_BxP, *, lo, hi, c):
+def _run_beside(blocks, x_BxSxD, y_BxPxD, positions_BxP, lo, hi, c):
     """Blocks lo..hi-1 of y beside x, see Transformer.run_beside."""
     _check_range(lo, hi, c)
     if lo == hi:
@@ -175,16 +169,6 @@ def _check_range(lo: int, hi: int, c: TransformerConfig):
         raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
 
 
-def model_of(side, base: 'Transformer') -> 'Transformer':
-    """The model that a decoder or an encoder runs: its own base where it trains one, else the frozen one."""
-    return base if side.base is None else side.base
-
-
-def rows_for(batch: int, p_QxD, dtype):
-    """The rows of a prompt for every row of a batch, BxQxD in `dtype`."""
-    return jnp.broadcast_to(p_QxD, (batch, *p_QxD.shape), out_sharding=sharding.out(sharding.ACT)).astype(dtype)
-
-
 class Transformer(nnx.Module):
     """A causal language model as a pytree of stacked arrays."""
 
@@ -201,15 +185,15 @@ class Transformer(nnx.Module):
 
     @property
     def table(self):
-        """The embedding table VxD."""
+        """Gathers the embedding table VxD."""
         return sharding.gathered(self.embedding[...])
 
     def lookup(self, ids_BxT):
-        """Rows of the embedding table BxTxD, as they are stored."""
+        """Looks rows of the embedding table up, BxTxD, as they are stored."""
         return self.table.at[ids_BxT].get(out_sharding=sharding.out(sharding.ACT))
 
     def enter(self, x_BxTxD, start=0):
-        """What enters block 0 at positions start..start+T-1, of rows in the units of the embedding table:
+        """Makes what enters block 0 at positions start..start+T-1, of rows in the units of the embedding table:
         times Gemma's scale, plus GPT-2's position vectors."""
         c = self.config
         if c.embed_scale != 1.0:
@@ -219,80 +203,85 @@ class Transformer(nnx.Module):
         return x_BxTxD
 
     def embed(self, ids_BxT, start=0):
-        """Token ids as they enter block 0 at positions start..start+T-1, BxTxD."""
+        """Embeds token ids as they enter block 0 at positions start..start+T-1, BxTxD."""
         return self.enter(self.lookup(ids_BxT), start)
 
     def embedding_rows(self, ids: list[int]):
-        """Rows of the embedding table as they are, len(ids) x D: where a soft prompt starts."""
+        """Looks rows of the embedding table up as they are, len(ids) x D: where a soft prompt starts."""
         ids = jnp.asarray(ids, jnp.int32)
         return self.table.at[ids].get(out_sharding=sharding.out(sharding.P(None, None)))
 
     def truncated(self, n: int) -> 'Transformer':
-        """A copy of the first n blocks and the embedding; it has no final norm and no head."""
+        """Copies the first n blocks and the embedding; it has no final norm and no head."""
         copy = jax.tree.map(lambda x: x, self)
         copy.config = dataclasses.replace(self.config, n_layers=n)
         copy.blocks = jax.tree.map(lambda w: w[:n], self.blocks)
         copy.final_norm = copy.head = None
         return copy
 
-    def run_layers(self, x_BxTxD, lo: int, hi: int, *, adapters=None, before_block: Callable | None = None):
-        """Residual stream after blocks lo..hi-1, positions 0..T-1.
+    def run_layers(self, x_BxTxD, lo: int, hi: int, *, adapters=None, before_block=None):
+        """Runs blocks lo..hi-1: the residual stream after them, positions 0..T-1.
 
         before_block(x_BxTxD, layer_index) -> x_BxTxD is applied at the entrance of every block.
         """
-        (x, _), _ = _run_blocks(
-            self.blocks, adapters, x_BxTxD, None, 0, lo=lo, hi=hi, c=self.config, before_block=before_block
-        )
-        return x
+        return _run_blocks(self.blocks, adapters, x_BxTxD, None, 0, lo, hi, self.config, before_block)[0][0]
+
+    def run_layers_cached(self, x_BxTxD, lo: int, hi: int, cache: KVCache, start, *, adapters=None, before_block=None):
+        """Runs layers at positions start..start+T-1, which see those in `cache` and enter it: (x_BxTxD, cache)."""
+        return _run_blocks(self.blocks, adapters, x_BxTxD, cache, start, lo, hi, self.config, before_block)[0]
 
     def collect(self, x_BxTxD, lo: int, hi: int, of: Callable):
-        """(residual stream after blocks lo..hi-1, of(x_BxTxD) of the stream entering each, stacked)."""
-        (x, _), collected = _run_blocks(self.blocks, None, x_BxTxD, None, 0, lo=lo, hi=hi, c=self.config, collect=of)
+        """Runs layers and collects: (the stream after them, of(x_BxTxD) of the stream entering each, stacked)."""
+        (x, _), collected = _run_blocks(self.blocks, None, x_BxTxD, None, 0, lo, hi, self.config, None, of)
         return x, collected
 
-    def run_layers_cached(
-        self, x_BxTxD, lo: int, hi: int, cache: KVCache, start, *, adapters=None, before_block: Callable | None = None
-    ):
-        """As run_layers for positions start..start+T-1 after those already in `cache`.
-
-        Returns (x_BxTxD, cache with the new positions written).
-        """
-        out, _ = _run_blocks(
-            self.blocks, adapters, x_BxTxD, cache, start, lo=lo, hi=hi, c=self.config, before_block=before_block
-        )
-        return out
-
     def run_beside(self, x_BxSxD, y_BxPxD, positions_BxP, lo: int, hi: int):
-        """Residual stream BxPxD after blocks lo..hi-1 of tokens that each replace one of x, alone.
+        """Runs blocks lo..hi-1 for tokens that each replace one of x, alone: their residual stream BxPxD.
 
         y_BxPxD[b, p] enters block lo at positions_BxP[b, p] (below S) instead of x_BxSxD[b] there. It sees the
         tokens of x before that position, and itself: what run_layers gives there for x with this one
         token replaced. x and the weights are constants: the gradient reaches y alone.
         """
         blocks, x = jax.lax.stop_gradient((self.blocks, x_BxSxD))
-        return _run_beside(blocks, x, y_BxPxD, positions_BxP, lo=lo, hi=hi, c=self.config)
+        return _run_beside(blocks, x, y_BxPxD, positions_BxP, lo, hi, self.config)
 
     def logits(self, x_BxTxD):
-        """Final norm and output head; BxTxV in float32."""
+        """Applies final norm and output head: BxTxV in float32."""
         c = self.config
         x = self.final_norm(x_BxTxD, c.norm_eps)
-        if self.head is None:
-            y = jnp.einsum('btd,vd->btv', x, self.table, preferred_element_type=jnp.float32)
-        else:
-            y = jnp.einsum('btd,dv->btv', x, sharding.gathered(self.head[...]), preferred_element_type=jnp.float32)
-        return softcap(y, c.final_softcap)
+        spec, w = ('vd', self.table) if self.head is None else ('dv', sharding.gathered(self.head[...]))
+        return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A zero cache for `batch` rows and `length` positions."""
-        c = self.config
+        """Makes a zero cache for `batch` rows and `length` positions."""
+        c, heads = self.config, jax.typeof(self.blocks.attn.k[...]).sharding.spec[2]
+        spec = sharding.out(sharding.P(None, sharding.ROW_AXES, None, heads, None))
         shape = (c.n_layers, batch, length, c.n_kv_heads, c.head_dim)
-        zero = jnp.zeros(shape, self.embedding.dtype, out_sharding=sharding.out(self._cache_spec()))
+        zero = jnp.zeros(shape, self.embedding.dtype, out_sharding=spec)
         return KVCache(zero, zero)
-
-    def _cache_spec(self):
-        heads = jax.typeof(self.blocks.attn.k[...]).sharding.spec[2]
-        return sharding.P(None, sharding.ROW_AXES, None, heads, None)
 
     def __call__(self, ids_BxT):
         """Next-token logits BxTxV (float32) of token ids BxT."""
         return self.logits(self.run_layers(self.embed(ids_BxT), 0, self.config.n_layers))
+
+
+class Side(nnx.Module):
+    """What decoder and encoder both train: a soft prompt and, where asked for, adapters, a float32 copy of own_base
+    (a part of `base`), a copy of the table of positions (GPT-2)."""
+
+    def __init__(self, left_ids, right_ids, base: Transformer, own_base, adapters: dict | None, positions: bool):
+        self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
+        self.prompt_right = nnx.Param(base.embedding_rows(right_ids).astype(jnp.float32))
+        self.positions = nnx.data(nnx.Param(base.positions[...].astype(jnp.float32)) if positions else None)
+        self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), own_base))
+        self.adapters = nnx.data(adapters)
+
+
+def model_of(side: Side, base: Transformer) -> Transformer:
+    """Picks the model that a side runs: its own base where it trains one, else the frozen one."""
+    return base if side.base is None else side.base
+
+
+def rows_for(batch: int, p_QxD, dtype):
+    """Repeats the rows of a prompt for every row of a batch, BxQxD in `dtype`."""
+    return jnp.broadcast_to(p_QxD, (batch, *p_QxD.shape), out_sharding=sharding.out(sharding.ACT)).astype(dtype)
