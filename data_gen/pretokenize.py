@@ -64,7 +64,7 @@ def choose(rows: dict[str, np.ndarray], validation_N: np.ndarray, s: Settings, g
     held_out = max(round(len(kept) * s.validation_fraction), 1)
     if not given and len(kept) > held_out:
         part[kept[np.random.default_rng(s.seed).permutation(len(kept))[:held_out]]] = 1
-    pass
+    part[~first] = -1
     return part
 
 

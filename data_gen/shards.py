@@ -32,15 +32,7 @@ ROW_FIELDS = ('lengths', 'row', 'flags', 'digest')  # of every document of a sha
 def progress(what: str, total: int) -> tqdm:
     """A bar on a terminal, cleared when done; a line now and then elsewhere."""
     interval_s = PROGRESS_S[not sys.stderr.isatty()]
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=' rows',
-        leave=False,
-        mininterval=interval_s,
-        maxinterval=interval_s,
-        delay=interval_s,
-    )
+    return tqdm(total=total, desc=what, unit=' rows', leave=False, mininterval=interval_s, delay=interval_s)
 
 
 def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:

@@ -165,14 +165,7 @@ def sample_positions(lengths_N: np.ndarray, seq_len: int, positions: int, rng: n
     return result_NxP
 
 
-def explain(
-    tokens_NxS: np.ndarray,
-    facts_NxSxF: np.ndarray,
-    positions_NxP: np.ndarray,
-    token_ids: list[list[int]],
-    bar_id: int,
-    pad_id: int,
-) -> np.ndarray:
+def explain(tokens_NxS, facts_NxSxF, positions_NxP, token_ids: list[list[int]], bar_id: int, pad_id: int) -> np.ndarray:
     """Gold explanations, int32 [N, P, T]: the last 3 tokens, newest first, ` |`, facts, ` |` ...
 
     Established facts stand in field order without gaps. Where the position is -1, all is padding.
