@@ -179,8 +179,10 @@ def test_published_configs_change_in_what_differs_alone(file, tmp_path):
     }
     allowed |= {'eos_token_id'} if 'text_config' in config else set()
     assert differing <= allowed, {k: (ours.get(k), theirs.get(k)) for k in differing - allowed}
+    assert 'torch_dtype' not in out and ours['dtype'] == 'bfloat16'
     if 'layer_types' in ours:
         assert ours['layer_types'] == theirs['layer_types'][:n]
+        assert [w > 0 for w in c.windows] == [t == SLIDING for t in theirs['layer_types']]
 
 
 def test_the_config_of_another_kind_of_model_is_refused(pair, tmp_path):
