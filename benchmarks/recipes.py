@@ -10,13 +10,12 @@ recipe after the other: an honest ratio needs an idle one. Figures: OUT/recipes.
 
 import pathlib
 
-import jax
 import numpy as np
 from absl import app, flags
 
 from configs import base, tiny
 from lens import files
-from lens.train import Trainer
+from lens.train import train
 
 SECONDS = flags.DEFINE_float('seconds', 120.0, 'Seconds of training steps of every recipe.')
 WARM = flags.DEFINE_float('warm', 0.6, 'Share of the first of two phases.')
@@ -37,9 +36,7 @@ def run(recipe: str, seed: int, steps: dict[str, int], workdir: pathlib.Path) ->
         cfg[name].steps = steps[name]
     if 'gumbel' in cfg.phases:
         cfg.gumbel.table = base.table(encoder_unfreeze=f'{steps["gumbel"] // 3}s')
-    trainer = Trainer(cfg, workdir)
-    with jax.set_mesh(trainer.run.mesh):
-        return trainer.train()
+    return train(cfg, workdir)
 
 
 def step_times(workdir: pathlib.Path) -> dict[str, float]:

@@ -17,9 +17,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from lens import cli, config, data, sharding
-from lens.lens_init import init_lens, init_state
-from lens.objectives import read
-from lens.train import train_step
+from lens.lens_init import init_lens
+from lens.objectives import extract
+from lens.train import init_state, train_step
 
 REPEATS = 3
 
@@ -47,7 +47,7 @@ def split_step(prefixes: Mapping[str, Callable[[], object]], now: Callable[[], f
 
 def step_prefixes(state, base, batch, key, phase: config.Phase) -> dict[str, Callable[[], object]]:
     """Makes the beginnings of train_step, for split_step, on one batch."""
-    hp, objective = phase.hparams, phase.objective
+    hp, objective, knobs = phase.hparams, phase.objective, phase.knobs(0)
 
     def sample(state, base, batch, key):
         return objective.rollout(state.params, base, batch, jax.random.fold_in(key, state.step), hp)
@@ -56,25 +56,25 @@ def step_prefixes(state, base, batch, key, phase: config.Phase) -> dict[str, Cal
         roll, params = sample(state, base, batch, key), state.params
         gradient, key = jax.grad(objective.loss, has_aux=True), jax.random.fold_in(key, state.step)
         for _ in range(hp.updates):
-            grads, _ = gradient(params, base, roll, key, hp, state.step - phase.start, state.reference)
+            grads, _ = gradient(params, base, roll, key, hp, knobs, state.reference)
             # for the next round: equal parameters would let the compiler do the work once
             params = jax.tree.map(lambda p, g: (p - 1e-12 * g).astype(p.dtype), params, grads)
         return grads
 
     def update(state, base, batch, key):
-        return train_step(state, base, batch, key, objective=objective, hparams=hp, tx=phase.tx, start=phase.start)
+        return train_step(state, base, batch, key, knobs, objective=objective, hparams=hp, tx=phase.tx)
 
     def bound(program):
         jitted = jax.jit(program)
         return lambda: jitted(state, base, batch, key)
 
-    programs = {'read': lambda state, base, batch, key: read(base, batch, hp.layer)}
+    programs = {'read': lambda state, base, batch, key: extract(base, batch, hp.layer)}
     return {k: bound(f) for k, f in (programs | {'sample': sample, 'score': score, 'update': update}).items()}
 
 
 def main(_):
     cfg = CONFIG.value
-    run = config.open_run(cfg)
+    run = config.load(cfg, config.plan(cfg))
     with jax.set_mesh(run.mesh):
         for phase in run.phases:
             shape = {'documents': phase.documents, 'vectors': phase.vectors, 'labelled': phase.labelled}

@@ -8,7 +8,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from configs import tiny
-from lens import schedules
 from lens.errors import LensError
 from lens.tools import draw_schedules
 
@@ -23,8 +22,8 @@ def test_the_drawing_has_a_panel_for_every_value_of_every_phase(tmp_path, monkey
     draw_schedules.draw(c, None, tmp_path / 'new/s.png')
     assert (tmp_path / 'new/s.png').read_bytes().startswith(b'\x89PNG')
     axes = {a.get_title().split(' = ')[0]: a for a in seen[0].axes}
-    shown = {v for v in schedules.VALUES if any(c[p][v] != 0 for p in c.phases)}
-    assert set(axes) == {f'{p}.{v}' for p in c.phases for v in shown} and len(shown) < len(schedules.VALUES)
+    shown = {v for v in draw_schedules.VALUES if any(c[p][v] != 0 for p in c.phases)}
+    assert set(axes) == {f'{p}.{v}' for p in c.phases for v in shown} and len(shown) < len(draw_schedules.VALUES)
     t, tau = axes['grpo.tau'].lines[0].get_data()
     want = np.where(t < 100, 5, 0.1 + 2.45 * (1 + np.cos(math.pi * np.clip((t - 100) / 349, 0, 1))))
     np.testing.assert_allclose(tau, want, rtol=1e-4)

@@ -95,7 +95,9 @@ def value(x):
 def test_every_text_and_reconstruction_belongs_to_its_activation(result, base, lens):
     e, c, *_ = result
     tokens, positions = e.held['tokens'], e.held['positions']
-    a = np.asarray(jax.jit(subject.read, static_argnums=3)(base, tokens, positions, LAYER)).reshape(-1, TINY.d_model)
+    a = np.asarray(jax.jit(subject.activations, static_argnums=3)(base, tokens, positions, LAYER)).reshape(
+        -1, TINY.d_model
+    )
     assert len(c.a) == DOCUMENTS * VECTORS
     np.testing.assert_allclose(c.a, a, rtol=0, atol=1e-5 * a.std())
     drawn = {'sampled': (a, 1.0), 'greedy': (a, 0.0), 'no_activation': (0 * a, 1.0)}  # vectors and temperature

@@ -20,13 +20,14 @@ from ml_collections import config_flags
 from safetensors.numpy import load_file
 
 from lens import export, hf, lens_folder, lens_init, sampling, sharding
-from lens.config import open_run
+from lens.config import load, plan
 from lens.errors import LensError
 from lens.models import lora
-from lens.models.decoder import Decoder, DecoderConfig, Prompt, scaled_identity
+from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig, encode
+from lens.models.injection import Add, Affine, Replace
 from lens.models.lens import Lens
-from lens.response import NO_TAGS
+from lens.response import NO_TAGS, Prompt
 from tests import hf_models, small_run
 
 KINDS = ('lora', 'maps', 'full')
@@ -52,9 +53,9 @@ def config(world, kind, **changes):
 
 def abstract_lens(cfg):
     """(run, the shapes of its lens)."""
-    run = open_run(cfg)
+    run = load(cfg, plan(cfg))
     with jax.set_mesh(run.mesh):
-        return run, lens_init.abstract_lens(cfg, (run.decoder_prompt, run.encoder_prompt), run.base, run.mesh)
+        return run, lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
 
 
 @pytest.fixture(scope='module')
@@ -261,8 +262,10 @@ def handmade(base, n, shared, own_base, readout, injection):
     """A lens of block 2 of six, nothing of it at its initial value."""
     norms = np.linspace(1, 2, base.config.n_layers + 1, dtype=np.float32)
     own = {'own_base': own_base, 'adapters': None}
-    c = DecoderConfig(n, shared, 2, injection, 7.0, 4, () if injection == 'affine' else (1,))
-    maps = scaled_identity(c, base.config.embed_scale, base.config.d_model, norms) if injection == 'affine' else None
+    inject = {'affine': Affine(n, shared), 'replace': Replace(7.0), 'add': Add()}[injection]
+    c = DecoderConfig(inject, 2, () if injection == 'affine' else (1,), 4)
+    start = scaled_identity(inject, 2, base.config.embed_scale, base.config.d_model, norms)
+    maps = start if inject.n_maps else None
     decoder = Decoder(c, [3, 7], [9, 4, 6] if n else [], base, maps, **own)
     encoder = Encoder(EncoderConfig(3, readout), [5], [6, 8], base, **own)
     rng = np.random.default_rng(2)

@@ -12,12 +12,12 @@ from flax import nnx
 
 from configs import base as settings
 from lens import config, flops, sharding
-from lens.lens_init import State, abstract_lens
+from lens.lens_init import Prompts, abstract_lens
 from lens.models import families
-from lens.models.decoder import Prompt
+from lens.models.injection import Affine
 from lens.models.transformer import Transformer
-from lens.response import NO_TAGS
-from lens.train import train_step
+from lens.response import NO_TAGS, Prompt
+from lens.train import State, train_step
 from tests.tiny_world import TINY
 
 MODELS = pathlib.Path(__file__).parent / 'hf_configs'
@@ -137,7 +137,7 @@ def test_the_outermost_scope_counts_and_gradients_stay_in_it():
 DOCUMENTS, VECTORS, LENGTH, GROUP, PREFIX = 2, 3, 6, 5, 4
 LAYER, OUTPUT_LAYER = 1, 2
 TEXTS = DOCUMENTS * VECTORS
-PROMPTS = Prompt([1] * 3, [2] * 4), ([3] * 2, [4] * 3)
+TEXTS_OF = config.Texts(Prompt([1] * 3, [2] * 4), ([3] * 2, [4] * 3), (5,) * PREFIX, NO_TAGS)
 WRITTEN, READ = (
     8 + LENGTH - 1,
     5 + LENGTH,
@@ -159,8 +159,8 @@ def parts_of_a_step(objective, **changes):
     mesh = sharding.make_mesh(1, 1)
     with jax.set_mesh(mesh):
         base = sharding.with_placement(abstract(DEEP), mesh, float('inf'))
-        lens = abstract_lens(cfg, PROMPTS, base, mesh)
-        (phase,) = config.make_phases(cfg, [5] * PREFIX, NO_TAGS)
+        lens = abstract_lens(cfg, Prompts(Affine(2), TEXTS_OF.decoder, TEXTS_OF.encoder), base, mesh)
+        (phase,) = config.make_phases(cfg, TEXTS_OF)
         shapes = {'tokens': (DOCUMENTS, TEXT), 'positions': (DOCUMENTS, VECTORS)}
         if phase.labelled:
             shapes['explanations'] = (DOCUMENTS, VECTORS, LENGTH)
@@ -168,7 +168,7 @@ def parts_of_a_step(objective, **changes):
         state = State(jax.ShapeDtypeStruct((), jnp.int32), lens, jax.eval_shape(phase.tx.init, lens))
         key = jax.eval_shape(lambda: jax.random.key(0))
         static = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx}
-        return flops.by_scope(train_step.trace(state, base, batch, key, **static).jaxpr, DEEP)
+        return flops.by_scope(train_step.trace(state, base, batch, key, phase.knobs(0), **static).jaxpr, DEEP)
 
 
 def text(tokens, layers, logits=0):

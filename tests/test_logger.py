@@ -13,11 +13,10 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lens import config, data, files, logger
+from lens import config, data, files, flops, logger
 from lens.collapse import WINDOW, CollapseError
 from lens.errors import LensError
 from lens.logger import Clock, Lines, Logger, NonFiniteError, Profile
-from lens.tools import flops
 
 
 class Time:
@@ -63,9 +62,11 @@ def log_of(workdir, now, collapse='off', log=1):
     cfg = ml_collections.ConfigDict(
         {'log': {'tensorboard': False, 'wandb_project': ''}, 'health': {'collapse': collapse}}
     )
+    phases = (phase('sft', 0, 4, log, labelled=True), phase('grpo', 4, 100, log))
     run = types.SimpleNamespace(
         steps=100,
-        phases=[phase('sft', 0, 4, log, labelled=True), phase('grpo', 4, 100, log)],
+        phases=phases,
+        phase_of=lambda step: next(p for p in phases if step <= p.end),
         mesh=types.SimpleNamespace(size=2),
         train='the training split',
         seed=7,

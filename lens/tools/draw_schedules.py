@@ -9,9 +9,11 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lens import cli, data, schedules
+from lens import cli, data, objectives, optimizer, schedules
 from lens.errors import LensError
 from lens.schedules import Clock
+
+VALUES = (*(f'learning_rate_{side}' for side in optimizer.SIDES), *objectives.KNOBS)  # keys of a phase
 
 
 def unfrozen(cfg, name: str, side: str, clock: Clock) -> dict[tuple[float, int], list[str]]:
@@ -53,11 +55,9 @@ def draw(cfg, documents: int | None, out: pathlib.Path) -> None:
     phases = list(zip(cfg.phases, schedules.clocks(cfg, documents), strict=True))
     if not phases:
         raise LensError('phases is empty: there is nothing to draw.')
-    shown = [v for v in schedules.VALUES if any(schedules.parse(cfg[n][v], c, f'{n}.{v}') for n, c in phases)]
+    shown = [v for v in VALUES if any(schedules.parse(cfg[n][v], c, f'{n}.{v}') for n, c in phases)]
     figure = Figure(figsize=(1 + 5 * len(phases), 1 + 1.9 * len(shown)), layout='constrained')
-    figure.suptitle(
-        'Zero throughout: ' + (', '.join(v for v in schedules.VALUES if v not in shown) or 'none'), fontsize=8
-    )
+    figure.suptitle('Zero throughout: ' + (', '.join(v for v in VALUES if v not in shown) or 'none'), fontsize=8)
     panels = figure.subplots(len(shown), len(phases), squeeze=False)
     for column, (name, clock) in enumerate(phases):
         for axes, key in zip(panels[:, column], shown, strict=True):

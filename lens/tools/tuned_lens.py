@@ -22,7 +22,7 @@ from absl import flags
 from flax import struct
 
 from lens import cli, data, files, hf, logger, losses, sharding
-from lens.checks import DTYPES, require
+from lens.config import DTYPES, require
 from lens.models.transformer import Transformer
 from lens.translators import FORMAT
 
