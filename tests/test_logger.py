@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lens import config, data, files, flops, logger
-from lens.collapse import WINDOW, CollapseError
+from lens.collapse import WINDOW
 from lens.errors import LensError
 from lens.logger import Clock, Lines, Logger, NonFiniteError, Profile
 
@@ -281,7 +281,7 @@ def test_phases_that_draw_samples_are_watched_also_after_a_restart(tmp_path, cap
     assert len(said) == 1 and f'Collapse at step {WINDOW + 4}' in said[0]
     with log_of(tmp_path, now, 'stop') as log:
         log.open(WINDOW + 5, state)
-        with pytest.raises(CollapseError, match=f'Stopped at step {2 * WINDOW + 4}'):
+        with pytest.raises(LensError, match=f'Stopped at step {2 * WINDOW + 4}'):
             for step in range(WINDOW + 6, 100):
                 log.sent(log.run.phases[1], step, out(**dead))
 
