@@ -49,9 +49,7 @@ def test_a_collapse_warns_once_and_stops_when_the_next_window_agrees(case):
     assert f'at step {begin}:' in found[begin][0] and 'phase grpo' in found[begin][0]
     watch = Collapse('stop')
     assert feed(watch, rows[: begin + WINDOW - 1]) == found
-    with pytest.raises(
-        LensError, match=rf'^Stopped at step {begin + WINDOW}: .*lower .*grpo\.learning_rate_decoder'
-    ):
+    with pytest.raises(LensError, match=rf'^Stopped at step {begin + WINDOW}: .*lower .*grpo\.learning_rate_decoder'):
         watch.feed('grpo', begin + WINDOW, rows[begin + WINDOW - 1])
 
 
