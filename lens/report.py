@@ -2,9 +2,9 @@
 
     python -m lens.report --workdir=runs/tiny
 
-Reads config.json and metrics.jsonl and, as far as the run got, evaluation.json, samples.jsonl and
-summary.json. The page holds no script, asks for nothing from outside, and escapes every text from a file. Its
-wording and style are in report.html beside this module; charts are inline SVG.
+Reads config.json and metrics.jsonl and, as far as the run got, evaluation.json, samples.jsonl and summary.json. The
+page holds no script, asks for nothing from outside, and escapes every text from a file. Its wording and style are in
+report.html beside this module; charts are inline SVG.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ REMEDY = '--workdir must be the folder of a run'
 class RunFiles(NamedTuple):
     """What the files of a run hold; evaluation, samples and summary are empty where it did not get so far."""
 
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    evaluation: dict[str, Any]
-    figures: dict[str, dict[str, Any]]
-    samples: list[dict[str, Any]]
-    summary: dict[str, Any]
+    config: dict
+    metrics: list[dict]
+    evaluation: dict
+    figures: dict[str, dict]
+    samples: list[dict]
+    summary: dict
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def _number(x: Any) -> float | None:
     return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else None
 
 
-def _checked_figure(figure: dict[str, Any]) -> dict[str, Any]:
+def _checked_figure(figure: dict) -> dict:
     """The figure with all keys, numbers finite or None; raises on what is no figure."""
     lo, hi = map(_number, figure.get('ci95') or (None, None))
     return {
@@ -78,7 +78,7 @@ def _words(tokens: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
     return out
 
 
-def _checked_sample(sample: dict[str, Any]) -> dict[str, Any]:
+def _checked_sample(sample: dict) -> dict:
     """One sample as the page shows it: its text, explanations with their errors, and the facts that hold."""
     tokens, read = [(str(t), '') for t in sample['tokens']], int(sample['read'])
     if not 0 <= read < len(tokens):
@@ -120,7 +120,7 @@ def load(workdir: pathlib.Path) -> RunFiles:
     return RunFiles(config, metrics, evaluation, figures, samples, summary)
 
 
-def stretches(metrics: list[dict[str, Any]], total: float | None = None) -> list[Stretch]:
+def stretches(metrics: list[dict], total: float | None = None) -> list[Stretch]:
     """The phases in order of their steps; total: all steps, where known."""
     train = [m for m in metrics if m.get('kind') == 'train'] or metrics
     first = {}
