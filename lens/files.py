@@ -27,10 +27,7 @@ def write_jsonl(path: pathlib.Path, rows) -> None:
 
 
 def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensError) -> dict:
-    """Returns the JSON object of a file.
-
-    Raises `error`, a sentence that names the file and ends with the remedy, where there is none or it is damaged.
-    """
+    """Returns the JSON object of a file. Raises `error`, which names file and remedy, where there is none or a bad one."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -43,21 +40,20 @@ def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensErro
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """Returns the objects of all complete lines; a torn last line (the writer was killed) is left out.
-
-    Raises LensError for a line that is no JSON object. Empty where there is no file.
-    """
-    if not path.exists():
-        return []
+    """Returns the objects of all complete lines, [] where there is no file; a torn last line (the writer was killed) and
+    blank ones are left out. Raises LensError for a line that is no JSON object."""
     rows = []
-    for number, line in enumerate(path.read_text(errors='replace').split('\n')[:-1], 1):
+    text = path.read_text(errors='replace') if path.exists() else ''
+    for number, line in enumerate(text.split('\n')[:-1], 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line)
         except (ValueError, RecursionError):
-            row = ''
-        if row is not None and not isinstance(row, dict):
+            row = None
+        if not isinstance(row, dict):
             raise LensError(f'{path} is damaged: line {number} is no JSON object; remove that line.')
-        rows += [row] if row is not None else []
+        rows.append(row)
     return rows
 
 
