@@ -68,8 +68,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def run(main) -> None:
-    """Runs `main(argv)` by absl: a LensError or a failure of the disk prints its sentence and exits with code 1, anything
-    else its traceback and exits with BROKEN, after which launch/restart.sh starts a run again."""
+    """Runs `main(argv)` by absl: a LensError or a failure of the disk prints its sentence and exits with code 1,
+    anything else its traceback and exits with BROKEN, after which launch/restart.sh starts a run again."""
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO

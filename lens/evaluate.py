@@ -2,7 +2,7 @@
 
 python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again
 
-A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS; nothing else lists them.
+A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS: a new one needs no more.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from lens.response import NO_TAGS, Tags, find
 
 
 class Text(NamedTuple):
-    """What the encoder reads: drawn by the decoder from vector(a_NxD), or made by text(batch, sampled_NxT, keys_N, tags).
+    """What the encoder reads: drawn by the decoder from vector(a_NxD) or made by text(batch, sampled_NxT, keys_N, tags).
 
     temperature: of a drawn text. tagged: whether the explanation stands between the tags of the run. needs: the array
     of the held-out data without which there is no such text.
@@ -89,13 +89,8 @@ class Evaluation:
     def to_json(self, step: int) -> dict:
         """Returns the content of evaluation.json."""
         what = {k: {'group': FIGURES[k].group, 'meaning': meaning(k, self.error)} for k in self.figures}
-        return {
-            'step': step,
-            'documents': self.documents,
-            'activations': self.activations,
-            'figures': {k: v | what[k] for k, v in self.figures.items()},
-            'facts': self.facts,
-        }
+        counts = {'step': step, 'documents': self.documents, 'activations': self.activations}
+        return counts | {'figures': {k: v | what[k] for k, v in self.figures.items()}, 'facts': self.facts}
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'tags', 'error', 'names'))
@@ -165,20 +160,17 @@ class Evaluator:
         count = {'documents': self.settings.documents, 'vectors': self.settings.vectors}
         self.held = data.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
         self.documents, self.vectors = self.held['positions'].shape
-        self.held['previous'] = self._previous()
+        # the tokens that end at each position, left-padded with the first one
+        before = np.maximum(self.held['positions'][..., None] - np.arange(run.length)[::-1], 0)
+        self.held['previous'] = np.take_along_axis(self.held['tokens'][:, None], before, axis=2)
         self.held['index'] = np.arange(self.documents * self.vectors, dtype=np.int32).reshape(-1, self.vectors)
-        if self.held.get('explanations', np.zeros((0, 0, run.length))).shape[2] != run.length:
+        if 'explanations' in self.held and self.held['explanations'].shape[2] != run.length:
             del self.held['explanations']  # only read as a control, in the format of this run
         self.quick_documents = min(self.settings.quick_documents, self.documents)
         shards = sharding.row_count(run.mesh)
         self.rows = -(-max(self.settings.batch // self.vectors, 1) // shards) * shards  # documents per batch
         if len(np.unique(self.held['doc_id'])) == 1:
             raise LensError(f'{run.validation.directory} holds one document: controls need at least 2.')
-
-    def _previous(self) -> np.ndarray:
-        """The `length` tokens that end at each position, left-padded with the first token."""
-        p = self.held['positions'][..., None] - np.arange(self.run.length)[::-1]
-        return np.take_along_axis(self.held['tokens'][:, None], np.maximum(p, 0), axis=2)
 
     def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
         """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""

@@ -27,7 +27,7 @@ def write_jsonl(path: pathlib.Path, rows) -> None:
 
 
 def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensError) -> dict:
-    """Returns the JSON object of a file. Raises `error`, which names file and remedy, where there is none or a bad one."""
+    """Returns the JSON object of a file. Raises `error`, which names file and remedy, where there is no good one."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -40,8 +40,8 @@ def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensErro
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """Returns the objects of all complete lines, [] where there is no file; a torn last line (the writer was killed) and
-    blank ones are left out. Raises LensError for a line that is no JSON object."""
+    """Returns the objects of all complete lines, [] where there is no file; a torn last line (the writer was killed)
+    and blank ones are left out. Raises LensError for a line that is no JSON object."""
     rows = []
     text = path.read_text(errors='replace') if path.exists() else ''
     for number, line in enumerate(text.split('\n')[:-1], 1):

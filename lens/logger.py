@@ -28,7 +28,7 @@ from lens.distributed import is_first
 from lens.errors import LensError
 
 PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
-HEADLINE = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')  # said of every held-out check
+SAID = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')  # said of every held-out check
 
 
 class Lines:
@@ -70,9 +70,8 @@ class Lines:
 class Clock:
     """Seconds of a run over restarts: of its named parts, of recent steps, and of the whole.
 
-    start: imports, loading, restoring, from `began` to go_on; compile: the first step of a phase. A step counts
-    until its figures are there: waiting for them is part of it. lost: what killed processes worked after the checkpoint
-    that was gone on from. The time between two processes is nobody's.
+    start: from `began` to go_on; compile: the first step of a phase; a step lasts until its figures are there. lost:
+    what killed processes worked after the checkpoint that was gone on from. The time between processes is nobody's.
     """
 
     def __init__(self, began: float, now: Callable[[], float] = time.monotonic):
@@ -83,10 +82,8 @@ class Clock:
         self._steps: collections.deque[float] = collections.deque(maxlen=50)
 
     def go_on(self, rows: list[dict], step: int) -> None:
-        """Ends `start` and adds what the rows of metrics.jsonl say of earlier processes, to the precision of its log.
-
-        step: of the checkpoint that this process goes on from; all that came later was worked for nothing.
-        """
+        """Ends `start` and adds what the rows of metrics.jsonl say of earlier processes; all that came after `step`, of
+        the checkpoint that this one goes on from, was worked for nothing."""
         kept = [r for r in rows if r['step'] <= step]
         wall_s = kept[-1]['wall_s'] if kept else 0.0
         before = next((r for r in reversed(kept) if r['kind'] == 'time'), {})
@@ -166,10 +163,8 @@ class Logger(contextlib.ExitStack):
         self._lines = self._tensorboard = self._wandb = None
 
     def open(self, step: int, collapse: dict | None) -> None:
-        """Starts the log of a run that goes on from `step` (0: fresh): lines of later steps, from before, are dropped.
-
-        collapse: state of the watch there, or None.
-        """
+        """Starts the log of a run that goes on from `step` (0: fresh), where the watch had the state `collapse`; lines
+        of later steps, from before, are dropped."""
         if collapse:
             self.watch.set_state(collapse)
         path = self.workdir / 'metrics.jsonl'
@@ -194,13 +189,9 @@ class Logger(contextlib.ExitStack):
         if self.cfg.log.wandb_project:
             import wandb  # optional extra [wandb]
 
-            self._wandb = wandb.init(
-                project=self.cfg.log.wandb_project,
-                config=json.loads(self.cfg.to_json()),
-                dir=str(self.workdir),
-                resume='allow',
-                id=self.workdir.name,
-            )
+            config, here = json.loads(self.cfg.to_json()), self.workdir
+            name = {'project': self.cfg.log.wandb_project, 'id': here.name, 'resume': 'allow'}
+            self._wandb = wandb.init(**name, config=config, dir=str(here))
             self.callback(self._wandb.finish)
 
     def say(self, text: str) -> None:
@@ -255,7 +246,7 @@ class Logger(contextlib.ExitStack):
         self._progress(phase, step, values, step_s)
 
     def _speed(self, phase: Phase, step_s: float) -> dict[str, float]:
-        """Model FLOP/s of a device, and their share of its peak where that is known. Sampling is left out of both: it
+        """Returns model FLOP/s of a device and their share of its peak where that is known, both without sampling: it
         is bound by memory."""
         if not step_s or phase.name not in self.flops:
             return {}
@@ -275,7 +266,7 @@ class Logger(contextlib.ExitStack):
     def held_out(self, phase: Phase, step: int, values: Mapping[str, float], full: bool) -> None:
         """Writes the held-out figures and says some of them."""
         self.write(step, phase, 'eval', {'full': full} | values)
-        said = (f'{k} {values[k]:.3f}' for k in HEADLINE if k in values)
+        said = (f'{k} {values[k]:.3f}' for k in SAID if k in values)
         self.say(f'held out at step {step}: {"  ".join(said)}')
 
     def time(self) -> dict[str, float]:
@@ -304,7 +295,7 @@ class Profile:
         self._here, self._traced = 0, []  # steps of this process; steps of the run in an open trace
 
     def at(self, step: int) -> None:
-        """Begins or ends the trace where it is due; call before `step` of the run is dispatched."""
+        """Begins or ends the trace where it is due; to be called before `step` of the run is sent to the devices."""
         self._here += 1
         if self._here not in self._window:
             return self.close()
@@ -324,7 +315,7 @@ class Profile:
 
 
 def _wait_for_devices() -> None:
-    """Until all whose results are still held is done."""
+    """Waits until all is done whose results are still held."""
     jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
 
 
@@ -361,7 +352,7 @@ def provenance() -> dict:
 
 
 def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) -> str:
-    """Returns the first lines of a run. sizes: trained parameters of each side; step: of the checkpoint gone on from."""
+    """Returns the first lines of a run. sizes: trained parameters of each side; step: where the run goes on, or 0."""
     c, kind = run.base.config, cfg.data.positions
     phases = ', '.join(f'{p.name} {p.end - p.start}' for p in run.phases) or 'none, evaluation only'
     mesh = ' x '.join(f'{k} {n}' for k, n in run.mesh.shape.items() if n > 1)
