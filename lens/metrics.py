@@ -191,8 +191,7 @@ FIGURES = {
         'variance of A explained by the reconstruction, explanations sampled at temperature 1; a bias counts',
         _FVE,
         quick=True,
-        of_directions='A and reconstruction rescaled to norm sqrt(d), baseline their mean: {}; 1 - mean of '
-        '(2 - 2 cosine) over it',
+        of_directions='A and reconstruction rescaled to norm sqrt(d): {}; 1 - mean of (2 - 2 cosine) over that variance',
     ),
     'fve_greedy': Figure('lens', 'the same with the most probable explanation', _FVE, 'greedy', quick=True),
     'variance_recovered': Figure(
@@ -209,32 +208,24 @@ FIGURES = {
     ),
     'cosine': Figure('lens', 'mean cosine of A and its reconstruction, temperature 1', _COSINE, quick=True),
     'cosine_greedy': Figure('lens', 'the same with the most probable explanation', _COSINE, 'greedy'),
-    'fve_direction': Figure(
-        'lens', 'FVE at temperature 1 when both are rescaled to norm sqrt(d): only directions count', _fve_direction
-    ),
+    'fve_direction': Figure('lens', 'FVE at temperature 1 of both rescaled to norm sqrt(d)', _fve_direction),
     'extracted': Figure(
         'lens', 'responses that hold an explanation, temperature 1; the others count as the zero vector', _extracted
     ),
     'extracted_greedy': Figure('lens', 'the same of the most probable responses', _extracted, 'greedy'),
     # read from metrics.jsonl: evaluate.figure_after_sft
     'fve_sft': Figure('lens', 'FVE at temperature 1 at the end of the SFT phase', lambda c, text: None),
-    'fve_given': Figure(
-        'lens', 'FVE when the encoder reads the given explanation: the ceiling of the text format', _FVE, 'given'
-    ),
+    'fve_given': Figure('lens', 'FVE of the given explanation: the ceiling of the text format', _FVE, 'given'),
     'fve_shuffled': Figure(
         'controls',
         'FVE when each explanation is paired with the activation of another document',
         lambda c, text: fve(c.pred[text][other_document(c.doc_N)], c.a, c.doc_N),
     ),
-    'fve_no_activation': Figure(
-        'controls', 'FVE when the decoder gets the zero vector instead of the activation', _FVE, 'no_activation'
-    ),
-    'fve_words_permuted': Figure(
-        'controls', 'FVE when the words of the explanation are permuted before encoding', _FVE, 'words_permuted'
-    ),
+    'fve_no_activation': Figure('controls', 'FVE when the decoder gets the zero vector', _FVE, 'no_activation'),
+    'fve_words_permuted': Figure('controls', 'FVE of the words in another order', _FVE, 'words_permuted'),
     'fve_previous_tokens': Figure(
         'controls',
-        'FVE when the encoder reads the last tokens of the source instead (it was not trained on them)',
+        'FVE of the last tokens of the source, on which the encoder was not trained',
         _FVE,
         'previous_tokens',
     ),
@@ -243,18 +234,10 @@ FIGURES = {
         'FVE of predicting the held-out mean: 0 up to the degree of freedom',
         lambda c, text: fve(np.broadcast_to(c.a.mean(0), c.a.shape), c.a, c.doc_N),
     ),
-    'fve_zero_baseline': Figure(
-        'controls', 'FVE of predicting the zero vector', lambda c, text: fve(0 * c.a, c.a, c.doc_N)
-    ),
-    'facts_recall': Figure(
-        'facts', 'established facts that the greedy explanation names', _RECALL, 'greedy', quick=True
-    ),
+    'fve_zero_baseline': Figure('controls', 'FVE of the zero vector', lambda c, text: fve(0 * c.a, c.a, c.doc_N)),
+    'facts_recall': Figure('facts', 'established facts that the greedy explanation names', _RECALL, 'greedy', True),
     'facts_hallucinated': Figure(
-        'facts',
-        'facts named by the greedy explanation that are not established or wrong',
-        _HALLUCINATED,
-        'greedy',
-        quick=True,
+        'facts', 'facts it names that are wrong or not established', _HALLUCINATED, 'greedy', True
     ),
     'facts_recall_sampled': Figure('facts', 'facts recall at temperature 1', _RECALL),
     'facts_hallucinated_sampled': Figure('facts', 'facts hallucinated at temperature 1', _HALLUCINATED),
