@@ -39,22 +39,23 @@ def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensErro
     return value
 
 
+def json_object(text: str | bytes) -> dict | None:
+    """Returns the object that a text is in JSON, None where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_jsonl(path: pathlib.Path) -> list[dict]:
     """Returns the objects of all complete lines, [] where there is no file; a torn last line (the writer was killed)
     and blank ones are left out. Raises LensError for a line that is no JSON object."""
-    rows = []
     text = path.read_text(errors='replace') if path.exists() else ''
-    for number, line in enumerate(text.split('\n')[:-1], 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise LensError(f'{path} is damaged: line {number} is no JSON object; remove that line.')
-        rows.append(row)
-    return rows
+    rows = {n: json_object(line) for n, line in enumerate(text.split('\n')[:-1], 1) if line.strip()}
+    if bad := [n for n, row in rows.items() if row is None]:
+        raise LensError(f'{path} is damaged: line {bad[0]} is no JSON object; remove that line.')
+    return list(rows.values())
 
 
 @contextlib.contextmanager
