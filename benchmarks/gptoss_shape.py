@@ -9,8 +9,6 @@ Prints one JSON object a line. Floors on one H100 (bf16): a decode step reads 40
 
 import dataclasses
 import functools
-import json
-import statistics
 import time
 
 import jax
@@ -18,12 +16,12 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
+from benchmarks.timing import report, seconds
 from lens.models import moe, subject
 from lens.models.moe import MoE
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
 
-REPEATS = 5
 TINY = TransformerConfig(
     family='gpt_oss',
     vocab_size=97,
@@ -51,23 +49,8 @@ FULL = dataclasses.replace(
 WORK = {'tiny': (2, 64, (4, 8), 8, 256), '20b': (8, 1024, (32, 256), 64, 65536)}
 
 
-def report(**values):
-    print(json.dumps(values), flush=True)
-
-
-def seconds(run, *args) -> float:
-    """Median of REPEATS after one that is not counted."""
-    jax.block_until_ready(run(*args))
-    laps = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        laps.append(time.perf_counter() - begin)
-    return statistics.median(laps)
-
-
 def compiled(function, *args):
-    """(program, seconds of tracing and compiling)."""
+    """Returns the program and the seconds of tracing and compiling."""
     begin = time.perf_counter()
     program = jax.jit(function).lower(*args).compile()
     return program, time.perf_counter() - begin
@@ -80,7 +63,7 @@ def _fill(stack, key, i):
 
 
 def random_model(c: TransformerConfig, dtype) -> Transformer:
-    """Every leaf random, made one layer at a time: no more than one layer of temporaries."""
+    """Makes every leaf random, one layer at a time: no more than one layer of temporaries."""
 
     def make(kp, leaf):
         key = jax.random.fold_in(jax.random.key(0), hash(str(kp)) % 2**31)
@@ -96,7 +79,7 @@ def random_model(c: TransformerConfig, dtype) -> Transformer:
 
 
 def check(dtype) -> None:
-    """Tiny model on this device: grouped experts equal every-expert ones, cached equals uncached."""
+    """Asserts of a tiny model on this device: grouped experts equal every-expert ones, cached equals uncached."""
     model = random_model(TINY, dtype)
     ids = jax.random.randint(jax.random.key(1), (2, 150), 0, TINY.vocab_size)
     logits = model(ids)
@@ -114,7 +97,7 @@ def check(dtype) -> None:
 
 
 def grouped_products(c: TransformerConfig, rows: int, dtype) -> None:
-    """One layer of experts, forward and gradient in the input, per implementation."""
+    """Measures one layer of experts, forward and gradient in the input, per implementation."""
     x = jax.random.normal(jax.random.key(2), (1, rows // c.top_k, c.d_model), dtype)
     for name in moe.IMPLEMENTATIONS:
         each = dataclasses.replace(c, experts=name)

@@ -4,20 +4,18 @@
     python -m benchmarks.gumbel_memory --rows=64 --lengths=32   # other shapes
 
 Prints one JSON object per length and form: what the compiled program allocates besides its arguments and its results
-(megabytes), and seconds of one gradient, the median of three after one that is not counted. `naive` is the
-plain scan differentiated by JAX. The decoder has the shape of the embedded subject, frozen, with maps into two blocks.
+(megabytes), and seconds of one gradient. `naive` is the plain scan differentiated by JAX. The decoder has the shape of
+the embedded subject, frozen, with maps into two blocks.
 """
 
 import functools
-import json
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
+from benchmarks.timing import report, seconds
 from lens import gumbel
 from lens.models.decoder import Decoder, DecoderConfig
 from lens.models.injection import Affine
@@ -29,7 +27,6 @@ LENGTHS = flags.DEFINE_multi_integer('lengths', [16, 32, 64, 128], 'Tokens of an
 ROWS = flags.DEFINE_integer('rows', 16, 'Activations.')
 FORMS = flags.DEFINE_multi_enum('forms', [*gumbel.FORMS, 'naive'], [*gumbel.FORMS, 'naive'], 'What is measured.')
 
-REPEATS = 3
 TAU = 1.0
 SHAPE = TransformerConfig(
     family='llama',
@@ -48,24 +45,14 @@ SHAPE = TransformerConfig(
 
 
 def program(form: str, length: int, arguments):
-    """The compiled gradient of a function of the words and of the logits."""
-    roll = functools.partial(naive_rollout.rollout if form == 'naive' else gumbel.rollout, length=length, tau=TAU)
-    roll = roll if form == 'naive' else functools.partial(roll, form=form)
+    """Compiles the gradient of a function of the words and of the logits."""
+    roll = naive_rollout.rollout if form == 'naive' else functools.partial(gumbel.rollout, form=form)
 
     def loss(decoder, base, activation_NxD):
-        out = roll(decoder, base, activation_NxD, base.embedding[...], jax.random.key(0))
-        return jnp.sum(jnp.sin(out.words_NxTxE)) + jnp.mean(jax.nn.logsumexp(out.logits_NxTxV, axis=-1))
+        out = roll(decoder, base, activation_NxD, base.embedding[...], jax.random.key(0), length=length, tau=TAU)
+        return jnp.sum(jnp.sin(out.words_NxTxW)) + jnp.mean(jax.nn.logsumexp(out.logits_NxTxV, axis=-1))
 
     return jax.jit(jax.grad(loss)).lower(*arguments).compile()
-
-
-def seconds(run, arguments) -> float:
-    laps = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        laps.append(time.perf_counter() - begin)
-    return statistics.median(laps[1:])
 
 
 def main(_):
@@ -76,13 +63,12 @@ def main(_):
     decoder = Decoder(config, [3, 7, 11, 2, 5], [9, 4], base, maps, own_base=False, adapters=None)
     activation_NxD = jax.random.normal(jax.random.key(1), (ROWS.value, d))
     arguments = decoder, base, activation_NxD
-    print(json.dumps({'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'rows': ROWS.value}), flush=True)
+    report(device=jax.devices()[0].device_kind, jax=jax.__version__, rows=ROWS.value)
     for length in LENGTHS.value:
         for form in FORMS.value:
             run = program(form, length, arguments)
-            temporary_mb = run.memory_analysis().temp_size_in_bytes / 1e6
-            figures = {'temporary_mb': round(temporary_mb, 1), 'seconds': round(seconds(run, arguments), 2)}
-            print(json.dumps({'length': length, 'form': form} | figures), flush=True)
+            temporary_mb = round(run.memory_analysis().temp_size_in_bytes / 1e6, 1)
+            report(length=length, form=form, temporary_mb=temporary_mb, seconds=round(seconds(run, *arguments), 2))
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ NAMES = ('fve', 'fve_greedy', 'fve_direction', 'fve_given', 'fve_shuffled', 'fac
 
 
 def run(recipe: str, seed: int, steps: dict[str, int], workdir: pathlib.Path) -> dict:
-    """The summary of one run."""
+    """Trains and returns the summary."""
     cfg = tiny.get_config(recipe)
     cfg.seed = seed
     cfg.eval.every = '0'
@@ -40,7 +40,7 @@ def run(recipe: str, seed: int, steps: dict[str, int], workdir: pathlib.Path) ->
 
 
 def step_times(workdir: pathlib.Path) -> dict[str, float]:
-    """Median seconds of a step by phase, the first steps, which compile, left out."""
+    """Returns the median seconds of a step by phase, the first steps, which compile, left out."""
     rows = [r for r in files.read_jsonl(workdir / 'metrics.jsonl') if r['kind'] == 'train']
     names = dict.fromkeys(r['phase'] for r in rows)
     return {n: float(np.median([r['step_s'] for r in rows if r['phase'] == n][5:])) for n in names}

@@ -31,16 +31,16 @@ class Series(NamedTuple):
 
 
 def text(value: float | None, name: str) -> str:
-    """A figure as people write it: shares of facts in per cent, the rest with three decimals."""
+    """Writes a figure as people do: shares of facts in per cent, the rest with three decimals."""
     if value is None:
         return NONE
     percent = 'recall' in name or 'hallucinated' in name
-    text = f'{100 * value:.1f}%' if percent else f'{value:.3f}' if abs(value) < 1000 else f'{value:.0f}'
-    return text.replace('-', MINUS)
+    written = f'{100 * value:.1f}%' if percent else f'{value:.3f}' if abs(value) < 1000 else f'{value:.0f}'
+    return written.replace('-', MINUS)
 
 
 def ticks(lo: float, hi: float, count: int) -> np.ndarray:
-    """Round numbers (1, 2 or 5 times a power of ten) inside lo..hi, about `count` of them."""
+    """Returns round numbers (1, 2 or 5 times a power of ten) inside lo..hi, about `count` of them."""
     raw = (hi - lo) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * min((1, 2, 5, 10), key=lambda m: abs(math.log(m * power / raw)))
@@ -48,7 +48,7 @@ def ticks(lo: float, hi: float, count: int) -> np.ndarray:
 
 
 def running_mean(y: np.ndarray) -> np.ndarray:
-    """Centred mean over WINDOW of the curve; at its ends over what is there."""
+    """Returns the centred mean over WINDOW of the curve; at its ends over what is there."""
     half, i = int(len(y) * WINDOW / 2), np.arange(len(y))
     total, lo, hi = np.cumsum([0, *y]), np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
     return (total[hi] - total[lo]) / (hi - lo)
@@ -94,9 +94,8 @@ def _axes(lo: float, hi: float, end: float, phases: list[Stretch], percent: bool
             f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{to_y(t):.1f}" y2="{to_y(t):.1f}"/>'
             f'<text x="{LEFT - 8}" y="{to_y(t) + 4:.1f}" text-anchor="end">{label}</text>'
         )
-    out += [
-        f'<text x="{to_x(t):.1f}" y="{bottom + 18}" text-anchor="middle">{t:,.10g}</text>' for t in ticks(0, end, 6)
-    ]
+    for t in ticks(0, end, 6):
+        out.append(f'<text x="{to_x(t):.1f}" y="{bottom + 18}" text-anchor="middle">{t:,.10g}</text>')
     for i, p in enumerate(phases if len(phases) > 1 else ()):
         x = to_x(p.first if i else 0)
         out.append(f'<text x="{x + 6:.1f}" y="{TOP - 9}">{escape(p.name)}</text>')
@@ -116,7 +115,7 @@ def chart(
     top: float | None = None,
     note: str = '',
 ) -> Markup:
-    """A line chart over training steps as an HTML figure with legend; unit 'share' is written in per cent."""
+    """Draws a line chart over training steps as an HTML figure with legend; unit 'share' is written in per cent."""
     (lo, hi), percent = _range(series, floor, top), unit == 'share'
     end = 1.01 * max(1, *(s.x[-1] for s in series), *(p.first + p.steps - phases[0].first for p in phases))
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM

@@ -19,7 +19,7 @@ DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; train
 
 
 def flat_keys(config, prefix: str = '') -> list[str]:
-    """Dotted names of all keys of a ConfigDict."""
+    """Returns the dotted names of all keys of a ConfigDict."""
     out = []
     for k, v in config.items():
         out += flat_keys(v, f'{prefix}{k}.') if hasattr(v, 'items') else [prefix + k]
@@ -27,10 +27,8 @@ def flat_keys(config, prefix: str = '') -> list[str]:
 
 
 def check_config(argv: list[str]) -> None:
-    """Refuses a --config file that does not load, and overrides of keys that it does not have.
-
-    The nearest key is searched over the whole file: `--config.steps` finds `sft.steps`.
-    """
+    """Refuses a --config file that does not load, and overrides of keys that it does not have: it names the nearest
+    one of the whole file, for `--config.steps` sft.steps. Raises LensError."""
     file = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), None)
     if file is None:
         return
@@ -59,11 +57,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process with `code`, after LEAVE_S at the latest.
-
-    At the exit JAX waits minutes for the other processes of a run and then aborts, and these may wait in a collective
-    for this process.
-    """
+    """Ends this process with `code`, after LEAVE_S at the latest: at the exit JAX waits minutes for the other processes
+    of a run and then aborts, and these may wait in a collective for this process."""
     print(end='', flush=True)
     print(end='', flush=True, file=sys.stderr)
     timer = threading.Timer(LEAVE_S, os._exit, (code,))
@@ -73,8 +68,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def run(main) -> None:
-    """app.run for `main(argv)`: a LensError or a failure of the disk prints its sentence and exits with code 1, anything
-    else its traceback and exits with BROKEN: what supervises a run restarts it then."""
+    """Runs `main(argv)` by absl: a LensError or a failure of the disk prints its sentence and exits with code 1,
+    anything else its traceback and exits with BROKEN, after which launch/restart.sh starts a run again."""
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO

@@ -7,12 +7,7 @@ from typing import NamedTuple
 
 from lens.errors import LensError
 
-ACTIONS = ('off', 'warn', 'stop')  # what a collapse does
 WINDOW = 20  # steps: the mean of fewer is noise where a step draws some dozens of texts
-
-
-class CollapseError(LensError):
-    """The words of the decoder have collapsed; nothing was saved after the last checkpoint."""
 
 
 class Rule(NamedTuple):
@@ -58,52 +53,44 @@ class Collapse:
 
     A rule that begins to hold gives one warning, and the next one after it has not held for more than WINDOW steps.
     With action 'stop', a rule that has held for WINDOW further steps, so that it is true of two windows without a
-    common step, raises CollapseError.
+    common step, raises LensError.
     """
 
     def __init__(self, action: str):
         self.action = action
-        self._begin('')
-
-    def _begin(self, phase: str) -> None:
-        # JSON, so that a checkpoint can hold it. Of every rule: figures of the last steps, mean of the first window,
-        # how often it was asked, and of these times the first of those since which it holds and the last at which it
-        # held
-        fresh = {'recent': [], 'first': None, 'asked': 0, 'since': None, 'last': None}
-        self._state = {'phase': phase, 'rules': {r.metric: copy.deepcopy(fresh) for r in RULES}}
+        self._state = {'phase': '', 'rules': {}}  # JSON, so that a checkpoint can hold it
 
     def feed(self, phase: str, step: int, metrics: Mapping[str, float]) -> list[str]:
         """Takes the figures of one step of `phase`, a new name of which starts afresh; returns the new warnings.
 
-        Metrics without a rule are passed over, rules without their metric do not apply. Raises CollapseError.
+        Metrics without a rule are passed over, rules without their metric do not apply.
         """
         if self.action == 'off':
             return []
         if phase != self._state['phase']:
-            self._begin(phase)
+            self._state = {'phase': phase, 'rules': {}}
         warnings = []
         for rule in RULES:
             # without any explanation there is no length: that has a rule of its own
             if rule.metric not in metrics or (rule.metric == 'text_len' and metrics.get('extracted') == 0):
                 continue
-            s = self._state['rules'][rule.metric]
+            # figures of the last steps, mean of the first window, for how many steps the rule has held and has not
+            fresh = {'recent': [], 'first': None, 'held': 0, 'quiet': WINDOW + 1}
+            s = self._state['rules'].setdefault(rule.metric, fresh)
             s['recent'] = [*s['recent'], float(metrics[rule.metric])][-WINDOW:]
             if len(s['recent']) < WINDOW:
                 continue
             now = statistics.fmean(s['recent'])
             s['first'] = now if s['first'] is None else s['first']
-            s['asked'] += 1
             if not rule.holds(now, s['first']):
-                s['since'] = None
+                s['held'], s['quiet'] = 0, s['quiet'] + 1
                 continue
             what = f'{rule.text.format(now=now, first=s["first"])} (phase {phase}, means of {WINDOW} steps)'
-            # one step that differs is in WINDOW means: only a longer pause ends an alarm
-            if s['last'] is None or s['asked'] - s['last'] > WINDOW + 1:
+            if s['quiet'] > WINDOW:  # one step that differs is in WINDOW means: only a longer pause ends an alarm
                 warnings.append(f'Collapse at step {step}: {what}.')
-            s['last'] = s['asked']
-            s['since'] = s['asked'] if s['since'] is None else s['since']
-            if self.action == 'stop' and s['asked'] - s['since'] >= WINDOW:
-                raise CollapseError(
+            s['held'], s['quiet'] = s['held'] + 1, 0
+            if self.action == 'stop' and s['held'] > WINDOW:
+                raise LensError(
                     f'Stopped at step {step}: {what}; lower the learning rate of the decoder '
                     f'({phase}.learning_rate_decoder), raise {phase}.beta or {phase}.entropy_weight, and start in '
                     'another --workdir.'

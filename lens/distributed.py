@@ -29,30 +29,26 @@ def initialize(coordinator: str | None, count: int | None, index: int | None) ->
     if coordinator == 'auto':
         return jax.distributed.initialize()
     if coordinator is None:
-        if count is not None or index is not None:
+        if (count, index) != (None, None):
             raise LensError('--num_processes and --process_id need --coordinator=HOST:PORT, where process 0 runs.')
         count, here = tasks(os.environ)
         # one of several on a machine takes the device of its number, one alone takes all
         place, options = (), {'local_device_ids': None if here > 1 else []}
     else:
-        loopback = check_flags(coordinator, count, index)
-        place = (coordinator, count, index)
-        options = {
-            'cluster_detection_method': 'deactivate',
-            'coordinator_bind_address': coordinator if loopback else None,
-        }
+        place, options = (coordinator, count, index), {'cluster_detection_method': 'deactivate'}
+        if check_flags(coordinator, count, index):
+            options['coordinator_bind_address'] = coordinator
     if count > 1:
         try:
             jax.distributed.initialize(*place, **options)
         except (RuntimeError, ValueError, TypeError) as e:
-            raise LensError(
-                f'The processes of this run cannot join, see --coordinator: {str(e).splitlines()[0]}'
-            ) from e
+            reason = str(e).splitlines()[0]
+            raise LensError(f'The processes of this run cannot join, see --coordinator: {reason}') from e
 
 
 def check_flags(coordinator: str, count: int | None, index: int | None) -> bool:
-    """Refuses flags that do not fit together, and a port that process 0 cannot listen on: there JAX would end by a
-    segmentation fault. Returns whether the processes are all on this machine. Raises LensError."""
+    """Returns whether the processes are all on this machine. Raises LensError for flags that do not fit together and
+    for a port that process 0 cannot listen on, by which JAX would end in a segmentation fault."""
     if count is None or index is None or not 0 <= index < count:
         raise LensError(
             f'--coordinator={coordinator} needs --num_processes and --process_id below it, not {count} and {index}.'
@@ -65,10 +61,10 @@ def check_flags(coordinator: str, count: int | None, index: int | None) -> bool:
         try:
             socket.create_server((address[1] if loopback else '', int(address[2])), family=family).close()
         except (OSError, OverflowError) as e:
-            sentence = (
-                f'process 0 cannot listen on {coordinator} ({e}): give --coordinator (PORT of launch/hosts.sh) a port'
-            )
-            raise LensError(f'{sentence} that no other program uses.') from e
+            raise LensError(
+                f'process 0 cannot listen on {coordinator} ({e}): give --coordinator (PORT of launch/hosts.sh) a port '
+                'that no other program uses.'
+            ) from e
     return loopback
 
 
@@ -78,8 +74,8 @@ def is_first() -> bool:
 
 
 class Stop:
-    """Within it SIGTERM, SIGUSR1, SIGHUP and Ctrl-C do not end the process: `asked` tells, in all processes after the
-    same step. A second Ctrl-C ends it at once.
+    """Within it signals do not end the process: `asked` tells, in all processes after the same step. A second Ctrl-C
+    ends it at once.
 
     JAX spreads a SIGTERM that reaches one process of several, and takes the signal for itself then.
     """
@@ -112,6 +108,6 @@ class Stop:
 
     def asked(self, step: int) -> bool:
         """Returns whether to stop after `step`. Call it once for each step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
             self.name = 'SIGTERM'
         return bool(self.name)

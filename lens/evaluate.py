@@ -2,7 +2,7 @@
 
 python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again
 
-A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS; nothing else lists them.
+A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS: a new one needs no more.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from lens.response import NO_TAGS, Tags, find
 
 
 class Text(NamedTuple):
-    """What the encoder reads: drawn by the decoder from vector(a_NxD), or made by text(batch, sampled_NxT, keys_N, tags).
+    """What the encoder reads: drawn by the decoder from vector(a_NxD) or made by text(batch, sampled_NxT, keys_N, tags).
 
     temperature: of a drawn text. tagged: whether the explanation stands between the tags of the run. needs: the array
     of the held-out data without which there is no such text.
@@ -43,7 +43,7 @@ class Text(NamedTuple):
 
 
 def permuted(batch, sampled_NxT, keys_N, tags: Tags):
-    """The words of the sampled explanation in another order; tags and what is outside of them stay."""
+    """Puts the words of the sampled explanation in another order; tags and what is outside of them stay."""
     length = sampled_NxT.shape[1]
     noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_N)
     inside, at = _inside(find(sampled_NxT, tags), length), jnp.arange(length)
@@ -53,7 +53,7 @@ def permuted(batch, sampled_NxT, keys_N, tags: Tags):
 
 
 def from_batch(name: str) -> Callable:
-    """Texts that are there before any is drawn: an array RxVxT of the batch."""
+    """Takes texts that are there before any is drawn: an array RxVxT of the batch."""
     return lambda batch, sampled_NxT, keys_N, tags: batch[name].reshape(sampled_NxT.shape)
 
 
@@ -89,13 +89,8 @@ class Evaluation:
     def to_json(self, step: int) -> dict:
         """Returns the content of evaluation.json."""
         what = {k: {'group': FIGURES[k].group, 'meaning': meaning(k, self.error)} for k in self.figures}
-        return {
-            'step': step,
-            'documents': self.documents,
-            'activations': self.activations,
-            'figures': {k: v | what[k] for k, v in self.figures.items()},
-            'facts': self.facts,
-        }
+        counts = {'step': step, 'documents': self.documents, 'activations': self.activations}
+        return counts | {'figures': {k: v | what[k] for k, v in self.figures.items()}, 'facts': self.facts}
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'tags', 'error', 'names'))
@@ -104,8 +99,8 @@ def _evaluate_batch(
 ) -> dict:
     """Computes the arrays a, pred, ids, found of Collected for one batch and the texts `names`.
 
-    All texts are drawn in one call and encoded in one call: one program each to compile. The randomness of a text
-    depends on its activation's place in the held-out data, batch['index'] [R, V], alone.
+    All texts are drawn in one call and encoded in one call. The randomness of a text depends on its activation's place
+    in the held-out data, batch['index'] [R, V], alone.
     """
     roll = extract(base, batch, layer)
     a = without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
@@ -162,25 +157,20 @@ class Evaluator:
     def __init__(self, run: Run):
         self.run, self.settings = run, run.evaluation
         self.fields = run.validation.meta.get('facts') or []
-        documents, vectors = self.settings.documents, self.settings.vectors
-        self.held = data.held_out(
-            run.validation, documents=documents, vectors=vectors, min_pos=run.min_pos, seed=run.seed
-        )
+        count = {'documents': self.settings.documents, 'vectors': self.settings.vectors}
+        self.held = data.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
         self.documents, self.vectors = self.held['positions'].shape
-        self.held['previous'] = self._previous()
+        # the tokens that end at each position, left-padded with the first one
+        before = np.maximum(self.held['positions'][..., None] - np.arange(run.length)[::-1], 0)
+        self.held['previous'] = np.take_along_axis(self.held['tokens'][:, None], before, axis=2)
         self.held['index'] = np.arange(self.documents * self.vectors, dtype=np.int32).reshape(-1, self.vectors)
-        if self.held.get('explanations', np.zeros((0, 0, run.length))).shape[2] != run.length:
+        if 'explanations' in self.held and self.held['explanations'].shape[2] != run.length:
             del self.held['explanations']  # only read as a control, in the format of this run
         self.quick_documents = min(self.settings.quick_documents, self.documents)
         shards = sharding.row_count(run.mesh)
-        self.rows = -(-max(self.settings.batch // vectors, 1) // shards) * shards  # documents per batch
+        self.rows = -(-max(self.settings.batch // self.vectors, 1) // shards) * shards  # documents per batch
         if len(np.unique(self.held['doc_id'])) == 1:
             raise LensError(f'{run.validation.directory} holds one document: controls need at least 2.')
-
-    def _previous(self) -> np.ndarray:
-        """The `length` tokens that end at each position, left-padded with the first token."""
-        p = self.held['positions'][..., None] - np.arange(self.run.length)[::-1]
-        return np.take_along_axis(self.held['tokens'][:, None], np.maximum(p, 0), axis=2)
 
     def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
         """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""
@@ -198,17 +188,12 @@ class Evaluator:
             parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sharding.fetch(out)))
         return Collected(
             **jax.tree.map(lambda *x: np.concatenate(x), *parts),
-            doc_N=self._doc(documents),
+            doc_N=np.repeat(self.held['doc_id'][:documents], self.vectors),
             truth_NxF=self.held['facts'][:documents].reshape(-1, len(self.fields)) if self.fields else None,
             fields=self.fields,
             tagged=bool(run.tags),
             error=run.error,
         )
-
-    def _doc(self, documents: int) -> np.ndarray:
-        """The document of every activation of the first rows, numbered from 0."""
-        _, doc = np.unique(self.held['doc_id'][:documents], return_inverse=True)
-        return np.repeat(doc, self.vectors)
 
     def quick(self, lens: Lens) -> dict[str, float]:
         """Computes the few figures that a learning curve needs, on the first documents."""
@@ -219,10 +204,10 @@ class Evaluator:
     def full(self, lens: Lens) -> Evaluation:
         """Computes every figure that the run and its data allow, and sample explanations."""
         c = self._collect(lens, self.documents, FIGURES.values())
-        doc = self._doc(self.quick_documents)
+        n = self.quick_documents * self.vectors
         return Evaluation(
             error=c.error,
-            fve_quick=metrics.fve(c.pred['sampled'][: len(doc)], c.a[: len(doc)], doc)['value'],
+            fve_quick=metrics.fve(c.pred['sampled'][:n], c.a[:n], c.doc_N[:n])['value'],
             documents=self.documents,
             activations=len(c.a),
             figures=_figures(c, FIGURES),
@@ -233,13 +218,13 @@ class Evaluator:
     def _sample(self, c: Collected, d: int) -> dict:
         """The explanations of one activation of document d; positions vary with d."""
         v, held = d % self.vectors, self.held
-        i = d * self.vectors + v
+        i, position = d * self.vectors + v, int(held['positions'][d, v])
         truth = c.truth_NxF[i] if self.fields else []
         return {
             'doc_id': int(held['doc_id'][d]),
-            'position': int(held['positions'][d, v]),
+            'position': position,
             'tokens': [self.run.tokenizer.decode([t]) for t in held['tokens'][d][: held['lengths'][d]]],
-            'read': int(held['positions'][d, v]),
+            'read': position,
             'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
         } | {k: self._text(c, k, i, truth) if k in c.pred else None for k in ('greedy', 'sampled', 'given')}
 
@@ -249,10 +234,10 @@ class Evaluator:
         values = {t for f in self.fields for t in f['token_ids']}
         words = c.ids[text][i][c.ids[text][i] >= 0].tolist()
         status = ['right' if t in right else 'wrong' if t in values else 'plain' for t in words]
-        decode, a = self.run.tokenizer.decode, c.a[i]
+        decode, a, error = self.run.tokenizer.decode, c.a[i], c.pred[text][i] - c.a[i]
         return {
             'tokens': [{'text': decode([t]), 'status': s} for t, s in zip(words, status, strict=True)],
-            'nmse': float(((c.pred[text][i] - a) ** 2).sum() / max((a**2).sum(), 1e-12)),
+            'nmse': float((error**2).sum() / max((a**2).sum(), 1e-12)),
         }
 
 
@@ -262,7 +247,7 @@ def _figures(c: Collected, figures: dict[str, Figure]) -> dict[str, dict]:
 
 
 def _facts_by_field(c: Collected) -> list[dict]:
-    """Rows of the report's table of facts: recall and hallucination of every field alone."""
+    """Recall and hallucination of every field alone: rows of the report."""
     rows = []
     for k, field in enumerate(c.fields):
         row = {'field': field['field'], 'values': len(field['values'])}
@@ -275,7 +260,7 @@ def _facts_by_field(c: Collected) -> list[dict]:
 
 
 def figure_after_sft(workdir: pathlib.Path, run: Run) -> dict[str, dict]:
-    """{'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one."""
+    """Returns {'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one."""
     ends = [p.end for p in run.phases if p.labelled]
     rows = files.read_jsonl(workdir / 'metrics.jsonl')
     found = [r['fve'] for r in rows if ends and r['kind'] == 'eval' and r['step'] == ends[-1]]
@@ -283,7 +268,7 @@ def figure_after_sft(workdir: pathlib.Path, run: Run) -> dict[str, dict]:
 
 
 def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
-    """evaluation.json, samples.jsonl and report.html of a run."""
+    """Writes evaluation.json, samples.jsonl and report.html of a run."""
     files.write_json(workdir / 'evaluation.json', result.to_json(step))
     files.write_jsonl(workdir / 'samples.jsonl', result.samples)
     report.write_report(workdir)
@@ -292,16 +277,15 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
     again = reopen(workdir, STEP.value)
-    run, step = again.run, again.step
-    with jax.set_mesh(run.mesh):
-        result = Evaluator(run).full(again.params)
-    result.figures.update(figure_after_sft(workdir, run))
-    write_results(workdir, result, step)
+    with jax.set_mesh(again.run.mesh):
+        result = Evaluator(again.run).full(again.params)
+    result.figures.update(figure_after_sft(workdir, again.run))
+    write_results(workdir, result, again.step)
     for name, figure in result.figures.items():
         interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''
         print(f'{name:28} {figure["value"]:7.3f}{interval}')
     print(
-        f'{result.activations} activations of {result.documents} held-out documents, step {step}. '
+        f'{result.activations} activations of {result.documents} held-out documents, step {again.step}. '
         f'Figures: {workdir}/evaluation.json  Report: {workdir}/report.html'
     )
 

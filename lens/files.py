@@ -27,10 +27,7 @@ def write_jsonl(path: pathlib.Path, rows) -> None:
 
 
 def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensError) -> dict:
-    """Returns the JSON object of a file.
-
-    Raises `error`, a sentence that names the file and ends with the remedy, where there is none or it is damaged.
-    """
+    """Returns the JSON object of a file. Raises `error`, which names file and remedy, where there is no good one."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -42,23 +39,23 @@ def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensErro
     return value
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """Returns the objects of all complete lines; a torn last line (the writer was killed) is left out.
+def json_object(text: str | bytes) -> dict | None:
+    """Returns the object that a text is in JSON, None where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
-    Raises LensError for a line that is no JSON object. Empty where there is no file.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(errors='replace').split('\n')[:-1], 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row = ''
-        if row is not None and not isinstance(row, dict):
-            raise LensError(f'{path} is damaged: line {number} is no JSON object; remove that line.')
-        rows += [row] if row is not None else []
-    return rows
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """Returns the objects of all complete lines, [] where there is no file; a torn last line (the writer was killed)
+    and blank ones are left out. Raises LensError for a line that is no JSON object."""
+    text = path.read_text(errors='replace') if path.exists() else ''
+    rows = {n: json_object(line) for n, line in enumerate(text.split('\n')[:-1], 1) if line.strip()}
+    if bad := [n for n, row in rows.items() if row is None]:
+        raise LensError(f'{path} is damaged: line {bad[0]} is no JSON object; remove that line.')
+    return list(rows.values())
 
 
 @contextlib.contextmanager

@@ -26,21 +26,15 @@ from lens.collapse import Collapse
 from lens.config import Phase, Run, fires
 from lens.distributed import is_first
 from lens.errors import LensError
-from lens.metrics import FIGURES
 
 PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
-# Of metrics.jsonl, what differs between two equal runs: keys, and a kind of rows.
-TIMES, OF_TIME = ('step_s', 'wall_s', 'mfu', 'tflops_s'), 'time'
-
-
-class NonFiniteError(LensError):
-    """The loss is NaN or infinite; nothing was saved after the last good checkpoint."""
+SAID = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')  # said of every held-out check
 
 
 class Lines:
-    """Appends JSON objects to the file `path`, one a line, after `rows`. While the disk is full they wait in memory.
+    """Appends JSON objects to a file, one a line, after `rows`; it ends with a whole line at any time.
 
-    The file ends with a whole line at any time. say: receives a sentence for the user when the disk is full.
+    While the disk is full lines wait in memory; say(sentence) tells the user.
     """
 
     def __init__(self, path: pathlib.Path, rows: list[dict], say: Callable[[str], None]):
@@ -52,9 +46,8 @@ class Lines:
         self._waiting.append(json.dumps(row) + '\n')
         reason = self._flush()
         if reason and len(self._waiting) == 1:
-            self._say(
-                f'warning: {self._file.name} cannot be written ({reason}); its lines wait in memory: free some disk.'
-            )
+            name = self._file.name
+            self._say(f'warning: {name} cannot be written ({reason}); its lines wait in memory: free some disk.')
 
     def _flush(self) -> str | None:
         """Puts the lines that wait into the file, all or none; returns why it could not."""
@@ -77,9 +70,8 @@ class Lines:
 class Clock:
     """Seconds of a run over restarts: of its named parts, of recent steps, and of the whole.
 
-    start: imports, loading, restoring, from `began` to go_on; compile: the first step of a phase. A step counts
-    until its figures are there: waiting for them is part of it. lost: what killed processes worked after the checkpoint
-    that was gone on from. The time between two processes is nobody's.
+    start: from `began` to go_on; compile: the first step of a phase; a step lasts until its figures are there. lost:
+    what killed processes worked after the checkpoint that was gone on from. The time between processes is nobody's.
     """
 
     def __init__(self, began: float, now: Callable[[], float] = time.monotonic):
@@ -90,10 +82,8 @@ class Clock:
         self._steps: collections.deque[float] = collections.deque(maxlen=50)
 
     def go_on(self, rows: list[dict], step: int) -> None:
-        """Ends `start` and adds what the rows of metrics.jsonl say of earlier processes, to the precision of its log.
-
-        step: of the checkpoint that this process goes on from; all that came later was worked for nothing.
-        """
+        """Ends `start` and adds what the rows of metrics.jsonl say of earlier processes; all that came after `step`, of
+        the checkpoint that this one goes on from, was worked for nothing."""
         kept = [r for r in rows if r['step'] <= step]
         wall_s = kept[-1]['wall_s'] if kept else 0.0
         before = next((r for r in reversed(kept) if r['kind'] == 'time'), {})
@@ -106,8 +96,6 @@ class Clock:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Counts what happens inside as `name`. Parts do not nest: a second would have two names."""
-        if name not in PARTS:
-            raise ValueError(f'{name!r} is none of {", ".join(PARTS)}')
         if self._open:
             raise RuntimeError(f'part {name!r} begins inside part {self._open[0]!r}')
         self._open = name, self._now()
@@ -125,10 +113,10 @@ class Clock:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of every part, also of the one that is open, of what was lost, and other: together all there were."""
-        now, out = self._now(), dict(self._done)
+        out = dict(self._done)
         if self._open:
-            out[self._open[0]] += now - self._open[1]
-        return out | {'other': max(0.0, now - self._began - sum(out.values()) + out['lost'])}
+            out[self._open[0]] += self._now() - self._open[1]
+        return out | {'other': max(0.0, self.wall_s - sum(out.values()) + out['lost'])}
 
     @property
     def goodput(self) -> float:
@@ -152,7 +140,7 @@ class Clock:
         self._last = None
 
 
-class Logger(contextlib.AbstractContextManager):
+class Logger(contextlib.ExitStack):
     """Writes and says what one process of a run does; the first process alone writes and speaks.
 
     began: time.monotonic() of when this process began. Nothing is written before open(). Set by the loop:
@@ -161,6 +149,7 @@ class Logger(contextlib.AbstractContextManager):
     """
 
     def __init__(self, cfg, run: Run, workdir: pathlib.Path, began: float, now: Callable[[], float] = time.monotonic):
+        super().__init__()  # what is opened is closed at the end
         self.cfg, self.run, self.workdir = cfg, run, pathlib.Path(workdir)
         self.clock, self.watch = Clock(began, now), Collapse(cfg.health.collapse)
         self.part = self.clock.part
@@ -172,23 +161,20 @@ class Logger(contextlib.AbstractContextManager):
         self._task = self._bar.add_task('', total=run.steps, text='')
         self._pending: tuple | None = None
         self._lines = self._tensorboard = self._wandb = None
-        self._opened = contextlib.ExitStack()
 
     def open(self, step: int, collapse: dict | None) -> None:
-        """Starts the log of a run that goes on from `step` (0: fresh): lines of later steps, from before, are dropped.
-
-        collapse: state of the watch there, or None.
-        """
+        """Starts the log of a run that goes on from `step` (0: fresh), where the watch had the state `collapse`; lines
+        of later steps, from before, are dropped."""
         if collapse:
             self.watch.set_state(collapse)
         path = self.workdir / 'metrics.jsonl'
         rows = files.read_jsonl(path) if is_first() else []
         self.clock.go_on(rows, step)
         self._bar.start()
-        self._opened.callback(self._bar.stop)
+        self.callback(self._bar.stop)
         if is_first():
             self._lines = Lines(path, [r for r in rows if r['step'] <= step], self.say)
-            self._opened.callback(self._lines.close)
+            self.callback(self._lines.close)
             self._open_services()
         phase = self.run.phase_of(step)
         if rows and phase:  # what was lost so far must not be forgotten when this process is killed before it saves
@@ -199,28 +185,14 @@ class Logger(contextlib.AbstractContextManager):
             from tensorboardX import SummaryWriter  # optional extra [tensorboard]
 
             self._tensorboard = SummaryWriter(str(self.workdir / 'tensorboard'))
-            self._opened.callback(self._tensorboard.close)
+            self.callback(self._tensorboard.close)
         if self.cfg.log.wandb_project:
             import wandb  # optional extra [wandb]
 
-            self._wandb = wandb.init(
-                project=self.cfg.log.wandb_project,
-                config=json.loads(self.cfg.to_json()),
-                dir=str(self.workdir),
-                resume='allow',
-                id=self.workdir.name,
-            )
-            self._opened.callback(self._wandb.finish)
-
-    def close(self) -> None:
-        self._opened.close()
-
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    @property
-    def wall_s(self) -> float:
-        return self.clock.wall_s
+            config, here = json.loads(self.cfg.to_json()), self.workdir
+            name = {'project': self.cfg.log.wandb_project, 'id': here.name, 'resume': 'allow'}
+            self._wandb = wandb.init(**name, config=config, dir=str(here))
+            self.callback(self._wandb.finish)
 
     def say(self, text: str) -> None:
         """Prints a line for the user, above the bar where there is one."""
@@ -229,7 +201,7 @@ class Logger(contextlib.AbstractContextManager):
 
     def write(self, step: int, phase: Phase, kind: str, values: Mapping) -> None:
         """Writes a row of metrics.jsonl. kind: train, eval, drift or time."""
-        row = {'step': step, 'phase': phase.name, 'kind': kind} | values | {'wall_s': self.wall_s}
+        row = {'step': step, 'phase': phase.name, 'kind': kind} | values | {'wall_s': self.clock.wall_s}
         if self._lines:
             self._lines.write(row)
         scalars = {f'{kind}/{k}': v for k, v in row.items() if isinstance(v, (int, float)) and k != 'step'}
@@ -240,20 +212,18 @@ class Logger(contextlib.AbstractContextManager):
             self._wandb.log(scalars, step=step)
 
     def sent(self, phase: Phase, step: int, out: dict[str, jax.Array]) -> None:
-        """Takes the figures of a step that has just been sent to the devices; those of the one before are settled.
-
-        One step behind, the devices always have work.
-        """
+        """Takes the figures of a step that was just sent to the devices, and settles the one before: one step behind,
+        the devices always have work."""
         self.settle()
         self._pending = phase, step, out
 
     def settle(self, pause: bool = False) -> None:
         """Waits for the figures of the step that was sent last. pause: what comes now is no step.
 
-        Raises NonFiniteError, collapse.CollapseError.
+        Raises LensError where one is not finite, or of a collapse.
         """
-        if self._pending:
-            pending, self._pending = self._pending, None
+        pending, self._pending = self._pending, None
+        if pending:
             self._settle(*pending)
         if pause:
             self.clock.pause()
@@ -263,20 +233,20 @@ class Logger(contextlib.AbstractContextManager):
         if bad := next((k for k, v in values.items() if not np.isfinite(v)), None):
             seed, local_step = self.run.seed + phase.start, step - phase.start - 1
             where, good = data.batch_documents(self.run.train, phase.documents, seed, local_step), self.last_good()
-            raise NonFiniteError(
+            raise LensError(
                 f'{bad} is not finite at step {step} (phase {phase.name}, documents {where}); the last good '
                 f'checkpoint is {f"step {good}" if good else "none"} in {self.workdir}: lower the learning rates.'
             )
         if phase.objective.samples:
             for warning in self.watch.feed(phase.name, step, values):
                 self.say(f'warning: {warning}')
-        step_s, every = self.clock.lap(phase.name), phase.every.log
-        if fires(every, step) or step == phase.end:
+        step_s = self.clock.lap(phase.name)
+        if fires(phase.every.log, step) or step == phase.end:
             self.write(step, phase, 'train', values | {'step_s': step_s} | self._speed(phase, step_s))
         self._progress(phase, step, values, step_s)
 
     def _speed(self, phase: Phase, step_s: float) -> dict[str, float]:
-        """Model FLOP/s of a device, and their share of its peak where that is known. Sampling is left out of both: it
+        """Returns model FLOP/s of a device and their share of its peak where that is known, both without sampling: it
         is bound by memory."""
         if not step_s or phase.name not in self.flops:
             return {}
@@ -290,15 +260,14 @@ class Logger(contextlib.AbstractContextManager):
         text = '  '.join(f'{text} {values[k]:.3f}' for k, text in shown.items() if k in values)
         text += f'  ETA {clock(step_s * (self.run.steps - step))}'
         self._bar.update(self._task, completed=step, description=phase.name, text=text)
-        lines = 5 * phase.every.log if phase.every.log else None
-        if not self.console.is_terminal and (fires(lines, step) or step == self.run.steps):
+        if not self.console.is_terminal and (fires(5 * (phase.every.log or 0), step) or step == self.run.steps):
             self.say(f'{phase.name:5} {step:6}/{self.run.steps}  {text}')
 
     def held_out(self, phase: Phase, step: int, values: Mapping[str, float], full: bool) -> None:
-        """Writes the held-out figures and says the quick ones among them."""
+        """Writes the held-out figures and says some of them."""
         self.write(step, phase, 'eval', {'full': full} | values)
-        quick = (f'{k} {v:.3f}' for k, v in values.items() if k in FIGURES and FIGURES[k].quick)
-        self.say(f'held out at step {step}: {"  ".join(quick)}')
+        said = (f'{k} {values[k]:.3f}' for k in SAID if k in values)
+        self.say(f'held out at step {step}: {"  ".join(said)}')
 
     def time(self) -> dict[str, float]:
         """Returns where the seconds went so far: of every part, the share of them that trained, and peak memory."""
@@ -326,11 +295,10 @@ class Profile:
         self._here, self._traced = 0, []  # steps of this process; steps of the run in an open trace
 
     def at(self, step: int) -> None:
-        """Begins or ends the trace where it is due; call before `step` of the run is dispatched."""
+        """Begins or ends the trace where it is due; to be called before `step` of the run is sent to the devices."""
         self._here += 1
         if self._here not in self._window:
-            self.close()
-            return
+            return self.close()
         if not self._traced:
             _wait_for_devices()
             jax.profiler.start_trace(str(self._folder))
@@ -347,7 +315,7 @@ class Profile:
 
 
 def _wait_for_devices() -> None:
-    """Until all whose results are still held is done."""
+    """Waits until all is done whose results are still held."""
     jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
 
 
@@ -367,45 +335,38 @@ def clock(seconds: float) -> str:
     return f'{hours}:{m:02}:{s:02}' if hours else f'{m}:{s:02}'
 
 
-def curve(workdir: pathlib.Path) -> list[dict]:
-    """Returns the rows of metrics.jsonl without what depends on the clock: equal for equal runs, interrupted or not."""
-    rows = files.read_jsonl(workdir / 'metrics.jsonl')
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in rows if r['kind'] != OF_TIME]
-
-
 def provenance() -> dict:
     """Returns device, versions, commit and command line: what a figure needs beside it."""
-    device = jax.devices()[0]
+    git = ['git', '-C', pathlib.Path(__file__).parent, 'describe', '--always', '--dirty']
     try:
-        here = pathlib.Path(__file__).parent
-        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=here)
-        commit = git.stdout.strip()
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ''
+    versions = {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')}
     return {
-        'device': f'{jax.device_count()} x {device.device_kind} ({os.cpu_count()} CPU cores)',
-        'versions': {'python': platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')},
+        'device': f'{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)',
+        'versions': {'python': platform.python_version()} | versions,
         'commit': commit or 'unknown',
         'command': shlex.join(['python', *sys.orig_argv[1:]]),
     }
 
 
 def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) -> str:
-    """Returns the first lines of a run. sizes: trained parameters of each side; step: of the checkpoint gone on from."""
-    c = run.base.config
+    """Returns the first lines of a run. sizes: trained parameters of each side; step: where the run goes on, or 0."""
+    c, kind = run.base.config, cfg.data.positions
     phases = ', '.join(f'{p.name} {p.end - p.start}' for p in run.phases) or 'none, evaluation only'
-    train, validation, kind = run.train.left_out, run.validation.left_out, cfg.data.positions
-    left_out = f'; {train} and {validation} without {kind} tokens left out' if kind != 'any' else ''
-    processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
     mesh = ' x '.join(f'{k} {n}' for k, n in run.mesh.shape.items() if n > 1)
-    return (
+    lines = [
         f'Subject {cfg.subject.path}: {c.family}, {c.n_layers} blocks, {base_size:,} parameters, read after block '
-        f'{run.layer}\n'
-        f'Trained: decoder {sizes["decoder"]:,}, encoder {sizes["encoder"]:,} parameters\n'
-        f'Data {cfg.data.path}: {len(run.train)} training and {len(run.validation)} held-out documents, '
-        f'no document in both{left_out}\n'
-        + (f'Devices: {mesh}{processes}\n' if mesh else '')
-        + f'Steps: {phases}'
-        + (f'; continuing at step {step}' if step else '')
-    )
+        f'{run.layer}',
+        f'Trained: decoder {sizes["decoder"]:,}, encoder {sizes["encoder"]:,} parameters',
+        f'Data {cfg.data.path}: {len(run.train)} training and {len(run.validation)} held-out documents, no document in '
+        'both',
+    ]
+    if kind != 'any':
+        lines[-1] += f'; {run.train.left_out} and {run.validation.left_out} without {kind} tokens left out'
+    if mesh:
+        processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
+        lines.append(f'Devices: {mesh}{processes}')
+    lines.append(f'Steps: {phases}' + (f'; continuing at step {step}' if step else ''))
+    return '\n'.join(lines)

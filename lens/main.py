@@ -14,19 +14,6 @@ HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft'
 CACHE = '~/.cache/lens/xla'  # programs that this machine has compiled before; JAX_COMPILATION_CACHE_DIR moves it
 
 
-def run(workdir: pathlib.Path) -> None:
-    distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    try:
-        summary = train(CONFIG.value, workdir, PROFILE.value)
-    except Stopped as e:
-        if distributed.is_first():
-            print(f'{e}: saved in {workdir}; the same command goes on from there.')
-        return
-    if distributed.is_first():
-        print('  '.join(f'{k} {summary[k]:.3f}' for k in HEADLINE if k in summary))
-        print(f'Done in {summary["wall_s"]:.0f} s. Figures: {workdir}/summary.json  Report: {workdir}/report.html')
-
-
 def main(_):
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         jax.config.update('jax_compilation_cache_dir', os.path.expanduser(CACHE))
@@ -36,7 +23,17 @@ def main(_):
         from lens.tools import plan  # a command of its own that shares the flags of this one
 
         return plan.run(CONFIG.value, DEVICE_GB.value)
-    run(pathlib.Path(WORKDIR.value))
+    workdir = pathlib.Path(WORKDIR.value)
+    distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    try:
+        summary = train(CONFIG.value, workdir, PROFILE.value)
+    except Stopped as e:
+        summary = None
+        if distributed.is_first():
+            print(f'{e}: saved in {workdir}; the same command goes on from there.')
+    if summary:
+        print('  '.join(f'{k} {summary[k]:.3f}' for k in HEADLINE if k in summary))
+        print(f'Done in {summary["wall_s"]:.0f} s. Figures: {workdir}/summary.json  Report: {workdir}/report.html')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,11 @@
 """Figures over held-out activations in float64 numpy, with intervals that respect documents: formulas, and the table.
 
-N activations come from M documents: `doc_N` is the index of the document of each, 0..M-1. A figure is
+N activations come from M documents: `doc_N` is the id of the document of each. A figure is
 {'value', 'ci95': [low, high]}. Its interval is a percentile bootstrap that resamples whole documents, because
 activations of one document are alike; percentiles, other than the basic bootstrap 2 * value - percentile, stay in the
 range of a figure (a recall below 0 does not exist). A statistic that is biased under resampling may lie outside of 95%
 of its resamples: of few documents, since one drawn twice has less variance than two, and of the held-out mean as a
-prediction always. Neither percentiles, bias-corrected or not, nor the basic bootstrap hold it then, all for the same
-reason; the interval is widened to its value.
+prediction always. No other percentiles hold it then; the interval is widened to its value.
 """
 
 import dataclasses
@@ -16,13 +15,6 @@ from collections.abc import Callable
 import numpy as np
 
 RESAMPLES = 1000
-
-
-def _by_document(values_Nx, doc_N):
-    """Returns sums of rows per document, M x …."""
-    out = np.zeros((doc_N.max() + 1, *values_Nx.shape[1:]))
-    np.add.at(out, doc_N, values_Nx)
-    return out
 
 
 @functools.cache
@@ -35,11 +27,14 @@ def _draws(n_docs: int, seed: int = 42) -> np.ndarray:
 
 def _sums(values_Nx, doc_N):
     """Returns sums of rows of the data (first) and of every resample."""
-    return _draws(doc_N.max() + 1) @ _by_document(np.asarray(values_Nx, np.float64), doc_N)
+    documents, doc = np.unique(doc_N, return_inverse=True)
+    by_document = np.zeros((len(documents), *values_Nx.shape[1:]))
+    np.add.at(by_document, doc, values_Nx)
+    return _draws(len(documents)) @ by_document
 
 
 def _figure(values) -> dict:
-    """Makes a figure of a statistic of the data (first) and of the resamples; NaN says nothing."""
+    """Makes a figure of a statistic of the data (first) and of the resamples, without those that are NaN."""
     value = float(values[0])
     lo, hi = np.nanpercentile(values[1:], [2.5, 97.5])
     return {'value': value, 'ci95': [min(float(lo), value), max(float(hi), value)]}
@@ -62,33 +57,32 @@ def mean(values_N, doc_N) -> dict:
     return _figure(_sums(values_N, doc_N) / _sums(np.ones(len(values_N)), doc_N))
 
 
-def _residual(pred_NxD, target_NxD):
-    pred, target = np.asarray(pred_NxD, np.float64), np.asarray(target_NxD, np.float64)
-    return target - pred, target
+def _float64(*arrays):
+    return (np.asarray(x, np.float64) for x in arrays)
 
 
 def fve(pred_NxD, target_NxD, doc_N) -> dict:
     """Computes 1 - mean_i |R_i|^2 / sum_d Var_d(A), R = A - pred: a constant bias counts. Variances have ddof 1."""
-    residual, target = _residual(pred_NxD, target_NxD)
-    error = _sums((residual**2).sum(1), doc_N) / _sums(np.ones(len(target)), doc_N)
+    pred, target = _float64(pred_NxD, target_NxD)
+    error = _sums(((target - pred) ** 2).sum(1), doc_N) / _sums(np.ones(len(target)), doc_N)
     return _figure(1 - error / _positive(_variance(target, doc_N)))
 
 
 def variance_recovered(pred_NxD, target_NxD, doc_N) -> dict:
     """Computes 1 - sum_d Var_d(R) / sum_d Var_d(A), R = A - pred: a constant bias does not count."""
-    residual, target = _residual(pred_NxD, target_NxD)
-    return _figure(1 - _variance(residual, doc_N) / _positive(_variance(target, doc_N)))
+    pred, target = _float64(pred_NxD, target_NxD)
+    return _figure(1 - _variance(target - pred, doc_N) / _positive(_variance(target, doc_N)))
 
 
 def nmse(pred_NxD, target_NxD, doc_N) -> dict:
     """Computes mean_i |A_i - pred_i|^2 / |A_i|^2."""
-    residual, target = _residual(pred_NxD, target_NxD)
-    return mean((residual**2).sum(1) / np.maximum((target**2).sum(1), 1e-12), doc_N)
+    pred, target = _float64(pred_NxD, target_NxD)
+    return mean(((target - pred) ** 2).sum(1) / np.maximum((target**2).sum(1), 1e-12), doc_N)
 
 
 def cosine(pred_NxD, target_NxD, doc_N) -> dict:
     """Computes the mean cosine of A and its reconstruction."""
-    pred, target = np.asarray(pred_NxD, np.float64), np.asarray(target_NxD, np.float64)
+    pred, target = _float64(pred_NxD, target_NxD)
     norms = np.linalg.norm(pred, axis=1) * np.linalg.norm(target, axis=1)
     return mean((pred * target).sum(1) / np.maximum(norms, 1e-12), doc_N)
 
@@ -100,20 +94,18 @@ def other_document(doc_N) -> np.ndarray:
     """
     order = np.argsort(doc_N, kind='stable')
     partner = np.empty_like(order)
-    partner[order] = np.roll(order, np.bincount(doc_N).max())
+    partner[order] = np.roll(order, np.unique(doc_N, return_counts=True)[1].max())
     return partner
 
 
-def named_facts(ids_NxT, fields: list[dict]) -> list[np.ndarray]:
-    """Returns per field which of its values the text names: N x values, bool. A value is named when its
-    token occurs anywhere in the explanation."""
-    return [(ids_NxT[:, :, None] == np.asarray(f['token_ids'])).any(1) for f in fields]
-
-
 def _fact_counts(ids_NxT, established_NxF, fields: list[dict], doc_N):
-    """Counts facts that are named and right, established, and named, over all fields, as _sums."""
+    """Counts facts that are named and right, established, and named, over all fields, as _sums.
+
+    A value is named when its token occurs anywhere in the explanation.
+    """
     counts = []
-    for truth_N, said_NxV in zip(established_NxF.T, named_facts(ids_NxT, fields), strict=True):
+    for truth_N, field in zip(established_NxF.T, fields, strict=True):
+        said_NxV = (ids_NxT[:, :, None] == np.asarray(field['token_ids'])).any(1)
         right_NxV = np.arange(said_NxV.shape[1]) == truth_N[:, None]
         counts.append([(said_NxV & right_NxV).sum(1), truth_N >= 0, said_NxV.sum(1)])
     return (_sums(x, doc_N) for x in np.sum(counts, axis=0))
@@ -140,8 +132,8 @@ class Collected:
     reconstruction NxD (the zero vector where a response holds no explanation), ids, its tokens NxT (-1 outside of the
     explanation), and found, whether there is an explanation [N].
 
-    truth_NxF: as in facts_recall, None without `fields`. tagged: whether an explanation stands between tags. error:
-    encoder.error of the run, as which `a` and pred are compared.
+    doc_N, truth_NxF: as above, the second None without `fields`. tagged: whether an explanation stands between tags.
+    error: encoder.error of the run, as which `a` and pred are compared.
     """
 
     a: np.ndarray
@@ -159,9 +151,9 @@ class Collected:
 class Figure:
     """A held-out figure: function(collected, text) -> {'value', 'ci95'}, None where it means nothing for the run.
 
-    group: under which the report shows it. meaning: a phrase. text: of evaluate.TEXTS; where the data do not have it
-    the figure is left out. quick: whether evaluations during training have it. of_directions: the phrase, made of
-    `meaning`, where the encoder learns directions alone (encoder.error=direction).
+    group: under which the report shows it. text: of evaluate.TEXTS; where the data do not have it the figure is left
+    out. quick: whether evaluations during training have it. of_directions: the phrase, made of `meaning`, where the
+    encoder learns directions alone (encoder.error=direction).
     """
 
     group: str
@@ -173,7 +165,6 @@ class Figure:
 
 
 def _of(formula: Callable) -> Callable:
-    """Compares the reconstruction from a text with A."""
     return lambda c, text: formula(c.pred[text], c.a, c.doc_N)
 
 
@@ -189,7 +180,7 @@ def _fve_direction(c: Collected, text: str) -> dict | None:
     """FVE of rows of one norm, whichever it is."""
     if c.error == 'direction':  # `fve` says it
         return None
-    rows = (np.asarray(x, np.float64) for x in (c.pred[text], c.a))
+    rows = _float64(c.pred[text], c.a)
     return fve(*(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in rows), c.doc_N)
 
 
@@ -200,8 +191,7 @@ FIGURES = {
         'variance of A explained by the reconstruction, explanations sampled at temperature 1; a bias counts',
         _FVE,
         quick=True,
-        of_directions='A and reconstruction rescaled to norm sqrt(d), baseline their mean: {}; 1 - mean of '
-        '(2 - 2 cosine) over it',
+        of_directions='A and reconstruction rescaled to norm sqrt(d): {}; 1 - mean of (2 - 2 cosine) over that variance',
     ),
     'fve_greedy': Figure('lens', 'the same with the most probable explanation', _FVE, 'greedy', quick=True),
     'variance_recovered': Figure(
@@ -218,32 +208,24 @@ FIGURES = {
     ),
     'cosine': Figure('lens', 'mean cosine of A and its reconstruction, temperature 1', _COSINE, quick=True),
     'cosine_greedy': Figure('lens', 'the same with the most probable explanation', _COSINE, 'greedy'),
-    'fve_direction': Figure(
-        'lens', 'FVE at temperature 1 when both are rescaled to norm sqrt(d): only directions count', _fve_direction
-    ),
+    'fve_direction': Figure('lens', 'FVE at temperature 1 of both rescaled to norm sqrt(d)', _fve_direction),
     'extracted': Figure(
         'lens', 'responses that hold an explanation, temperature 1; the others count as the zero vector', _extracted
     ),
     'extracted_greedy': Figure('lens', 'the same of the most probable responses', _extracted, 'greedy'),
     # read from metrics.jsonl: evaluate.figure_after_sft
     'fve_sft': Figure('lens', 'FVE at temperature 1 at the end of the SFT phase', lambda c, text: None),
-    'fve_given': Figure(
-        'lens', 'FVE when the encoder reads the given explanation: the ceiling of the text format', _FVE, 'given'
-    ),
+    'fve_given': Figure('lens', 'FVE of the given explanation: the ceiling of the text format', _FVE, 'given'),
     'fve_shuffled': Figure(
         'controls',
         'FVE when each explanation is paired with the activation of another document',
         lambda c, text: fve(c.pred[text][other_document(c.doc_N)], c.a, c.doc_N),
     ),
-    'fve_no_activation': Figure(
-        'controls', 'FVE when the decoder gets the zero vector instead of the activation', _FVE, 'no_activation'
-    ),
-    'fve_words_permuted': Figure(
-        'controls', 'FVE when the words of the explanation are permuted before encoding', _FVE, 'words_permuted'
-    ),
+    'fve_no_activation': Figure('controls', 'FVE when the decoder gets the zero vector', _FVE, 'no_activation'),
+    'fve_words_permuted': Figure('controls', 'FVE of the words in another order', _FVE, 'words_permuted'),
     'fve_previous_tokens': Figure(
         'controls',
-        'FVE when the encoder reads the last tokens of the source instead (it was not trained on them)',
+        'FVE of the last tokens of the source, on which the encoder was not trained',
         _FVE,
         'previous_tokens',
     ),
@@ -252,18 +234,10 @@ FIGURES = {
         'FVE of predicting the held-out mean: 0 up to the degree of freedom',
         lambda c, text: fve(np.broadcast_to(c.a.mean(0), c.a.shape), c.a, c.doc_N),
     ),
-    'fve_zero_baseline': Figure(
-        'controls', 'FVE of predicting the zero vector', lambda c, text: fve(0 * c.a, c.a, c.doc_N)
-    ),
-    'facts_recall': Figure(
-        'facts', 'established facts that the greedy explanation names', _RECALL, 'greedy', quick=True
-    ),
+    'fve_zero_baseline': Figure('controls', 'FVE of the zero vector', lambda c, text: fve(0 * c.a, c.a, c.doc_N)),
+    'facts_recall': Figure('facts', 'established facts that the greedy explanation names', _RECALL, 'greedy', True),
     'facts_hallucinated': Figure(
-        'facts',
-        'facts named by the greedy explanation that are not established or wrong',
-        _HALLUCINATED,
-        'greedy',
-        quick=True,
+        'facts', 'facts it names that are wrong or not established', _HALLUCINATED, 'greedy', True
     ),
     'facts_recall_sampled': Figure('facts', 'facts recall at temperature 1', _RECALL),
     'facts_hallucinated_sampled': Figure('facts', 'facts hallucinated at temperature 1', _HALLUCINATED),

@@ -2,9 +2,9 @@
 
     python -m lens.report --workdir=runs/tiny
 
-Reads config.json and metrics.jsonl and, as far as the run got, evaluation.json, samples.jsonl and
-summary.json. The page holds no script, asks for nothing from outside, and escapes every text from a file. Its
-wording and style are in report.html beside this module; charts are inline SVG.
+Reads config.json and metrics.jsonl and, as far as the run got, evaluation.json, samples.jsonl and summary.json. The
+page holds no script, asks for nothing from outside, and escapes every text from a file. Its wording and style are in
+report.html beside this module; charts are inline SVG.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ REMEDY = '--workdir must be the folder of a run'
 class RunFiles(NamedTuple):
     """What the files of a run hold; evaluation, samples and summary are empty where it did not get so far."""
 
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    evaluation: dict[str, Any]
-    figures: dict[str, dict[str, Any]]
-    samples: list[dict[str, Any]]
-    summary: dict[str, Any]
+    config: dict
+    metrics: list[dict]
+    evaluation: dict
+    figures: dict[str, dict]
+    samples: list[dict]
+    summary: dict
 
 
 @contextlib.contextmanager
@@ -52,12 +52,12 @@ def _blame(path: pathlib.Path):
 
 
 def _number(x: Any) -> float | None:
-    """x as a finite float, else None."""
+    """Returns x as a finite float, else None."""
     return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else None
 
 
-def _checked_figure(figure: dict[str, Any]) -> dict[str, Any]:
-    """The figure with all keys, numbers finite or None; raises on what is no figure."""
+def _checked_figure(figure: dict) -> dict:
+    """Returns the figure with all keys, numbers finite or None; raises on what is no figure."""
     lo, hi = map(_number, figure.get('ci95') or (None, None))
     return {
         'value': _number(figure['value']),
@@ -68,18 +68,18 @@ def _checked_figure(figure: dict[str, Any]) -> dict[str, Any]:
 
 
 def _words(tokens: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
-    """(space before, word, CSS class) of tokens with their status; a line break becomes a sign."""
+    """Returns (space before, word, CSS class) of tokens with their status; a line break becomes a sign."""
     out = []
     for text, status in tokens:
         word = text.replace('\n', '↵').lstrip(' ')
-        css = status if status in ('right', 'wrong', 'read') else ''
-        css = css or ('pale' if re.fullmatch(r'<\S+>|[|]', word) else '')  # special tokens and filler step back
+        pale = 'pale' if re.fullmatch(r'<\S+>|[|]', word) else ''  # special tokens and filler step back
+        css = status if status in ('right', 'wrong', 'read') else pale
         out.append((' ' * (len(text) - len(word)), word, css if word else ''))
     return out
 
 
-def _checked_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """One sample as the page shows it: its text, explanations with their errors, and the facts that hold."""
+def _checked_sample(sample: dict) -> dict:
+    """Returns a sample as the page shows it: its text, explanations with their errors, and the facts that hold."""
     tokens, read = [(str(t), '') for t in sample['tokens']], int(sample['read'])
     if not 0 <= read < len(tokens):
         raise ValueError(f'read position {read} lies outside of {len(tokens)} tokens')
@@ -120,8 +120,8 @@ def load(workdir: pathlib.Path) -> RunFiles:
     return RunFiles(config, metrics, evaluation, figures, samples, summary)
 
 
-def stretches(metrics: list[dict[str, Any]], total: float | None = None) -> list[Stretch]:
-    """The phases in order of their steps; total: all steps, where known."""
+def stretches(metrics: list[dict], total: float | None = None) -> list[Stretch]:
+    """Returns the phases in order of their steps; total: all steps, where known."""
     train = [m for m in metrics if m.get('kind') == 'train'] or metrics
     first = {}
     for m in sorted(train, key=lambda m: m['step']):
@@ -156,7 +156,7 @@ def _charts(run: RunFiles, phases: list[Stretch]) -> list[str]:
 
 
 def _line(run: RunFiles, phases: list[Stretch]) -> list[str]:
-    """What was run, in a few words."""
+    """Says what was run, in a few words."""
     out = [f'{p.steps:,.10g} steps' + f' of {p.name}' * bool(p.name) for p in phases]
     if wall := int(_number(run.summary.get('wall_s')) or 0):
         hours, minutes, seconds = wall // 3600, wall // 60 % 60, wall % 60
@@ -196,7 +196,6 @@ def _page(run: RunFiles) -> str:
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes workdir/report.html at once and returns its path. Raises LensError."""
-    workdir = pathlib.Path(workdir)
     page, out = _page(load(workdir)), workdir / 'report.html'
     files.write_text(out, page.encode('utf-8', 'replace').decode())  # a token may be half a character
     return out

@@ -198,7 +198,7 @@ def _finish(cfg, run: Run, workdir: pathlib.Path, stored: dict, result, checkpoi
         result.values()
         | {
             'steps': run.steps,
-            'wall_s': round(log.wall_s, 1),
+            'wall_s': round(log.clock.wall_s, 1),
             'config': stored,
             'subject': cfg.subject.path,
             'layer': run.layer,

@@ -223,7 +223,7 @@ def figures(workdir: pathlib.Path) -> dict:
 
 def compare(workdir: pathlib.Path, calm: pathlib.Path) -> None:
     """Raises Fault where the two runs differ."""
-    from lens.logger import curve
+    from tests.curves import curve
 
     a, b = curve(workdir), curve(calm)
     for x, y in itertools.zip_longest(a, b):

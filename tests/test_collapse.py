@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lens.collapse import WINDOW, Collapse, CollapseError
+from lens.collapse import WINDOW, Collapse
+from lens.errors import LensError
 
 HEALTHY = {
     'reward_group_std': 0.2,
@@ -48,9 +49,7 @@ def test_a_collapse_warns_once_and_stops_when_the_next_window_agrees(case):
     assert f'at step {begin}:' in found[begin][0] and 'phase grpo' in found[begin][0]
     watch = Collapse('stop')
     assert feed(watch, rows[: begin + WINDOW - 1]) == found
-    with pytest.raises(
-        CollapseError, match=rf'^Stopped at step {begin + WINDOW}: .*lower .*grpo\.learning_rate_decoder'
-    ):
+    with pytest.raises(LensError, match=rf'^Stopped at step {begin + WINDOW}: .*lower .*grpo\.learning_rate_decoder'):
         watch.feed('grpo', begin + WINDOW, rows[begin + WINDOW - 1])
 
 
@@ -136,7 +135,7 @@ def test_a_restarted_watch_warns_and_stops_where_an_uninterrupted_one_does(cut):
         for s in range(start, len(rows) + 1):
             try:
                 w = watch.feed('grpo', s, rows[s - 1])
-            except CollapseError as e:
+            except LensError as e:
                 return found | {s: [str(e)]}
             found |= {s: w} if w else {}
         return found

@@ -202,12 +202,6 @@ ESTABLISHED = np.array([[0, 0], [0, -1], [2, 1], [1, 0], [-1, 1]])
 DOCS = np.array([0, 0, 1, 2, 2])
 
 
-def test_named_facts():
-    kind, mood = metrics.named_facts(TEXTS, FIELDS)
-    assert kind.astype(int).tolist() == [[1, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]]
-    assert mood.astype(int).tolist() == [[1, 0], [0, 1], [0, 0], [0, 0], [1, 1]]
-
-
 def test_facts_by_hand():
     got = values(facts(TEXTS, ESTABLISHED, FIELDS, DOCS))
     # kind: established 4, right 2 (rows 0, 2), named 6. mood: established 4, right 2 (rows 0, 4), named 4.

@@ -7,7 +7,7 @@ import pytest
 
 from lens.checkpoint import Checkpoints, Keep, reopen
 from lens.files import read_jsonl
-from lens.logger import curve
+from tests.curves import curve
 from tests.small_run import config, figures, train
 from tests.test_checkpoint import largest_file
 

@@ -14,8 +14,8 @@ from lens import data, files, hf
 from lens.checkpoint import CheckpointError, Checkpoints, reopen
 from lens.errors import LensError
 from lens.files import read_jsonl
-from lens.logger import NonFiniteError, curve
 from lens.train import train_step
+from tests.curves import curve
 from tests.small_run import config, figures, train
 
 
@@ -244,7 +244,7 @@ def test_a_run_that_ended_with_a_phase_goes_on_into_one_with_another_optimizer(w
 
 
 def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
-    with pytest.raises(NonFiniteError, match=r'is not finite at step \d+ \(phase sft, documents \[\d+'):
+    with pytest.raises(LensError, match=r'is not finite at step \d+ \(phase sft, documents \[\d+'):
         train(config(world, sft__learning_rate_decoder=1e30), tmp_path / 'w')
     assert not (tmp_path / 'w/summary.json').exists()
 
