@@ -130,3 +130,10 @@ def test_every_layer_names_what_exists():
 )
 def test_the_checker_finds(module, source):
     assert problems(module, source)
+
+
+@pytest.mark.parametrize('page', ['README.md', 'BUILD_NOTES.md'])
+def test_the_listing_has_a_phrase_for_every_file(page):
+    listing = (ROOT / page).read_text('utf-8').split('```text\nlens/ ')[1].split('```')[0]
+    files = {p.name for folder in ('lens', 'data_gen') for p in (ROOT / folder).rglob('*.*') if p.suffix != '.pyc'}
+    assert {f for f in files if not f.startswith('__') and f not in listing} == set()
