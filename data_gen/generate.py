@@ -12,8 +12,9 @@ import hashlib
 import json
 import pathlib
 
-from data_gen import chat_data, requests, rollouts, turns
-from data_gen.requests import LOCAL, Request, option
+from data_gen import chat_data, requests, rollouts, tables, turns
+from data_gen.options import command, need, option
+from data_gen.requests import LOCAL, Request
 from data_gen.servers import Answer, Failed, Servers
 from lens import hf
 from lens.errors import LensError
@@ -61,7 +62,9 @@ class Generation:
     def _all_plans(self, table, column: str):
         """The plans of the unfinished rows; None for a row that has none, which is noted."""
         left = self.journal.unfinished()
-        for index, row in table.rows(int(left[0]), self.total) if len(left) else ():
+        for index, row in table.rows(int(left[0])) if len(left) else ():
+            if index == self.total:
+                return
             if not self.journal.finished(index):
                 try:
                     yield self._planner.plan(index, (row or {}).get(column))
@@ -105,12 +108,12 @@ class Generation:
 
 def generate(options: GenerateOptions) -> str:
     """Runs to the end; returns one line that says where the result is. Raises LensError."""
-    requests.need(options, 'input_dataset', 'output_path')
-    table = chat_data.open_table(options.input_dataset, options.input_split)
+    need(options, 'input_dataset', 'output_path')
+    table = tables.open_table(options.input_dataset, options.input_split)
     column = chat_data.find_column(table, options.input_column or None)
     planner = turns.Planner(hf.load_tokenizer(options.tokenizer or options.model), options)
-    rows = min(len(table), options.max_samples or len(table))
-    first = json.dumps(next(table.rows(0, 1))[1], sort_keys=True, default=str)
+    rows = min(table.count, options.max_samples or table.count)
+    first = json.dumps(next(table.rows(0))[1], sort_keys=True, default=str)
     settings = {k: getattr(options, k) for k in COMPARED}
     settings |= {'input_column': column, 'first_row_sha256': hashlib.sha256(first.encode()).hexdigest()}
     partial = pathlib.Path(options.partial_jsonl) if options.partial_jsonl else None
@@ -131,4 +134,4 @@ def generate(options: GenerateOptions) -> str:
 
 
 if __name__ == '__main__':
-    requests.command(GenerateOptions, generate)
+    command(GenerateOptions, generate)

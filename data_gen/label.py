@@ -25,7 +25,8 @@ import pathlib
 
 from data_gen import chat_data, journal, label_files, label_prompts, requests
 from data_gen.ledger import Ledger
-from data_gen.requests import LOCAL, Request, option
+from data_gen.options import command, need, option
+from data_gen.requests import LOCAL, Request
 from data_gen.servers import Answer, Failed, Servers
 from lens import hf
 from lens.errors import LensError
@@ -276,7 +277,7 @@ def _instruction(path: str) -> str:
 
 def label(o: LabelOptions) -> str:
     """Runs to the end; the last line says where the result is. Raises LensError."""
-    requests.need(o, 'data', 'tokenizer', 'model')
+    need(o, 'data', 'tokenizer', 'model')
     key = os.environ.get(o.api_key_env, '').strip() if o.api_key_env else None
     if o.api_key_env and not (key and key.isascii() and key.isprintable()) and not (o.dry_run or o.finish):
         raise LensError(f'--api_key_env={o.api_key_env}: this environment variable holds no API key.')
@@ -290,4 +291,4 @@ def label(o: LabelOptions) -> str:
 
 
 if __name__ == '__main__':
-    requests.command(LabelOptions, label)
+    command(LabelOptions, label)

@@ -150,10 +150,10 @@ def test_chats_show_whose_words_they_are(tmp_path, tokenizer):
         for w in ('river', 'stew', 'button', 'rabbit')
     ]
     (tmp_path / 'in.jsonl').write_text(''.join(json.dumps({'messages': c}) + '\n' for c in chats))
-    settings = pretokenize.Settings(
-        input=str(tmp_path / 'in.jsonl'), tokenizer=SUBJECT, seq_len=96, validation_fraction=0.25
+    given = pretokenize.PretokenizeOptions(
+        str(tmp_path / 'in.jsonl'), SUBJECT, str(tmp_path / 'data'), seq_len=96, validation_fraction=0.25
     )
-    pretokenize.pretokenize(settings, tmp_path / 'data')
+    pretokenize.pretokenize(given)
     part = label_prompts.open_part(
         str(tmp_path / 'data'), 'train', tokenizer, seed=42, count=999, min_position=0, rows=0
     )
