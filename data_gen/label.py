@@ -220,13 +220,6 @@ class Labelling:
     def progress(self) -> str:
         return f'{self.journal.counts["data"]} labels ({self.journal.spent()})'
 
-    def run(self, key: str | None) -> None:
-        """Sends what is missing."""
-        o = self.o
-        with requests.Display(self) as display:
-            servers = Servers(o.server_urls, o.model, o.timeout, display.print, key=key)
-            requests.Engine(self, servers, display, o.max_concurrency, o.max_cost).run()
-
     def write(self) -> str:
         """Makes the arrays; returns where they are. Raises LensError."""
         log = self.journal.paths['labels']
@@ -286,7 +279,9 @@ def label(o: LabelOptions) -> str:
         return work.dry_run()
     with contextlib.closing(work.journal):
         if not o.finish and work.estimate()[0]:
-            work.run(key)
+            requests.Engine(
+                work, Servers(o.server_urls, o.model, o.timeout, key=key), o.max_concurrency, o.max_cost
+            ).run()
         return work.write()
 
 

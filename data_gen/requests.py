@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data_gen.journal import Journal
-from data_gen.servers import Answer, Failed, Servers
+from data_gen.servers import Answer, Failed, Servers, say
 from lens.errors import LensError
 from lens.logger import clock
 
@@ -75,9 +75,6 @@ class Display:
     def __exit__(self, *exc):
         self._bar.stop()
 
-    def print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def update(self, servers: Servers, last: bool = False) -> None:
         work, done, now = self._work, self._work.journal.done(), time.monotonic()
         new = done - self._begun_with
@@ -87,20 +84,21 @@ class Display:
         self._bar.update(self._task, completed=done, text=text)
         if not self._console.is_terminal and (last or now >= self._line_at):
             self._line_at = now + LINE_EVERY_S
-            self.print(f'{done}/{work.total} {work.unit}  {text}')
+            say(f'{done}/{work.total} {work.unit}  {text}')
 
 
 class Engine:
     """Asks `servers` for what `work` wants, `window` requests at a time, and never for more than max_cost (0: no limit)."""
 
-    def __init__(self, work: Work, servers: Servers, display: Display, window: int, max_cost: float = 0.0):
-        self._work, self._servers, self._display = work, servers, display
+    def __init__(self, work: Work, servers: Servers, window: int, max_cost: float = 0.0):
+        self._work, self._servers, self._display = work, servers, Display(work)
         self._window, self._max_cost, self._thread = window, max_cost, concurrent.futures.ThreadPoolExecutor(1)
         self._in_flight, self._reserved = 0, 0.0
 
     def run(self) -> None:
         """Runs to the end. Raises LensError; what was answered until then is in the journal."""
-        asyncio.run(self._main())
+        with self._display:
+            asyncio.run(self._main())
 
     async def _main(self) -> None:
         stopped, task, loop = [], asyncio.current_task(), asyncio.get_running_loop()
