@@ -34,6 +34,7 @@ def replace_folder(new: pathlib.Path, out: pathlib.Path) -> None:
     """`new` takes the place of `out`, which may exist."""
     old = new.with_name(f'{new.name}.old')
     if out.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a killed command; without `out` it may be the only copy
         os.rename(out, old)
     os.rename(new, out)
     shutil.rmtree(old, ignore_errors=True)

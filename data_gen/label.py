@@ -222,8 +222,7 @@ class Labelling:
 
     def write(self) -> str:
         """Makes the arrays; returns where they are. Raises LensError."""
-        log = self.journal.paths['labels']
-        if not log.exists():
+        if not (log := self.journal.paths['labels']).exists():
             raise LensError(f'{log} does not exist: there are no labels yet, leave --finish away.')
         self.journal.open()
         labelled = {p.name: self.journal.labelled(p) for p in self.parts}
@@ -260,10 +259,8 @@ class Labelling:
 
 
 def _instruction(path: str) -> str:
-    if not path:
-        return label_prompts.INSTRUCTION
     try:
-        return pathlib.Path(path).read_text('utf-8')
+        return pathlib.Path(path).read_text('utf-8') if path else label_prompts.INSTRUCTION
     except (OSError, UnicodeDecodeError) as e:
         raise LensError(f'--instruction={path} cannot be read ({getattr(e, "strerror", None) or e}).') from None
 
@@ -279,9 +276,8 @@ def label(o: LabelOptions) -> str:
         return work.dry_run()
     with contextlib.closing(work.journal):
         if not o.finish and work.estimate()[0]:
-            requests.Engine(
-                work, Servers(o.server_urls, o.model, o.timeout, key=key), o.max_concurrency, o.max_cost
-            ).run()
+            servers = Servers(o.server_urls, o.model, o.timeout, key=key)
+            requests.Engine(work, servers, o.max_concurrency, o.max_cost).run()
         return work.write()
 
 

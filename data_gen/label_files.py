@@ -82,10 +82,9 @@ def write_folder(out: pathlib.Path, data: pathlib.Path, parts: list[Part], label
 
     Arrays of which all rows stay are hard links where the file system allows that.
     """
-    counts, old = {}, out.with_name(f'.{out.name}.old')
-    if out.exists():  # otherwise what a killed command moved away may be the only copy
-        shutil.rmtree(old, ignore_errors=True)
-    with new_folder(out) as temporary:
+    counts, new = {}, out.with_name(f'.{out.name}.new')
+    shutil.rmtree(new, ignore_errors=True)  # of a killed command
+    with new_folder(new) as temporary:
         for part in parts:
             folder, keep = temporary / part.name, labels.labelled[part.name].any(1)
             folder.mkdir()
@@ -98,9 +97,7 @@ def write_folder(out: pathlib.Path, data: pathlib.Path, parts: list[Part], label
             if (data / split).is_dir():
                 given = shutil.ignore_patterns('positions.npy', 'explanations.npy', MADE, '.*')
                 shutil.copytree(data / split, temporary / split, copy_function=_link, ignore=given)
-        if out.exists():
-            os.rename(out, old)
-    shutil.rmtree(old, ignore_errors=True)
+    arrays.replace_folder(new, out)
     return counts
 
 

@@ -156,7 +156,6 @@ class Servers:
         self._headers = {'Authorization': f'Bearer {key}'} if key else {}
         self._listed: list[str] = []
         self._number = itertools.count()
-        self._none_since: float | None = None
         self._said_none = False
         self.all: dict[str, Server] = {}
 
@@ -203,14 +202,14 @@ class Servers:
         await asyncio.gather(*(self._ask_models(s) for s in list(self.all.values()) if not s.serves))
 
     async def start(self) -> None:
-        """Returns when one server is ready. Raises LensError where none can be: see the module's text."""
+        """Returns when one server is ready.
+
+        Raises LensError where all serve other models, and without a registry where none answers within START_S.
+        """
         began, said = time.monotonic(), False
-        while True:
-            await self._admit()
-            known = [*self.all.values()]
-            if any(s.serves for s in known):
-                return
-            late = not self._registry and time.monotonic() - began > START_S
+        await self._admit()
+        while not any(s.serves for s in self.all.values()):
+            known, late = [*self.all.values()], not self._registry and time.monotonic() - began > START_S
             wrong = [s for s in known if s.serves is False]
             if wrong and (late or len(wrong) == len(known)):
                 raise LensError(f'{wrong[0].url} {wrong[0].problem}: give the name it serves as --model.')
@@ -223,6 +222,7 @@ class Servers:
                 said = True
                 say(f'no server yet: waiting for one in {self._registry}')
             await asyncio.sleep(self._interval_s if self._registry else 0.5)
+            await self._admit()
 
     async def watch(self) -> None:
         """Runs until it is cancelled: the registry, and servers that were away when they were first asked."""
@@ -232,21 +232,16 @@ class Servers:
 
     async def _pick(self) -> Server:
         """The server whose turn it is; waits, and says so once, while there is none."""
-        while True:
-            now = time.monotonic()
-            ready = [s for s in self.all.values() if s.ready(now)]
-            if ready:
-                self._none_since = None
-                return ready[next(self._number) % len(ready)]
+        none_since = time.monotonic()
+        while not (ready := [s for s in self.all.values() if s.ready(time.monotonic())]):
             if any(s.in_flight for s in self.all.values()):
-                self._none_since = None
-            else:
-                self._none_since = self._none_since or now
-                if not self._said_none and now - self._none_since > NONE_LEFT_S:
-                    self._said_none = True
-                    problems = '; '.join(f'{s.label}: {s.problem}' for s in self.all.values())
-                    say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
+                none_since = time.monotonic()
+            elif not self._said_none and time.monotonic() - none_since > NONE_LEFT_S:
+                self._said_none = True
+                problems = '; '.join(f'{s.label}: {s.problem}' for s in self.all.values())
+                say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
             await asyncio.sleep(0.1)
+        return ready[next(self._number) % len(ready)]
 
     async def complete(self, body: dict) -> Answer:
         """One attempt. Raises Failed."""
@@ -297,6 +292,7 @@ def _error_text(raw: str) -> str:
 
 
 def _reason(e: BaseException) -> str:
+    """One line that says why there is no answer."""
     if isinstance(e, TimeoutError):
         return 'no answer in time'
     if isinstance(e, (KeyError, TypeError)):

@@ -165,6 +165,14 @@ def test_shards_of_other_settings_are_not_used(many, tmp_path, monkeypatch):
     assert contents(tmp_path / 'out') == contents(tmp_path / 'fresh')
 
 
+def test_a_replacement_that_was_killed_does_not_stop_the_next(tmp_path):
+    for name in ('new', 'new.old', 'out'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'file').write_text(name)
+    arrays.replace_folder(tmp_path / 'new', tmp_path / 'out')
+    assert [p.name for p in tmp_path.iterdir()] == ['out'] and (tmp_path / 'out/file').read_text() == 'new'
+
+
 @pytest.mark.parametrize('kind', ['parquet', 'folder', 'disk'])
 def test_other_sources_give_the_same(many, tmp_path, kind):
     rows = [
