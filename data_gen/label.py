@@ -237,7 +237,7 @@ class Labelling:
                 )
         made = self.made | {'explanation_len': self.o.explanation_len, 'without_label': self.journal.reasons()}
         made['ledger'] = self.journal.as_dict()
-        labels = label_files.Labels(self.journal, labelled, self.tokenizer, self.o.explanation_len, made)
+        labels = label_files.Labels(self.journal, self.tokenizer, self.o.explanation_len, made)
         try:
             if self.out:
                 counts = label_files.write_folder(self.out, self.data, self.parts, labels)

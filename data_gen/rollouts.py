@@ -28,9 +28,18 @@ class Rows(journal.Journal):
     forgotten, again, elsewhere = ('failed',), '--resume', 'another --output_path'
 
     def __init__(self, folder: pathlib.Path, data: pathlib.Path | None, rows: int, settings: dict, resume: bool):
-        default, before = folder / 'data.jsonl', _place_before(folder)
+        default, before = folder / 'data.jsonl', _lines_before(folder)
         if resume and before:
-            _check_place(folder, before, data)
+            if data and data.resolve() != before.resolve():
+                raise LensError(
+                    f'The finished lines are in {before}, --{PLACE} names {data}: resume with the former, or choose '
+                    'another --output_path.'
+                )
+            if before != default and not before.exists():
+                raise LensError(
+                    f'The finished lines are in {before}, which is not there: put it back, or remove '
+                    f'{folder / "settings.json"} to begin anew.'
+                )
             data = before
         paths = {k: folder / f'{k}.jsonl' for k in KINDS} | {'data': data or default}
         for path in (folder, paths['data'].parent):
@@ -69,25 +78,12 @@ class Rows(journal.Journal):
                 yield json.loads(f.readline())
 
 
-def _place_before(folder: pathlib.Path) -> pathlib.Path | None:
+def _lines_before(folder: pathlib.Path) -> pathlib.Path | None:
     """Where the data.jsonl of this folder was until now; None where there was none."""
     default, before = folder / 'data.jsonl', journal.read_settings(folder / 'settings.json')
     if PLACE in before:
         return pathlib.Path(str(before[PLACE]) or default)
     return default if journal.filled(default) else None
-
-
-def _check_place(folder: pathlib.Path, before: pathlib.Path, given: pathlib.Path | None) -> None:
-    if given and given.resolve() != before.resolve():
-        raise LensError(
-            f'The finished lines are in {before}, --{PLACE} names {given}: resume with the former, or choose another '
-            '--output_path.'
-        )
-    if before != folder / 'data.jsonl' and not before.exists():
-        raise LensError(
-            f'The finished lines are in {before}, which is not there: put it back, or remove {folder / "settings.json"} '
-            'to begin anew.'
-        )
 
 
 def length_statistics(lengths) -> dict[str, float]:

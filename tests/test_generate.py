@@ -130,18 +130,6 @@ def test_one_run(tmp_path, capsys, tokenizer):
     assert (tmp_path / 'out' / 'data.jsonl').read_bytes() == before
 
 
-def test_max_samples_and_another_place_of_the_lines(tmp_path):
-    rows = [{'messages': talk(i)} for i in range(30)]
-    given = {'partial_jsonl': str(tmp_path / 'elsewhere' / 'lines.jsonl'), 'max_samples': 12}
-    with FakeServer() as a:
-        assert '12 done' in generate(options(tmp_path, rows, urls=[a.url], **given))
-        assert '30 done' in generate(options(tmp_path, rows, urls=[a.url], resume=True, **given | {'max_samples': 0}))
-        assert len(a.requests) == 30
-    assert (
-        len(read_jsonl(tmp_path / 'elsewhere' / 'lines.jsonl')) == 30 and not (tmp_path / 'out' / 'data.jsonl').exists()
-    )
-
-
 def test_the_place_of_the_lines_is_remembered(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows, lines = [{'messages': talk(i)} for i in range(9)], tmp_path / 'lines.jsonl'
@@ -483,8 +471,12 @@ def child(given: GenerateOptions, log: str) -> None:
     print(generate(given), flush=True)
 
 
-def chaos(tmp_path, n: int, kills: int, seed: int, start) -> None:
+@pytest.mark.slow
+def test_chaos_with_kills(tmp_path):
     """Faults, a changing registry and kill -9 at random instants; the result is that of an undisturbed run."""
+    n, kills, seed = 120, 3, 0
+    context = multiprocessing.get_context('forkserver')  # the imports are paid once
+    context.set_forkserver_preload(PRELOADED)
     rows, missing = mixed_rows(n)
     (tmp_path / 'calm').mkdir()
     with FakeServer() as calm:
@@ -507,7 +499,8 @@ def chaos(tmp_path, n: int, kills: int, seed: int, start) -> None:
         try:
             killed = 0
             for _ in range(kills + 20):
-                process = start(options(tmp_path, rows, **given))
+                process = context.Process(target=child, args=(options(tmp_path, rows, **given), str(tmp_path / 'log')))
+                process.start()
                 if killed < kills:
                     size = data.stat().st_size if data.exists() else 0
                     while process.is_alive() and (data.stat().st_size if data.exists() else 0) == size:
@@ -528,16 +521,3 @@ def chaos(tmp_path, n: int, kills: int, seed: int, start) -> None:
     calm_out = tmp_path / 'calm' / 'out'
     assert (tmp_path / 'out' / 'stats.json').read_text() == (calm_out / 'stats.json').read_text()
     assert pq.read_table(tmp_path / 'out' / 'parquet').equals(pq.read_table(calm_out / 'parquet'))
-
-
-@pytest.mark.slow
-def test_chaos_with_three_kills(tmp_path):
-    context = multiprocessing.get_context('forkserver')  # the imports are paid once
-    context.set_forkserver_preload(PRELOADED)
-
-    def start(given):
-        process = context.Process(target=child, args=(given, str(tmp_path / 'log')))
-        process.start()
-        return process
-
-    chaos(tmp_path, 120, 3, 0, start)

@@ -43,7 +43,7 @@ def test_a_torn_last_line_is_taken_off(tmp_path, tail):
 
 def test_killed_after_any_byte_every_row_gets_one_line(tmp_path):
     whole = b''.join((json.dumps(record(i)) + '\n').encode() for i in (2, 0, 1))
-    for size in range(0, len(whole) + 1, 3):
+    for size in range(0, len(whole) + 1, 7):
         folder = tmp_path / str(size)
         folder.mkdir()
         (folder / 'data.jsonl').write_bytes(whole[:size])
