@@ -5,7 +5,6 @@ a split block by block.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
@@ -28,31 +27,17 @@ def write_splits(out: pathlib.Path, splits) -> None:
             (folder / name).mkdir()
             for stem, array in arrays.items():
                 np.save(folder / name / f'{stem}.npy', array)
-            write_json(folder / name / 'meta.json', meta)
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1) + '\n')
+            files.write_json(folder / name / 'meta.json', meta)
 
 
 def replace_folder(new: pathlib.Path, out: pathlib.Path) -> None:
     """`new` takes the place of `out`, which may exist."""
+    old = new.with_name(f'{new.name}.old')
     if out.exists():
-        old = new.with_name(f'{new.name}.old')
+        shutil.rmtree(old, ignore_errors=True)  # of a killed command; without `out` it may be the only copy
         os.rename(out, old)
-        os.rename(new, out)
-        shutil.rmtree(old)
-    else:
-        os.rename(new, out)
-
-
-def first_of_each(digest_Nx2: np.ndarray) -> np.ndarray:
-    """[N] bool: whether a row is the first one with its digest."""
-    order = np.lexsort((digest_Nx2[:, 1], digest_Nx2[:, 0]))  # stable: equal digests stay in their order
-    ordered = digest_Nx2[order]
-    first = np.ones(len(order), bool)
-    first[order[1:]] = (ordered[1:] != ordered[:-1]).any(1)
-    return first
+    os.rename(new, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 from data_gen import chat_data
+from data_gen.tables import Table
 from lens.errors import LensError
 
 EFFORTS = ('low', 'medium', 'high')
@@ -25,12 +26,8 @@ class Chat:
     messages: list[dict]
     effort: str
 
-    def __len__(self) -> int:
-        """Characters of its texts."""
-        return sum(len(m['content']) + len(m.get('thinking', '')) for m in self.messages)
 
-
-def row_format(table, column: str | None = None) -> tuple[str, str]:
+def row_format(table: Table, column: str | None = None) -> tuple[str, str]:
     """(format, column) of a table: question | pair | chat | text, looked for in this order. Raises LensError."""
     have = set(table.columns)
     if column is None:
@@ -41,7 +38,7 @@ def row_format(table, column: str | None = None) -> tuple[str, str]:
         return 'chat', chat_data.find_column(table, column)
     except LensError as e:
         wanted = column or 'text'
-        values = (row[wanted] for _, row in table.rows(0, chat_data.LOOK) if row and row.get(wanted) is not None)
+        values = (row[wanted] for row in table.first() if row.get(wanted) is not None)
         if isinstance(next(values, None), str):
             return 'text', wanted
         raise LensError(f'{str(e).rstrip(".")}; it has no texts to read in a column {wanted} either.') from None

@@ -12,9 +12,10 @@ import hashlib
 import json
 import pathlib
 
-from data_gen import chat_data, requests, rollouts, turns
-from data_gen.requests import LOCAL, Request, option
-from data_gen.servers import Answer, Failed, Servers
+from data_gen import chat_data, requests, rollouts, servers, tables, turns
+from data_gen.options import command, need, option
+from data_gen.requests import LOCAL, Request
+from data_gen.servers import Answer, Failed
 from lens import hf
 from lens.errors import LensError
 
@@ -55,13 +56,15 @@ class Generation:
     unit = 'rows'
 
     def __init__(self, options: GenerateOptions, table, column: str, journal: rollouts.Rows, planner: turns.Planner):
-        self.options, self.journal, self.total, self.say = options, journal, journal.rows, print
+        self.options, self.journal, self.total = options, journal, journal.rows
         self._planner, self._plans, self._shown = planner, self._all_plans(table, column), set()
 
     def _all_plans(self, table, column: str):
         """The plans of the unfinished rows; None for a row that has none, which is noted."""
         left = self.journal.unfinished()
-        for index, row in table.rows(int(left[0]), self.total) if len(left) else ():
+        for index, row in table.rows(int(left[0])) if len(left) else ():
+            if index == self.total:
+                return
             if not self.journal.finished(index):
                 try:
                     yield self._planner.plan(index, (row or {}).get(column))
@@ -86,7 +89,7 @@ class Generation:
     def _show(self, what: str, text: str) -> None:
         if what not in self._shown:
             self._shown.add(what)
-            self.say(f'First {what}{text}')
+            servers.say(f'First {what}{text}')
 
     def give_up(self, request: Request, attempts: int, e: Failed) -> None:
         kind, why = ('rejected', {'status': e.refused}) if e.refused else ('failed', {'attempts': attempts})
@@ -95,22 +98,21 @@ class Generation:
     def progress(self) -> str:
         return f'{self.journal.counts["data"]} rows done'
 
-    def run(self) -> None:
-        o, urls = self.options, self.options.server_urls or ('' if self.options.server_registry else LOCAL)
-        with requests.Display(self) as display:
-            self.say = display.print
-            more = {'registry': o.server_registry, 'interval_s': o.registry_refresh_interval}
-            requests.Engine(self, Servers(urls, o.model, o.timeout, self.say, **more), display, o.max_concurrency).run()
+
+def _servers(o: GenerateOptions) -> servers.Servers:
+    urls = o.server_urls or ('' if o.server_registry else LOCAL)
+    more = {'registry': o.server_registry, 'interval_s': o.registry_refresh_interval}
+    return servers.Servers(urls, o.model, o.timeout, **more)
 
 
 def generate(options: GenerateOptions) -> str:
     """Runs to the end; returns one line that says where the result is. Raises LensError."""
-    requests.need(options, 'input_dataset', 'output_path')
-    table = chat_data.open_table(options.input_dataset, options.input_split)
+    need(options, 'input_dataset', 'output_path')
+    table = tables.open_table(options.input_dataset, options.input_split)
     column = chat_data.find_column(table, options.input_column or None)
     planner = turns.Planner(hf.load_tokenizer(options.tokenizer or options.model), options)
-    rows = min(len(table), options.max_samples or len(table))
-    first = json.dumps(next(table.rows(0, 1))[1], sort_keys=True, default=str)
+    rows = min(table.count, options.max_samples or table.count)
+    first = json.dumps(next(table.rows(0))[1], sort_keys=True, default=str)
     settings = {k: getattr(options, k) for k in COMPARED}
     settings |= {'input_column': column, 'first_row_sha256': hashlib.sha256(first.encode()).hexdigest()}
     partial = pathlib.Path(options.partial_jsonl) if options.partial_jsonl else None
@@ -120,15 +122,17 @@ def generate(options: GenerateOptions) -> str:
         if not partial and journal.paths['data'] != folder / 'data.jsonl':
             print(f'Continuing {journal.paths["data"]}, which {folder / "settings.json"} names')
         if len(journal.unfinished()):
-            Generation(options, table, column, journal, planner).run()
+            work = Generation(options, table, column, journal, planner)
+            requests.Engine(work, _servers(options), options.max_concurrency).run()
         journal.open()
         counts = ', '.join(f'{n} {"done" if k == "data" else k}' for k, n in journal.counts.items())
         if not journal.counts['data']:
-            raise LensError(f'No row has an answer ({counts}): {journal.reason_file()} says why.')
+            most = max(rollouts.KINDS[1:], key=journal.counts.get)
+            raise LensError(f'No row has an answer ({counts}): {journal.paths[most]} says why.')
         print(rollouts.as_text(rollouts.finalise(journal)))
     again = ' (--resume tries the failed ones again)' if journal.counts['failed'] else ''
     return f'{folder / "dataset"} and {folder / "parquet"}: {counts}{again}'
 
 
 if __name__ == '__main__':
-    requests.command(GenerateOptions, generate)
+    command(GenerateOptions, generate)

@@ -33,6 +33,7 @@ def read_settings(path: pathlib.Path) -> dict:
 
 
 def filled(path: pathlib.Path) -> bool:
+    """Returns whether a file is there and holds something."""
     return path.exists() and path.stat().st_size > 0
 
 
@@ -40,7 +41,7 @@ class Journal:
     """What became of every job. A subclass says in `note` what a record means, and keeps `counts` of jobs by fate.
 
     paths: kind -> file; all in `folder`, where settings.json is, except where a subclass says otherwise. One process
-    at a time may hold it open. A line is written before the job counts as done, so a kill loses what is in flight.
+    at a time may hold it open. A kill loses what is in flight.
     """
 
     forgotten: tuple[str, ...] = ()  # kinds whose jobs another command tries again: their lines go when it opens
@@ -58,8 +59,8 @@ class Journal:
         for key, value in settings.items() if begun else ():
             if before.get(key) != value:
                 raise LensError(
-                    f'{path} says {key} {_short(before.get(key))}, this run {_short(value)}: give what it was begun with, '
-                    f'or choose {self.elsewhere}.'
+                    f'{path} says {key} {before.get(key)!r:.80}, this run {value!r:.80}: give what it was begun with, or '
+                    f'choose {self.elsewhere}.'
                 )
         self._read()
 
@@ -71,25 +72,20 @@ class Journal:
         raise NotImplementedError
 
     def _read(self) -> None:
-        """Notes what was added to the files; when they are open, mends a torn last line."""
+        """Notes what was added to the files; when they are open, a torn last line is taken off."""
         for kind, path in self.paths.items():
             if kind in self.forgotten or not path.exists():
                 continue
             with path.open('rb') as f:
                 f.seek(self._sizes[kind])
                 for line in f:
-                    record, torn = _record(line), not line.endswith(b'\n')
-                    if torn and not self._files:
-                        break  # another command may be writing it
-                    if torn and record is None:
-                        self._files[kind].truncate(self._sizes[kind])
+                    if not line.endswith(b'\n'):  # torn, or another command is writing it
                         break
-                    if record is not None:
+                    if (record := _record(line)) is not None:
                         self.note(kind, record, self._sizes[kind])
                     self._sizes[kind] += len(line)
-                    if torn:  # only the end of the line is missing
-                        self._write(kind, b'\n')
-                        break
+            if self._files:
+                self._files[kind].truncate(self._sizes[kind])
 
     def records(self, kind: str):
         """The whole records of a file, in their order."""
@@ -97,10 +93,10 @@ class Journal:
             yield from (record for line in f if (record := _record(line)))
 
     def open(self) -> None:
-        """Makes or takes over the files. Raises LensError."""
+        """Makes or takes over the files, unless they are open. Raises LensError."""
         if self._files:
             return
-        path, files = self.folder, {}
+        files = {}
         try:
             for kind, path in self.paths.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +116,6 @@ class Journal:
                 for file in files.values():
                     file.close()
 
-    def _write(self, kind: str, block: bytes) -> None:
-        rest = memoryview(block)
-        while rest:
-            rest = rest[self._files[kind].write(rest) :]
-        self._sizes[kind] += len(block)
-
     def append(self, kind: str, record: dict) -> bool:
         """Writes a line, which survives the end of this process; False where the job has its fate already.
 
@@ -134,12 +124,16 @@ class Journal:
         at = self._sizes[kind]
         if not self.note(kind, record, at):
             return False
+        line = (json.dumps(record, ensure_ascii=False) + '\n').encode('utf-8', 'replace')
+        rest = memoryview(line)
         try:
-            self._write(kind, (json.dumps(record, ensure_ascii=False) + '\n').encode('utf-8', 'replace'))
+            while rest:
+                rest = rest[self._files[kind].write(rest) :]
         except OSError as e:
             with contextlib.suppress(OSError):
                 self._files[kind].truncate(at)
             raise cannot_write(self.paths[kind], e, self.again) from None
+        self._sizes[kind] += len(line)
         return True
 
     def sync(self) -> None:
@@ -163,8 +157,3 @@ def _record(line: bytes) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f'{text[:77]}...'

@@ -25,7 +25,8 @@ import pathlib
 
 from data_gen import chat_data, journal, label_files, label_prompts, requests
 from data_gen.ledger import Ledger
-from data_gen.requests import LOCAL, Request, option
+from data_gen.options import command, need, option
+from data_gen.requests import LOCAL, Request
 from data_gen.servers import Answer, Failed, Servers
 from lens import hf
 from lens.errors import LensError
@@ -219,17 +220,9 @@ class Labelling:
     def progress(self) -> str:
         return f'{self.journal.counts["data"]} labels ({self.journal.spent()})'
 
-    def run(self, key: str | None) -> None:
-        """Sends what is missing."""
-        o = self.o
-        with requests.Display(self) as display:
-            servers = Servers(o.server_urls, o.model, o.timeout, display.print, key=key)
-            requests.Engine(self, servers, display, o.max_concurrency, o.max_cost).run()
-
     def write(self) -> str:
         """Makes the arrays; returns where they are. Raises LensError."""
-        log = self.journal.paths['labels']
-        if not log.exists():
+        if not (log := self.journal.paths['labels']).exists():
             raise LensError(f'{log} does not exist: there are no labels yet, leave --finish away.')
         self.journal.open()
         labelled = {p.name: self.journal.labelled(p) for p in self.parts}
@@ -244,7 +237,7 @@ class Labelling:
                 )
         made = self.made | {'explanation_len': self.o.explanation_len, 'without_label': self.journal.reasons()}
         made['ledger'] = self.journal.as_dict()
-        labels = label_files.Labels(self.journal, labelled, self.tokenizer, self.o.explanation_len, made)
+        labels = label_files.Labels(self.journal, self.tokenizer, self.o.explanation_len, made)
         try:
             if self.out:
                 counts = label_files.write_folder(self.out, self.data, self.parts, labels)
@@ -266,17 +259,15 @@ class Labelling:
 
 
 def _instruction(path: str) -> str:
-    if not path:
-        return label_prompts.INSTRUCTION
     try:
-        return pathlib.Path(path).read_text('utf-8')
+        return pathlib.Path(path).read_text('utf-8') if path else label_prompts.INSTRUCTION
     except (OSError, UnicodeDecodeError) as e:
         raise LensError(f'--instruction={path} cannot be read ({getattr(e, "strerror", None) or e}).') from None
 
 
 def label(o: LabelOptions) -> str:
     """Runs to the end; the last line says where the result is. Raises LensError."""
-    requests.need(o, 'data', 'tokenizer', 'model')
+    need(o, 'data', 'tokenizer', 'model')
     key = os.environ.get(o.api_key_env, '').strip() if o.api_key_env else None
     if o.api_key_env and not (key and key.isascii() and key.isprintable()) and not (o.dry_run or o.finish):
         raise LensError(f'--api_key_env={o.api_key_env}: this environment variable holds no API key.')
@@ -285,9 +276,10 @@ def label(o: LabelOptions) -> str:
         return work.dry_run()
     with contextlib.closing(work.journal):
         if not o.finish and work.estimate()[0]:
-            work.run(key)
+            servers = Servers(o.server_urls, o.model, o.timeout, key=key)
+            requests.Engine(work, servers, o.max_concurrency, o.max_cost).run()
         return work.write()
 
 
 if __name__ == '__main__':
-    requests.command(LabelOptions, label)
+    command(LabelOptions, label)

@@ -22,10 +22,9 @@ MADE = 'labels.json'  # beside the arrays: how they were made
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What the arrays are made of. labelled: bool [N, V] by name of the split."""
+    """What the arrays are made of."""
 
     ledger: Ledger
-    labelled: dict[str, np.ndarray]
     tokenizer: object
     explanation_len: int
     made: dict  # for labels.json
@@ -33,7 +32,7 @@ class Labels:
 
 def _explanations(part: Part, labels: Labels, filler: int) -> tuple[np.ndarray, dict]:
     """int32 [N, V, T]; how many labels were cut at T tokens, and the tokens of filling."""
-    missing, length = labels.labelled[part.name].copy(), labels.explanation_len  # a label counts once
+    missing, length = labels.ledger.labelled(part), labels.explanation_len  # a label counts once
     out = np.full((*missing.shape, length), filler, np.int32)
     counts = {'labels': int(missing.sum()), 'cut': 0, 'filled_tokens': 0}
     records = (r for r in labels.ledger.records('labels') if r['split'] == part.name)
@@ -55,7 +54,9 @@ def _write_split(folder: pathlib.Path, part: Part, keep_N: np.ndarray, labels: L
     filler = int(meta.get('pad_id') or 0)  # follows a label shorter than T tokens, and fills slots without one
     explanations, counts = _explanations(part, labels, filler)
     np.save(folder / 'explanations.npy', explanations[keep_N])
-    np.save(folder / 'positions.npy', np.where(labels.labelled[part.name], part.positions, -1)[keep_N].astype(np.int32))
+    np.save(
+        folder / 'positions.npy', np.where(labels.ledger.labelled(part), part.positions, -1)[keep_N].astype(np.int32)
+    )
     write_json(folder / 'meta.json', meta | {'explanation_len': labels.explanation_len, 'filler_id': filler})
     write_json(folder / MADE, labels.made | counts)
     return counts
@@ -82,12 +83,11 @@ def write_folder(out: pathlib.Path, data: pathlib.Path, parts: list[Part], label
 
     Arrays of which all rows stay are hard links where the file system allows that.
     """
-    counts, old = {}, out.with_name(f'.{out.name}.old')
-    if out.exists():  # otherwise what a killed command moved away may be the only copy
-        shutil.rmtree(old, ignore_errors=True)
-    with new_folder(out) as temporary:
+    counts, new = {}, out.with_name(f'.{out.name}.new')
+    shutil.rmtree(new, ignore_errors=True)  # of a killed command
+    with new_folder(new) as temporary:
         for part in parts:
-            folder, keep = temporary / part.name, labels.labelled[part.name].any(1)
+            folder, keep = temporary / part.name, labels.ledger.labelled(part).any(1)
             folder.mkdir()
             meta = part.split.meta | {'documents': int(keep.sum())}
             for path in sorted(part.split.directory.glob('[!.]*.npy')):
@@ -98,9 +98,7 @@ def write_folder(out: pathlib.Path, data: pathlib.Path, parts: list[Part], label
             if (data / split).is_dir():
                 given = shutil.ignore_patterns('positions.npy', 'explanations.npy', MADE, '.*')
                 shutil.copytree(data / split, temporary / split, copy_function=_link, ignore=given)
-        if out.exists():
-            os.rename(out, old)
-    shutil.rmtree(old, ignore_errors=True)
+    arrays.replace_folder(new, out)
     return counts
 
 

@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from data_gen import turns
+from data_gen import chat_data, turns
 from data_gen.servers import Failed
 from lens import data
 from lens.errors import LensError
@@ -89,12 +89,6 @@ def parse(message: dict, finish_reason: str | None) -> str:
     return BETWEEN.join(lines)
 
 
-def special_ids(tokenizer) -> set[int]:
-    """What decoding leaves out."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {*tokenizer.all_special_ids, *added}
-
-
 def corpus_of(meta: dict) -> str:
     """CORPUS:SPLIT of the input that a data folder was made of."""
     source = meta.get('source') or {}
@@ -139,7 +133,7 @@ def open_part(path: str, name: str, tokenizer, *, seed: int, count: int, min_pos
     split = data.open_split(path, name, vocab_size=len(tokenizer))
     codes = split.meta.get('roles') or {}
     role = split.role if split.meta.get('template') else None
-    special_I = np.isin(np.arange(len(tokenizer)), list(special_ids(tokenizer)))
+    special_I = np.isin(np.arange(len(tokenizer)), chat_data.special_ids(tokenizer))
     corpus = corpus_of(split.meta)
     positions = np.full((len(split), count), -1, np.int32)
     for i in range(min(rows or len(split), len(split))):

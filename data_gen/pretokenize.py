@@ -20,56 +20,69 @@ import shutil
 from collections import Counter
 
 import numpy as np
-from absl import flags
 
-from data_gen import arrays, chat_data, documents, locks, render, shards
-from lens import cli, files
+from data_gen import arrays, documents, journal, locks, render, shards, tables
+from data_gen.options import command, need, option
+from lens import files
 from lens.errors import LensError
 
 FORMAT = 'lens-tokens/1'  # lens.data.FORMAT; that module loads more than a worker process needs
 SPLITS = ('train', 'validation')
 EXAMPLE_CHARS = 4000  # of the document that is printed
+ELSEWHERE = ('out', 'num_proc', 'force')  # options that do not determine what is written
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What determines the output; the flags say what each is."""
+class PretokenizeOptions:
+    input: str = option('', 'File, folder or Hub id of the chats or texts.')
+    tokenizer: str = option('', 'Directory or Hub id of the subject, which has its tokenizer.')
+    out: str = option('', 'Folder for train/ and validation/.')
+    split: str = option('train', 'Split that is read of a data set that has splits.')
+    dataset_config: str | None = option(None, 'Configuration of a Hub data set.')
+    column: str | None = option(None, 'Column of chats or texts, where several are there.')
+    validation_input: str | None = option(None, 'File, folder or Hub id that is held out, in place of a cut.')
+    validation_split: str | None = option(None, 'Its split that is held out, in place of a cut.')
+    validation_fraction: float = option(0.05, 'Share of held-out documents.', 0, 1)
+    seq_len: int = option(4096, 'Tokens a document is cut at.', 2)
+    min_tokens: int = option(16, 'Shorter documents are left out.')
+    truncate: str = option('right', 'Side on which tokens beyond seq_len are taken off.', choices=('right', 'left'))
+    reasoning_effort: str = option('medium', 'For the template, where a row names none.', choices=documents.EFFORTS)
+    date: str = option(render.DATE, 'What chat templates print for the current date, YYYY-MM-DD.')
+    seed: int = option(0, 'Of the cut.', 0)
+    num_proc: int = option(0, 'Worker processes; 0: one per core.', 0)
+    force: bool = option(False, 'Replace existing output.')
 
-    input: str
-    tokenizer: str
-    split: str = 'train'
-    dataset_config: str | None = None
-    column: str | None = None
-    validation_input: str | None = None
-    validation_split: str | None = None
-    validation_fraction: float = 0.05
-    seq_len: int = 4096
-    min_tokens: int = 16
-    truncate: str = 'right'
-    reasoning_effort: str = 'medium'
-    date: str = render.DATE
-    seed: int = 0
+
+def settings(o: PretokenizeOptions) -> dict:
+    """Returns what determines the output."""
+    return {k: v for k, v in dataclasses.asdict(o).items() if k not in ELSEWHERE}
 
 
-def choose(rows: dict[str, np.ndarray], validation_N: np.ndarray, s: Settings, given: bool) -> np.ndarray:
-    """The split of every document [N]: 0 train, 1 validation, -1 left out as a repetition.
+def shown_settings(o: PretokenizeOptions) -> dict:
+    """Returns the settings as meta.json has them: files by their name alone."""
+    values = settings(o)
+    paths = {k: pathlib.Path(values[k]) for k in ('input', 'tokenizer', 'validation_input') if values[k]}
+    return values | {k: path.name for k, path in paths.items() if path.exists()}
 
-    given: validation_N says which documents are of the given validation split, which keeps what both have.
+
+def choose(digest_N: np.ndarray, held_out_N: np.ndarray, o: PretokenizeOptions, given: bool) -> np.ndarray:
+    """Returns the split of every document [N]: 0 train, 1 validation, -1 left out as a repetition.
+
+    given: held_out_N says which documents are of the given validation split, which keeps what both have.
     """
-    part = validation_N.astype(np.int8)
-    order = np.argsort(-part, kind='stable')  # validation first
-    first = np.empty(len(part), bool)
-    first[order] = arrays.first_of_each(rows['digest'][order])
-    kept = np.flatnonzero(first)
-    held_out = max(round(len(kept) * s.validation_fraction), 1)
-    if not given and len(kept) > held_out:
-        part[kept[np.random.default_rng(s.seed).permutation(len(kept))[:held_out]]] = 1
-    part[~first] = -1
+    order = np.argsort(~held_out_N, kind='stable')  # validation first
+    kept = np.sort(order[np.unique(digest_N[order], return_index=True)[1]])  # the first one of each digest
+    part = np.full(len(digest_N), -1, np.int8)
+    part[kept] = held_out_N[kept]
+    count = max(round(len(kept) * o.validation_fraction), 1)
+    if not given and len(kept) > count:
+        part[kept[np.random.default_rng(o.seed).permutation(len(kept))[:count]]] = 1
     return part
 
 
-def existing(out: pathlib.Path, s: Settings, force: bool) -> str | None:
-    """A sentence if `out` is to be kept. Raises LensError if it is something else than data."""
+def existing(o: PretokenizeOptions) -> str | None:
+    """Returns a sentence if `out` is to be kept. Raises LensError if it is something else than data."""
+    out = pathlib.Path(o.out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -78,22 +91,15 @@ def existing(out: pathlib.Path, s: Settings, force: bool) -> str | None:
         counts = ' and '.join(f'{m["documents"]} {name}' for m, name in zip(metas, SPLITS, strict=True))
     except (LensError, KeyError, TypeError, AttributeError):
         raise LensError(f'{out} exists and is no folder of tokens: choose another --out.') from None
-    if force:
+    if o.force:
         return None
-    other = '' if found == shown_settings(s) else ', made with other settings'
+    other = '' if found == shown_settings(o) else ', made with other settings'
     return f'{out} exists and is kept ({counts} documents{other}); --force makes it again.'
-
-
-def shown_settings(s: Settings) -> dict:
-    """Settings as meta.json has them: files by their name alone."""
-    names = ('input', 'tokenizer', 'validation_input')
-    values = dataclasses.asdict(s)
-    return values | {k: pathlib.Path(values[k]).name for k in names if values[k] and pathlib.Path(values[k]).exists()}
 
 
 @contextlib.contextmanager
 def work_folder(out: pathlib.Path, job: dict):
-    """The hidden folder beside `out` that holds the shards; emptied if they are of another job."""
+    """Yields the hidden folder beside `out` that holds the shards; emptied if they are of another job."""
     folder = out.with_name(f'.{out.name}.partial')
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('w') as lock:
@@ -111,57 +117,57 @@ def work_folder(out: pathlib.Path, job: dict):
             raise
 
 
-def open_tables(s: Settings) -> list:
-    """[the training rows] or [those, the given validation rows]. Raises LensError."""
-    tables = [chat_data.open_table(s.input, s.split, s.dataset_config)]
-    if s.validation_input:
-        tables.append(chat_data.open_table(s.validation_input, s.validation_split or s.split, s.dataset_config))
-    elif s.validation_split and s.validation_split != s.split:
-        tables.append(chat_data.open_table(s.input, s.validation_split, s.dataset_config))
-    return tables
+def open_tables(o: PretokenizeOptions) -> list[tables.Table]:
+    """Returns [the training rows] or [those, the given validation rows]. Raises LensError."""
+    split = o.validation_split or o.split
+    sources = [(o.input, o.split)]
+    if o.validation_input or split != o.split:
+        sources.append((o.validation_input or o.input, split))
+    return [tables.open_table(*source, o.dataset_config) for source in sources]
 
 
-def pretokenize(s: Settings, out: pathlib.Path, *, num_proc: int = 1, force: bool = False) -> str:
+def pretokenize(o: PretokenizeOptions) -> str:
     """Writes out/train and out/validation; returns what they hold, in a few lines. Raises LensError."""
-    if kept := existing(out, s, force):
+    need(o, 'input', 'tokenizer', 'out')
+    if kept := existing(o):
         return kept
     from lens import hf  # with it comes what only this process needs
 
-    tables = open_tables(s)
-    formats = [documents.row_format(t, s.column) for t in tables]
-    tokenizer = hf.load_tokenizer(s.tokenizer)
+    sources = open_tables(o)
+    formats = [documents.row_format(t, o.column) for t in sources]
+    tokenizer = hf.load_tokenizer(o.tokenizer)
     chats = any(form != 'text' for form, _ in formats)
-    renderer = render.Renderer(tokenizer, seq_len=s.seq_len, truncate=s.truncate, date=s.date, chats=chats)
+    renderer = render.Renderer(tokenizer, seq_len=o.seq_len, truncate=o.truncate, date=o.date, chats=chats)
     meta = {
         'format': FORMAT,
-        'seq_len': s.seq_len,
+        'seq_len': o.seq_len,
         'vocab_size': len(tokenizer),
         'pad_id': next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-        'tokenizer_sha256': hf.tokenizer_sha256(s.tokenizer),
+        'tokenizer_sha256': hf.tokenizer_sha256(o.tokenizer),
         'template_sha256': renderer.template_sha256() if chats else None,
-        'template': renderer.kind if chats else None,
+        'template': renderer.kind,
         'roles': render.ROLES,
     }
-    job = dataclasses.asdict(s) | meta | {'tables': [[t.name, len(t), t.identity] for t in tables], 'formats': formats}
-    worker = shards.Worker(renderer, tables, formats, s.min_tokens, s.reasoning_effort)
+    job = settings(o) | meta | {'tables': [[t.name, t.count, t.identity] for t in sources], 'formats': formats}
+    worker = shards.Worker(renderer, formats, o.min_tokens, o.reasoning_effort)
     try:
-        with work_folder(out, job) as folder:
-            paths = shards.encode_all(worker, folder, num_proc)
-            done = finish(s, folder, out, paths, [len(t) for t in tables], meta, formats)
+        with work_folder(pathlib.Path(o.out), job) as folder:
+            paths = shards.encode_all(worker, sources, folder, o.num_proc or len(os.sched_getaffinity(0)))
+            done = finish(o, folder, paths, sources, formats, meta)
     except OSError as e:
         raise LensError(
-            f'{out} cannot be written ({e.strerror or e}): mend that and give the same command, which goes on from '
+            f'{o.out} cannot be written ({e.strerror or e}): mend that and give the same command, which goes on from '
             'what is finished.'
         ) from None
-    return f'{report(out, tokenizer)}\n{done}'
+    return f'{report(pathlib.Path(o.out), tokenizer)}\n{done}'
 
 
-def finish(s: Settings, folder: pathlib.Path, out: pathlib.Path, paths, table_rows, meta: dict, formats) -> str:
-    """From shards to `out`. paths: of the shards by table. Raises LensError if too few documents are left."""
+def finish(o: PretokenizeOptions, folder: pathlib.Path, paths, sources: list, formats: list, meta: dict) -> str:
+    """Makes `out` from shards. paths: of the shards by table. Raises LensError if too few documents are left."""
     flat = [p for part in paths for p in part]
     rows, counts = shards.read_rows(flat)
-    of_validation = rows['shard'] >= len(paths[0])
-    part = choose(rows, of_validation, s, given=len(paths) > 1)
+    held_out = rows['shard'] >= len(paths[0])
+    part = choose(rows['digest'], held_out, o, given=len(paths) > 1)
     dropped = sum((Counter(c['dropped']) for c in counts), Counter(repeated=int((part < 0).sum())))
     sizes = [int((part == i).sum()) for i in range(len(SPLITS))]
     if min(sizes) == 0:
@@ -169,44 +175,40 @@ def finish(s: Settings, folder: pathlib.Path, out: pathlib.Path, paths, table_ro
         for path in flat:
             path.unlink()
         raise LensError(
-            f'{s.input} leaves {sum(sizes)} documents of at least {s.min_tokens} tokens, too few to split '
+            f'{o.input} leaves {sum(sizes)} documents of at least {o.min_tokens} tokens, too few to split '
             f'(left out: {reasons or "none"}).'
         )
-    free, needed = shutil.disk_usage(folder).free, sum(sizes) * s.seq_len * 5
-    if needed > free:
-        raise LensError(f'{out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left: make room.')
-    doc_id = rows['row'] + np.where(of_validation, table_rows[0], 0)
-    source = {
-        'file': pathlib.Path(s.input).name,
-        'rows': sum(table_rows),
-        'format': [f[0] for f in formats],
-        'dropped': dict(sorted(dropped.items())),
-        'settings': shown_settings(s),
-    }
+    out, total, dropped = pathlib.Path(o.out), sum(t.count for t in sources), dict(sorted(dropped.items()))
+    journal.check_folder(out, sum(sizes) * o.seq_len * 5)
+    rows['doc_id'] = rows['row'] + np.where(held_out, sources[0].count, 0)
+    source = {'file': pathlib.Path(o.input).name, 'rows': total, 'format': [form for form, _ in formats]}
+    meta = meta | {'source': source | {'dropped': dropped, 'settings': shown_settings(o)}}
     new, bar = folder / 'out', shards.progress('Writing', sum(sizes))
     shutil.rmtree(new, ignore_errors=True)
     for i, name in enumerate(SPLITS):
-        keep, split = part == i, new / name
-        split.mkdir(parents=True)
-        marks = rows['flags'][keep]
-        totals = arrays.merge(
-            flat, rows['shard'], keep, split, s.seq_len, meta['pad_id'], len(meta['roles']), bar.update
-        )
-        np.save(split / 'lengths.npy', rows['lengths'][keep])
-        np.save(split / 'doc_id.npy', doc_id[keep])
-        more = {'split': name, 'documents': sizes[i], 'tokens': int(totals.sum())}
-        more['role_tokens'] = {k: int(totals[code]) for k, code in meta['roles'].items()}
-        more |= {key: int((marks & flag > 0).sum()) for key, flag in render.FLAGS.items()}
-        arrays.write_json(split / 'meta.json', meta | more | {'source': source})
+        write_split(new / name, flat, rows, part == i, meta | {'split': name, 'documents': sizes[i]}, bar)
     bar.close()
     arrays.replace_folder(new, out)
     shutil.rmtree(folder)
-    left_out = ''.join(f', {n} {k}' for k, n in source['dropped'].items())
-    return f'{sizes[0]} train, {sizes[1]} validation documents of {sum(table_rows)} rows (left out: {left_out[2:] or "none"}): {out}'
+    left_out = ', '.join(f'{n} {k}' for k, n in dropped.items()) or 'none'
+    return f'{sizes[0]} train, {sizes[1]} validation documents of {total} rows (left out: {left_out}): {out}'
+
+
+def write_split(folder: pathlib.Path, paths, rows: dict[str, np.ndarray], keep_N: np.ndarray, meta: dict, bar) -> None:
+    """Writes the arrays of the kept rows, and meta.json with the counts that follow from them."""
+    folder.mkdir(parents=True)
+    width, roles = meta['seq_len'], meta['roles']
+    totals = arrays.merge(paths, rows['shard'], keep_N, folder, width, meta['pad_id'], len(roles), bar.update)
+    for name in ('lengths', 'doc_id'):
+        np.save(folder / f'{name}.npy', rows[name][keep_N])
+    flags = rows['flags'][keep_N]
+    counts = {'tokens': int(totals.sum()), 'role_tokens': {k: int(totals[code]) for k, code in roles.items()}}
+    counts |= {key: int((flags & flag > 0).sum()) for key, flag in render.FLAGS.items()}
+    files.write_json(folder / 'meta.json', meta | counts)
 
 
 def report(out: pathlib.Path, tokenizer) -> str:
-    """The first training document, its roles in brackets; what truncation took."""
+    """Returns the first training document, its roles in brackets, and what truncation took."""
     metas = [files.read_json(out / name / 'meta.json', 'pretokenize again') for name in SPLITS]
     ids, roles, n = (np.load(out / 'train' / f'{k}.npy', mmap_mode='r')[0] for k in ('tokens', 'role', 'lengths'))
     names = {code: name for name, code in metas[0]['roles'].items()}
@@ -224,39 +226,5 @@ def report(out: pathlib.Path, tokenizer) -> str:
     return '\n'.join(lines)
 
 
-def main(_):
-    values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Settings)}
-    num_proc = flags.FLAGS.num_proc or len(os.sched_getaffinity(0))
-    print(pretokenize(Settings(**values), pathlib.Path(flags.FLAGS.out), num_proc=num_proc, force=flags.FLAGS.force))
-
-
-def define_flags() -> None:
-    d = Settings('', '')
-    for name, text in {
-        'input': 'File, folder or Hub id of the chats or texts.',
-        'tokenizer': 'Directory or Hub id of the subject, which has its tokenizer.',
-        'column': 'Column of chats or texts, where several are there.',
-        'dataset_config': 'Configuration of a Hub data set.',
-        'split': 'Split that is read of a data set that has splits.',
-        'validation_split': 'Its split that is held out, in place of a cut.',
-        'validation_input': 'File, folder or Hub id that is held out, in place of a cut.',
-        'date': 'What chat templates print for the current date, YYYY-MM-DD.',
-    }.items():
-        flags.DEFINE_string(name, getattr(d, name) or None, text)
-    flags.DEFINE_string('out', None, 'Folder for train/ and validation/.')
-    flags.DEFINE_integer('seq_len', d.seq_len, 'Tokens a document is cut at.', lower_bound=2)
-    flags.DEFINE_integer('min_tokens', d.min_tokens, 'Shorter documents are left out.')
-    flags.DEFINE_float('validation_fraction', d.validation_fraction, 'Share of held-out documents.', 0.0, 1.0)
-    flags.DEFINE_integer('seed', d.seed, 'Of the cut.', lower_bound=0)
-    flags.DEFINE_enum('truncate', d.truncate, ['right', 'left'], 'Side on which tokens beyond seq_len are taken off.')
-    flags.DEFINE_enum(
-        'reasoning_effort', d.reasoning_effort, documents.EFFORTS, 'For the template, where a row names none.'
-    )
-    flags.DEFINE_integer('num_proc', 0, 'Worker processes; 0: one per core.', lower_bound=0)
-    flags.DEFINE_bool('force', False, 'Replace existing output.')
-    flags.mark_flags_as_required(['input', 'tokenizer', 'out'])
-
-
 if __name__ == '__main__':
-    define_flags()
-    cli.run(main)
+    command(PretokenizeOptions, pretokenize)

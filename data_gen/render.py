@@ -9,7 +9,6 @@ token belongs to the text that holds its first character that is no white space.
 import datetime
 import functools
 import hashlib
-import itertools
 import re
 
 import numpy as np
@@ -116,8 +115,10 @@ def pin_date(template: str, date: str) -> tuple[str, dict]:
 
 
 class Renderer:
-    """Documents to tokens, for one tokenizer; picklable. Raises LensError if chats are asked of a tokenizer
-    that has no format for them."""
+    """Documents to tokens, for one tokenizer; picklable.
+
+    Raises LensError if chats are asked of a tokenizer that has no format for them.
+    """
 
     def __init__(self, tokenizer, *, seq_len: int, truncate: str, date: str, chats: bool):
         self.tokenizer, self.seq_len, self.truncate, self.date = tokenizer, seq_len, truncate, date
@@ -126,43 +127,40 @@ class Renderer:
         tokenizer.model_max_length = int(1e30)  # rows are cut here
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        self.harmony = chats and has_harmony(tokenizer)
-        if chats and not self.harmony and not tokenizer.chat_template:
-            raise LensError('The tokenizer has no chat template, which chats need: use the directory of a chat model.')
-        self.kind = None if not chats else 'harmony' if self.harmony else 'chat_template'
-        self.template, self.dates = (
-            pin_date(tokenizer.get_chat_template(), date) if chats and not self.harmony else ('', {})
-        )
-        self.native = chats and not self.harmony and chat_data.native_thinking(tokenizer)
-        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+        self.kind = None
+        if chats:
+            self.kind = 'harmony' if has_harmony(tokenizer) else 'chat_template'
+        if self.kind == 'chat_template':
+            if not tokenizer.chat_template:
+                raise LensError(
+                    'The tokenizer has no chat template, which chats need: use the directory of a chat model.'
+                )
+            self.template, self.dates = pin_date(tokenizer.get_chat_template(), date)
+            self.native = chat_data.native_thinking(tokenizer)
+        special = chat_data.special_ids(tokenizer)
         self.special = np.zeros(max(len(tokenizer), *special, 0) + 1, bool)
-        self.special[list(special)] = True
+        self.special[special] = True
         one = np.array(tokenizer('a')['input_ids'])
         plain = len(tokenizer('a', add_special_tokens=False)['input_ids'])
         before = int(np.argmin(np.append(self.special[one], False)))
         self.prefix, self.suffix = one[:before], one[before + plain :]  # what the tokenizer puts around a text
 
     def template_sha256(self) -> str:
-        """Fingerprint of how chats become text."""
-        template = HARMONY_SYSTEM if self.harmony else self.tokenizer.get_chat_template()
+        """Returns a fingerprint of how chats become text."""
+        template = HARMONY_SYSTEM if self.kind == 'harmony' else self.tokenizer.get_chat_template()
         return hashlib.sha256(f'{template}{self.date}'.encode()).hexdigest()
 
-    def encode(self, documents: list) -> list:
-        """Per document (ids int32 [n], roles int8 [n], flags) with n <= seq_len, or the BadRow that it raised."""
-        if not documents:
-            return []
-        if isinstance(documents[0], str):
-            return self._texts(documents)
-        return self._harmony(documents) if self.harmony else self._templated(documents)
+    def encode(self, document: Chat | str) -> tuple[np.ndarray, np.ndarray, int]:
+        """Returns (ids int32 [n], roles int8 [n], flags), n <= seq_len. Raises BadRow."""
+        if isinstance(document, str):
+            return self._text(document)
+        return self._harmony(document) if self.kind == 'harmony' else self._templated(document)
 
-    def _texts(self, texts: list[str]) -> list:
+    def _text(self, text: str) -> tuple:
         cap = self.seq_len * CHARS_PER_TOKEN
-        texts = [t[:cap] if self.truncate == 'right' else t[-cap:] for t in texts]
-        out = []
-        for ids in self.tokenizer(texts, return_attention_mask=False)['input_ids']:
-            ids = np.array(ids, np.int32)
-            out.append(self._cut(ids, np.full(len(ids), TEXT, np.int8), self.prefix, self.suffix))
-        return out
+        text = text[:cap] if self.truncate == 'right' else text[-cap:]
+        ids = np.array(self.tokenizer(text, return_attention_mask=False)['input_ids'], np.int32)
+        return self._cut(ids, np.full(len(ids), TEXT, np.int8), self.prefix, self.suffix)
 
     def _cut(self, ids: np.ndarray, roles: np.ndarray, prefix=(), suffix=()) -> tuple:
         n, size = len(ids), self.seq_len
@@ -181,44 +179,30 @@ class Renderer:
             flags |= FINAL_LOST if left == 0 else FINAL_CUT if left < len(run) else 0
         return ids[keep], roles[keep], flags
 
-    def _harmony(self, chats: list[Chat]) -> list:
-        rendered = [_or_bad_row(harmony_pieces, c, self.date) for c in chats]
-        texts = list(dict.fromkeys(t for r in rendered if isinstance(r, list) for t, role in r if role is not None))
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-        )
-        ids_of = {(t, True): np.array(i, np.int32) for t, i in zip(texts, encoded['input_ids'], strict=True)}
-        for token in CONTROLS:
-            ids_of[token, False] = np.array([self.tokenizer.convert_tokens_to_ids(token)], np.int32)
-        out = []
-        for r in rendered:
-            if isinstance(r, list):
-                ids = [ids_of[t, role is not None] for t, role in r]
-                codes = [SPECIAL if role is None else role for _, role in r]
-                r = self._cut(np.concatenate(ids), np.repeat(codes, list(map(len, ids))).astype(np.int8))
-            out.append(r)
-        return out
+    def _harmony(self, chat: Chat) -> tuple:
+        pieces = harmony_pieces(chat, self.date)
+        texts = [text for text, role in pieces if role is not None]
+        plain = {'add_special_tokens': False, 'split_special_tokens': True, 'return_attention_mask': False}
+        encoded = iter(self.tokenizer(texts, **plain)['input_ids'])
+        control = self.tokenizer.convert_tokens_to_ids
+        ids = [[control(text)] if role is None else next(encoded) for text, role in pieces]
+        codes = [SPECIAL if role is None else role for _, role in pieces]
+        return self._cut(np.concatenate(ids).astype(np.int32), np.repeat(codes, list(map(len, ids))).astype(np.int8))
 
-    def _templated(self, chats: list[Chat]) -> list:
-        out = [_or_bad_row(self.render, c) for c in chats]
-        good = [i for i, r in enumerate(out) if isinstance(r, tuple)]
-        if not good:
-            return out
-        backend = self.tokenizer.backend_tokenizer
-        for i, e in zip(good, backend.encode_batch([out[i][0] for i in good], add_special_tokens=False), strict=True):
-            offsets = np.fromiter(itertools.chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2)
-            out[i] = self._cut(np.array(e.ids, np.int32), token_roles(*out[i], offsets))
-        return out
+    def _templated(self, chat: Chat) -> tuple:
+        text, spans = self.render(chat)
+        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        offsets_Nx2 = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        return self._cut(np.array(encoded.ids, np.int32), token_roles(text, spans, offsets_Nx2))
 
     def render(self, chat: Chat) -> tuple[str, list[tuple[int, int, int]]]:
-        """The chat template's text of a chat and the (start, end, role) of its parts. Raises BadRow."""
-        texts, key = {}, []
+        """Returns the chat template's text of a chat and the (start, end, role) of its parts. Raises BadRow."""
+        texts, shape = {}, []
         for i, m in enumerate(chat.messages):
             texts |= {2 * i: (m['content'], ROLE_OF[m['role']]), 2 * i + 1: (m.get('thinking', ''), THINKING)}
-            key.append((m['role'], bool(m['content']), 'thinking' in m))
-        return (rendered := self._apply(chat.messages, chat.effort)), align(
-            rendered, self._skeleton(tuple(key), chat.effort), texts
-        )
+            shape.append((m['role'], bool(m['content']), 'thinking' in m))
+        rendered = self._apply(chat.messages, chat.effort)
+        return rendered, align(rendered, self._skeleton(tuple(shape), chat.effort), texts)
 
     def _apply(self, messages: list[dict], effort: str) -> str:
         try:
@@ -233,17 +217,10 @@ class Renderer:
             raise BadRow(f'the chat template refuses it: {(str(e).splitlines() or ["?"])[0][:100]}') from None
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (one renderer per process)
-    def _skeleton(self, key: tuple, effort: str) -> str:
+    def _skeleton(self, shape: tuple, effort: str) -> str:
         """The rendering of chats of one shape, with marks in place of their texts."""
         messages = []
-        for i, (role, content, thinking) in enumerate(key):
+        for i, (role, content, thinking) in enumerate(shape):
             message = {'role': role, 'content': f'\ue000{2 * i}\ue001' if content else ''}
             messages.append(message | ({'thinking': f'\ue000{2 * i + 1}\ue001'} if thinking else {}))
         return self._apply(messages, effort)
-
-
-def _or_bad_row(f, *args):
-    try:
-        return f(*args)
-    except BadRow as e:
-        return e

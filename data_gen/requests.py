@@ -1,4 +1,4 @@
-"""One engine for all that is asked of servers: a window of requests, a journal of answers, progress, signals, the command line.
+"""One engine for all that is asked of servers: a window of requests, a journal of answers, progress, signals.
 
 What is asked and what becomes of an answer is the front end's: a `Work`. Everything that is not waiting for a server
 (reading rows, tokenizing, writing lines) happens in one thread, one thing at a time.
@@ -8,19 +8,15 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import re
 import signal
-import sys
 import time
 from typing import Protocol
 
-from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data_gen.journal import Journal
-from data_gen.servers import Answer, Failed, Servers
-from lens import cli
+from data_gen.servers import Answer, Failed, Servers, say
 from lens.errors import LensError
 from lens.logger import clock
 
@@ -28,8 +24,6 @@ PAUSE_S = 0.5  # after a request without an answer
 SYNC_EVERY_S = 0.5
 LINE_EVERY_S = 10.0  # of progress where there is no terminal
 LOCAL = 'http://localhost:8000/v1'
-
-flags.disclaim_key_flags()  # flags belong to the command that calls `command`, whose --help then shows them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +75,6 @@ class Display:
     def __exit__(self, *exc):
         self._bar.stop()
 
-    def print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def update(self, servers: Servers, last: bool = False) -> None:
         work, done, now = self._work, self._work.journal.done(), time.monotonic()
         new = done - self._begun_with
@@ -93,20 +84,21 @@ class Display:
         self._bar.update(self._task, completed=done, text=text)
         if not self._console.is_terminal and (last or now >= self._line_at):
             self._line_at = now + LINE_EVERY_S
-            self.print(f'{done}/{work.total} {work.unit}  {text}')
+            say(f'{done}/{work.total} {work.unit}  {text}')
 
 
 class Engine:
     """Asks `servers` for what `work` wants, `window` requests at a time, and never for more than max_cost (0: no limit)."""
 
-    def __init__(self, work: Work, servers: Servers, display: Display, window: int, max_cost: float = 0.0):
-        self._work, self._servers, self._display = work, servers, display
+    def __init__(self, work: Work, servers: Servers, window: int, max_cost: float = 0.0):
+        self._work, self._servers, self._display = work, servers, Display(work)
         self._window, self._max_cost, self._thread = window, max_cost, concurrent.futures.ThreadPoolExecutor(1)
         self._in_flight, self._reserved = 0, 0.0
 
     def run(self) -> None:
         """Runs to the end. Raises LensError; what was answered until then is in the journal."""
-        asyncio.run(self._main())
+        with self._display:
+            asyncio.run(self._main())
 
     async def _main(self) -> None:
         stopped, task, loop = [], asyncio.current_task(), asyncio.get_running_loop()
@@ -190,30 +182,3 @@ def _first(e: BaseException) -> BaseException:
     while isinstance(e, BaseExceptionGroup):
         e = e.exceptions[0]
     return e
-
-
-def option(default, text: str, minimum: float | None = None):
-    """A field of the options of a command, and its flag."""
-    return dataclasses.field(default=default, metadata={'help': text, 'minimum': minimum})
-
-
-def need(options, *names: str) -> None:
-    for name in names:
-        if not getattr(options, name):
-            raise LensError(f'--{name} is needed.')
-
-
-def command(options: type, act) -> None:
-    """Runs the command line: a flag for every field of `options`; prints the line that act(options) returns.
-
-    Names may be written with dashes.
-    """
-    fields = dataclasses.fields(options)
-    kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-    for f in fields:
-        bound = {} if f.metadata['minimum'] is None else {'lower_bound': f.metadata['minimum']}
-        kinds[f.type](f.name, f.default, f.metadata['help'], **bound)
-    sys.argv[1:] = [
-        re.sub(r'^--?[a-z][a-z-]*', lambda m: '--' + m[0].lstrip('-').replace('-', '_'), a) for a in sys.argv[1:]
-    ]
-    cli.run(lambda _: print(act(options(**{f.name: flags.FLAGS[f.name].value for f in fields}))))

@@ -12,7 +12,7 @@ import shutil
 
 import numpy as np
 
-from data_gen import journal
+from data_gen import arrays, journal
 from lens.errors import LensError
 from lens.files import write_json
 
@@ -28,9 +28,18 @@ class Rows(journal.Journal):
     forgotten, again, elsewhere = ('failed',), '--resume', 'another --output_path'
 
     def __init__(self, folder: pathlib.Path, data: pathlib.Path | None, rows: int, settings: dict, resume: bool):
-        default, before = folder / 'data.jsonl', _place_before(folder)
+        default, before = folder / 'data.jsonl', _lines_before(folder)
         if resume and before:
-            _check_place(folder, before, data)
+            if data and data.resolve() != before.resolve():
+                raise LensError(
+                    f'The finished lines are in {before}, --{PLACE} names {data}: resume with the former, or choose '
+                    'another --output_path.'
+                )
+            if before != default and not before.exists():
+                raise LensError(
+                    f'The finished lines are in {before}, which is not there: put it back, or remove '
+                    f'{folder / "settings.json"} to begin anew.'
+                )
             data = before
         paths = {k: folder / f'{k}.jsonl' for k in KINDS} | {'data': data or default}
         for path in (folder, paths['data'].parent):
@@ -61,10 +70,6 @@ class Rows(journal.Journal):
     def unfinished(self) -> np.ndarray:
         return np.flatnonzero((self._offset < 0) & ~self._other)
 
-    def reason_file(self) -> pathlib.Path:
-        """The file that holds most of the rows without an answer."""
-        return self.paths[max(KINDS[1:], key=lambda k: self.counts[k])]
-
     def ordered(self):
         """The records of data.jsonl, ordered by index."""
         with self.paths['data'].open('rb') as f:
@@ -73,7 +78,7 @@ class Rows(journal.Journal):
                 yield json.loads(f.readline())
 
 
-def _place_before(folder: pathlib.Path) -> pathlib.Path | None:
+def _lines_before(folder: pathlib.Path) -> pathlib.Path | None:
     """Where the data.jsonl of this folder was until now; None where there was none."""
     default, before = folder / 'data.jsonl', journal.read_settings(folder / 'settings.json')
     if PLACE in before:
@@ -81,50 +86,33 @@ def _place_before(folder: pathlib.Path) -> pathlib.Path | None:
     return default if journal.filled(default) else None
 
 
-def _check_place(folder: pathlib.Path, before: pathlib.Path, given: pathlib.Path | None) -> None:
-    if given and given.resolve() != before.resolve():
-        raise LensError(
-            f'The finished lines are in {before}, --{PLACE} names {given}: resume with the former, or choose another '
-            '--output_path.'
-        )
-    if before != folder / 'data.jsonl' and not before.exists():
-        raise LensError(
-            f'The finished lines are in {before}, which is not there: put it back, or remove {folder / "settings.json"} '
-            'to begin anew.'
-        )
-
-
-def length_statistics(values) -> dict[str, float]:
-    values = np.asarray(values)
-    if not len(values):
+def length_statistics(lengths) -> dict[str, float]:
+    """Returns count, extremes, percentiles and mean; the count alone where there is none."""
+    if not len(lengths):
         return {'count': 0}
-    cuts = {f'p{q}': float(np.percentile(values, q)) for q in (50, 90, 95, 99)}
-    ends = {'max': int(values.max()), 'mean': float(values.mean())}
-    return {'count': len(values), 'min': int(values.min())} | cuts | ends
+    cuts = {f'p{q}': float(np.percentile(lengths, q)) for q in (50, 90, 95, 99)}
+    ends = {'max': int(np.max(lengths)), 'mean': float(np.mean(lengths))}
+    return {'count': len(lengths), 'min': int(np.min(lengths))} | cuts | ends
 
 
 def as_text(stats: dict) -> str:
-    """The token lengths of stats.json as a table."""
-    names = ('count', 'min', 'p50', 'p90', 'p95', 'p99', 'max', 'mean')
-    rows = [f'{"tokens":<26}' + ''.join(f'{n:>9}' for n in names)]
+    """Returns the token lengths of stats.json as a table."""
+    rows = [f'{"tokens":<26}' + ''.join(f'{n:>9}' for n in ('count', 'min', 'p50', 'p90', 'p95', 'p99', 'max', 'mean'))]
     for key, values in stats['lengths'].items():
-        cells = (f'{x:>9.1f}' if isinstance(x, float) else f'{x:>9}' for x in values.values())
-        rows.append(f'{key:<26}' + ''.join(cells))
+        rows.append(f'{key:<26}' + ''.join(f'{round(x, 1):>9}' for x in values.values()))
     return '\n'.join(rows)
 
 
 def finalise(rows: Rows) -> dict:
     """Writes parquet/train.parquet, dataset/ and stats.json, each by rename; returns what stats.json holds."""
     folder, temporary = rows.folder, rows.folder / '.unfinished'
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed command
     try:
         temporary.mkdir()
         lengths = _write_tables(rows.ordered(), temporary)
         (folder / 'parquet').mkdir(exist_ok=True)
         os.replace(temporary / 'train.parquet', folder / 'parquet' / 'train.parquet')
-        if (folder / 'dataset').exists():
-            os.rename(folder / 'dataset', temporary / 'old')
-        os.rename(temporary / 'dataset', folder / 'dataset')
+        arrays.replace_folder(temporary / 'dataset', folder / 'dataset')
         stats = {'counts': {'done' if k == 'data' else k: n for k, n in rows.counts.items()}}
         stats['lengths'] = {k: length_statistics(v) for k, v in lengths.items()}
         write_json(folder / 'stats.json', stats)
@@ -146,7 +134,9 @@ def _write_tables(records, folder: pathlib.Path) -> dict[str, np.ndarray]:
     lengths = {k: [np.zeros(0, np.int32)] for k in LENGTHS}
     with pa.OSFile(str(folder / 'rows.arrow'), 'wb') as sink, pa.ipc.new_stream(sink, schema) as stream:
         while batch := list(itertools.islice(records, BATCH)):
-            stream.write_table(pa.Table.from_pylist([_row(r) for r in batch], schema))
+            for r in batch:  # lines of earlier versions may have a finish_reason that is no text
+                r['finish_reason'] = r['finish_reason'] if isinstance(r.get('finish_reason'), str) else None
+            stream.write_table(pa.Table.from_pylist(batch, schema))
             for name, values in lengths.items():
                 values.append(np.array([r['tokens'][name] for r in batch if name in r.get('tokens', {})], np.int32))
     datasets.disable_progress_bars()
@@ -154,9 +144,3 @@ def _write_tables(records, folder: pathlib.Path) -> dict[str, np.ndarray]:
     dataset.save_to_disk(str(folder / 'dataset'))
     dataset.to_parquet(str(folder / 'train.parquet'))
     return {k: np.concatenate(v) for k, v in lengths.items()}
-
-
-def _row(record: dict) -> dict:
-    """A record as a row: a finish_reason that is no text, which lines of earlier versions may have, is none."""
-    reason = record.get('finish_reason')
-    return record | {'finish_reason': reason if isinstance(reason, str) else None}

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import functools
 import itertools
 import json
 import math
@@ -29,6 +30,9 @@ MODELS_TIMEOUT_S = 10.0
 SPEED_WINDOW_S, MOST_RECENT = 30.0, 10_000  # answers that speed looks at
 MOST_TOKENS = 2**31 - 1  # of one answer or prompt
 NO_REFUSAL = (401, 402, 403, 405, 408, 425, 429)  # a 4xx that says nothing about the one request
+
+
+say = functools.partial(print, flush=True)  # above the bar of a terminal, which rich keeps below what is printed
 
 
 class Failed(Exception):
@@ -136,23 +140,22 @@ def _count(value) -> int | None:
 
 
 class Servers:
-    """All servers of a run. urls: separated by commas. registry: text file with more. `say` prints a line.
+    """All servers of a run. urls: separated by commas. registry: text file with more. Raises LensError.
 
-    interval_s: between two readings of the registry. key: API key that all of them get. Raises LensError.
+    interval_s: between two readings of the registry. key: API key that all of them get.
     """
 
     def __init__(
-        self, urls: str, model: str, timeout: float, say, *, registry='', interval_s=ASK_AGAIN_S, key: str | None = None
+        self, urls: str, model: str, timeout: float, *, registry='', interval_s=ASK_AGAIN_S, key: str | None = None
     ):
         self._fixed = {text: normal_url(text) for text in urls.split(',') if text.strip()}
         if wrong := [text for text, url in self._fixed.items() if url is None]:
             raise LensError(f'{wrong[0]!r} in --server_urls is no URL such as http://localhost:8000/v1.')
         self._registry = pathlib.Path(registry) if registry else None
-        self._interval_s, self._model, self._timeout, self._say = interval_s, model, timeout, say
+        self._interval_s, self._model, self._timeout = interval_s, model, timeout
         self._headers = {'Authorization': f'Bearer {key}'} if key else {}
         self._listed: list[str] = []
         self._number = itertools.count()
-        self._none_since: float | None = None
         self._said_none = False
         self.all: dict[str, Server] = {}
 
@@ -171,7 +174,7 @@ class Servers:
                 self._listed = [u for line in lines if (u := normal_url(line.partition('#')[0]))]
         wanted = dict.fromkeys([*self._fixed.values(), *self._listed])
         for url in self.all.keys() - wanted.keys():
-            self._say(f'server {url} was removed from the registry')
+            say(f'server {url} was removed from the registry')
         self.all = {url: self.all.get(url) or Server(url) for url in wanted}
 
     async def _ask_models(self, server: Server) -> None:
@@ -191,7 +194,7 @@ class Servers:
         if not server.serves:
             problem = chat_data.clean(f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}')
             if server.problem != problem:
-                self._say(f'server {server.url} is left out: it {problem}')
+                say(f'server {server.url} is left out: it {problem}')
             server.problem = problem
 
     async def _admit(self) -> None:
@@ -199,14 +202,14 @@ class Servers:
         await asyncio.gather(*(self._ask_models(s) for s in list(self.all.values()) if not s.serves))
 
     async def start(self) -> None:
-        """Returns when one server is ready. Raises LensError where none can be: see the module's text."""
+        """Returns when one server is ready.
+
+        Raises LensError where all serve other models, and without a registry where none answers within START_S.
+        """
         began, said = time.monotonic(), False
-        while True:
-            await self._admit()
-            known = [*self.all.values()]
-            if any(s.serves for s in known):
-                return
-            late = not self._registry and time.monotonic() - began > START_S
+        await self._admit()
+        while not any(s.serves for s in self.all.values()):
+            known, late = [*self.all.values()], not self._registry and time.monotonic() - began > START_S
             wrong = [s for s in known if s.serves is False]
             if wrong and (late or len(wrong) == len(known)):
                 raise LensError(f'{wrong[0].url} {wrong[0].problem}: give the name it serves as --model.')
@@ -217,8 +220,9 @@ class Servers:
                 )
             if self._registry and not said:
                 said = True
-                self._say(f'no server yet: waiting for one in {self._registry}')
+                say(f'no server yet: waiting for one in {self._registry}')
             await asyncio.sleep(self._interval_s if self._registry else 0.5)
+            await self._admit()
 
     async def watch(self) -> None:
         """Runs until it is cancelled: the registry, and servers that were away when they were first asked."""
@@ -228,21 +232,16 @@ class Servers:
 
     async def _pick(self) -> Server:
         """The server whose turn it is; waits, and says so once, while there is none."""
-        while True:
-            now = time.monotonic()
-            ready = [s for s in self.all.values() if s.ready(now)]
-            if ready:
-                self._none_since = None
-                return ready[next(self._number) % len(ready)]
+        none_since = time.monotonic()
+        while not (ready := [s for s in self.all.values() if s.ready(time.monotonic())]):
             if any(s.in_flight for s in self.all.values()):
-                self._none_since = None
-            else:
-                self._none_since = self._none_since or now
-                if not self._said_none and now - self._none_since > NONE_LEFT_S:
-                    self._said_none = True
-                    problems = '; '.join(f'{s.label}: {s.problem}' for s in self.all.values())
-                    self._say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
+                none_since = time.monotonic()
+            elif not self._said_none and time.monotonic() - none_since > NONE_LEFT_S:
+                self._said_none = True
+                problems = '; '.join(f'{s.label}: {s.problem}' for s in self.all.values())
+                say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
             await asyncio.sleep(0.1)
+        return ready[next(self._number) % len(ready)]
 
     async def complete(self, body: dict) -> Answer:
         """One attempt. Raises Failed."""
@@ -258,7 +257,7 @@ class Servers:
             server.in_flight -= 1
         if self._said_none:
             self._said_none = False
-            self._say(f'server {server.url} answers: going on')
+            say(f'server {server.url} answers: going on')
         return answer
 
     async def _post(self, server: Server, body: dict) -> Answer:
@@ -293,6 +292,7 @@ def _error_text(raw: str) -> str:
 
 
 def _reason(e: BaseException) -> str:
+    """One line that says why there is no answer."""
     if isinstance(e, TimeoutError):
         return 'no answer in time'
     if isinstance(e, (KeyError, TypeError)):

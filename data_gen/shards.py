@@ -1,4 +1,4 @@
-"""Tokenizing a table in shards, in several processes.
+"""Tokenizing tables in shards, in several processes.
 
 A shard is a file with the finished documents of ROWS rows of the input, unpadded. It appears by rename, so
 an interrupted command goes on from the shards that are there. What it holds depends on the input alone.
@@ -6,6 +6,7 @@ an interrupted command goes on from the shards that are there. What it holds dep
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -19,26 +20,26 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from data_gen import chat_data, documents, render
+from data_gen import documents, render
+from data_gen.documents import BadRow
 from lens.errors import LensError
 
 ROWS = 1024  # of the input per shard
 SHARDS_PER_PROCESS = 4  # fewer are done sooner without the seconds that a process takes to start
-BATCH, BATCH_CHARS = 64, 1 << 19  # documents per tokenizer call; fewer when they are long
 PROGRESS_S = (0.5, 20.0)  # seconds between two updates on a terminal, elsewhere
 ROW_FIELDS = ('lengths', 'row', 'flags', 'digest')  # of every document of a shard
 
 
-def progress(what: str, total: int) -> tqdm:
-    """A bar on a terminal, cleared when done; a line now and then elsewhere."""
+def progress(what: str, total: int, done: int = 0) -> tqdm:
+    """Returns a bar on a terminal, cleared when done; a line now and then elsewhere. done: rows of an earlier command."""
     interval_s = PROGRESS_S[not sys.stderr.isatty()]
-    return tqdm(total=total, desc=what, unit=' rows', leave=False, mininterval=interval_s, delay=interval_s)
+    how = {'unit': ' rows', 'leave': False, 'mininterval': interval_s, 'delay': interval_s}
+    return tqdm(total=total, desc=what, initial=done, **how)
 
 
 def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:
     """kept: (row number, ids int32 [n], role codes int8 [n], flags). counts: what happened to the others."""
     numbers, ids, roles, flags = zip(*kept, strict=True) if kept else ((), (), (), ())
-    digests = [hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in ids]
     with path.with_suffix('.part').open('wb') as f:
         np.savez(
             f,
@@ -47,7 +48,7 @@ def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:
             lengths=np.array(list(map(len, ids)), np.int32),
             row=np.array(numbers, np.int64),
             flags=np.array(flags, np.int8),
-            digest=np.frombuffer(b''.join(digests), np.uint64).reshape(-1, 2),
+            digest=np.array([hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in ids], 'S16'),
             counts=np.array(json.dumps(counts)),
         )
         f.flush()
@@ -56,7 +57,7 @@ def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:
 
 
 def read_rows(paths: list[pathlib.Path]) -> tuple[dict[str, np.ndarray], list[dict]]:
-    """(ROW_FIELDS of all rows, with `shard`: which path a row is in; the counts of every shard)."""
+    """Returns (ROW_FIELDS of all rows, with `shard`: which path a row is in; the counts of every shard)."""
     parts, counts = {name: [] for name in (*ROW_FIELDS, 'shard')}, []
     for i, path in enumerate(paths):
         with np.load(path, allow_pickle=False) as shard:
@@ -68,49 +69,30 @@ def read_rows(paths: list[pathlib.Path]) -> tuple[dict[str, np.ndarray], list[di
 
 
 class Worker:
-    """Turns stretches of tables into shards. formats: (format, column) of each table, of documents.row_format.
+    """Turns rows into shards; there is one in each process.
 
-    effort: reasoning effort where a row names none. One is made in each process.
+    formats: (format, column) of each table, of documents.row_format. effort: reasoning effort where a row names none.
     """
 
     here = None
 
-    def __init__(self, renderer: render.Renderer, tables: list, formats: list, min_tokens: int, effort: str):
-        self.renderer, self.tables, self.formats = renderer, tables, formats
-        self.min_tokens, self.effort = max(min_tokens, 1), effort
+    def __init__(self, renderer: render.Renderer, formats: list, min_tokens: int, effort: str):
+        self.renderer, self.formats, self.min_tokens, self.effort = renderer, formats, max(min_tokens, 1), effort
 
-    def encode(self, number: int, path: pathlib.Path, start: int, stop: int, rows: list | None) -> int:
-        """Makes the shard `path` of the rows start..stop-1 of table `number`; returns how many there were.
-
-        rows: (row number, row), where they have been read already.
-        """
-        kept, dropped, batch, seen, chars = [], Counter(), [], 0, 0
-        for index, row in self.tables[number].rows(start, stop) if rows is None else rows:
-            seen += 1
+    def encode(self, number: int, path: pathlib.Path, rows: list[tuple[int, dict | None]]) -> int:
+        """Makes the shard `path` of `rows` of table `number`; returns how many they are."""
+        kept, dropped = [], Counter()
+        for index, row in rows:
             try:
                 document = documents.parse(row, *self.formats[number], self.effort)
-            except documents.BadRow as e:
+                ids, roles, flags = self.renderer.encode(document)
+                if len(ids) < self.min_tokens:
+                    raise BadRow('short')
+                kept.append((index, ids, roles, flags))
+            except BadRow as e:
                 dropped[str(e)] += 1
-                continue
-            batch.append((index, document))
-            chars += len(document)
-            if len(batch) == BATCH or chars > BATCH_CHARS:
-                self._flush(batch, kept, dropped)
-                chars = 0
-        self._flush(batch, kept, dropped)
-        write_shard(path, kept, {'rows': seen, 'dropped': dropped})
-        return seen
-
-    def _flush(self, batch: list, kept: list, dropped: Counter) -> None:
-        """Tokenizes and empties `batch`, [(row number, document)]."""
-        for (index, _), result in zip(batch, self.renderer.encode([d for _, d in batch]), strict=True):
-            if isinstance(result, documents.BadRow):
-                dropped[str(result)] += 1
-            elif len(result[0]) < self.min_tokens:
-                dropped['short'] += 1
-            else:
-                kept.append((index, *result))
-        batch.clear()
+        write_shard(path, kept, {'dropped': dropped})
+        return len(rows)
 
 
 def _start(worker: Worker) -> None:
@@ -128,41 +110,34 @@ def _encode(*args) -> int:
     return Worker.here.encode(*args)
 
 
-def shards(table, folder: pathlib.Path, number: int):
-    """Yields (path, first row, rows or None) of every shard of a table. Parquet is read here, front to back:
-    a worker would have to begin each row group anew."""
-    paths = [folder / f'{number}-{i:07}.npz' for i in range(-(-len(table) // ROWS))]
-    missing = [i for i, p in enumerate(paths) if not p.exists()]
-    if not isinstance(table, chat_data.ParquetTable) or not missing:
-        yield from ((p, i * ROWS, None) for i, p in enumerate(paths))
-        return
-    yield from ((p, i * ROWS, None) for i, p in enumerate(paths[: missing[0]]))
-    stream = table.rows(missing[0] * ROWS)
-    for i in range(missing[0], len(paths)):
-        yield paths[i], i * ROWS, [row for _, row in zip(range(ROWS), stream, strict=False)]
+def _missing(tables: list, paths: list[list[pathlib.Path]]):
+    """Yields (number of the table, path, rows) of the shards that are not there. A table is read once, front to back."""
+    for number, table in enumerate(tables):
+        first = next((i for i, p in enumerate(paths[number]) if not p.exists()), len(paths[number]))
+        stream = table.rows(first * ROWS)
+        for path in paths[number][first:]:
+            rows = list(itertools.islice(stream, ROWS))
+            if not path.exists():
+                yield number, path, rows
 
 
-def encode_all(worker: Worker, folder: pathlib.Path, num_proc: int) -> list[list[pathlib.Path]]:
-    """Makes every shard that is not there yet, in `num_proc` processes; the paths by table."""
-    bar = progress('Tokenizing', sum(map(len, worker.tables)))
-    paths, waiting = [[] for _ in worker.tables], set()
-    pool, count = None, -(-sum(map(len, worker.tables)) // ROWS)
-    num_proc = min(num_proc, -(-count // SHARDS_PER_PROCESS))
+def encode_all(worker: Worker, tables: list, folder: pathlib.Path, num_proc: int) -> list[list[pathlib.Path]]:
+    """Makes every shard that is not there yet, in `num_proc` processes; returns the paths by table."""
+    paths = [[folder / f'{n}-{i:07}.npz' for i in range(-(-t.count // ROWS))] for n, t in enumerate(tables)]
+    sizes = {p: min(ROWS, t.count - i * ROWS) for t, of in zip(tables, paths, strict=True) for i, p in enumerate(of)}
+    bar = progress('Tokenizing', sum(sizes.values()), sum(n for p, n in sizes.items() if p.exists()))
+    pool, waiting = None, set()
+    num_proc = min(num_proc, -(-len(sizes) // SHARDS_PER_PROCESS))
     if num_proc > 1:
         pool = concurrent.futures.ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), _start, (worker,))
     try:
-        for number, table in enumerate(worker.tables):
-            for path, start, rows in shards(table, folder, number):
-                paths[number].append(path)
-                if path.exists():
-                    bar.initial += min(ROWS, len(table) - start)  # of an interrupted command, no part of the rate
-                    bar.update(min(ROWS, len(table) - start))
-                elif pool is None:
-                    bar.update(worker.encode(number, path, start, start + ROWS, rows))
-                else:
-                    waiting.add(pool.submit(_encode, number, path, start, start + ROWS, rows))
-                    if len(waiting) > num_proc:
-                        _collect(waiting, bar)
+        for job in _missing(tables, paths):
+            if pool is None:
+                bar.update(worker.encode(*job))
+                continue
+            waiting.add(pool.submit(_encode, *job))
+            if len(waiting) > num_proc:
+                _collect(waiting, bar)
         while waiting:
             _collect(waiting, bar)
     except concurrent.futures.BrokenExecutor:

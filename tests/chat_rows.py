@@ -55,3 +55,7 @@ def jsonl(path, rows):
 
 def chats(n):
     return [{'messages': [user(f'Where is rabbit {i}?'), assistant(f'In meadow {i}.', 'A rabbit.')]} for i in range(n)]
+
+
+def talk(i: int, pairs: int = 1, question: str = 'Tell me a story') -> list[dict]:
+    return [user(f'{question} {i}.'), assistant(f'Old answer {i}.')] * pairs

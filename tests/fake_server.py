@@ -56,7 +56,6 @@ class FakeServer:
         self.answer, self.usage, self.key = answer, usage, key
         self.delay, self.hang, self.retry_after, self._port = delay, hang, retry_after, port
         self.requests: list[dict] = []
-        self.times: list[float] = []
         self.in_flight = self.most_in_flight = 0
         self._lock = threading.Lock()
 
@@ -76,7 +75,6 @@ class FakeServer:
     def arrive(self, body: dict) -> int:
         with self._lock:
             self.requests.append(body)
-            self.times.append(time.monotonic())
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             return len(self.requests) - 1

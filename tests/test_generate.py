@@ -1,7 +1,6 @@
 """Generation against scripted servers: turn choice, faults, kills, resume, and every error sentence."""
 
 import contextlib
-import errno
 import json
 import multiprocessing
 import os
@@ -17,15 +16,15 @@ import threading
 import time
 
 import datasets
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_gen import chat_data, requests, rollouts, servers, turns
+from data_gen import chat_data, requests, rollouts, servers
 from data_gen.generate import GenerateOptions, generate
 from lens import hf
 from lens.errors import LensError
+from lens.files import read_jsonl
+from tests.chat_rows import jsonl, talk
 from tests.fake_server import FAULTS, FakeServer, answer_to, faults_at_random
 
 ROOT, HANG_S = pathlib.Path(__file__).parents[1], 120
@@ -46,258 +45,16 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(servers, 'BACKOFF_S', 0.01)
 
 
-def chat(i: int, pairs: int = 1, question: str = 'Tell me a story') -> list[dict]:
-    turn = [{'role': 'user', 'content': f'{question} {i}.'}, {'role': 'assistant', 'content': f'Old answer {i}.'}]
-    return turn * pairs
-
-
-def write_rows(path, rows) -> str:
-    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    return str(path)
-
-
 def options(tmp_path, rows, *, urls=(), **more) -> GenerateOptions:
-    source = rows if isinstance(rows, str) else write_rows(tmp_path / 'in.jsonl', rows)
-    given = {'input_dataset': source, 'output_path': str(tmp_path / 'out'), 'server_urls': ','.join(urls)}
+    source = rows if isinstance(rows, str) else jsonl(tmp_path / 'in.jsonl', rows)
+    given = {'input_dataset': str(source), 'output_path': str(tmp_path / 'out'), 'server_urls': ','.join(urls)}
     given |= {'model': 'tiny', 'tokenizer': SUBJECT, 'timeout': 60.0, 'registry_refresh_interval': 0.05}
     return GenerateOptions(**given | more)
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
 def tokenizer():
     return hf.load_tokenizer(SUBJECT)
-
-
-# --- the choice of the turn -----------------------------------------------------------------------------------
-
-
-def planner(tokenizer, **given):
-    return turns.Planner(tokenizer, GenerateOptions(model='tiny', **given))
-
-
-def test_the_turn_nearest_to_the_anchor_is_chosen(tokenizer):
-    value = chat(0, pairs=8)
-    some = planner(tokenizer)
-    lengths = [some.count(value[:i]) for i in range(1, 16, 2)]
-    assert lengths == sorted(lengths) and len(set(lengths)) == 8
-    for anchor in (0, 30, 61, 75, 100, 10_000):
-        plan = planner(tokenizer, anchor_prompt_tokens=anchor).plan(3, value)
-        expected = min(range(8), key=lambda k: abs(lengths[k] - anchor))
-        assert plan.turns == value[: 2 * expected + 1] and plan.original_tokens == lengths[expected]
-        assert plan.messages == [{'role': 'system', 'content': 'Reasoning: high'}, *plan.turns]
-        assert plan.prompt_tokens == some.count(plan.messages) and plan.index == 3
-        assert plan.max_tokens == min(1536, 4000 - plan.prompt_tokens)
-
-
-def test_a_prompt_must_leave_the_margin_below_the_target(tokenizer):
-    value = chat(0, pairs=3)
-    lengths = [planner(tokenizer).count(value[:i]) for i in (1, 3, 5)]
-    for spare, kept in ((16, 3), (17, 5)):
-        plan = planner(tokenizer, target_total_tokens=lengths[2] + spare).plan(0, value)
-        assert len(plan.turns) == kept
-        assert plan.max_tokens == lengths[2] + spare - plan.prompt_tokens
-    with pytest.raises(turns.Skip, match='no prompt below'):
-        planner(tokenizer, target_total_tokens=lengths[0] + 16).plan(0, value)
-
-
-def test_a_long_system_line_backs_off_to_earlier_turns(tokenizer):
-    value, prompt = chat(0, pairs=12), 'Be kind. ' * 20
-    line = {'role': 'system', 'content': prompt}
-    some = planner(tokenizer)
-    lengths = [some.count(value[:i]) for i in range(1, 24, 2)]
-    target = lengths[11] + 17
-    room = [target - some.count([line, *value[:i]]) for i in range(1, 24, 2)]
-    expected = max(k for k in range(12) if room[k] >= 1)
-    assert 3 <= expected <= 9
-    plan = planner(tokenizer, system_prompt=prompt, target_total_tokens=target).plan(0, value)
-    assert plan.turns == value[: 2 * expected + 1] and plan.max_tokens == room[expected]
-    assert plan.messages[0] == {'role': 'system', 'content': prompt}
-    with pytest.raises(turns.Skip, match='with the system line'):
-        planner(tokenizer, system_prompt=prompt * 20, target_total_tokens=target).plan(0, value)
-
-
-def test_what_is_sent(tokenizer):
-    value = [{'role': 'system', 'content': 'Old.'}, *chat(0, pairs=2)]
-    value[2] = value[2] | {'thinking': 'Hm.', 'id': 7}
-    late = {'anchor_prompt_tokens': 1000}
-    sent = planner(tokenizer, **late).plan(0, value)
-    assert [m['role'] for m in sent.messages] == ['system', 'user', 'assistant', 'user']
-    assert sent.messages[0]['content'] == 'Reasoning: high' and sent.turns[0]['content'] == 'Old.'
-    assert all(set(m) == {'role', 'content'} for m in sent.messages) and sent.turns[2]['thinking'] == 'Hm.'
-    assert planner(tokenizer, reasoning_level='', **late).plan(0, value).messages[0]['content'] == 'Old.'
-    plain = planner(tokenizer, **late)
-    plain.native = False
-    assert plain.plan(0, value).messages[2]['content'] == '<think>Hm.</think>\nOld answer 0.'
-
-
-@pytest.mark.parametrize(
-    ('value', 'reason'),
-    [
-        (None, 'no list of messages'),
-        ([], 'no list of messages'),
-        ([{'role': 'user', 'content': 'Hi'}], 'no assistant turn after a user turn'),
-        ([{'role': 'assistant', 'content': 'Hi'}], 'no assistant turn after a user turn'),
-        ([{'role': 'user', 'content': None}], 'message 0 has no text'),
-        ([{'role': 'robot', 'content': 'Hi'}], "message 0 has the role 'robot'"),
-    ],
-)
-def test_rows_without_a_turn_are_skipped(tokenizer, value, reason):
-    with pytest.raises(turns.Skip, match=re.escape(reason)):
-        planner(tokenizer).plan(0, value)
-
-
-@pytest.mark.parametrize(
-    ('message', 'expected'),
-    [
-        ({'content': 'c', 'thinking': 't', 'reasoning': 'r'}, ('t', 'c')),
-        ({'content': 'c', 'reasoning_content': 't', 'reasoning': 'r'}, ('t', 'c')),
-        ({'content': 'c', 'reasoning': 't', 'thinking': None}, ('t', 'c')),
-        ({'content': None, 'reasoning': 't'}, ('t', '')),
-        ({'content': '<think>t</think>\nc'}, ('t', 'c')),
-        ({'content': '<think>\nt\n</think>\n\nc'}, ('\nt\n', '\nc')),
-        ({'content': ' \n<think>t</think>c'}, ('t', 'c')),
-        ({'content': 't</think>\nc'}, ('t', 'c')),
-        ({'content': '<think>cut off'}, ('cut off', '')),
-        ({'content': '<think></think>\nc'}, (None, 'c')),
-        ({'content': 'c', 'thinking': ''}, (None, 'c')),
-        ({'content': 'a\ud800'}, (None, 'a?')),
-    ],
-)
-def test_thinking_is_found(message, expected):
-    assert turns.extract(message) == expected
-
-
-# --- input ----------------------------------------------------------------------------------------------------
-
-
-def test_every_kind_of_input_gives_the_same_rows(tmp_path):
-    rows = [{'id': i, 'talk': chat(i, pairs=1 + i % 3)} for i in range(700)]
-    write_rows(tmp_path / 'a.jsonl', rows)
-    (tmp_path / 'gaps.jsonl').write_text('\n'.join(json.dumps(r) + '\n' for r in rows))
-    table = pa.Table.from_pylist(rows)
-    pq.write_table(table, tmp_path / 'a.parquet', row_group_size=90)
-    (tmp_path / 'parts').mkdir()
-    pq.write_table(table[:300], tmp_path / 'parts' / 'train-0.parquet')
-    pq.write_table(table[300:], tmp_path / 'parts' / 'train-1.parquet')
-    pq.write_table(table[:5], tmp_path / 'parts' / 'validation-0.parquet')
-    saved = datasets.Dataset.from_list(rows)
-    saved.save_to_disk(tmp_path / 'saved')
-    datasets.DatasetDict({'train': saved, 'test': saved.select(range(3))}).save_to_disk(tmp_path / 'dict')
-    for name in ('a.jsonl', 'gaps.jsonl', 'a.parquet', 'parts', 'saved', 'dict'):
-        opened = chat_data.open_table(str(tmp_path / name))
-        assert len(opened) == 700 and opened.columns == ['id', 'talk'] and chat_data.find_column(opened) == 'talk'
-        for start, stop in ((0, None), (255, 257), (299, 680), (650, 9999), (700, 800)):
-            got = list(opened.rows(start, stop))
-            assert got == list(enumerate(rows))[start:stop], name
-    assert len(chat_data.open_table(str(tmp_path / 'dict'), 'test')) == 3
-
-
-def test_messages_of_other_shapes():
-    plain = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
-    shapes = [
-        ['a', 'b'],
-        [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}],
-        {'role': ['user', 'assistant'], 'content': ['a', 'b']},
-        [{'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]}, plain[1] | {'thinking': None, 'extra': 1}],
-    ]
-    assert all(chat_data.messages_of(s) == plain for s in shapes)
-    thought = chat_data.messages_of([plain[0], plain[1] | {'reasoning_content': 't'}])
-    assert thought[1] == {'role': 'assistant', 'content': 'b', 'thinking': 't'}
-
-
-# --- files ----------------------------------------------------------------------------------------------------
-
-
-def record(i: int) -> dict:
-    return {'index': i, 'messages': chat(i), 'tokens': {'original_prompt_tokens': i}}
-
-
-def rows_of(folder, n: int, resume: bool = False) -> rollouts.Rows:
-    return rollouts.Rows(folder, None, n, {}, resume)
-
-
-@pytest.mark.parametrize('tail', [0, 1, 20, -2, -1])
-def test_a_torn_last_line_is_mended(tmp_path, tail):
-    lines = [(json.dumps(record(i)) + '\n').encode() for i in (4, 0, 2)]
-    (tmp_path / 'data.jsonl').write_bytes(b''.join(lines[:2]) + b'{broken\n' + lines[2][:tail])
-    (tmp_path / 'skipped.jsonl').write_text('{"index": 1, "reason": "x"}\n{"ind')
-    journal = rows_of(tmp_path, 6, True)
-    journal.open()
-    whole = tail == -1  # only the end of the line was missing
-    assert journal.unfinished().tolist() == ([3, 5] if whole else [2, 3, 5])
-    assert [journal.append('data', record(i)) for i in (5, 4, 3, 2)] == [True, False, True, not whole]
-    journal.close()
-    assert [r['index'] for r in journal.ordered()] == [0, 2, 3, 4, 5] and journal.counts['data'] == 5
-    text = (tmp_path / 'data.jsonl').read_text()
-    assert text.endswith('\n') and sorted(re.findall(r'{"index": (\d)', text)) == list('02345')
-    assert (tmp_path / 'skipped.jsonl').read_text() == '{"index": 1, "reason": "x"}\n'
-
-
-def test_killed_after_any_byte_every_row_gets_one_line(tmp_path):
-    whole = b''.join((json.dumps(record(i)) + '\n').encode() for i in (2, 0, 1))
-    for size in range(0, len(whole) + 1, 3):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        (folder / 'data.jsonl').write_bytes(whole[:size])
-        journal = rows_of(folder, 3, True)
-        journal.open()
-        left = journal.unfinished().tolist()
-        assert len(left) in {3 - (whole[:size] + b'\n').count(b'}\n'), 3 - whole[:size].count(b'}\n')}
-        for i in left:
-            assert journal.append('data', record(i))
-        journal.close()
-        assert [r['index'] for r in journal.ordered()] == [0, 1, 2] and len(read(folder / 'data.jsonl')) == 3
-
-
-def test_what_another_command_adds_before_the_files_are_opened_is_seen(tmp_path):
-    first, second = rows_of(tmp_path, 3), rows_of(tmp_path, 3)
-    first.open()
-    first.append('data', record(1))
-    with pytest.raises(LensError, match='Another command is writing'):
-        second.open()
-    first.close()
-    second.open()
-    assert second.unfinished().tolist() == [0, 2] and not second.append('data', record(1))
-    second.close()
-
-
-def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
-    def flock(*args):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr('fcntl.flock', flock)
-    journal = rows_of(tmp_path, 3)
-    journal.open()
-    journal.append('data', record(0))
-    journal.close()
-    assert journal.counts['data'] == 1
-
-
-def test_lines_that_are_there_become_a_data_set_whatever_their_finish_reason(tmp_path):
-    reasons = ['stop', 7, None, {'type': 'stop'}, 'length']
-    lines = [json.dumps(record(i) | {'finish_reason': reason}) + '\n' for i, reason in enumerate(reasons)]
-    (tmp_path / 'data.jsonl').write_text(''.join(lines))
-    journal = rows_of(tmp_path, len(reasons) + 1, True)
-    journal.open()
-    journal.append('rejected', {'index': 5, 'reason': 'half a pair \ud800'})
-    assert rollouts.finalise(journal)['counts']['done'] == len(reasons)
-    journal.close()
-    saved = datasets.load_from_disk(str(tmp_path / 'dataset')).to_list()
-    assert [r['finish_reason'] for r in saved] == ['stop', None, None, None, 'length']
-    assert [chat_data.messages_of(r['messages']) for r in saved] == [chat(i) for i in range(len(reasons))]
-
-
-def test_statistics_agree_with_numpy():
-    values = np.random.default_rng(0).integers(0, 4000, 1001)
-    got = rollouts.length_statistics(values)
-    assert list(got) == ['count', 'min', 'p50', 'p90', 'p95', 'p99', 'max', 'mean']
-    assert got['count'] == 1001 and got['min'] == values.min() and got['max'] == values.max()
-    assert all(got[f'p{q}'] == np.percentile(values, q) for q in (50, 90, 95, 99))
-    assert got['mean'] == pytest.approx(values.mean()) and rollouts.length_statistics([]) == {'count': 0}
 
 
 # --- runs -----------------------------------------------------------------------------------------------------
@@ -307,10 +64,10 @@ def check_result(tmp_path, rows: int, missing: dict[str, list[int]]) -> None:
     """Every index exactly once over all files, in order in the finished ones, and each answer its own."""
     out = tmp_path / 'out'
     expected = [i for i in range(rows) if not any(i in v for v in missing.values())]
-    lines = [json.loads(line) for line in (out / 'data.jsonl').read_text().splitlines()]
+    lines = read_jsonl(out / 'data.jsonl')
     assert sorted(r['index'] for r in lines) == expected
     for kind, indices in missing.items():
-        assert sorted(r['index'] for r in read(out / f'{kind}.jsonl')) == indices
+        assert sorted(r['index'] for r in read_jsonl(out / f'{kind}.jsonl')) == indices
     saved = datasets.load_from_disk(str(out / 'dataset')).to_list()
     assert [r['index'] for r in saved] == expected
     assert saved == pq.read_table(out / 'parquet' / 'train.parquet').to_pylist()
@@ -328,9 +85,9 @@ def check_result(tmp_path, rows: int, missing: dict[str, list[int]]) -> None:
 
 def mixed_rows(n: int) -> tuple[list[dict], dict[str, list[int]]]:
     """Rows with a refused one and one without an assistant turn among them."""
-    rows = [{'messages': chat(i, pairs=1 + i % 3)} for i in range(n)]
-    rows[7] = {'messages': chat(7, question='REFUSE')}
-    rows[11] = {'messages': chat(11)[:1]}
+    rows = [{'messages': talk(i, pairs=1 + i % 3)} for i in range(n)]
+    rows[7] = {'messages': talk(7, question='REFUSE')}
+    rows[11] = {'messages': talk(11)[:1]}
     return rows, {'rejected': [7], 'skipped': [11], 'failed': []}
 
 
@@ -354,13 +111,13 @@ def test_one_run(tmp_path, capsys, tokenizer):
     raw = json.loads(re.search(r'First raw response \(http[^)]+\):\n(.+)', out)[1])
     example = json.JSONDecoder().raw_decode(out.split('First finished example:\n')[1])[0]
     assert raw['choices'][0]['message']['content']
-    assert example in read(tmp_path / 'out' / 'data.jsonl') and out.count('First ') == 2
+    assert example in read_jsonl(tmp_path / 'out' / 'data.jsonl') and out.count('First ') == 2
     assert re.search(r'40/40 rows  127.0.0.1:\d+ \d+ tok/s, 127.0.0.1:\d+ \d+ tok/s .* ETA 0:00', out)
-    (reject,) = read(tmp_path / 'out' / 'rejected.jsonl')
+    (reject,) = read_jsonl(tmp_path / 'out' / 'rejected.jsonl')
     assert reject['status'] == 400 and 'this request is refused' in reject['reason']
     stats = json.loads((tmp_path / 'out' / 'stats.json').read_text())
     assert stats['counts'] == {'done': 38, 'rejected': 1, 'failed': 0, 'skipped': 1}
-    thoughts = [r['messages'][-1]['thinking'] for r in read(tmp_path / 'out' / 'data.jsonl')]
+    thoughts = [r['messages'][-1]['thinking'] for r in read_jsonl(tmp_path / 'out' / 'data.jsonl')]
     counted = [len(tokenizer(t, add_special_tokens=False)['input_ids']) for t in thoughts]
     assert stats['lengths']['thinking_tokens'] == rollouts.length_statistics(counted)
     before = (tmp_path / 'out' / 'data.jsonl').read_bytes()
@@ -373,19 +130,9 @@ def test_one_run(tmp_path, capsys, tokenizer):
     assert (tmp_path / 'out' / 'data.jsonl').read_bytes() == before
 
 
-def test_max_samples_and_another_place_of_the_lines(tmp_path):
-    rows = [{'messages': chat(i)} for i in range(30)]
-    given = {'partial_jsonl': str(tmp_path / 'elsewhere' / 'lines.jsonl'), 'max_samples': 12}
-    with FakeServer() as a:
-        assert '12 done' in generate(options(tmp_path, rows, urls=[a.url], **given))
-        assert '30 done' in generate(options(tmp_path, rows, urls=[a.url], resume=True, **given | {'max_samples': 0}))
-        assert len(a.requests) == 30
-    assert len(read(tmp_path / 'elsewhere' / 'lines.jsonl')) == 30 and not (tmp_path / 'out' / 'data.jsonl').exists()
-
-
 def test_the_place_of_the_lines_is_remembered(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows, lines = [{'messages': chat(i)} for i in range(9)], tmp_path / 'lines.jsonl'
+    rows, lines = [{'messages': talk(i)} for i in range(9)], tmp_path / 'lines.jsonl'
     (tmp_path / 'tokenizer').symlink_to(ROOT / SUBJECT)
     with FakeServer() as a:
         given = {'urls': [a.url], 'tokenizer': str(tmp_path / 'tokenizer')}
@@ -399,7 +146,7 @@ def test_the_place_of_the_lines_is_remembered(tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         assert '9 done' in generate(options(tmp_path, rows, resume=True, **given))
         assert f'Continuing {lines}' in capsys.readouterr().out
-        assert len(a.requests) == 9 and len(read(lines)) == 9
+        assert len(a.requests) == 9 and len(read_jsonl(lines)) == 9
         lines.rename(tmp_path / 'away.jsonl')
         with pytest.raises(LensError, match=re.escape(f'lines are in {lines}, which is not there: put it back')):
             generate(options(tmp_path, rows, resume=True, **given))
@@ -409,7 +156,7 @@ def test_the_place_of_the_lines_is_remembered(tmp_path, capsys, monkeypatch):
 
 
 def test_lines_in_the_output_folder_are_not_left_for_another_place(tmp_path):
-    rows, default = [{'messages': chat(i)} for i in range(4)], tmp_path / 'out' / 'data.jsonl'
+    rows, default = [{'messages': talk(i)} for i in range(4)], tmp_path / 'out' / 'data.jsonl'
     with FakeServer() as a:
         generate(options(tmp_path, rows, urls=[a.url], max_samples=3))
         other = {'partial_jsonl': str(tmp_path / 'new.jsonl')}
@@ -444,7 +191,7 @@ class Odd(FakeServer):
 
 
 def test_answers_with_unexpected_types_are_answers(tmp_path):
-    rows = [{'messages': chat(i)} for i in range(13)]
+    rows = [{'messages': talk(i)} for i in range(13)]
     with Odd() as a:
         assert '13 done' in generate(options(tmp_path, rows, urls=[a.url], max_concurrency=4))
         assert len(a.requests) == 13
@@ -479,23 +226,16 @@ def test_what_is_no_answer_is_a_failure(answer):
         servers.parse_answer(answer, None)
 
 
-@pytest.mark.parametrize('field', ['content', 'thinking', 'reasoning', 'reasoning_content'])
-@pytest.mark.parametrize('value', [['a'], {'a': 1}, 3, True])
-def test_texts_of_another_type_are_a_failure(field, value):
-    with pytest.raises(servers.Failed, match='content or thinking of the answer is no text'):
-        turns.extract({'content': 'a', field: value})
-
-
 def test_half_a_surrogate_pair_of_a_server_can_be_printed(tmp_path, capsys):
     assert servers._error_text('{"error": {"message": "half \\ud800"}}') == 'half ?'
     assert servers._error_text('{"error": "half \\ud800"}') == 'half ?'
     with FakeServer(model='half \ud800') as a, pytest.raises(LensError, match=r'serves half \?, not tiny'):
-        generate(options(tmp_path, [{'messages': chat(0)}], urls=[a.url]))
+        generate(options(tmp_path, [{'messages': talk(0)}], urls=[a.url]))
     assert 'serves half ?, not tiny' in capsys.readouterr().out
 
 
 def test_retry_after_is_honoured(tmp_path):
-    rows = [{'messages': chat(i)} for i in range(3)]
+    rows = [{'messages': talk(i)} for i in range(3)]
     with FakeServer(script=lambda number, body: '429' if number < 4 else None, retry_after='0') as a:
         assert '3 done' in generate(options(tmp_path, rows, urls=[a.url], max_concurrency=1))  # no attempt is counted
         assert len(a.requests) == 7
@@ -526,11 +266,11 @@ def test_rows_whose_attempts_are_exhausted_are_listed_and_tried_again_on_resume(
     def unlucky(number, body):
         return '500' if body['messages'][-1]['content'].endswith(' 2.') else None
 
-    rows = [{'messages': chat(i)} for i in range(6)]
+    rows = [{'messages': talk(i)} for i in range(6)]
     with FakeServer(script=unlucky) as a:
         assert '5 done, 0 rejected, 1 failed' in generate(options(tmp_path, rows, urls=[a.url]))
         assert sum(b['messages'][-1]['content'].endswith(' 2.') for b in a.requests) == 3
-        (failed,) = read(tmp_path / 'out' / 'failed.jsonl')
+        (failed,) = read_jsonl(tmp_path / 'out' / 'failed.jsonl')
         assert failed['index'] == 2 and failed['attempts'] == 3 and 'HTTP 500' in failed['reason']
         a.script = None
         assert '6 done, 0 rejected, 0 failed' in generate(options(tmp_path, rows, urls=[a.url], resume=True))
@@ -540,7 +280,7 @@ def test_rows_whose_attempts_are_exhausted_are_listed_and_tried_again_on_resume(
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     lines = []
-    monkeypatch.setattr(requests.Display, 'print', lambda self, text: lines.append(text))
+    monkeypatch.setattr(servers, 'say', lines.append)
     return lines
 
 
@@ -564,7 +304,7 @@ def meanwhile(function):
 
 def test_with_no_server_left_it_waits_says_so_once_and_goes_on(tmp_path, monkeypatch, said):
     monkeypatch.setattr(servers, 'NONE_LEFT_S', 0.05)
-    rows = [{'messages': chat(i)} for i in range(30)]
+    rows = [{'messages': talk(i)} for i in range(30)]
     closed = threading.Event()
     server = FakeServer(script=lambda number, body: None if number < 10 else closed.wait(HANG_S) and None)
     server.__enter__()
@@ -586,7 +326,7 @@ def test_with_no_server_left_it_waits_says_so_once_and_goes_on(tmp_path, monkeyp
 
 
 def test_the_registry_adds_and_removes_servers_while_running(tmp_path, said):
-    rows = [{'messages': chat(i)} for i in range(40)]
+    rows = [{'messages': talk(i)} for i in range(40)]
     registry, removed = tmp_path / 'servers.txt', threading.Event()
     hold = lambda number, body: None if number < 10 else removed.wait(HANG_S) and None  # noqa: E731
     with FakeServer(script=hold) as a, FakeServer() as b, FakeServer(model='other') as wrong:
@@ -625,12 +365,12 @@ def unused_port() -> int:
             {},
             'has no column of chats (lists of {role, content}); its columns: text',
         ),
-        ([{'messages': chat(0)}], {'input_column': 'chats'}, 'has no column chats; its columns: messages'),
-        ([{'messages': chat(0), 'n': 1}], {'input_column': 'n'}, 'Column n of'),
-        ([{'a': chat(0), 'b': chat(1)}], {}, 'has several columns of chats (a, b): name one'),
-        ([{'messages': chat(0)}], {'server_urls': 'localhost'}, "'localhost' in --server_urls is no URL"),
-        ([{'messages': chat(0)}], {'output_path': '/dev/null/out'}, '/dev/null/out cannot be written'),
-        ([{'messages': chat(0)}], {'tokenizer': 'configs'}, 'configs'),
+        ([{'messages': talk(0)}], {'input_column': 'chats'}, 'has no column chats; its columns: messages'),
+        ([{'messages': talk(0), 'n': 1}], {'input_column': 'n'}, 'Column n of'),
+        ([{'a': talk(0), 'b': talk(1)}], {}, 'has several columns of chats (a, b): name one'),
+        ([{'messages': talk(0)}], {'server_urls': 'localhost'}, "'localhost' in --server_urls is no URL"),
+        ([{'messages': talk(0)}], {'output_path': '/dev/null/out'}, '/dev/null/out cannot be written'),
+        ([{'messages': talk(0)}], {'tokenizer': 'configs'}, 'configs'),
     ],
 )
 def test_errors_before_anything_is_asked(tmp_path, rows, given, message):
@@ -642,7 +382,7 @@ def test_errors_before_anything_is_asked(tmp_path, rows, given, message):
 
 def test_errors_of_servers(tmp_path, monkeypatch):
     monkeypatch.setattr(servers, 'START_S', 0.0)
-    rows = [{'messages': chat(0)}]
+    rows = [{'messages': talk(0)}]
     with FakeServer(model='other') as a:
         with pytest.raises(LensError, match='serves other, not tiny: give the name it serves as --model'):
             generate(options(tmp_path, rows, urls=[a.url]))
@@ -652,7 +392,7 @@ def test_errors_of_servers(tmp_path, monkeypatch):
         generate(options(tmp_path, rows, urls=[f'http://127.0.0.1:{unused_port()}']))
     assert not (tmp_path / 'out').exists()
     with FakeServer(model='tiny') as a, pytest.raises(LensError, match=r'No row has an answer .*rejected.jsonl says'):
-        generate(options(tmp_path, [{'messages': chat(0, question='REFUSE')}], urls=[a.url]))
+        generate(options(tmp_path, [{'messages': talk(0, question='REFUSE')}], urls=[a.url]))
     assert not (tmp_path / 'out' / 'dataset').exists() and not (tmp_path / 'out' / 'stats.json').exists()
 
 
@@ -674,7 +414,7 @@ def test_the_command_line(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_resumes(tmp_path, capsys):
-    rows = [{'messages': chat(i)} for i in range(40)]
+    rows = [{'messages': talk(i)} for i in range(40)]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with FakeServer() as a:
         try:
@@ -686,14 +426,14 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes(tmp_path, capsys):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         lines = (tmp_path / 'out' / 'data.jsonl').read_text()
-        assert lines.endswith('\n') and 5 < len(read(tmp_path / 'out' / 'data.jsonl')) < 40
+        assert lines.endswith('\n') and 5 < len(read_jsonl(tmp_path / 'out' / 'data.jsonl')) < 40
         last = generate(options(tmp_path, rows, urls=[a.url], resume=True))
     assert last.endswith('40 done, 0 rejected, 0 failed, 0 skipped')
     check_result(tmp_path, 40, {'failed': []})
 
 
 def test_sigterm_keeps_what_was_answered(tmp_path):
-    rows, stopped = [{'messages': chat(i)} for i in range(20)], threading.Event()
+    rows, stopped = [{'messages': talk(i)} for i in range(20)], threading.Event()
     with FakeServer(script=lambda number, body: stopped.wait(HANG_S) and None if number >= 10 else None) as a:
 
         def stop():
@@ -703,7 +443,7 @@ def test_sigterm_keeps_what_was_answered(tmp_path):
         with meanwhile(stop), pytest.raises(LensError, match=r'Stopped by SIGTERM with 10 rows done: --resume goes on'):
             generate(options(tmp_path, rows, urls=[a.url], max_concurrency=2))
         stopped.set()
-        assert len(read(tmp_path / 'out' / 'data.jsonl')) == 10
+        assert len(read_jsonl(tmp_path / 'out' / 'data.jsonl')) == 10
         generate(options(tmp_path, rows, urls=[a.url], resume=True))
     check_result(tmp_path, 20, {})
 
@@ -731,8 +471,12 @@ def child(given: GenerateOptions, log: str) -> None:
     print(generate(given), flush=True)
 
 
-def chaos(tmp_path, n: int, kills: int, seed: int, start) -> None:
+@pytest.mark.slow
+def test_chaos_with_kills(tmp_path):
     """Faults, a changing registry and kill -9 at random instants; the result is that of an undisturbed run."""
+    n, kills, seed = 120, 3, 0
+    context = multiprocessing.get_context('forkserver')  # the imports are paid once
+    context.set_forkserver_preload(PRELOADED)
     rows, missing = mixed_rows(n)
     (tmp_path / 'calm').mkdir()
     with FakeServer() as calm:
@@ -755,7 +499,8 @@ def chaos(tmp_path, n: int, kills: int, seed: int, start) -> None:
         try:
             killed = 0
             for _ in range(kills + 20):
-                process = start(options(tmp_path, rows, **given))
+                process = context.Process(target=child, args=(options(tmp_path, rows, **given), str(tmp_path / 'log')))
+                process.start()
                 if killed < kills:
                     size = data.stat().st_size if data.exists() else 0
                     while process.is_alive() and (data.stat().st_size if data.exists() else 0) == size:
@@ -776,16 +521,3 @@ def chaos(tmp_path, n: int, kills: int, seed: int, start) -> None:
     calm_out = tmp_path / 'calm' / 'out'
     assert (tmp_path / 'out' / 'stats.json').read_text() == (calm_out / 'stats.json').read_text()
     assert pq.read_table(tmp_path / 'out' / 'parquet').equals(pq.read_table(calm_out / 'parquet'))
-
-
-@pytest.mark.slow
-def test_chaos_with_three_kills(tmp_path):
-    context = multiprocessing.get_context('forkserver')  # the imports are paid once
-    context.set_forkserver_preload(PRELOADED)
-
-    def start(given):
-        process = context.Process(target=child, args=(given, str(tmp_path / 'log')))
-        process.start()
-        return process
-
-    chaos(tmp_path, 120, 3, 0, start)

@@ -57,7 +57,7 @@ def test_harmony_is_that_of_openai_harmony(harmony):
     chat = documents.parse({'messages': TURNS}, 'chat', 'messages', 'medium')
     assert chat.effort == 'high'
     plain = documents.parse({'messages': [TURNS[1], assistant('No.')]}, 'chat', 'messages', 'medium')
-    got = r.encode([chat, plain])
+    got = [r.encode(c) for c in (chat, plain)]
     assert got[0][0].tolist() == theirs(encoding, [{'role': 'system', 'content': 'Be kind.'}, *TURNS[1:]])
     assert got[1][0].tolist() == theirs(encoding, [TURNS[1], assistant('No.')], 'MEDIUM')
 
@@ -66,7 +66,7 @@ def test_harmony_roles_by_hand(harmony):
     r = renderer(harmony[1])
     chat = documents.parse({'messages': TURNS}, 'chat', 'messages', 'medium')
     head = 'Knowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\nReasoning: high\n\n# Valid channels'
-    got = runs(r.tokenizer, r.encode([chat])[0])
+    got = runs(r.tokenizer, r.encode(chat))
     assert head in got[1][1] and got[1][0] == 'system'
     assert [got[0], *got[2:]] == [
         ('special', '<|start|>system<|message|>'),

@@ -3,12 +3,9 @@
 import hashlib
 import json
 import os
-import random
 import re
-import resource
 import shutil
 import signal
-import socket
 import threading
 import time
 
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_gen import label as module
-from data_gen import label_prompts, ledger, pretokenize, requests, servers
+from data_gen import ledger, requests, servers
 from data_gen.label import LabelOptions, label
 from data_gen.storyworld import world as story_world
 from lens import data, hf
@@ -97,120 +94,6 @@ def arrays_of(folder) -> dict[str, np.ndarray]:
 
 def tree(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
-
-
-# --- positions and prompts ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ('name', 'tokens', 'expected'),
-    [
-        ('openbmb/Ultra-FineWeb:en:0', 2048, [859, 987, 2000, 1831, 866, 1209, 174, 523, 1788, 2001]),
-        ('openbmb/Ultra-FineWeb:en:0', 200, [151, 167, 152, 194, 65, 109, 144, 63, 106, 161]),
-        ('openbmb/Ultra-FineWeb:en:0', 60, [56, 57, 59, 54, 50, 51, 52, 53, 55, 58]),
-        ('openbmb/Ultra-FineWeb:en:0', 55, [53, 54, 51, 50, 52]),
-        ('HuggingFaceFW/fineweb:train:7', 300, [224, 221, 165, 278, 186, 225, 182, 184, 59, 297]),
-    ],
-)
-def test_published_position_vectors(name, tokens, expected):
-    assert label_prompts.draw(np.arange(50, tokens), name, 42, 10).tolist() == expected
-
-
-def by_the_rule(ids: np.ndarray, special: set[int], name: str, count: int) -> list[int]:
-    candidates = [i for i in range(FROM, len(ids)) if int(ids[i]) not in special]
-    key = hashlib.sha256(f'42|{name}'.encode()).digest()
-    return random.Random(key).sample(candidates, min(count, len(candidates)))
-
-
-def test_positions_follow_the_rule_and_texts_end_at_them(world, tokenizer):
-    folder = world / 'data' / 'train'
-    tokens, lengths = np.load(folder / 'tokens.npy'), np.load(folder / 'lengths.npy')
-    tokens[2, 55:60] = tokenizer.convert_tokens_to_ids(['<|bos|>', '<|eos|>', '<|pad|>', '<|eos|>', '<|bos|>'])
-    lengths[3] = FROM + 2  # fewer candidates than positions
-    np.save(folder / 'tokens.npy', tokens)
-    np.save(folder / 'lengths.npy', lengths)
-    count, ids = 40, np.load(folder / 'doc_id.npy')
-    part = label_prompts.open_part(
-        str(world / 'data'), 'train', tokenizer, seed=42, count=count, min_position=FROM, rows=9
-    )
-    special = set(tokenizer.convert_tokens_to_ids(['<|bos|>', '<|eos|>', '<|pad|>']))
-    for row in range(TRAIN):
-        expected = by_the_rule(tokens[row, : lengths[row]], special, f'data_gen.storyworld:train:{ids[row]}', count)
-        got = part.positions[row]
-        assert got.tolist() == ((expected if row < 9 else []) + [-1] * count)[:count]
-    assert (part.positions[3] >= 0).sum() == 2 and not set(part.positions[2]) & {55, 56, 57, 58, 59}
-    at = int(part.positions[2, 0])
-    words = [tokenizer.decode([i]) for i in tokens[2, : at + 1] if int(i) not in special]
-    assert part.text(2, at, tokenizer) == ''.join(words)
-
-
-def test_chats_show_whose_words_they_are(tmp_path, tokenizer):
-    chats = [
-        [{'role': 'user', 'content': f'Who had the {w}?'}, {'role': 'assistant', 'content': f'Mira had the {w}. ' * 9}]
-        for w in ('river', 'stew', 'button', 'rabbit')
-    ]
-    (tmp_path / 'in.jsonl').write_text(''.join(json.dumps({'messages': c}) + '\n' for c in chats))
-    settings = pretokenize.Settings(
-        input=str(tmp_path / 'in.jsonl'), tokenizer=SUBJECT, seq_len=96, validation_fraction=0.25
-    )
-    pretokenize.pretokenize(settings, tmp_path / 'data')
-    part = label_prompts.open_part(
-        str(tmp_path / 'data'), 'train', tokenizer, seed=42, count=999, min_position=0, rows=0
-    )
-    role = np.load(tmp_path / 'data' / 'train' / 'role.npy')
-    special, user = part.split.meta['roles']['special'], part.split.meta['roles']['user']
-    for row in range(len(part.split)):
-        drawn = sorted(p for p in part.positions[row] if p >= 0)
-        outside = {*np.flatnonzero(role[row, : part.split.lengths[row]] == special).tolist()}
-        assert drawn and not outside & set(drawn) and {*drawn} <= {*range(part.split.lengths[row])}
-        text = part.text(row, drawn[-1], tokenizer)
-        asked, answered = text.split('\n\n[final]\n')
-        assert asked.startswith('[user]\nWho had the ') and answered.startswith('Mira had the ') and '<|' not in text
-        inside = [p for p in drawn if role[row, p] == user]
-        assert '[final]' not in part.text(row, inside[-1], tokenizer)
-
-
-# --- parsing --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ('content', 'expected'),
-    [
-        ('<analysis>\na\nb\n</analysis>', 'a\n\nb'),
-        ('Sure.\n<analysis>a\n\n\n  b  </analysis> Done.', 'a\n\nb'),
-        ('<analysis>\n- a\n* b\n• c\n</analysis>', 'a\n\nb\n\nc'),
-        ('<analysis>\n1. a\n2) b\n(3) c\niv. d\n</analysis>', 'a\n\nb\n\nc\n\nd'),
-        ('<analysis>\n**Genre:** a story\n**b**\n</analysis>', 'Genre: a story\n\nb'),
-        ('<analysis>\n_a_\n*b*\n**\n</analysis>', 'a\n\nb'),
-        ('<analysis>\n3.5 apples\na-b\n</analysis>', '3.5 apples\n\na-b'),
-        ('<analysis>open <analysis>a\nb</analysis>', 'a\n\nb'),
-        ('<analysis>a\nb</analysis><analysis>c\nd</analysis>', 'a\n\nb'),
-        ('<think><analysis>x\ny</analysis></think>\n<analysis>a\nb</analysis>', 'a\n\nb'),
-    ],
-)
-def test_labels_are_found(content, expected):
-    assert label_prompts.parse({'content': content}, 'stop') == expected
-
-
-@pytest.mark.parametrize(
-    ('message', 'finish', 'reason'),
-    [
-        ({'content': None}, 'stop', 'empty answer'),
-        ({}, 'stop', 'empty answer'),
-        ({'content': ' \n'}, 'stop', 'empty answer'),
-        ({'content': 'a\nb'}, 'stop', 'no closed analysis tag'),
-        ({'content': '<analysis>a\nb'}, 'stop', 'no closed analysis tag'),
-        ({'content': '<analysis>a\nb'}, 'length', 'cut at max_tokens'),
-        ({'content': '<think><analysis>a\nb</analysis>'}, 'length', 'cut at max_tokens'),
-        ({'content': '<analysis>only one</analysis>'}, 'stop', 'fewer than 2 features'),
-        ({'content': '<analysis>\n- a\n- \n**\n</analysis>'}, 'stop', 'fewer than 2 features'),
-        ({'content': ['a']}, 'stop', 'content or thinking of the answer is no text'),
-        ({'content': None, 'reasoning': '<analysis>a\nb</analysis>'}, 'stop', 'empty answer'),
-    ],
-)
-def test_answers_without_a_label_have_a_reason(message, finish, reason):
-    with pytest.raises(label_prompts.BadAnswer, match=f'^{reason}$'):
-        label_prompts.parse(message, finish)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------
@@ -436,35 +319,6 @@ def test_stopped_at_any_time_the_same_command_goes_on(world, tokenizer):
     check_arrays(world / 'data', tokenizer, {'train': TRAIN, 'validation': VALIDATION})
 
 
-def test_a_full_disk_is_one_sentence_and_the_command_goes_on(world, tokenizer, capsys):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with FakeServer(answer=features) as a:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
-            with pytest.raises(
-                LensError, match=r'labels.jsonl cannot be written \(File too large\).* the same command goes on'
-            ):
-                label(options(world, a.url))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        log = world / 'data-labels' / 'labels.jsonl'
-        assert log.read_text().endswith('\n') and 5 < len(read_jsonl(log)) < JOBS
-        assert not (world / 'data/train/positions.npy').exists()
-        label(options(world, a.url))
-    check_arrays(world / 'data', tokenizer, {'train': TRAIN, 'validation': VALIDATION})
-
-
-def test_a_second_command_is_refused_while_the_first_writes(world, monkeypatch):
-    with FakeServer(answer=features) as a:
-        first = module.Labelling(options(world, a.url)).journal
-        first.open()
-        with pytest.raises(LensError, match=r'Another command is writing .*labels\.jsonl'):
-            label(options(world, a.url))
-        assert not a.requests
-        first.close()
-        label(options(world, a.url))
-
-
 def test_the_ledger_keeps_failures_and_costs_over_commands(world):
     """A journal of rows forgets what failed; this one asks again only where no server has answered."""
     work = module.Labelling(options(world, attempts=2))
@@ -486,12 +340,6 @@ def test_the_ledger_keeps_failures_and_costs_over_commands(world):
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
-
-
-def unused_port() -> int:
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -550,12 +398,8 @@ def test_settings_that_differ_are_refused(world):
         label(options(world))
 
 
-def test_errors_of_servers(world, monkeypatch):
+def test_a_server_that_wants_a_key(world, monkeypatch):
     monkeypatch.setattr(servers, 'START_S', 0.0)
-    with FakeServer(model='other') as a, pytest.raises(LensError, match='serves other, not tiny: give the name'):
-        label(options(world, a.url))
     with FakeServer(key='secret') as a, pytest.raises(LensError, match='HTTP 401 from /models, it wants an API key'):
         label(options(world, a.url))
-    with pytest.raises(LensError, match=r'No server answers at http.*: start one'):
-        label(options(world, f'http://127.0.0.1:{unused_port()}'))
     assert not (world / 'data-labels').exists()

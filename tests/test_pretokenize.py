@@ -1,6 +1,7 @@
 """Chats and texts in, arrays that lens.data opens out; every token with the role of its words."""
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -15,13 +16,23 @@ import pytest
 
 from data_gen import arrays, render, shards
 from data_gen import pretokenize as module
-from data_gen.pretokenize import Settings, pretokenize
+from data_gen.pretokenize import PretokenizeOptions
 from lens import data, hf
 from lens.errors import LensError
 from tests.chat_rows import assistant, chats, jsonl, user
 
 SUBJECT = 'configs/tiny_subject'
 VOCAB = 940
+CHATS = {'seq_len': 64, 'min_tokens': 4}
+FLAGS = {'seq_len': 48, 'validation_fraction': 0.2}
+
+
+def options(source, out, **more) -> PretokenizeOptions:
+    return PretokenizeOptions(str(source), SUBJECT, str(out), **{'num_proc': 1} | more)
+
+
+def pretokenize(source, out, **more) -> str:
+    return module.pretokenize(options(source, out, **more))
 
 
 def contents(folder):
@@ -37,8 +48,7 @@ def written(tmp_path_factory):
     texts = [f'Once there was a rabbit number {i}. ' + 'It went to the meadow. ' * (i % 7 + 3) for i in range(40)]
     lines = [*texts, texts[0], 'short', 'Ünïcode — 兎 was here, and it stayed for a very long while.']
     jsonl(root / 'in.jsonl', [{'text': t} for t in lines] + ['{"body": "no"}', '{torn'])
-    settings = Settings(f'{root}/in.jsonl', SUBJECT, seq_len=48, validation_fraction=0.2)
-    return root, lines, pretokenize(settings, root / 'out')
+    return root, lines, pretokenize(root / 'in.jsonl', root / 'out', **FLAGS)
 
 
 def open_both(root):
@@ -77,17 +87,17 @@ def test_the_command_prints_an_example_and_keeps_its_output(written):
     root, _, stdout = written
     assert '[special] <|bos|>\n[text] Once there was a rabbit' in stdout and 'were cut at 48 tokens' in stdout
     before = contents(root / 'out')
-    s = Settings(f'{root}/in.jsonl', SUBJECT, seq_len=48, validation_fraction=0.2)
-    assert 'is kept (33 train and 8 validation documents); --force' in pretokenize(s, root / 'out')
-    assert 'made with other settings' in pretokenize(Settings(s.input, SUBJECT), root / 'out')
+    both = root / 'in.jsonl', root / 'out'
+    assert 'is kept (33 train and 8 validation documents); --force' in pretokenize(*both, **FLAGS)
+    assert 'made with other settings' in pretokenize(*both)
     assert contents(root / 'out') == before
-    pretokenize(s, root / 'out', force=True)
+    pretokenize(*both, **FLAGS, force=True)
     assert contents(root / 'out') == before and {p.name for p in root.iterdir()} == {'in.jsonl', 'out'}
 
 
 def test_text_files_and_long_documents(tmp_path):
     (tmp_path / 'in.txt').write_text(''.join(f'{i} the fox and the owl ' * 500 + '\n\n' for i in range(5)))
-    pretokenize(Settings(str(tmp_path / 'in.txt'), SUBJECT, seq_len=32), tmp_path / 'out')
+    pretokenize(tmp_path / 'in.txt', tmp_path / 'out', seq_len=32)
     train, validation = open_both(tmp_path / 'out')
     assert (len(train), len(validation)) == (4, 1) and (train.lengths == 32).all() and train.meta['truncated'] == 4
 
@@ -97,15 +107,15 @@ def test_text_files_and_long_documents(tmp_path):
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
-    """Settings for 100 chats in shards of 8 rows, some of them bad or repeated."""
+    """The command for 100 chats in shards of 8 rows, some of them bad or repeated."""
     monkeypatch.setattr(shards, 'ROWS', 8)
     rows = chats(100)
     rows[17], rows[33], rows[70] = rows[3], 'torn', {'messages': [user('x'), assistant('')]}
-    return Settings(str(jsonl(tmp_path / 'in.jsonl', rows)), SUBJECT, seq_len=64, min_tokens=4)
+    return functools.partial(pretokenize, jsonl(tmp_path / 'in.jsonl', rows), **CHATS)
 
 
 def test_an_interrupted_command_goes_on(many, tmp_path, monkeypatch):
-    pretokenize(many, tmp_path / 'whole')
+    many(tmp_path / 'whole')
     encode, calls = shards.Worker.encode, []
 
     def interrupted(self, *args):
@@ -116,9 +126,9 @@ def test_an_interrupted_command_goes_on(many, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shards.Worker, 'encode', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pretokenize(many, tmp_path / 'out')
+        many(tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
-    pretokenize(many, tmp_path / 'out')
+    many(tmp_path / 'out')
     assert len(calls) == 6 + 13 - 5
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
     assert {p.name for p in tmp_path.iterdir()} == {'in.jsonl', 'whole', 'out'}
@@ -131,7 +141,7 @@ def test_two_commands_cannot_write_one_folder_and_locks_may_be_missing(many, tmp
     with module.work_folder(tmp_path / 'out', {}) as folder:
         (folder / '0.npz').touch()
         with pytest.raises(LensError, match=r'Another command is writing .*out: wait for it'):
-            pretokenize(many, tmp_path / 'out')
+            many(tmp_path / 'out')
         assert (folder / '0.npz').exists()
         (folder / '0.npz').unlink()
 
@@ -139,7 +149,7 @@ def test_two_commands_cannot_write_one_folder_and_locks_may_be_missing(many, tmp
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr('fcntl.flock', flock)
-    pretokenize(many, tmp_path / 'out')
+    many(tmp_path / 'out')
     assert len(data.open_split(str(tmp_path / 'out'), 'train', vocab_size=VOCAB))
 
 
@@ -147,13 +157,20 @@ def test_shards_of_other_settings_are_not_used(many, tmp_path, monkeypatch):
     real = arrays.merge
     monkeypatch.setattr(arrays, 'merge', lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left')))
     with pytest.raises(LensError, match=r'out cannot be written \(No space left.*\): mend that'):
-        pretokenize(many, tmp_path / 'out')
+        many(tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
     monkeypatch.setattr(arrays, 'merge', real)
-    other = Settings(many.input, SUBJECT, seq_len=32, min_tokens=4)
-    pretokenize(other, tmp_path / 'out')
-    pretokenize(other, tmp_path / 'fresh')
+    many(tmp_path / 'out', seq_len=32)
+    many(tmp_path / 'fresh', seq_len=32)
     assert contents(tmp_path / 'out') == contents(tmp_path / 'fresh')
+
+
+def test_a_replacement_that_was_killed_does_not_stop_the_next(tmp_path):
+    for name in ('new', 'new.old', 'out'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'file').write_text(name)
+    arrays.replace_folder(tmp_path / 'new', tmp_path / 'out')
+    assert [p.name for p in tmp_path.iterdir()] == ['out'] and (tmp_path / 'out/file').read_text() == 'new'
 
 
 @pytest.mark.parametrize('kind', ['parquet', 'folder', 'disk'])
@@ -172,7 +189,7 @@ def test_other_sources_give_the_same(many, tmp_path, kind):
         pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=30)
         source = source.parent if kind == 'folder' else source
     for name, file in (('a', tmp_path / 'in.jsonl'), ('b', source)):
-        pretokenize(Settings(str(file), SUBJECT, seq_len=64, min_tokens=4), tmp_path / name)
+        pretokenize(file, tmp_path / name, **CHATS)
     for split in ('train', 'validation'):
         for array in ('tokens', 'role', 'lengths', 'doc_id'):
             assert np.array_equal(*(np.load(tmp_path / n / split / f'{array}.npy') for n in 'ab')), array
@@ -181,8 +198,7 @@ def test_other_sources_give_the_same(many, tmp_path, kind):
 def test_a_given_validation_split_is_kept_whole(tmp_path):
     train = jsonl(tmp_path / 'train.jsonl', chats(20))
     held = jsonl(tmp_path / 'held.jsonl', chats(22)[18:])
-    s = Settings(str(train), SUBJECT, seq_len=64, min_tokens=4, validation_input=str(held))
-    pretokenize(s, tmp_path / 'out')
+    pretokenize(train, tmp_path / 'out', **CHATS, validation_input=str(held))
     train, validation = open_both(tmp_path / 'out')
     data.check_disjoint(train, validation)
     assert train.doc_id.tolist() == list(range(18)) and validation.doc_id.tolist() == [20, 21, 22, 23]
@@ -190,15 +206,14 @@ def test_a_given_validation_split_is_kept_whole(tmp_path):
 
 
 def test_lost_answers_are_said(tmp_path):
-    jsonl(tmp_path / 'in.jsonl', chats(30))
-    out = pretokenize(Settings(str(tmp_path / 'in.jsonl'), SUBJECT, seq_len=12, min_tokens=4), tmp_path / 'out')
+    out = pretokenize(jsonl(tmp_path / 'in.jsonl', chats(30)), tmp_path / 'out', seq_len=12, min_tokens=4)
     assert '30 documents were cut at 12 tokens' in out and 'Warning: 30 documents lost their final' in out
 
 
 @pytest.mark.slow
 def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
     """The command in two processes, of which one is killed; then again."""
-    pretokenize(many, tmp_path / 'one')
+    many(tmp_path / 'one')
     monkeypatch.setattr(shards, 'SHARDS_PER_PROCESS', 1)
     collect = shards._collect
 
@@ -208,10 +223,10 @@ def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shards, '_collect', collect_and_kill)
     with pytest.raises(LensError, match=r'A worker process was killed: .* a smaller --num_proc'):
-        pretokenize(many, tmp_path / 'two', num_proc=2)
+        many(tmp_path / 'two', num_proc=2)
     assert list((tmp_path / '.two.partial').glob('*.npz')) and not (tmp_path / 'two').exists()
     monkeypatch.setattr(shards, '_collect', collect)
-    pretokenize(many, tmp_path / 'two', num_proc=2)
+    many(tmp_path / 'two', num_proc=2)
     assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
 
 
@@ -233,7 +248,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, name, conten
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(LensError, match=re.escape(message)) as error:
-        pretokenize(Settings(str(tmp_path / name), SUBJECT, seq_len=64, **more), tmp_path / 'out')
+        pretokenize(tmp_path / name, tmp_path / 'out', seq_len=64, **more)
     assert '\n' not in str(error.value) and str(error.value).endswith('.')
     assert not list(tmp_path.glob('*out*')) and not list(tmp_path.glob('.out*'))
 
@@ -242,10 +257,10 @@ def test_output_that_cannot_be(many, tmp_path, monkeypatch):
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos/a.png').write_text('')
     with pytest.raises(LensError, match='exists and is no folder of tokens'):
-        pretokenize(many, tmp_path / 'photos', force=True)
+        many(tmp_path / 'photos', force=True)
     with pytest.raises(LensError, match='cannot be written'):
-        pretokenize(many, tmp_path / 'in.jsonl' / 'out')
-    monkeypatch.setattr(module.shutil, 'disk_usage', lambda _: type('Usage', (), {'free': 1000}))
+        many(tmp_path / 'in.jsonl' / 'out')
+    monkeypatch.setattr('shutil.disk_usage', lambda _: type('Usage', (), {'free': 1000}))
     with pytest.raises(LensError, match=r'needs 0\.0 GB and the disk has 0\.0 GB left'):
-        pretokenize(many, tmp_path / 'out')
+        many(tmp_path / 'out')
     assert not (tmp_path / 'out').exists()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_gen import chat_data, documents, render
+from data_gen import documents, render, tables
 from data_gen.documents import BadRow, Chat
 from lens import hf
 from lens.errors import LensError
@@ -45,7 +45,7 @@ def subject_tokenizer():
     ],
 )
 def test_row_formats_in_their_order(tmp_path, row, expected):
-    table = chat_data.open_table(str(jsonl(tmp_path / 'in.jsonl', [row])))
+    table = tables.open_table(str(jsonl(tmp_path / 'in.jsonl', [row])))
     got = documents.parse(row, *documents.row_format(table), 'low')
     assert got == (expected if isinstance(expected, str) else Chat(*expected))
 
@@ -81,7 +81,7 @@ def test_chatml_roles_by_hand():
         ],
         'medium',
     )
-    ids, roles, flags = r.encode([chat])[0]
+    ids, roles, flags = r.encode(chat)
     assert flags == 0
     assert runs(r.tokenizer, (ids, roles, flags)) == [
         ('special', '<|im_start|>system\n'),
@@ -111,7 +111,7 @@ def test_a_template_that_strips_and_drops():
     )
     r = renderer(template=template)
     chat = Chat([user(' a b\n'), assistant('c', 'gone'), user('d'), assistant('e ', 'kept')], 'high')
-    assert runs(r.tokenizer, r.encode([chat])[0]) == [
+    assert runs(r.tokenizer, r.encode(chat)) == [
         ('special', '2025-06-28high[user]'),
         ('user', 'a b'),
         ('special', '[assistant]'),
@@ -126,17 +126,19 @@ def test_a_template_that_strips_and_drops():
 
 
 def test_templates_that_do_not_serve_are_reasons():
-    got = renderer(template='{{ messages[0].content | upper }}').encode([Chat([user('a')], 'low')])
-    assert str(got[0]) == 'the chat template changes the text'
-    got = renderer(template="{{ raise_exception('No, thanks') }}").encode([Chat([user('a')], 'low')])
-    assert str(got[0]) == 'the chat template refuses it: No, thanks'
+    for template, reason in (
+        ('{{ messages[0].content | upper }}', 'changes the text'),
+        ("{{ raise_exception('No, thanks') }}", 'refuses it: No, thanks'),
+    ):
+        with pytest.raises(BadRow, match=f'^the chat template {reason}$'):
+            renderer(template=template).encode(Chat([user('a')], 'low'))
     with pytest.raises(LensError, match='no chat template'):
         renderer(template=None)
 
 
 def test_a_template_with_thinking_of_its_own(subject_tokenizer):
     r = renderer(subject_tokenizer)
-    got = runs(r.tokenizer, r.encode([Chat([user('the fox'), assistant('the owl', 'the rabbit')], 'low')])[0])
+    got = runs(r.tokenizer, r.encode(Chat([user('the fox'), assistant('the owl', 'the rabbit')], 'low')))
     assert [(role, text.strip()) for role, text in got] == [
         ('special', '<|bos|><|user|>'),
         ('user', 'the fox'),
@@ -162,18 +164,18 @@ def test_a_token_across_a_border_belongs_to_its_first_visible_character():
 
 def test_truncation_counts_lost_answers():
     chat = Chat([user('abcd'), assistant('wxyz')], 'low')  # 7 + 4 + 2 + 11 + 4 + 2 tokens with the ChatML around
-    (whole,) = renderer().encode([chat])
+    whole = renderer().encode(chat)
     first = int(np.flatnonzero(whole[1] == render.FINAL)[0])
     for size, flags in ((len(whole[0]), 0), (first + 4, 1), (first + 2, 1 | 2), (first, 1 | 4)):
-        ids, roles, got = renderer(seq_len=size).encode([chat])[0]
+        ids, roles, got = renderer(seq_len=size).encode(chat)
         assert got == flags and (ids == whole[0][:size]).all() and (roles == whole[1][:size]).all()
-    ids, roles, got = renderer(seq_len=7, truncate='left').encode([chat])[0]
+    ids, roles, got = renderer(seq_len=7, truncate='left').encode(chat)
     assert got == 1 and (ids == whole[0][-7:]).all() and (roles == whole[1][-7:]).all()
-    assert renderer(seq_len=4, truncate='left').encode([chat])[0][2] == 1 | 2
+    assert renderer(seq_len=4, truncate='left').encode(chat)[2] == 1 | 2
 
 
 def test_left_truncation_keeps_what_the_tokenizer_puts_before_a_text(subject_tokenizer):
     r = renderer(subject_tokenizer, seq_len=6, truncate='left', chats=False)
     text = 'the fox and the owl and the rabbit and the cat'
     whole = r.tokenizer(text)['input_ids']
-    assert r.encode([text])[0][0].tolist() == [whole[0], *whole[-5:]] and whole[0] == r.tokenizer.bos_token_id
+    assert r.encode(text)[0].tolist() == [whole[0], *whole[-5:]] and whole[0] == r.tokenizer.bos_token_id

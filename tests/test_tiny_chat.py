@@ -138,7 +138,7 @@ def test_a_llama_is_a_whole_chat_model(llama):
     # thinking is part of the text: tags, and roles by the template
     renderer = render.Renderer(tokenizer, seq_len=64, truncate='right', date=render.DATE, chats=True)
     answer = {'role': 'assistant', 'content': 'It was lost.', 'thinking': 'Near the lake.'}
-    ((ids, roles, _),) = renderer.encode([documents.Chat([*messages, answer], 'medium')])
+    ids, roles, _ = renderer.encode(documents.Chat([*messages, answer], 'medium'))
     assert tokenizer.decode(ids[roles == render.THINKING]) == 'Near the lake.'
     assert tokenizer.decode(ids).endswith('<|assistant|><think>Near the lake.</think>\nIt was lost.<|end|>')
 

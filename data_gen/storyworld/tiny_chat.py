@@ -110,7 +110,7 @@ def encode(questions: list[chats.StoryChat], tokenizer, family: str) -> Encoded:
     for i, date in enumerate(DATES):
         renderer = render.Renderer(tokenizer, seq_len=SEQ_LEN, truncate='right', date=date, chats=True)
         some = enumerate(questions[i :: len(DATES)])
-        encoded += renderer.encode([Chat(messages(c, LEVELS[k % len(LEVELS)], family), 'medium') for k, c in some])
+        encoded += [renderer.encode(Chat(messages(c, LEVELS[k % len(LEVELS)], family), 'medium')) for k, c in some]
     lengths = np.array([len(ids) for ids, _, _ in encoded], np.int32)
     starts = np.array([np.flatnonzero(roles == render.USER)[-1] + 1 for _, roles, _ in encoded], np.int32)
     tokens = arrays.pad(np.concatenate([ids for ids, _, _ in encoded]), lengths, int(lengths.max()), 0)
