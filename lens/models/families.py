@@ -13,6 +13,8 @@ from lens.models.rope import Rope
 from lens.models.tensors import Tensor
 from lens.models.transformer import TransformerConfig
 
+TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+
 
 def _refuse_unless(ok: bool, what: str) -> None:
     if not ok:
@@ -242,7 +244,7 @@ def _text_model(config: dict) -> dict:
     """The config.json of the text model alone where it is nested in that of a multimodal one (Gemma-3)."""
     if config.get('model_type') != 'gemma3':
         return dict(config)
-    outer = {k: config[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id') if k in config}
+    outer = {k: config[k] for k in TOKEN_IDS if k in config}
     tied = {'tie_word_embeddings': config.get('tie_word_embeddings', True)}
     return tied | dict(config.get('text_config') or {}) | outer | {'model_type': 'gemma3_text'}
 
