@@ -29,6 +29,7 @@ from lens.errors import LensError
 from lens.models import families, mxfp4, tensors
 from lens.models.transformer import Transformer, TransformerConfig
 
+PathLike = str | os.PathLike
 # The first one that a directory has is its fingerprint.
 VOCABULARY_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
 TOKENIZER_FILES = (
@@ -45,7 +46,7 @@ SHARD_BYTES = 5_000_000_000  # of one file that save_model writes
 CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinity
 
 
-def local_directory(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
+def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
     """Finds `path`, or downloads the Hub repository of that name, its tensors only with `weights`. Raises LensError."""
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
@@ -59,7 +60,7 @@ def local_directory(path: str | os.PathLike, *, weights: bool = True) -> pathlib
     try:
         found = huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=unwanted)
     except Exception as e:  # the library raises many kinds, of its own and of its HTTP client
-        reason = str(e).strip().splitlines()[0]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise LensError(
             f'{path} is no local directory, and the Hugging Face Hub gave no model of that name ({reason}): '
             'check the spelling and the connection, or give a local directory.'
@@ -67,7 +68,7 @@ def local_directory(path: str | os.PathLike, *, weights: bool = True) -> pathlib
     return pathlib.Path(found)
 
 
-def tokenizer_sha256(directory: str | os.PathLike) -> str:
+def tokenizer_sha256(directory: PathLike) -> str:
     """Fingerprints the tokenizer of a directory; data folders carry that of theirs."""
     directory = local_directory(directory, weights=False)
     file = next((directory / n for n in VOCABULARY_FILES if (directory / n).exists()), None)
@@ -76,7 +77,7 @@ def tokenizer_sha256(directory: str | os.PathLike) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def load_tokenizer(path: str | os.PathLike):
+def load_tokenizer(path: PathLike):
     """Loads the tokenizer of a local directory or a Hub id."""
     from transformers import AutoTokenizer  # a second of import that model loading does not need
 
@@ -93,8 +94,7 @@ def _headers(directory: pathlib.Path) -> dict[str, tuple[pathlib.Path, tuple[int
     """Stored name -> (file, shape) of all tensors of a directory. Raises LensError."""
     index, weight_map = directory / 'model.safetensors.index.json', {}
     if index.exists():
-        weight_map = _read_json(index).get('weight_map')
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map := _read_json(index).get('weight_map'), dict):
             raise LensError(f'{index} has no weight_map: download or export the model again.')
     elif not (directory / 'model.safetensors').exists():
         raise LensError(f'{directory}/model.safetensors does not exist: the directory needs safetensors weights.')
@@ -237,14 +237,7 @@ def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_
 
 
 def load_model(
-    path: str | os.PathLike,
-    *,
-    dtype=jnp.float32,
-    mesh=None,
-    remat: str = 'full',
-    experts: str = 'ragged',
-    packed: bool = False,
-    split_above: float = math.inf,
+    path: PathLike, *, dtype=jnp.float32, mesh=None, remat='full', experts='ragged', packed=False, split_above=math.inf
 ) -> Transformer:
     """Loads the model of a local Hugging Face directory or a Hub id onto `mesh` (default: one device).
 
@@ -269,10 +262,7 @@ def load_model(
         theirs = names[name.format(layer)]
         return _read(stored[theirs][0], theirs)
 
-    def load(kp, leaf):
-        return _load_leaf(read, rows[sharding.path(kp)], c, leaf)
-
-    return jax.tree_util.tree_map_with_path(load, abstract)
+    return jax.tree_util.tree_map_with_path(lambda kp, x: _load_leaf(read, rows[sharding.path(kp)], c, x), abstract)
 
 
 _layer_of = jax.jit(lambda stack, i: stack[i])
@@ -312,12 +302,7 @@ def _write_weights(model: Transformer, directory: pathlib.Path, dtype) -> None:
 
 
 def save_model(
-    model: Transformer,
-    directory: str | os.PathLike,
-    *,
-    source: str | os.PathLike | None = None,
-    config: dict | None = None,
-    dtype=None,
+    model: Transformer, directory: PathLike, *, source: PathLike | None = None, config: dict | None = None, dtype=None
 ) -> None:
     """Writes an ordinary Hugging Face directory; it appears at once, by rename.
 

@@ -40,6 +40,7 @@ GPT2_KEYS = {
     'tied': 'tie_word_embeddings',
     'max_positions': 'n_positions',
 }
+ROPES = ('default', 'linear', 'llama3', 'yarn')
 MLPS = {'silu': 'silu', 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu'}  # activation -> TransformerConfig.mlp
 
 
@@ -51,17 +52,13 @@ def _refuse_unless(ok: bool, what: str) -> None:
 def _rope(p: dict, theta: float, max_positions: int = 0) -> Rope:
     """One table from rope_parameters (or the older rope_scaling); theta: where p has none."""
     kind = p.get('rope_type', p.get('type', 'default'))
-    _refuse_unless(
-        kind in ('default', 'linear', 'llama3', 'yarn'),
-        f'rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn',
-    )
+    _refuse_unless(kind in ROPES, f'rope_type {kind!r} is not supported; supported: {", ".join(ROPES)}')
     _refuse_unless(p.get('partial_rotary_factor', 1.0) == 1.0, 'partial_rotary_factor is not supported; supported: 1')
     _refuse_unless(not p.get('mscale'), 'rope mscale is not supported')
     theta = float(p.get('rope_theta') or theta)
     if kind == 'default':
         return Rope(theta)
-    factor, original = float(p['factor']), int(p.get('original_max_position_embeddings') or max_positions)
-    own = {}
+    factor, own = float(p['factor']), {}
     if kind == 'llama3':
         own = {k: float(p[k]) for k in ('low_freq_factor', 'high_freq_factor')}
     if kind == 'yarn':
@@ -69,7 +66,7 @@ def _rope(p: dict, theta: float, max_positions: int = 0) -> Rope:
         attention = p.get('attention_factor') or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
         own = {'beta_fast': float(p.get('beta_fast') or 32), 'beta_slow': float(p.get('beta_slow') or 1)}
         own |= {'truncate': bool(p.get('truncate', True)), 'attention_factor': float(attention)}
-    return Rope(theta, kind, factor, original, **own)
+    return Rope(theta, kind, factor, int(p.get('original_max_position_embeddings') or max_positions), **own)
 
 
 def _windows(config: dict, default_types: Callable[[int], bool]) -> tuple[int, ...]:
@@ -280,8 +277,7 @@ def edited(config: dict, c: TransformerConfig, dtype: str) -> dict:
 
 
 def _older_ropes(p: dict) -> dict:
-    """The keys that transformers 4 and other programs read, from rope_parameters of transformers 5; without them
-    they would take the usual theta."""
+    """What transformers 4 and other programs read in place of rope_parameters; without it they take the usual theta."""
     full, local = p.get('full_attention', p), p.get('sliding_attention', {})
     out = {'rope_theta': full.get('rope_theta'), 'rope_local_base_freq': local.get('rope_theta')}
     if full.get('rope_type', 'default') != 'default':
