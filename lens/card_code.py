@@ -2,11 +2,12 @@ import json
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 FOLDER = '.'  # this folder
 with open(f'{FOLDER}/lens.json') as file:
     spec = json.load(file)
+SUBJECT = spec['subject']  # a name on the Hugging Face Hub, or a folder: set it to where that folder is from here
 lens = load_file(f'{FOLDER}/lens.safetensors')
 tokenizer = AutoTokenizer.from_pretrained(f'{FOLDER}/decoder')
 
@@ -16,7 +17,10 @@ def load(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype='auto', attn_implementation='eager')
 
 
-subject, decoder, encoder = load(spec['subject']), load(f'{FOLDER}/decoder'), load(f'{FOLDER}/encoder')
+subject, decoder, encoder = load(SUBJECT), load(f'{FOLDER}/decoder'), load(f'{FOLDER}/encoder')
+
+# the most probable tokens, and nothing that the subject's own generation_config.json asks for
+decoder.generation_config = GenerationConfig(max_new_tokens=spec['explanation_len'], do_sample=False)
 
 
 def blocks(model):
@@ -55,8 +59,9 @@ def explain(activation, position=0):
     else:
         entry, at = decoder.get_input_embeddings().weight[c['marker_id']].float(), {2: None}
 
-    def write(value):
+    def write(k, value):
         def hook(block, args):
+            hooks[k].remove()  # in the pass of the prompt alone: later tokens see the slot through the cache
             x = args[0].clone()
             h = x[:, slots].float()
             new = h + h.norm(dim=-1, keepdim=True) * a / a.norm() if value is None else value.expand_as(h)
@@ -67,15 +72,8 @@ def explain(activation, position=0):
 
     rows = torch.cat([left, entry[None], right])
     rows[slots] = entry
-    hooks = [blocks(decoder)[k].register_forward_pre_hook(write(value)) for k, value in at.items()]
-    out = decoder(inputs_embeds=inputs(decoder, rows), use_cache=True)
-    for hook in hooks:  # later tokens see the slot through the cache
-        hook.remove()
-    ids = [out.logits[0, -1].argmax()]
-    while len(ids) < spec['explanation_len']:
-        out = decoder(input_ids=ids[-1].view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-        ids.append(out.logits[0, -1].argmax())
-    return within(torch.stack(ids))
+    hooks = {k: blocks(decoder)[k].register_forward_pre_hook(write(k, value)) for k, value in at.items()}
+    return within(decoder.generate(inputs_embeds=inputs(decoder, rows))[0])
 
 
 def within(ids):

@@ -209,7 +209,7 @@ def plan(cfg) -> Run:
 
 
 def load(cfg, run: Run) -> Run:
-    """Returns the run with the weights of its frozen base in their place. Raises ModelError."""
+    """Returns the run with the weights of its frozen base in their place. Raises LensError."""
     base = hf.load_model(cfg.subject.path, mesh=run.mesh, **_how_to_run(cfg), **_placed(cfg))
     return dataclasses.replace(run, base=base)
 

@@ -2,7 +2,7 @@
 
 python -m lens.export --workdir=runs/tiny --out=exports/tiny      # the newest checkpoint of a run
 
-Layout: lens/lens_folder.py; the card: lens/card.md.jinja, its PyTorch program: lens/card_code.py. Training and
+Layout: lens/lens_folder.py; the card: lens/card.md.jinja; its PyTorch program: lens/card_code.py. Training and
 evaluation start from such a folder with --config.init_from=DIR.
 """
 
@@ -22,9 +22,8 @@ from lens.errors import LensError
 from lens.metrics import FIGURES, meaning
 from lens.models.lens import Lens
 
-# Configuration that a lens depends on; the rest is how it was trained.
-TAGS = ('explanation_open', 'explanation_close')
-KEYS = ('seed', 'subject', 'layer', 'data', 'explanation_len', *TAGS, 'position_vectors', 'decoder', 'encoder', 'lora')
+# Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
+KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'
 CARDS = jinja2.Environment(
     loader=jinja2.PackageLoader('lens', ''),
     undefined=jinja2.StrictUndefined,
@@ -34,58 +33,50 @@ CARDS = jinja2.Environment(
 CARDS.filters['code'] = lambda text: f'``{text}``' if '`' in text else f'`{text}`'
 
 
-def command(config: dict) -> str:
-    """The command that opens this lens again; --config.phases and a --workdir are the user's."""
-    keys = [k for k in KEYS if k != 'lora' or 'lora' in (config['decoder']['train'], config['encoder']['train'])]
+def command(spec: dict) -> str:
+    """Makes the command that opens this lens again; --config.phases and a --workdir are the user's."""
     flat = []
-    for key in keys:
-        values = config[key]
+    for key in [*KEYS.split(), *(['lora'] if spec['lora'] else [])]:
+        values = spec['config'][key]
         flat += [(f'{key}.{k}', v) for k, v in values.items()] if isinstance(values, dict) else [(key, values)]
     overrides = [shlex.quote(f'--config.{k}={v}') for k, v in flat]
     return ' \\\n    '.join(['python -m lens.main --config=configs/base.py', *overrides])
 
 
 def card(spec: dict, summary: dict) -> str:
-    """README.md of the folder. spec: lens.json; summary: summary.json of the run, {} where there is none."""
-    error = spec['config']['encoder']['error']
+    """Renders README.md of the folder. spec: lens.json; summary: summary.json of the run, {} where there is none."""
     return CARDS.get_template('card.md.jinja').render(
         spec=spec,
         summary=summary,
-        figures=[(k, summary[k], meaning(k, error)) for k in FIGURES if k in summary],
+        meanings={k: meaning(k, spec['config']['encoder']['error']) for k in spec['figures']},
         code=importlib.resources.files('lens').joinpath('card_code.py').read_text(),
-        command=command(spec['config']),
+        command=command(spec),
     )
 
 
-def describe(config: dict, run: Run, step: int, summary: dict) -> tuple[dict, dict]:
-    """(prompts, about) of lens_folder.write."""
+def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: int, summary: dict) -> None:
+    """Writes the whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh).
+
+    config: of the run; summary: its summary.json, {} where there is none.
+    """
     ids = {'decoder': run.decoder_prompt[:2], 'encoder': run.encoder_prompt}
     prompts = {
         side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
         for side, (left, right) in ids.items()
     }
-    adapted = 'lora' in (config['decoder']['train'], config['encoder']['train'])
     about = {
         'subject': config['subject']['path'],
         'explanation_len': run.length,
         'tags': {'opening': list(run.tags.opening), 'closing': list(run.tags.closing)},
-        'lora': config['lora'] if adapted else None,
+        'lora': config['lora'] if 'lora' in (config['decoder']['train'], config['encoder']['train']) else None,
         'step': step,
         'figures': {k: summary[k] for k in FIGURES if k in summary},
         'exported': time.strftime('%Y-%m-%d', time.gmtime()),
         'provenance': logger.provenance(),
         'config': config,
     }
-    return prompts, about
-
-
-def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: int, summary: dict) -> None:
-    """The whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh).
-
-    config: of the run; summary: its summary.json, {} where there is none.
-    """
     with files.new_folder(out) as tmp:
-        spec = lens_folder.write(tmp, lens, run.base, *describe(config, run, step, summary))
+        spec = lens_folder.write(tmp, lens, run.base, prompts, about)
         files.write_text(tmp / 'README.md', card(spec, summary))
         for side in lens_folder.SIDES:
             model = lens_folder.model(lens, run.base, side)

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from lens.errors import LensError
 from lens.models import families, mxfp4, tensors
 from lens.models.transformer import Transformer, TransformerConfig
 
+PathLike = str | os.PathLike
 # The first one that a directory has is its fingerprint.
 VOCABULARY_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
 TOKENIZER_FILES = (
@@ -40,52 +42,43 @@ TOKENIZER_FILES = (
 )
 # Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
 IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
-TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 SHARD_BYTES = 5_000_000_000  # of one file that save_model writes
 CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinity
 
 
-class ModelError(LensError):
-    """A model directory is missing, damaged or not supported; the message names file and remedy."""
-
-
-def local_directory(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
-    """`path` itself if it is a directory, else the local copy of the Hub repository of that name.
-
-    weights: whether the tensors are needed too. Raises ModelError when it is neither.
-    """
+def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
+    """Finds `path`, or downloads the Hub repository of that name, its tensors only with `weights`. Raises LensError."""
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)) or str(path).startswith('.'):
-        raise ModelError(f'{path} does not exist: give a directory in Hugging Face layout, or a Hub id.')
+        raise LensError(f'{path} does not exist: give a directory in Hugging Face layout, or a Hub id.')
     import huggingface_hub  # half a second that local models do not need
 
     wanted = ['config.json', 'generation_config.json', *TOKENIZER_FILES]
     wanted += ['*.safetensors', '*.safetensors.index.json'] if weights else []
     unwanted = ['original/*', 'metal/*', 'onnx/*']  # further copies of the weights in other layouts
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=unwanted)
-        )
+        found = huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=unwanted)
     except Exception as e:  # the library raises many kinds, of its own and of its HTTP client
-        reason = str(e).strip().splitlines()[0]
-        raise ModelError(
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise LensError(
             f'{path} is no local directory, and the Hugging Face Hub gave no model of that name ({reason}): '
             'check the spelling and the connection, or give a local directory.'
         ) from None
+    return pathlib.Path(found)
 
 
-def tokenizer_sha256(directory: str | os.PathLike) -> str:
-    """Fingerprint of the tokenizer of a directory; data folders carry that of theirs."""
+def tokenizer_sha256(directory: PathLike) -> str:
+    """Fingerprints the tokenizer of a directory; data folders carry that of theirs."""
     directory = local_directory(directory, weights=False)
     file = next((directory / n for n in VOCABULARY_FILES if (directory / n).exists()), None)
     if file is None:
-        raise ModelError(f'{directory}/tokenizer.json does not exist: give a directory that holds the tokenizer.')
+        raise LensError(f'{directory}/tokenizer.json does not exist: give a directory that holds the tokenizer.')
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def load_tokenizer(path: str | os.PathLike):
-    """The tokenizer of a local directory or a Hub id."""
+def load_tokenizer(path: PathLike):
+    """Loads the tokenizer of a local directory or a Hub id."""
     from transformers import AutoTokenizer  # a second of import that model loading does not need
 
     directory = local_directory(path, weights=False)
@@ -94,63 +87,47 @@ def load_tokenizer(path: str | os.PathLike):
 
 
 def _read_json(path: pathlib.Path) -> dict:
-    return files.read_json(path, 'give a complete directory in Hugging Face layout', ModelError)
+    return files.read_json(path, 'give a complete directory in Hugging Face layout')
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """The tensors of a directory: stored name -> file and shape. Only headers are read to make one."""
-
-    directory: pathlib.Path
-    file_of: dict[str, pathlib.Path]
-    shapes: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def open(cls, directory: pathlib.Path) -> 'Stored':
-        index = directory / 'model.safetensors.index.json'
-        if index.exists():
-            weight_map = _read_json(index).get('weight_map')
-            if not isinstance(weight_map, dict):
-                raise ModelError(f'{index} has no weight_map: download or export the model again.')
-        elif (directory / 'model.safetensors').exists():
-            weight_map = None
-        else:
-            raise ModelError(f'{directory}/model.safetensors does not exist: the directory needs safetensors weights.')
-        file_of, shapes = {}, {}
-        for file in sorted(set(weight_map.values())) if weight_map else ['model.safetensors']:
-            path = directory / file
-            try:
-                with safetensors.safe_open(path, framework='numpy') as f:
-                    for name in f.keys():  # noqa: SIM118 (not a dict)
-                        file_of[name], shapes[name] = path, tuple(f.get_slice(name).get_shape())
-            except (OSError, safetensors.SafetensorError) as e:
-                raise ModelError(f'{path} cannot be read ({e}): download or export the model again.') from None
-        for name in weight_map or ():
-            if file_of.get(name) != directory / weight_map[name]:
-                raise ModelError(f'{directory}/{weight_map[name]} lacks {name}, which the index promises.')
-        return cls(directory, file_of, shapes)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor on the host. The file is opened for each, so that no mapped page outlives it."""
-        file = self.file_of[name]
+def _headers(directory: pathlib.Path) -> dict[str, tuple[pathlib.Path, tuple[int, ...]]]:
+    """Stored name -> (file, shape) of all tensors of a directory. Raises LensError."""
+    index, weight_map = directory / 'model.safetensors.index.json', {}
+    if index.exists():
+        if not isinstance(weight_map := _read_json(index).get('weight_map'), dict):
+            raise LensError(f'{index} has no weight_map: download or export the model again.')
+    elif not (directory / 'model.safetensors').exists():
+        raise LensError(f'{directory}/model.safetensors does not exist: the directory needs safetensors weights.')
+    stored = {}
+    for path in sorted({directory / file for file in weight_map.values() or ['model.safetensors']}):
         try:
-            with safetensors.safe_open(file, framework='numpy') as f:
-                x = f.get_tensor(name)
-        except (OSError, TypeError, safetensors.SafetensorError) as e:
-            raise ModelError(f'{file}: {name} cannot be read ({e}): download or export the model again.') from None
-        if not _finite(x) or (name.endswith('_scales') and (x == 255).any()):  # 255 is the NaN of MXFP4's scales
-            raise ModelError(f'{file}: {name} holds values that are not finite.')
-        return x
+            with safetensors.safe_open(path, framework='numpy') as f:
+                stored |= {name: (path, tuple(f.get_slice(name).get_shape())) for name in f.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as e:
+            raise LensError(f'{path} cannot be read ({e}): download or export the model again.') from None
+    for name, file in weight_map.items():
+        if name not in stored or stored[name][0] != directory / file:
+            raise LensError(f'{directory}/{file} lacks {name}, which the index promises.')
+    return stored
+
+
+def _read(file: pathlib.Path, name: str) -> np.ndarray:
+    """One tensor on the host. The file is opened for each, so that no mapped page outlives it."""
+    try:
+        with safetensors.safe_open(file, framework='numpy') as f:
+            x = f.get_tensor(name)
+    except (OSError, TypeError, safetensors.SafetensorError) as e:
+        raise LensError(f'{file}: {name} cannot be read ({e}): download or export the model again.') from None
+    if not _finite(x) or (name.endswith('_scales') and (x == 255).any()):  # 255 is the NaN of MXFP4's scales
+        raise LensError(f'{file}: {name} holds values that are not finite.')
+    return x
 
 
 def _finite(x: np.ndarray) -> bool:
-    """Whether no exponent is all ones; in pieces, so that nothing of the size of x is made."""
-    mask = {'float32': 0x7F800000, 'float16': 0x7C00, 'bfloat16': 0x7F80}.get(x.dtype.name)
-    if mask is None:
-        return bool(np.isfinite(x).all()) if x.dtype.kind == 'f' else True
-    bits = x.reshape(-1).view(f'u{x.dtype.itemsize}')
-    pieces = (bits[i : i + CHECKED_AT_ONCE] for i in range(0, len(bits), CHECKED_AT_ONCE))
-    return not any(((p & mask) == mask).any() for p in pieces)
+    """In pieces, so that nothing of the size of x is made."""
+    flat = x.reshape(-1)
+    pieces = (flat[i : i + CHECKED_AT_ONCE] for i in range(0, flat.size, CHECKED_AT_ONCE))
+    return not jnp.issubdtype(x.dtype, jnp.floating) or all(np.isfinite(p).all() for p in pieces)
 
 
 def _shapes_on_disk(t: tensors.Tensor, c) -> dict[str, tuple[int, ...]]:
@@ -162,34 +139,33 @@ def _shapes_on_disk(t: tensors.Tensor, c) -> dict[str, tuple[int, ...]]:
     return {t.hf_name + '_blocks': (*blocks, 16), t.hf_name + '_scales': blocks}
 
 
-def _check(stored: Stored, table, c) -> dict[str, str]:
-    """Name in the table of every wanted tensor -> name in the file. Raises ModelError unless all fits."""
-    directory, file_of = stored.directory, stored.file_of
+def _check(directory: pathlib.Path, stored: dict, table, c) -> dict[str, str]:
+    """Name in the table of every wanted tensor -> name in the file. Raises LensError unless all fits."""
     embedding = next(t.hf_name for t in table if t.path == 'embedding')
-    prefixes = {n.removesuffix(embedding) for n in file_of if n == embedding or n.endswith('.' + embedding)}
+    prefixes = {n.removesuffix(embedding) for n in stored if n == embedding or n.endswith('.' + embedding)}
     if len(prefixes) != 1:
-        raise ModelError(f'{directory} holds {len(prefixes)} tensors named {embedding}: one is needed.')
+        raise LensError(f'{directory} holds {len(prefixes)} tensors named {embedding}: one is needed.')
     prefix = prefixes.pop()
-    heads = [n for n in file_of if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
+    heads = [n for n in stored if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
     names, misshapen = {}, []
     for t in table:
         for name, shape in _shapes_on_disk(t, c).items():
             for ours in [name.format(i) for i in range(c.n_layers if '{}' in name else 1)]:
                 theirs = names[ours] = (heads or [ours])[0] if t.path == 'head' else prefix + ours
-                have = stored.shapes.get(theirs, shape)
+                file, have = stored.get(theirs, (None, shape))
                 if have != shape:
-                    misshapen.append(f'{file_of[theirs]}: {theirs} has shape {have}, config.json says {shape}.')
+                    misshapen.append(f'{file}: {theirs} has shape {have}, config.json says {shape}.')
     wanted = set(names.values())
-    missing = sorted(wanted - file_of.keys())
-    extra = sorted(n for n in file_of.keys() - wanted if not IGNORED.search(n))
+    missing = sorted(wanted - stored.keys())
+    extra = sorted(n for n in stored.keys() - wanted if not IGNORED.search(n))
     if c.tied and extra and extra == heads:
-        same = np.array_equal(stored.read(heads[0]), stored.read(prefix + embedding))
-        extra = [] if same else extra  # some writers store the one table twice
+        head, rows = (_read(stored[n][0], n) for n in (heads[0], prefix + embedding))
+        extra = [] if np.array_equal(head, rows) else extra  # some writers store the one table twice
     if missing or extra:
         what = f'lacks {missing[0]}' if missing else f'holds an unexpected {extra[0]}'
-        raise ModelError(f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra).')
+        raise LensError(f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra).')
     if misshapen:
-        raise ModelError(misshapen[0])
+        raise LensError(misshapen[0])
     return names
 
 
@@ -214,12 +190,11 @@ def _in_stack(place, axes: int | None = None):
     return NamedSharding(place.mesh, sharding.P(*place.spec[1:][:axes]))
 
 
-def _load_leaf(stored: Stored, names: dict[str, str], t: tensors.Tensor, c, leaf) -> jax.Array:
-    """One leaf in its place on the devices; the host holds one stored tensor at a time."""
+def _load_leaf(read: Callable[[str, int], np.ndarray], t: tensors.Tensor, c, leaf) -> jax.Array:
+    """One leaf in its place on the devices. read: name in the table and layer -> stored tensor; the host holds one."""
 
     def host(i):
-        x = stored.read(names[t.hf_name.format(i)])
-        return tensors.from_hf_layout(x, t, c).astype(leaf.dtype, copy=False)
+        return tensors.from_hf_layout(read(t.hf_name, i), t, c).astype(leaf.dtype, copy=False)
 
     place = leaf.sharding
     if '{}' not in t.hf_name:
@@ -227,8 +202,7 @@ def _load_leaf(stored: Stored, names: dict[str, str], t: tensors.Tensor, c, leaf
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
     for i in range(c.n_layers):
         if t.packed:  # the expert axis is the first one on both sides
-            parts = (stored.read(names[n.format(i)]) for n in _shapes_on_disk(t, c))
-            parts = (sharding.put(x, _in_stack(place, axes=1)) for x in parts)
+            parts = (sharding.put(read(n, i), _in_stack(place, axes=1)) for n in _shapes_on_disk(t, c))
             stack = _put_dequantised(stack, *parts, i, t=t, c=c)
         else:
             stack = _put_layer(stack, sharding.put(host(i), _in_stack(place)), i)
@@ -240,21 +214,21 @@ def _config_json(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_config(path: pathlib.Path) -> TransformerConfig:
-    """Reads the configuration of a local directory, or of a config.json by itself. Raises ModelError."""
+    """Reads the configuration of a local directory, or of a config.json by itself. Raises LensError."""
     config = _read_json(_config_json(path))
     try:
         return families.from_hf(config)
     except LensError as e:
-        raise ModelError(f'{_config_json(path)}: {e}.') from None
+        raise LensError(f'{_config_json(path)}: {e}.') from None
 
 
 def ships_packed(path: pathlib.Path) -> bool:
-    """Whether the tensors beside a config.json are MXFP4, by what it says; path as in read_config."""
+    """Tells whether the tensors beside a config.json are MXFP4, by what it says; path as in read_config."""
     return (_read_json(_config_json(path)).get('quantization_config') or {}).get('quant_method') == 'mxfp4'
 
 
 def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_above: float = math.inf) -> Transformer:
-    """The model of a configuration as ShapeDtypeStructs that carry their placement; arguments as in load_model."""
+    """Makes a model of ShapeDtypeStructs that carry their placement; arguments as in load_model."""
     abstract = jax.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0), dtype=dtype))
     if mesh is None:
         place = SingleDeviceSharding(jax.local_devices()[0])
@@ -263,39 +237,32 @@ def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_
 
 
 def load_model(
-    path: str | os.PathLike,
-    *,
-    dtype=jnp.float32,
-    mesh=None,
-    remat: str = 'full',
-    experts: str = 'ragged',
-    packed: bool = False,
-    split_above: float = math.inf,
+    path: PathLike, *, dtype=jnp.float32, mesh=None, remat='full', experts='ragged', packed=False, split_above=math.inf
 ) -> Transformer:
-    """The model of a local Hugging Face directory or a Hub id, placed on `mesh` (default: one device).
+    """Loads the model of a local Hugging Face directory or a Hub id onto `mesh` (default: one device).
 
-    Tensor by tensor from the file to its place: the host holds no more than one stored tensor.
-    dtype: of all weights on the device. remat, experts: see TransformerConfig. packed: keep MXFP4
-    experts as bytes and dequantise them one layer at a time; without it they become `dtype` here.
-    split_above: see sharding.shardings.
-    Raises ModelError naming the file or tensor when anything is missing, extra, misshapen or not finite.
+    dtype: of all weights on the device. remat, experts: see TransformerConfig. packed: keep MXFP4 experts as bytes
+    and dequantise them one layer at a time; without it they become `dtype` here. split_above: see
+    sharding.shardings. The host holds no more than one stored tensor at a time.
+    Raises LensError naming the file or tensor when anything is missing, extra, misshapen or not finite.
     """
     directory = local_directory(path)
     c = dataclasses.replace(read_config(directory), remat=remat, experts=experts, packed=packed)
-    stored = Stored.open(directory)
-    shipped_packed = any(n.endswith('_blocks') for n in stored.file_of)
+    stored = _headers(directory)
+    shipped_packed = any(n.endswith('_blocks') for n in stored)
     if packed and not shipped_packed:
-        raise ModelError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
+        raise LensError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
     abstract = abstract_model(c, dtype=dtype, mesh=mesh, split_above=split_above)
     leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(abstract)}
     table = families.table(c, leaves.__contains__, shipped_packed)
-    names = _check(stored, table, c)
+    names = _check(directory, stored, table, c)
     rows = {t.path: t for t in table}
 
-    def load(kp, leaf):
-        return _load_leaf(stored, names, rows[sharding.path(kp)], c, leaf)
+    def read(name, layer):
+        theirs = names[name.format(layer)]
+        return _read(stored[theirs][0], theirs)
 
-    return jax.tree_util.tree_map_with_path(load, abstract)
+    return jax.tree_util.tree_map_with_path(lambda kp, x: _load_leaf(read, rows[sharding.path(kp)], c, x), abstract)
 
 
 _layer_of = jax.jit(lambda stack, i: stack[i])
@@ -335,32 +302,26 @@ def _write_weights(model: Transformer, directory: pathlib.Path, dtype) -> None:
 
 
 def save_model(
-    model: Transformer,
-    directory: str | os.PathLike,
-    *,
-    source: str | os.PathLike | None = None,
-    config: dict | None = None,
-    dtype=None,
+    model: Transformer, directory: PathLike, *, source: PathLike | None = None, config: dict | None = None, dtype=None
 ) -> None:
     """Writes an ordinary Hugging Face directory; it appears at once, by rename.
 
     source: a directory or Hub id, such as the one that the model came from; its tokenizer and generation config go
     along, and its config.json changed in sizes, depth and dtype. config: a config.json to start from in place of
     that, its token ids too. dtype: of the stored weights, default that of the model.
-    Raises FileExistsError when `directory` holds something, ModelError when the config.json is that of another kind
-    of model.
+    Raises LensError when `directory` holds something or the config.json is that of another kind of model.
     """
     directory = pathlib.Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f'{directory} holds something already: give an empty or a new directory.')
+        raise LensError(f'{directory} holds something already: give an empty or a new directory.')
     dtype = model.embedding.dtype if dtype is None else dtype
     source = local_directory(source, weights=False) if source else None
     start = config or _read_json(_config_json(source))
     try:
         new = families.edited(start, model.config, jnp.dtype(dtype).name)
     except LensError as e:
-        raise ModelError(f'{"config" if config else _config_json(source)}: {e}.') from None
-    ids = {k: new[k] for k in TOKEN_IDS if new.get(k) is not None}
+        raise LensError(f'{"config" if config else _config_json(source)}: {e}.') from None
+    ids = {k: new[k] for k in families.TOKEN_IDS if new.get(k) is not None}
     if source and (source / 'generation_config.json').exists():
         generation = _read_json(source / 'generation_config.json')
         ids = generation | ids if config else generation
@@ -374,14 +335,14 @@ def save_model(
 
 
 def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of one safetensors file. Raises ModelError."""
+    """Reads all tensors of one safetensors file. Raises LensError."""
     try:
         return safetensors.numpy.load_file(file)
     except (OSError, safetensors.SafetensorError) as e:
-        raise ModelError(f'{file} cannot be read ({e}): export or download it again.') from None
+        raise LensError(f'{file} cannot be read ({e}): export or download it again.') from None
 
 
 def write_tensors(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """One safetensors file that others may read (the library makes it private)."""
+    """Writes one safetensors file that others may read (the library makes it private)."""
     safetensors.numpy.save_file(arrays, file, metadata={'format': 'pt'})
     file.chmod(0o644)

@@ -25,12 +25,12 @@ SIDES = ('decoder', 'encoder')
 
 
 def trained(side: Decoder | Encoder) -> str:
-    """maps | lora | full, as in the configuration."""
+    """Tells how a side is trained, by the name in the configuration: maps | lora | full."""
     return 'full' if side.base is not None else 'lora' if side.adapters is not None else 'maps'
 
 
 def settings(lens: Lens) -> dict:
-    """What decides how the parameters of a lens are used, by configuration key."""
+    """Collects what decides how the parameters of a lens are used, by configuration key."""
     d, e = lens.decoder, lens.encoder
     return {
         'layer': d.config.layer,
@@ -50,8 +50,9 @@ def _leaves(tree) -> dict:
     return {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _is_own_base(name: str) -> bool:
-    return name.split('/')[1] == 'base'
+def _small(lens: Lens) -> dict:
+    """All trained leaves but own bases."""
+    return {name: x for name, x in _leaves(lens).items() if name.split('/')[1] != 'base'}
 
 
 def _meaning(name: str, keys: dict, place: str) -> str:
@@ -86,11 +87,10 @@ def _meaning(name: str, keys: dict, place: str) -> str:
 
 
 def model(lens: Lens, base: Transformer, side: str) -> Transformer:
-    """The complete model of a side: its own base, or `base` with the adapters merged.
+    """Makes the complete model of a side: its own base, or `base` with the adapters merged.
 
-    The encoder ends after its read-out block and has the final norm and head of `base`, which only
-    make its directory complete. Nothing is copied but merged matrices: a stack may be longer than
-    config.n_layers says.
+    The encoder ends after its read-out block; the final norm and head of `base` only make its directory complete.
+    Nothing is copied but merged matrices: a stack may be longer than config.n_layers says.
     """
     part = getattr(lens, side)
     n = base.config.n_layers if side == 'decoder' else part.config.output_layer + 1
@@ -102,9 +102,11 @@ def model(lens: Lens, base: Transformer, side: str) -> Transformer:
 
 
 def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, dict], about: dict) -> dict:
-    """Writes lens.safetensors, with every trained leaf that is not an own base in float32, and lens.json, which it
-    returns. prompts: of each side, what lens.json says of it; about: further entries."""
-    arrays = {name: np.asarray(x, np.float32) for name, x in _leaves(lens).items() if not _is_own_base(name)}
+    """Writes lens.safetensors, in float32, and lens.json, which it returns.
+
+    prompts: of each side, what lens.json says of it; about: further entries.
+    """
+    arrays = {name: np.asarray(x, np.float32) for name, x in _small(lens).items()}
     hf.write_tensors(directory / 'lens.safetensors', arrays)
     keys, place = settings(lens), lens.decoder.config.injection.place
     sides = {
@@ -122,11 +124,7 @@ def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[
         'embed_scale': float(jnp.asarray(base.config.embed_scale, base.embedding.dtype)),
         **sides,
         'tensors': {
-            name: {
-                'shape': list(x.shape),
-                'dtype': x.dtype.name,
-                'meaning': _meaning(name, keys, place),
-            }
+            name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'meaning': _meaning(name, keys, place)}
             for name, x in arrays.items()
         },
         **about,
@@ -150,15 +148,14 @@ def _read_settings(directory: pathlib.Path) -> dict:
 
 
 def check(directory: pathlib.Path, like: Lens) -> dict[str, np.ndarray]:
-    """The tensors of lens.safetensors. Raises LensError unless they and the settings are those of `like`."""
+    """Reads lens.safetensors. Raises LensError unless its tensors and the settings are those of `like`."""
     stored, small = _read_settings(directory), hf.read_tensors(directory / 'lens.safetensors')
     here = settings(like)
     differing = {k: stored.get(k) for k, v in here.items() if stored.get(k) != v}
     if differing:
         theirs, ours = (', '.join(f'{k}={d[k]}' for k in differing) for d in (differing, here))
         raise LensError(f'{directory} holds a lens with {theirs}, this configuration says {ours}: use its keys.')
-    wanted = {name: x.shape for name, x in _leaves(like).items() if not _is_own_base(name)}
-    have = {name: x.shape for name, x in small.items()}
+    wanted, have = ({name: x.shape for name, x in tree.items()} for tree in (_small(like), small))
     for name in sorted(wanted.keys() | have.keys()):
         if wanted.get(name) != have.get(name):
             theirs, ours = (f'shape {d[name]}' if name in d else 'none' for d in (have, wanted))
@@ -171,29 +168,28 @@ def check(directory: pathlib.Path, like: Lens) -> dict[str, np.ndarray]:
     return small
 
 
-def _own_base(directory: pathlib.Path, side: str, like) -> dict[str, jax.Array]:
-    """Leaves of the exported model of a side by their path in a Lens, as the leaf `like` in dtype and mesh."""
-    own = hf.load_model(directory / side, dtype=like.dtype, mesh=like.sharding.mesh, split_above=sharding.SPLIT_ABOVE)
-    return {f'{side}/base/{name}': x for name, x in _leaves(own).items()}
-
-
 def read(directory: str | pathlib.Path, like: Lens) -> Lens:
-    """The lens of a folder in the structure and placement of `like` (ShapeDtypeStructs with shardings).
+    """Reads the lens of a folder into the structure and placement of `like` (ShapeDtypeStructs with shardings).
 
     Raises LensError when the folder is no export, is damaged, or its lens is another than `like`.
     """
     directory = pathlib.Path(directory)
-    stored, wanted = check(directory, like), _leaves(like)
+    found = check(directory, like)
     for side in SIDES:
-        if trained(getattr(like, side)) == 'full':
-            stored |= _own_base(directory, side, next(x for k, x in wanted.items() if k.startswith(f'{side}/base/')))
-    for name, x in wanted.items():
-        if name not in stored or stored[name].shape != x.shape:
-            have = f'{name} of shape {stored[name].shape}' if name in stored else f'no {name}'
-            raise LensError(f'{directory} holds {have}, the subject of this configuration needs {x.shape}.')
+        own = getattr(like, side).base
+        if own is None:
+            continue
+        x = jax.tree.leaves(own)[0]
+        how = {'dtype': x.dtype, 'mesh': x.sharding.mesh, 'split_above': sharding.SPLIT_ABOVE}
+        stored = _leaves(hf.load_model(directory / side, **how))
+        for name, x in _leaves(own).items():
+            if name not in stored or stored[name].shape != x.shape:
+                have = f'{name} of shape {stored[name].shape}' if name in stored else f'no {name}'
+                raise LensError(f'{directory}/{side} holds {have}, the subject of this configuration needs {x.shape}.')
+            found[f'{side}/base/{name}'] = stored[name]
 
     def leaf(kp, x):
-        found = stored[sharding.path(kp)]
-        return found if isinstance(found, jax.Array) else sharding.put(found.astype(x.dtype), x.sharding)
+        y = found[sharding.path(kp)]
+        return y if isinstance(y, jax.Array) else sharding.put(y.astype(x.dtype), x.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, like)

@@ -85,12 +85,15 @@ def code_of(folder, language):
     return re.search(rf'```{language}\n(.*?)```', (folder / 'README.md').read_text(), re.S)[1]
 
 
-def run_card(folder, monkeypatch):
-    """The names that the Python block of the card leaves behind, run as it stands in its folder."""
+def run_card(folder, monkeypatch, subject=None):
+    """The names that the Python block of the card leaves behind, run in its folder; subject: set at its top."""
     code = code_of(folder, 'python')
     assert code == importlib.resources.files('lens').joinpath('card_code.py').read_text()
     monkeypatch.chdir(folder)
     names = {}
+    if subject:
+        code, n = re.subn('(?m)^SUBJECT = .*', f'SUBJECT = {subject!r}', code)
+        assert n == 1
     exec(code, names)
     return names
 
@@ -286,6 +289,9 @@ def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shar
     hf_models.build(family, tmp_path / 'subject', vocab_size=len(hf.load_tokenizer(small_run.TOKENIZER)))
     for name in {p.name for p in pathlib.Path(small_run.TOKENIZER).iterdir()} & set(hf.TOKENIZER_FILES):
         shutil.copy(pathlib.Path(small_run.TOKENIZER) / name, tmp_path / 'subject')
+    # what the card's program must not follow: it would end at once, and repeat nothing
+    generation = {'eos_token_id': list(range(0, 900, 2)), 'repetition_penalty': 3.0}
+    (tmp_path / 'subject/generation_config.json').write_text(json.dumps(generation))
     base = hf.load_model(tmp_path / 'subject')
     lens = handmade(base, n, shared, own_base, readout, injection)
     cfg = small_run.config(tmp_path, explanation_len=6)
@@ -293,9 +299,11 @@ def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shar
     run = types.SimpleNamespace(
         base=base, length=6, tags=NO_TAGS, decoder_prompt=Prompt([3, 7], [9]), encoder_prompt=([5], [6, 8])
     )
+    monkeypatch.chdir(tmp_path)
+    cfg.subject.path = 'subject'
     export.write_folder(tmp_path / 'out', lens, run, json.loads(cfg.to_json()), 0, {})
     assert 'Not evaluated yet.' in (tmp_path / 'out/README.md').read_text()
-    check_card(run_card(tmp_path / 'out', monkeypatch), lens, base, 6)
+    check_card(run_card(tmp_path / 'out', monkeypatch, '../subject'), lens, base, 6)
 
 
 def random_adapters(base, pattern='.*'):

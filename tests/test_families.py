@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from lens import hf
+from lens.errors import LensError
 from lens.models import families
 from tests import hf_models
 from tests.hf_models import FULL, SLIDING
@@ -186,9 +187,9 @@ def test_published_configs_change_in_what_differs_alone(file, tmp_path):
 
 
 def test_the_config_of_another_kind_of_model_is_refused(pair, tmp_path):
-    with pytest.raises(hf.ModelError, match=r'llama/config.json: it describes another model .*\(family, qk_norm diff'):
+    with pytest.raises(LensError, match=r'llama/config.json: it describes another model .*\(family, qk_norm diff'):
         hf.save_model(pair('qwen3').jax, tmp_path / 'copy', source=pair('llama').directory)
-    with pytest.raises(hf.ModelError, match=r'config: it describes another model than the one to save \(ropes differ'):
+    with pytest.raises(LensError, match=r'config: it describes another model than the one to save \(ropes differ'):
         config = json.loads((pair('llama3').directory / 'config.json').read_text())
         hf.save_model(pair('llama').jax, tmp_path / 'copy', config=config)
     assert not (tmp_path / 'copy').exists()

@@ -6,6 +6,7 @@ head, h head dimension, f feed-forward width, e expert, p a fused axis (parts of
 c and b the 32-blocks and bytes of MXFP4.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +120,7 @@ GPT2 = (
 
 
 def sizes(t: Tensor, c: TransformerConfig) -> dict[str, int]:
-    """Length of each axis letter of a row; c is the last axis of the weights over 32."""
+    """Length of each axis letter of a row; c is 1/32 of the last axis of the weights."""
     width = c.d_model if 'gate_up' in t.path else c.d_ff
     return {
         'v': c.vocab_size,
@@ -139,11 +140,11 @@ def sizes(t: Tensor, c: TransformerConfig) -> dict[str, int]:
 def hf_shape(t: Tensor, c: TransformerConfig) -> tuple[int, ...]:
     """Shape of the stored tensor (of the dequantised one for a packed row)."""
     n = sizes(t, c)
-    return tuple(int(np.prod([n[a] for a in group])) for group in t.hf_axes.split())
+    return tuple(math.prod(n[a] for a in group) for group in t.hf_axes.split())
 
 
 def from_hf_layout(x, t: Tensor, c: TransformerConfig):
-    """A stored tensor (numpy or JAX) in our axis order, its part alone for a fused one."""
+    """Brings a stored tensor (numpy or JAX) to our axis order, its part alone for a fused one."""
     n, flat = sizes(t, c), t.hf_axes.replace(' ', '')
     x = x.reshape([n[a] for a in flat])
     if t.part is not None:
@@ -153,15 +154,11 @@ def from_hf_layout(x, t: Tensor, c: TransformerConfig):
 
 
 def to_hf_layout(parts: list[np.ndarray], rows: list[Tensor], c: TransformerConfig) -> np.ndarray:
-    """The inverse: the leaves of all rows that share one stored tensor, in the order of their parts."""
-    flats = [t.hf_axes.replace(' ', '') for t in rows]
-    if rows[0].part is None:
-        (t,), (flat,) = rows, flats
-        return parts[0].transpose([t.axes.index(a) for a in flat]).reshape(hf_shape(t, c))
-    # one row per part: bring each to the stored order with its heads flat, then stack on axis p
-    whole = []
-    for x, t, flat in zip(parts, rows, flats, strict=True):
-        rest = flat.replace('p', '')
-        x = x.transpose([t.axes.index(a) for a in rest])
-        whole.append(x.reshape(*x.shape[: flat.index('p')], -1))
-    return np.stack(whole, axis=flats[0].index('p')).reshape(hf_shape(rows[0], c))
+    """Makes the stored tensor of the leaves of all rows that share it, in the order of their parts."""
+    stored = []
+    for x, t in zip(parts, rows, strict=True):
+        t = t if t.part is None else t._replace(hf_axes=t.hf_axes.replace('p', ''))
+        x = x.transpose([t.axes.index(a) for a in t.hf_axes if a != ' '])
+        stored.append(x.reshape(hf_shape(t, c)))
+    # p is the outermost letter of its stored axis, on which the parts follow one another
+    return stored[0] if len(stored) == 1 else np.concatenate(stored, axis=-1)

@@ -239,7 +239,7 @@ def open_job(cfg) -> tuple[Job, list[str]]:
     else:
         try:
             path = hf.local_directory(cfg.subject.path, weights=False)
-        except hf.ModelError as e:
+        except LensError as e:
             raise LensError(
                 f'subject.path={path} is no folder, and the Hub gave none: set --config.subject.path= to a folder with '
                 'config.json and tokenizer, or to a config.json file alone.'
