@@ -17,7 +17,6 @@ from lens import data, gumbel, hf, losses, objectives, optimizer, response, sche
 from lens.errors import LensError
 from lens.models import injection, moe
 from lens.models.encoder import READOUTS
-from lens.models.injection import Injection
 from lens.models.transformer import REMAT_POLICIES, Transformer, TransformerConfig
 from lens.schedules import Clock, Schedule
 
@@ -59,10 +58,7 @@ SLOT_WORD = 'something'  # what stands for the activation in the natural prefix
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """Micro-steps of the run between two evaluations, checkpoints, those that stay, lines of metrics, drifts.
-
-    0 or None: never.
-    """
+    """Micro-steps between evaluations, checkpoints, those that stay, lines of metrics, drifts; 0 or None: never."""
 
     evaluate: int | None = None
     save: int | None = None
@@ -127,11 +123,23 @@ class EvalSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation; encoder:
+    before and after the words."""
+
+    decoder: response.Prompt
+    encoder: tuple[list[int], list[int]]
+    natural: tuple[int, ...]
+    tags: response.Tags
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Everything that the loop and the evaluation need. base: shapes and placements until `load`."""
 
     mesh: jax.sharding.Mesh
     tokenizer: object
+    texts: Texts
     base: Transformer
     train: data.Split
     validation: data.Split
@@ -139,11 +147,7 @@ class Run:
     length: int
     min_pos: int
     seed: int
-    tags: response.Tags
     error: str  # one of objectives.ERRORS
-    injection: Injection
-    decoder_prompt: response.Prompt
-    encoder_prompt: tuple[list[int], list[int]]  # token ids before and after the words
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
 
@@ -181,16 +185,15 @@ def plan(cfg) -> Run:
     texts = read_texts(cfg, tokenizer)
     check_lengths(cfg, c, texts)
     train, validation = _open_data(cfg, c, texts.tags)
-    require(
-        len(cfg.phases) > 0 or bool(cfg.init_from),
-        'phases is empty: name at least one phase, e.g. sft, or give init_from to evaluate an exported lens.',
-    )
+    what = 'name at least one phase, e.g. sft, or give init_from to evaluate an exported lens'
+    require(len(cfg.phases) > 0 or bool(cfg.init_from), f'phases is empty: {what}.')
     for name in cfg.phases:
         check_phase(cfg, name)
         check_documents(cfg, name, train, texts.tags)
     return Run(
         mesh=mesh,
         tokenizer=tokenizer,
+        texts=texts,
         base=abstract_base(cfg, c, mesh),
         train=train,
         validation=validation,
@@ -198,11 +201,7 @@ def plan(cfg) -> Run:
         length=cfg.explanation_len,
         min_pos=cfg.data.min_pos,
         seed=cfg.seed,
-        tags=texts.tags,
         error=cfg.encoder.error,
-        injection=injection.of_config(cfg.decoder, c),
-        decoder_prompt=texts.decoder,
-        encoder_prompt=texts.encoder,
         evaluation=EvalSettings(**{f.name: cfg.eval[f.name] for f in dataclasses.fields(EvalSettings)}),
         phases=make_phases(cfg, texts, len(train)),
     )
@@ -212,16 +211,6 @@ def load(cfg, run: Run) -> Run:
     """Returns the run with the weights of its frozen base in their place. Raises ModelError."""
     base = hf.load_model(cfg.subject.path, mesh=run.mesh, **_how_to_run(cfg), **_placed(cfg))
     return dataclasses.replace(run, base=base)
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation."""
-
-    decoder: response.Prompt
-    encoder: tuple[list[int], list[int]]
-    natural: tuple[int, ...]
-    tags: response.Tags
 
 
 def read_texts(cfg, tokenizer) -> Texts:
@@ -251,29 +240,18 @@ def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
 
 
 def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Split, data.Split]:
-    """The training and the validation split as the run reads them."""
-    splits = tuple(data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
-    for split in splits:
-        made_with = split.meta.get('tokenizer_sha256')
-        require(
-            made_with in (None, hf.tokenizer_sha256(cfg.subject.path)),
-            f'{split.directory} was made with another tokenizer than that of {cfg.subject.path}: pretokenize again.',
-        )
-    data.check_disjoint(*splits)
-    splits = tuple(data.readable(x, cfg.data.positions, cfg.data.min_pos) for x in splits)
-    longest = max(x.tokens.shape[1] for x in splits)
-    require(
-        longest <= c.max_positions,
-        f'{splits[0].directory} has {longest} tokens a row, the subject reads {c.max_positions}.',
-    )
+    """The training and the validation split as the run reads them, given explanations as responses."""
 
-    def responding(split: data.Split) -> data.Split:
-        """The split whose given explanations are responses of this run."""
+    def split_of(split: data.Split) -> data.Split:
+        n = split.tokens.shape[1]
+        require(n <= c.max_positions, f'{split.directory} has {n} tokens a row, the subject reads {c.max_positions}.')
         filler = split.meta.get('filler_id', split.meta.get('pad_id') or 0)
         respond = functools.partial(response.respond, tags=tags, filler=filler, length=cfg.explanation_len)
+        split = data.readable(split, cfg.data.positions, cfg.data.min_pos)
         return dataclasses.replace(split, respond=respond)
 
-    return tuple(map(responding, splits))
+    splits = data.open_splits(cfg.data.path, c.vocab_size, cfg.subject.path, hf.tokenizer_sha256)
+    return tuple(map(split_of, splits))
 
 
 def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase, ...]:
@@ -340,10 +318,7 @@ def check_values(cfg) -> None:
     """Raises LensError for values that are impossible with any subject and any data."""
     for key, least in LEAST.items():
         value = get(cfg, key)
-        need = (
-            'must not be negative' if least == 0 else 'must be positive' if least == 1 else f'must be at least {least}'
-        )
-        require(value >= least, f'{key}={value} {need}.')
+        require(value >= least, f'{key}={value} must be at least {least}.')
     for key, choices in CHOICES.items():
         _choice(get(cfg, key), choices, key)
     require(
@@ -360,28 +335,23 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     """Raises LensError for values that are impossible with this subject."""
     last, out = c.n_layers - 1, cfg.encoder.output_layer
     require(0 <= cfg.layer <= last, f'layer={cfg.layer} is not a block of the subject, which has blocks 0..{last}.')
-    require(
-        -1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject (0..{last}, or -1 for layer).'
-    )
+    wanted = f'0..{last}, or -1 for layer'
+    require(-1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject ({wanted}).')
     injection.of_config(cfg.decoder, c)
     require(
         not cfg.position_vectors or not c.ropes,
         f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.',
     )
-    if not cfg.init_from:
-        _check_starts(cfg)
-
-
-def _check_starts(cfg) -> None:
-    inits = (cfg.decoder.init, cfg.encoder.init)
-    for init, key in zip(inits, ('decoder.init', 'encoder.init'), strict=True):
-        _choice(init, INITS, key)
+    if cfg.init_from:
+        return
+    for key in ('decoder.init', 'encoder.init'):
+        _choice(get(cfg, key), INITS, key)
     require(
         cfg.encoder.init == 'identity' or cfg.encoder.readout != 'none',
         f'encoder.init={cfg.encoder.init} starts a map that encoder.readout=none does not have: use identity.',
     )
     require(
-        'tuned_lens' not in inits or bool(cfg.tuned_lens),
+        'tuned_lens' not in (cfg.decoder.init, cfg.encoder.init) or bool(cfg.tuned_lens),
         'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.',
     )
 
@@ -390,12 +360,9 @@ def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
     """Raises LensError where the subject has no positions for a prompt with its explanation."""
     left, right = texts.decoder[:2]
     for side, tokens in {'decoder': len(left) + len(right), 'encoder': sum(map(len, texts.encoder))}.items():
-        total = tokens + 1 + cfg.explanation_len  # the slot, or the token that was read
-        require(
-            total <= c.max_positions,
-            f'{side}.prompt and explanation_len={cfg.explanation_len} make {total} tokens, the subject reads '
-            f'{c.max_positions}.',
-        )
+        total, most = tokens + 1 + cfg.explanation_len, c.max_positions  # 1: the slot, or the token that was read
+        what = f'{side}.prompt and explanation_len={cfg.explanation_len}'
+        require(total <= most, f'{what} make {total} tokens, the subject reads {most}.')
 
 
 def check_batches(cfg, mesh) -> None:
@@ -406,27 +373,19 @@ def check_batches(cfg, mesh) -> None:
 
 def check_phase(cfg, name: str) -> None:
     """Raises LensError for impossible values of the phase block `name`."""
-    require(
-        name in cfg and 'objective' in cfg[name], f'phases names {name!r}, but there is no phase block of that name.'
-    )
+    exists = name in cfg and 'objective' in cfg[name]
+    require(exists, f'phases names {name!r}, but there is no phase block of that name.')
     p = cfg[name]
     for key, choices in PHASE_CHOICES.items():
         _choice(p[key], choices, f'{name}.{key}')
     for key in ('group', 'mean_of', 'updates', 'clip', 'vectors', 'documents'):
         require(p[key] > 0, f'{name}.{key}={p[key]} must be positive.')
     reads = objectives.OBJECTIVES[p.objective].reads
-    require(
-        'group' not in reads or p.group >= 2,
-        f'{name}.group={p.group} must be at least 2: advantages compare the group.',
-    )
-    require(
-        p.documents * p.vectors >= 2,
-        f'{name}: one activation per step has no variance; raise documents or vectors.',
-    )
-    require(
-        p.updates == 1 or p.accumulate == 1,
-        f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.',
-    )
+    alone = 'group' in reads and p.group < 2
+    require(not alone, f'{name}.group={p.group} must be at least 2: advantages compare the group.')
+    require(p.documents * p.vectors >= 2, f'{name}: one activation has no variance; raise documents or vectors.')
+    both = p.updates > 1 and p.accumulate > 1
+    require(not both, f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.')
     require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
     for key, off in objectives.OPTIONAL.items():
         require(
@@ -443,31 +402,17 @@ def check_phase(cfg, name: str) -> None:
 
 def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> None:
     """Raises LensError where the data does not have what the phase block `name` asks for."""
-    p = cfg[name]
+    p, where = cfg[name], train.directory
     require(
-        len(train) >= p.documents,
-        f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',
+        len(train) >= p.documents, f'{name}.documents={p.documents}, but {where} holds only {len(train)} documents.'
     )
     if objectives.OBJECTIVES[p.objective].samples:
         return
-    require(
-        train.explanations is not None,
-        f'{train.directory}/explanations.npy does not exist: the {p.objective} objective of {name} needs given '
-        'explanations.',
-    )
-    row = data.first_unlabelled(train, cfg.data.min_pos)
-    require(
-        row is None,
-        f'{train.directory}/positions.npy row {row} has no labelled position from data.min_pos={cfg.data.min_pos} on: '
-        f'{name} needs one in each document.',
-    )
-    have = train.explanations.shape[2]
-    require(
-        have == cfg.explanation_len or bool(tags),
-        f'explanation_len={cfg.explanation_len}, but the given explanations in {train.directory} have {have} tokens.',
-    )
-    around = len(tags.opening) + len(tags.closing)
-    require(
-        around < cfg.explanation_len,
-        f'explanation_len={cfg.explanation_len} leaves no room between tags of {around} tokens.',
-    )
+    need = f'the {p.objective} objective of {name} needs given explanations'
+    require(train.explanations is not None, f'{where}/explanations.npy does not exist: {need}.')
+    row, need = data.first_unlabelled(train, cfg.data.min_pos), f'{name} needs one in each document'
+    from_ = f'from data.min_pos={cfg.data.min_pos} on'
+    require(row is None, f'{where}/positions.npy row {row} has no labelled position {from_}: {need}.')
+    n, have, around = cfg.explanation_len, train.explanations.shape[2], len(tags.opening) + len(tags.closing)
+    require(have == n or bool(tags), f'explanation_len={n}, but the given explanations in {where} have {have} tokens.')
+    require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')

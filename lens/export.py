@@ -59,7 +59,7 @@ def card(spec: dict, summary: dict) -> str:
 
 def describe(config: dict, run: Run, step: int, summary: dict) -> tuple[dict, dict]:
     """(prompts, about) of lens_folder.write."""
-    ids = {'decoder': run.decoder_prompt[:2], 'encoder': run.encoder_prompt}
+    ids = {'decoder': run.texts.decoder[:2], 'encoder': run.texts.encoder}
     prompts = {
         side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
         for side, (left, right) in ids.items()
@@ -68,7 +68,7 @@ def describe(config: dict, run: Run, step: int, summary: dict) -> tuple[dict, di
     about = {
         'subject': config['subject']['path'],
         'explanation_len': run.length,
-        'tags': {'opening': list(run.tags.opening), 'closing': list(run.tags.closing)},
+        'tags': {'opening': list(run.texts.tags.opening), 'closing': list(run.texts.tags.closing)},
         'lora': config['lora'] if adapted else None,
         'step': step,
         'figures': {k: summary[k] for k in FIGURES if k in summary},
