@@ -53,6 +53,13 @@ LEAST = {  # key -> its least value
     'checkpoint.best': 0,
     'data.min_pos': 0,
 }
+INTERVALS = {  # of Intervals, its key
+    'evaluate': 'eval.every',
+    'save': 'checkpoint.every',
+    'keep': 'checkpoint.keep_every',
+    'log': 'log.every',
+    'drift': 'log.drift',
+}
 SLOT_WORD = 'something'  # what stands for the activation in the natural prefix
 
 
@@ -94,11 +101,6 @@ class Phase:
     clip: float = 0.0
     kl_skip: int = 0
     every: Intervals = Intervals()
-
-    @property
-    def steps(self) -> range:
-        """Numbers of its micro-steps, counted from 1 over the run."""
-        return range(self.start + 1, self.end + 1)
 
     @property
     def labelled(self) -> bool:
@@ -209,8 +211,8 @@ def plan(cfg) -> Run:
 
 def load(cfg, run: Run) -> Run:
     """Returns the run with the weights of its frozen base in their place. Raises ModelError."""
-    base = hf.load_model(cfg.subject.path, mesh=run.mesh, **_how_to_run(cfg), **_placed(cfg))
-    return dataclasses.replace(run, base=base)
+    how, placed = _base_settings(cfg)
+    return dataclasses.replace(run, base=hf.load_model(cfg.subject.path, mesh=run.mesh, **how, **placed))
 
 
 def read_texts(cfg, tokenizer) -> Texts:
@@ -224,19 +226,16 @@ def read_texts(cfg, tokenizer) -> Texts:
     )
 
 
-def _how_to_run(cfg) -> dict:
-    """What cfg.subject says of the frozen base beside its path, as in TransformerConfig."""
-    return {k: cfg.subject[k] for k in ('remat', 'experts', 'packed')}
-
-
-def _placed(cfg) -> dict:
-    """Type of the leaves of the frozen base, and elements above which they are split over the devices of `data`."""
-    return {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
-
-
 def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
     """Returns shapes and placements of the frozen base as `cfg` asks for it."""
-    return hf.abstract_model(dataclasses.replace(c, **_how_to_run(cfg)), mesh=mesh, **_placed(cfg))
+    how, placed = _base_settings(cfg)
+    return hf.abstract_model(dataclasses.replace(c, **how), mesh=mesh, **placed)
+
+
+def _base_settings(cfg) -> tuple[dict, dict]:
+    """How the frozen base runs, as in TransformerConfig; its dtype, and above how many elements `data` splits a leaf."""
+    how = {k: cfg.subject[k] for k in ('remat', 'experts', 'packed')}
+    return how, {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
 
 
 def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Split, data.Split]:
@@ -263,7 +262,8 @@ def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase,
     run_clock = sum(c.total for c in clocks)
     for name, clock in zip(cfg.phases, clocks, strict=True):
         start = out[-1].end if out else 0
-        every = _intervals(cfg, dataclasses.replace(clock, total=run_clock))
+        of_run = dataclasses.replace(clock, total=run_clock)  # "-1" is the whole run here
+        every = Intervals(**{k: schedules.duration(get(cfg, key), of_run, key) for k, key in INTERVALS.items()})
         out.append(_phase(cfg, name, clock, start, every, texts))
     return tuple(out)
 
@@ -271,10 +271,9 @@ def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase,
 def _phase(cfg, name: str, clock: Clock, start: int, every: Intervals, texts: Texts) -> Phase:
     p, objective = cfg[name], objectives.OBJECTIVES[cfg[name].objective]
     values = {k: schedules.parse(p[k], clock, f'{name}.{k}') for k in objectives.KNOBS}
-    rates = {}
-    for side in optimizer.SIDES:
-        key = f'learning_rate_{side}'
-        rates[side] = schedules.parse(p[key], clock, f'{name}.{key}')
+    keys = {side: f'learning_rate_{side}' for side in optimizer.SIDES}
+    rates = {side: schedules.parse(p[key], clock, f'{name}.{key}') for side, key in keys.items()}
+    for side, key in keys.items():
         require(min(rates[side].start, rates[side].end) >= 0, f'{name}.{key}={p[key]!r} is negative.')
     table = optimizer.parse_table(p.table, clock, f'{name}.table')
     counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates')}
@@ -307,13 +306,6 @@ def _phase(cfg, name: str, clock: Clock, start: int, every: Intervals, texts: Te
     )
 
 
-def _intervals(cfg, clock: Clock) -> Intervals:
-    """clock: of a phase, with the length of the whole run, which is what "-1" means here."""
-    keys = {'evaluate': 'eval.every', 'save': 'checkpoint.every', 'keep': 'checkpoint.keep_every'}
-    keys |= {'log': 'log.every', 'drift': 'log.drift'}
-    return Intervals(**{k: schedules.duration(get(cfg, key), clock, key) for k, key in keys.items()})
-
-
 def check_values(cfg) -> None:
     """Raises LensError for values that are impossible with any subject and any data."""
     for key, least in LEAST.items():
@@ -321,14 +313,11 @@ def check_values(cfg) -> None:
         require(value >= least, f'{key}={value} must be at least {least}.')
     for key, choices in CHOICES.items():
         _choice(get(cfg, key), choices, key)
-    require(
-        cfg.subject.experts != 'tokamax' or importlib.util.find_spec('tokamax') is not None,
-        'subject.experts=tokamax needs the package tokamax: pip install tokamax, or use ragged.',
-    )
-    require(
-        not (cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)),
-        'subject.packed=True keeps the experts as bytes, which cannot be trained: drop it, or use train=lora or maps.',
-    )
+    there = cfg.subject.experts != 'tokamax' or importlib.util.find_spec('tokamax') is not None
+    require(there, 'subject.experts=tokamax needs the package tokamax: pip install tokamax, or use ragged.')
+    trained = cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)
+    remedy = 'drop it, or use train=lora or maps'
+    require(not trained, f'subject.packed=True keeps the experts as bytes, which cannot be trained: {remedy}.')
 
 
 def check_subject(cfg, c: TransformerConfig) -> None:
@@ -338,22 +327,17 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     wanted = f'0..{last}, or -1 for layer'
     require(-1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject ({wanted}).')
     injection.of_config(cfg.decoder, c)
-    require(
-        not cfg.position_vectors or not c.ropes,
-        f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.',
-    )
+    learned = not c.ropes or not cfg.position_vectors
+    require(learned, f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.')
     if cfg.init_from:
         return
     for key in ('decoder.init', 'encoder.init'):
         _choice(get(cfg, key), INITS, key)
-    require(
-        cfg.encoder.init == 'identity' or cfg.encoder.readout != 'none',
-        f'encoder.init={cfg.encoder.init} starts a map that encoder.readout=none does not have: use identity.',
-    )
-    require(
-        'tuned_lens' not in (cfg.decoder.init, cfg.encoder.init) or bool(cfg.tuned_lens),
-        'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.',
-    )
+    init, readout = cfg.encoder.init, cfg.encoder.readout
+    missing = readout == 'none' and init != 'identity'
+    require(not missing, f'encoder.init={init} starts a map that encoder.readout=none does not have: use identity.')
+    missing = 'tuned_lens' in (cfg.decoder.init, init) and not cfg.tuned_lens
+    require(not missing, 'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.')
 
 
 def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
@@ -388,16 +372,12 @@ def check_phase(cfg, name: str) -> None:
     require(not both, f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.')
     require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
     for key, off in objectives.OPTIONAL.items():
-        require(
-            key in reads or p[key] == off,
-            f'{name}.{key}={p[key]!r} does nothing under the {p.objective} objective: use {off}.',
-        )
+        idle = f'{name}.{key}={p[key]!r} does nothing under the {p.objective} objective'
+        require(key in reads or p[key] == off, f'{idle}: use {off}.')
     together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
     require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')
-    require(
-        p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len,
-        f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={cfg.explanation_len}.',
-    )
+    n, some = cfg.explanation_len, p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len
+    require(some, f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={n}.')
 
 
 def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> None:

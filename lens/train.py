@@ -92,7 +92,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
             checkpoint.check_start(cfg, abstract, run.base)
         run = config.load(cfg, run)
         workdir.mkdir(parents=True, exist_ok=True)
-        always = [step for p in run.phases for step in p.steps if fires(p.every.keep, step)]
+        always = [s for p in run.phases for s in range(p.start + 1, p.end + 1) if fires(p.every.keep, s)]
         with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, always, log.say) as checkpoints:
             found = checkpoints.resume(here, lambda step: abstract_state(abstract, run.phase_of(step), run.mesh))
             state, info = found or (init_state(checkpoint.initial_lens(cfg, run), None, run.mesh), {})
