@@ -4,7 +4,7 @@
 `reopen` opens a finished run, `initial_lens` what a new one starts from.
 """
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
@@ -34,33 +34,19 @@ TEXT_BYTES = 200  # of a cause that another process tells
 FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
 # Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
 PLACES = (
-    'layer',
-    'position_vectors',
-    'decoder.train',
-    'decoder.injection',
-    'decoder.norm',
-    'decoder.marker',
-    'decoder.patched_blocks',
-    'decoder.shared_map',
-    'encoder.train',
-    'encoder.output_layer',
-    'encoder.readout',
-    'encoder.current_token',
+    *('layer', 'position_vectors'),
+    *(f'decoder.{k}' for k in ('train', 'injection', 'norm', 'marker', 'patched_blocks', 'shared_map')),
+    *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'current_token')),
 )
 ANOTHER_VERSION = 'it is of another version; train again'
 
 
-class CheckpointError(LensError):
-    """A checkpoint does not fit this run or cannot be read."""
-
-
-class DamagedError(CheckpointError):
+class DamagedError(LensError):
     """The files of a checkpoint cannot be read."""
 
 
 def _to_dict(tree) -> dict:
-    """Plain dict keyed by leaf path: readable without our classes, loadable in part. Orbax refuses
-    arrays without elements (an empty soft prompt), so they are left out."""
+    """Leaves by path: readable without our classes, in part too. Orbax refuses empty arrays (a prompt of no tokens)."""
     return {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(tree) if x.size}
 
 
@@ -99,22 +85,13 @@ class Checkpoints:
     say: receives sentences for the user about what went wrong and was survived.
     """
 
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        keep,
-        always: Sequence[int] = (),
-        say: Callable[[str], None] = print,
-    ):
+    def __init__(self, directory: pathlib.Path, keep, always: Sequence[int] = (), say: Callable[[str], None] = print):
+        self.directory, self._say, self._writing, self._best = directory.absolute(), say, None, keep.best
         p = ocp.training.preservation_policies
-        policies = [p.LatestN(keep.keep)]
-        self._best = keep.best
+        policies = [p.LatestN(keep.keep), *([p.CustomSteps(always)] if always else [])]
         if keep.best:
-            by_fve = p.BestN(get_metric_fn=lambda m: m['fve'], n=keep.best, keep_checkpoints_without_metrics=False)
-            policies.append(by_fve)
-        if always:
-            policies.append(p.CustomSteps(always))
-        self.directory, self._say, self._writing = directory.absolute(), say, None
+            best = p.BestN(get_metric_fn=lambda m: m['fve'], n=keep.best, keep_checkpoints_without_metrics=False)
+            policies.append(best)
         policy = p.AnyPreservationPolicy(policies)
         self._ckpt = ocp.training.Checkpointer(self.directory, preservation_policy=policy)
 
@@ -127,7 +104,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Of the finished checkpoints, ascending."""
+        """Returns those of the finished checkpoints, ascending."""
         return sorted(c.step for c in self._ckpt.checkpoints if (self.directory / str(c.step)).exists())
 
     @property
@@ -141,7 +118,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The one with the highest held-out FVE, where any was evaluated."""
+        """Returns the one with the highest held-out FVE, where any was evaluated."""
         return max(self._fve, key=self._fve.get, default=None)
 
     def is_best(self, fve: float | None) -> bool:
@@ -166,7 +143,7 @@ class Checkpoints:
             self._lost(e)
 
     def wait(self) -> None:
-        """Until what is being written is complete, or has failed."""
+        """Waits until what is being written is complete, or has failed."""
         try:
             self._ckpt.wait()
         except FILE_ERRORS as e:
@@ -178,10 +155,10 @@ class Checkpoints:
         step, self._writing = self._writing, None
         self.clean()
         self._ckpt.reload()
-        last = self.latest_step
+        last = 'none' if self.latest_step is None else f'step {self.latest_step}'
         self._say(
             f'warning: the checkpoint of step {step} could not be written to {self.directory} ({_first_line(e)}); training '
-            f'goes on, the last good one is {"none" if last is None else f"step {last}"}: free some disk.'
+            f'goes on, the last good one is {last}: free some disk.'
         )
 
     def clean(self) -> None:
@@ -191,7 +168,7 @@ class Checkpoints:
                 shutil.rmtree(rest, ignore_errors=True)
 
     def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-        """(step, read(step)) of the newest checkpoint that can be read; None where there is none at all.
+        """Returns (step, read(step)) of the newest checkpoint that can be read; None where there is none at all.
 
         read: raises DamagedError on all processes or on none, as `info` and `restore` do.
         Raises DamagedError when there are some and none can be read.
@@ -202,7 +179,7 @@ class Checkpoints:
                 return step, read(step)
             except DamagedError as e:
                 damaged = e
-            self._say(f'warning: {damaged}')
+                self._say(f'warning: {e}')
         if damaged:
             raise damaged
         return None
@@ -211,18 +188,20 @@ class Checkpoints:
         """Returns (state, info) of the newest checkpoint that can be read, damaged ones after it moved away.
 
         None where the run has not begun. here: the identity of this run. like: abstract state of a step. Raises
-        CheckpointError when the folder holds another run.
+        LensError when the folder holds another run.
         """
 
         def read(step: int) -> tuple[T, dict]:
             info = self.info(step)
+            if missing := here.keys() - info.keys():
+                raise self._damaged(step, f'it does not say its {min(missing)}')
             check_identity(info, here, self.directory.parent)
             return self.restore(step, like(step)), info
 
         try:
             found = self.newest(read)
         except DamagedError as e:
-            raise CheckpointError(f'{e} None of the others can be read either: start in another --workdir.') from e
+            raise LensError(f'{e} None of the others can be read either: start in another --workdir.') from e
         if found is None:
             return None
         step, (state, info) = found
@@ -242,7 +221,7 @@ class Checkpoints:
         self._ckpt.reload()
 
     def info(self, step: int) -> dict:
-        """What was given to save as `info`. Raises DamagedError, on all processes."""
+        """Returns what was given to save as `info`. Raises DamagedError, on all processes."""
 
         def read() -> dict:
             info = self._ckpt.metadata(step).custom_metadata
@@ -268,9 +247,9 @@ class Checkpoints:
         return DamagedError(f'{self.directory}/{step} is damaged ({what}).')
 
     def restore(self, step: int, like):
-        """The state of a checkpoint, in the structure and placement of `like`; of a part of the state, that part.
+        """Returns the state of a checkpoint in the structure and placement of `like`; of a part of it, that part.
 
-        like: tree of arrays or ShapeDtypeStructs that carry shardings. Raises CheckpointError.
+        like: tree of arrays or ShapeDtypeStructs that carry shardings. Raises LensError.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _to_dict(like))
         self._check_shapes(step, abstract)
@@ -285,10 +264,9 @@ class Checkpoints:
                 return self._ckpt.load_checkpointables(step, {'state': abstract})['state']
 
         stored, loaded = self.info(step).get('checksums', {}), self._together(step, read)
-        found = sharding.fetch(_checksums(loaded))
-        changed = next((k for k, v in found.items() if int(v) != stored.get(k)), None)
-        if changed:
-            raise self._damaged(step, f'{changed} is not what was written')
+        for k, found in sharding.fetch(_checksums(loaded)).items():
+            if int(found) != stored.get(k):
+                raise self._damaged(step, f'{k} is not what was written')
         return _from_dict(like, loaded)
 
     def _check_shapes(self, step: int, abstract: dict) -> None:
@@ -301,10 +279,10 @@ class Checkpoints:
             f'{k} {have.get(k, "none")} instead of {x.shape}' for k, x in abstract.items() if have.get(k) != x.shape
         ]
         if wrong:
-            more = f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else ''
-            raise CheckpointError(
-                f'{self.directory}/{step} has other parameters than this configuration ({"; ".join(wrong[:SHOWN])}{more}): '
-                'use the configuration of that run, or another workdir.'
+            shown = '; '.join(wrong[:SHOWN]) + (f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else '')
+            raise LensError(
+                f'{self.directory}/{step} has other parameters than this configuration ({shown}): use the configuration of '
+                'that run, or another workdir.'
             )
 
 
@@ -326,58 +304,47 @@ def identity(cfg, run: Run) -> dict:
 def has_begun(here: dict, workdir: pathlib.Path) -> bool:
     """Returns whether checkpoints are there to go on from, told without opening one.
 
-    Raises CheckpointError where config.json beside them is of another run, long before `resume` would find out.
+    Raises LensError where config.json beside them is of another run, long before `resume` would find out.
     """
     if not any(p.name.isdigit() for p in workdir.glob('checkpoints/*')):
         return False
-    try:
-        theirs = files.read_json(workdir / 'config.json', '')
-    except LensError:  # `resume` asks the checkpoints
-        return True
-    _same_config(theirs, here['config'], workdir)
+    with contextlib.suppress(DamagedError):  # `resume` asks the checkpoints
+        check_identity(here | {'config': files.read_json(workdir / 'config.json', '', DamagedError)}, here, workdir)
     return True
 
 
-def check_identity(info: dict, here: dict, workdir: pathlib.Path) -> None:
-    """Raises CheckpointError unless a checkpoint's `info` is of the run `here`, DamagedError where it does not say."""
-    for key in ('config', 'phase_ends', 'documents'):
-        if key not in info:
-            raise DamagedError(f'{workdir}/checkpoints: a checkpoint says no {key!r}.')
-    _same_config(info['config'], here['config'], workdir)
-    if info['phase_ends'] != here['phase_ends']:
-        raise CheckpointError(
-            f'{workdir} holds a run whose phases end at steps {info["phase_ends"]}, now {here["phase_ends"]}: epochs are '
+def check_identity(theirs: dict, here: dict, workdir: pathlib.Path) -> None:
+    """Raises LensError where the identity of a run in `workdir` is not that of this run, `here`."""
+    if keys := differing(theirs['config'], here['config']):
+        raise LensError(
+            f'{workdir} holds a run with another configuration (differing keys: {", ".join(keys)}): '
+            'use that configuration or another --workdir.'
+        )
+    if theirs['phase_ends'] != here['phase_ends']:
+        raise LensError(
+            f'{workdir} holds a run whose phases end at steps {theirs["phase_ends"]}, now {here["phase_ends"]}: epochs are '
             'counted on the training documents, so restore data.path or use another --workdir.'
         )
-    if info['documents'] != here['documents']:
-        raise CheckpointError(
+    if theirs['documents'] != here['documents']:
+        raise LensError(
             f'{workdir} holds a run on other documents or labels than those that {here["config"]["data"]["path"]} has '
             'now: restore data.path or use another --workdir.'
         )
 
 
-def _same_config(theirs: dict, ours: dict, workdir: pathlib.Path) -> None:
-    if keys := differing(theirs, ours):
-        raise CheckpointError(
-            f'{workdir} holds a run with another configuration (differing keys: {", ".join(keys)}): '
-            'use that configuration or another --workdir.'
-        )
+def _flat(config: dict) -> dict:
+    """Values by dotted key."""
+    leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
+    return {jax.tree_util.keystr(kp, simple=True, separator='.'): x for kp, x in leaves}
 
 
-def differing(a: dict, b: dict, prefix: str = '') -> list[str]:
-    """Returns the dotted keys whose values differ, but for FREE_KEYS."""
-    out = []
-    for k in sorted((a.keys() | b.keys()) - (set() if prefix else set(FREE_KEYS))):
-        x, y = a.get(k), b.get(k)
-        if isinstance(x, dict) and isinstance(y, dict):
-            out += differing(x, y, f'{prefix}{k}.')
-        elif x != y:
-            out.append(prefix + k)
-    return out
+def differing(a: dict, b: dict) -> list[str]:
+    """Returns the dotted keys whose values differ, but for those in FREE_KEYS."""
+    a, b = _flat(a), _flat(b)
+    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and k.split('.')[0] not in FREE_KEYS)
 
 
 def _config_of(workdir: pathlib.Path) -> dict:
-    """The configuration of a run."""
     return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
 
 
@@ -391,21 +358,17 @@ def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[in
         def read(step: int) -> Lens:
             return checkpoints.restore(step, {'params': like})['params']
 
-        if step == 'newest':
-            found = checkpoints.newest(read)
-        else:
-            number = str(checkpoints.best_step) if step == 'best' else step
-            if number not in map(str, checkpoints.steps):
-                have = ', '.join(map(str, checkpoints.steps)) or 'none'
-                raise LensError(f'{workdir}/checkpoints has no checkpoint {step!r}: it has {have}.')
+        have = ', '.join(map(str, checkpoints.steps)) or 'none yet'
+        found = checkpoints.newest(read) if step == 'newest' else None
+        number = str(checkpoints.best_step) if step == 'best' else step
+        if number in have.split(', '):
             found = int(number), read(int(number))
     if found is None:
-        raise LensError(f'{workdir}/checkpoints holds no checkpoint yet.')
+        raise LensError(f'{workdir}/checkpoints has no checkpoint {step!r}: it has {have}.')
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Reopened:
+class Reopened(NamedTuple):
     """A workdir one of whose checkpoints has been restored. config: of the run, as stored."""
 
     config: dict
@@ -427,7 +390,7 @@ def reopen(workdir: pathlib.Path, step: str = 'newest', data: int = -1) -> Reope
     except (AttributeError, KeyError) as e:
         raise LensError(f'{workdir}/config.json lacks a key ({e}): {ANOTHER_VERSION}.') from e
     with jax.set_mesh(run.mesh):
-        like = lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
+        like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
         return Reopened(stored, run, *weights(workdir, like, step))
 
 
@@ -440,22 +403,20 @@ def check_start(cfg, lens: Lens, base) -> None:
     """Raises LensError where what a new run starts from does not fit. lens, base: may be abstract."""
     if not _is_run(cfg.init_from):
         return lens_init.check_start(cfg, lens, base)
-    theirs, ours = (
-        _places(c, cfg.init_from) for c in (_config_of(pathlib.Path(cfg.init_from)), json.loads(cfg.to_json()))
-    )
+    stored = _config_of(pathlib.Path(cfg.init_from)), json.loads(cfg.to_json())
+    theirs, ours = (_places(x, cfg.init_from) for x in stored)
     if changed := [f'{k}={theirs[k]!r}' for k in theirs if theirs[k] != ours[k]]:
         raise LensError(f'init_from={cfg.init_from} holds a lens with {", ".join(changed)}: use these keys here.')
 
 
 def _places(stored: dict, workdir: str) -> dict:
     """The values of PLACES by dotted key."""
-    flat = ml_collections.ConfigDict(stored)
-    try:
-        values = {k: config.get(flat, k) for k in PLACES}
-    except KeyError as e:
-        raise LensError(f'{workdir}/config.json lacks a key ({e}): {ANOTHER_VERSION}.') from e
-    out = values['encoder.output_layer']
-    return values | {'encoder.output_layer': values['layer'] if out == -1 else out}
+    flat = _flat(stored)
+    if missing := [k for k in PLACES if k not in flat]:
+        raise LensError(f'{workdir}/config.json lacks {missing[0]}: {ANOTHER_VERSION}.')
+    if flat['encoder.output_layer'] == -1:
+        flat['encoder.output_layer'] = flat['layer']
+    return {k: flat[k] for k in PLACES}
 
 
 def initial_lens(cfg, run: Run) -> Lens:
@@ -463,5 +424,5 @@ def initial_lens(cfg, run: Run) -> Lens:
     jax.set_mesh(run.mesh). Raises LensError."""
     if not _is_run(cfg.init_from):
         return lens_init.init_lens(cfg, run)
-    like = lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
+    like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
     return weights(pathlib.Path(cfg.init_from), like)[1]

@@ -17,7 +17,6 @@ from lens import data, gumbel, hf, losses, objectives, optimizer, response, sche
 from lens.errors import LensError
 from lens.models import injection, moe
 from lens.models.encoder import READOUTS
-from lens.models.injection import Injection
 from lens.models.transformer import REMAT_POLICIES, Transformer, TransformerConfig
 from lens.schedules import Clock, Schedule
 
@@ -54,15 +53,19 @@ LEAST = {  # key -> its least value
     'checkpoint.best': 0,
     'data.min_pos': 0,
 }
+INTERVALS = {  # of Intervals, its key
+    'evaluate': 'eval.every',
+    'save': 'checkpoint.every',
+    'keep': 'checkpoint.keep_every',
+    'log': 'log.every',
+    'drift': 'log.drift',
+}
 SLOT_WORD = 'something'  # what stands for the activation in the natural prefix
 
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """Micro-steps of the run between two evaluations, checkpoints, those that stay, lines of metrics, drifts.
-
-    0 or None: never.
-    """
+    """Micro-steps between evaluations, checkpoints, those that stay, lines of metrics, drifts; 0 or None: never."""
 
     evaluate: int | None = None
     save: int | None = None
@@ -100,11 +103,6 @@ class Phase:
     every: Intervals = Intervals()
 
     @property
-    def steps(self) -> range:
-        """Numbers of its micro-steps, counted from 1 over the run."""
-        return range(self.start + 1, self.end + 1)
-
-    @property
     def labelled(self) -> bool:
         return not self.objective.samples
 
@@ -127,11 +125,23 @@ class EvalSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation; encoder:
+    before and after the words."""
+
+    decoder: response.Prompt
+    encoder: tuple[list[int], list[int]]
+    natural: tuple[int, ...]
+    tags: response.Tags
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Everything that the loop and the evaluation need. base: shapes and placements until `load`."""
 
     mesh: jax.sharding.Mesh
     tokenizer: object
+    texts: Texts
     base: Transformer
     train: data.Split
     validation: data.Split
@@ -139,11 +149,7 @@ class Run:
     length: int
     min_pos: int
     seed: int
-    tags: response.Tags
     error: str  # one of objectives.ERRORS
-    injection: Injection
-    decoder_prompt: response.Prompt
-    encoder_prompt: tuple[list[int], list[int]]  # token ids before and after the words
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
 
@@ -181,16 +187,15 @@ def plan(cfg) -> Run:
     texts = read_texts(cfg, tokenizer)
     check_lengths(cfg, c, texts)
     train, validation = _open_data(cfg, c, texts.tags)
-    require(
-        len(cfg.phases) > 0 or bool(cfg.init_from),
-        'phases is empty: name at least one phase, e.g. sft, or give init_from to evaluate an exported lens.',
-    )
+    what = 'name at least one phase, e.g. sft, or give init_from to evaluate an exported lens'
+    require(len(cfg.phases) > 0 or bool(cfg.init_from), f'phases is empty: {what}.')
     for name in cfg.phases:
         check_phase(cfg, name)
         check_documents(cfg, name, train, texts.tags)
     return Run(
         mesh=mesh,
         tokenizer=tokenizer,
+        texts=texts,
         base=abstract_base(cfg, c, mesh),
         train=train,
         validation=validation,
@@ -198,11 +203,7 @@ def plan(cfg) -> Run:
         length=cfg.explanation_len,
         min_pos=cfg.data.min_pos,
         seed=cfg.seed,
-        tags=texts.tags,
         error=cfg.encoder.error,
-        injection=injection.of_config(cfg.decoder, c),
-        decoder_prompt=texts.decoder,
-        encoder_prompt=texts.encoder,
         evaluation=EvalSettings(**{f.name: cfg.eval[f.name] for f in dataclasses.fields(EvalSettings)}),
         phases=make_phases(cfg, texts, len(train)),
     )
@@ -210,18 +211,8 @@ def plan(cfg) -> Run:
 
 def load(cfg, run: Run) -> Run:
     """Returns the run with the weights of its frozen base in their place. Raises LensError."""
-    base = hf.load_model(cfg.subject.path, mesh=run.mesh, **_how_to_run(cfg), **_placed(cfg))
-    return dataclasses.replace(run, base=base)
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation."""
-
-    decoder: response.Prompt
-    encoder: tuple[list[int], list[int]]
-    natural: tuple[int, ...]
-    tags: response.Tags
+    how, placed = _base_settings(cfg)
+    return dataclasses.replace(run, base=hf.load_model(cfg.subject.path, mesh=run.mesh, **how, **placed))
 
 
 def read_texts(cfg, tokenizer) -> Texts:
@@ -235,45 +226,31 @@ def read_texts(cfg, tokenizer) -> Texts:
     )
 
 
-def _how_to_run(cfg) -> dict:
-    """What cfg.subject says of the frozen base beside its path, as in TransformerConfig."""
-    return {k: cfg.subject[k] for k in ('remat', 'experts', 'packed')}
-
-
-def _placed(cfg) -> dict:
-    """Type of the leaves of the frozen base, and elements above which they are split over the devices of `data`."""
-    return {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
-
-
 def abstract_base(cfg, c: TransformerConfig, mesh) -> Transformer:
     """Returns shapes and placements of the frozen base as `cfg` asks for it."""
-    return hf.abstract_model(dataclasses.replace(c, **_how_to_run(cfg)), mesh=mesh, **_placed(cfg))
+    how, placed = _base_settings(cfg)
+    return hf.abstract_model(dataclasses.replace(c, **how), mesh=mesh, **placed)
+
+
+def _base_settings(cfg) -> tuple[dict, dict]:
+    """How the frozen base runs, as in TransformerConfig; its dtype, and above how many elements `data` splits a leaf."""
+    how = {k: cfg.subject[k] for k in ('remat', 'experts', 'packed')}
+    return how, {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
 
 
 def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Split, data.Split]:
-    """The training and the validation split as the run reads them."""
-    splits = tuple(data.open_split(cfg.data.path, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
-    for split in splits:
-        made_with = split.meta.get('tokenizer_sha256')
-        require(
-            made_with in (None, hf.tokenizer_sha256(cfg.subject.path)),
-            f'{split.directory} was made with another tokenizer than that of {cfg.subject.path}: pretokenize again.',
-        )
-    data.check_disjoint(*splits)
-    splits = tuple(data.readable(x, cfg.data.positions, cfg.data.min_pos) for x in splits)
-    longest = max(x.tokens.shape[1] for x in splits)
-    require(
-        longest <= c.max_positions,
-        f'{splits[0].directory} has {longest} tokens a row, the subject reads {c.max_positions}.',
-    )
+    """The training and the validation split as the run reads them, given explanations as responses."""
 
-    def responding(split: data.Split) -> data.Split:
-        """The split whose given explanations are responses of this run."""
+    def split_of(split: data.Split) -> data.Split:
+        n = split.tokens.shape[1]
+        require(n <= c.max_positions, f'{split.directory} has {n} tokens a row, the subject reads {c.max_positions}.')
         filler = split.meta.get('filler_id', split.meta.get('pad_id') or 0)
         respond = functools.partial(response.respond, tags=tags, filler=filler, length=cfg.explanation_len)
+        split = data.readable(split, cfg.data.positions, cfg.data.min_pos)
         return dataclasses.replace(split, respond=respond)
 
-    return tuple(map(responding, splits))
+    splits = data.open_splits(cfg.data.path, c.vocab_size, cfg.subject.path, hf.tokenizer_sha256)
+    return tuple(map(split_of, splits))
 
 
 def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase, ...]:
@@ -285,7 +262,8 @@ def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase,
     run_clock = sum(c.total for c in clocks)
     for name, clock in zip(cfg.phases, clocks, strict=True):
         start = out[-1].end if out else 0
-        every = _intervals(cfg, dataclasses.replace(clock, total=run_clock))
+        of_run = dataclasses.replace(clock, total=run_clock)  # "-1" is the whole run here
+        every = Intervals(**{k: schedules.duration(get(cfg, key), of_run, key) for k, key in INTERVALS.items()})
         out.append(_phase(cfg, name, clock, start, every, texts))
     return tuple(out)
 
@@ -293,10 +271,9 @@ def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase,
 def _phase(cfg, name: str, clock: Clock, start: int, every: Intervals, texts: Texts) -> Phase:
     p, objective = cfg[name], objectives.OBJECTIVES[cfg[name].objective]
     values = {k: schedules.parse(p[k], clock, f'{name}.{k}') for k in objectives.KNOBS}
-    rates = {}
-    for side in optimizer.SIDES:
-        key = f'learning_rate_{side}'
-        rates[side] = schedules.parse(p[key], clock, f'{name}.{key}')
+    keys = {side: f'learning_rate_{side}' for side in optimizer.SIDES}
+    rates = {side: schedules.parse(p[key], clock, f'{name}.{key}') for side, key in keys.items()}
+    for side, key in keys.items():
         require(min(rates[side].start, rates[side].end) >= 0, f'{name}.{key}={p[key]!r} is negative.')
     table = optimizer.parse_table(p.table, clock, f'{name}.table')
     counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates')}
@@ -329,73 +306,47 @@ def _phase(cfg, name: str, clock: Clock, start: int, every: Intervals, texts: Te
     )
 
 
-def _intervals(cfg, clock: Clock) -> Intervals:
-    """clock: of a phase, with the length of the whole run, which is what "-1" means here."""
-    keys = {'evaluate': 'eval.every', 'save': 'checkpoint.every', 'keep': 'checkpoint.keep_every'}
-    keys |= {'log': 'log.every', 'drift': 'log.drift'}
-    return Intervals(**{k: schedules.duration(get(cfg, key), clock, key) for k, key in keys.items()})
-
-
 def check_values(cfg) -> None:
     """Raises LensError for values that are impossible with any subject and any data."""
     for key, least in LEAST.items():
         value = get(cfg, key)
-        need = (
-            'must not be negative' if least == 0 else 'must be positive' if least == 1 else f'must be at least {least}'
-        )
-        require(value >= least, f'{key}={value} {need}.')
+        require(value >= least, f'{key}={value} must be at least {least}.')
     for key, choices in CHOICES.items():
         _choice(get(cfg, key), choices, key)
-    require(
-        cfg.subject.experts != 'tokamax' or importlib.util.find_spec('tokamax') is not None,
-        'subject.experts=tokamax needs the package tokamax: pip install tokamax, or use ragged.',
-    )
-    require(
-        not (cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)),
-        'subject.packed=True keeps the experts as bytes, which cannot be trained: drop it, or use train=lora or maps.',
-    )
+    there = cfg.subject.experts != 'tokamax' or importlib.util.find_spec('tokamax') is not None
+    require(there, 'subject.experts=tokamax needs the package tokamax: pip install tokamax, or use ragged.')
+    trained = cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)
+    remedy = 'drop it, or use train=lora or maps'
+    require(not trained, f'subject.packed=True keeps the experts as bytes, which cannot be trained: {remedy}.')
 
 
 def check_subject(cfg, c: TransformerConfig) -> None:
     """Raises LensError for values that are impossible with this subject."""
     last, out = c.n_layers - 1, cfg.encoder.output_layer
     require(0 <= cfg.layer <= last, f'layer={cfg.layer} is not a block of the subject, which has blocks 0..{last}.')
-    require(
-        -1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject (0..{last}, or -1 for layer).'
-    )
+    wanted = f'0..{last}, or -1 for layer'
+    require(-1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject ({wanted}).')
     injection.of_config(cfg.decoder, c)
-    require(
-        not cfg.position_vectors or not c.ropes,
-        f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.',
-    )
-    if not cfg.init_from:
-        _check_starts(cfg)
-
-
-def _check_starts(cfg) -> None:
-    inits = (cfg.decoder.init, cfg.encoder.init)
-    for init, key in zip(inits, ('decoder.init', 'encoder.init'), strict=True):
-        _choice(init, INITS, key)
-    require(
-        cfg.encoder.init == 'identity' or cfg.encoder.readout != 'none',
-        f'encoder.init={cfg.encoder.init} starts a map that encoder.readout=none does not have: use identity.',
-    )
-    require(
-        'tuned_lens' not in inits or bool(cfg.tuned_lens),
-        'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.',
-    )
+    learned = not c.ropes or not cfg.position_vectors
+    require(learned, f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.')
+    if cfg.init_from:
+        return
+    for key in ('decoder.init', 'encoder.init'):
+        _choice(get(cfg, key), INITS, key)
+    init, readout = cfg.encoder.init, cfg.encoder.readout
+    missing = readout == 'none' and init != 'identity'
+    require(not missing, f'encoder.init={init} starts a map that encoder.readout=none does not have: use identity.')
+    missing = 'tuned_lens' in (cfg.decoder.init, init) and not cfg.tuned_lens
+    require(not missing, 'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.')
 
 
 def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
     """Raises LensError where the subject has no positions for a prompt with its explanation."""
     left, right = texts.decoder[:2]
     for side, tokens in {'decoder': len(left) + len(right), 'encoder': sum(map(len, texts.encoder))}.items():
-        total = tokens + 1 + cfg.explanation_len  # the slot, or the token that was read
-        require(
-            total <= c.max_positions,
-            f'{side}.prompt and explanation_len={cfg.explanation_len} make {total} tokens, the subject reads '
-            f'{c.max_positions}.',
-        )
+        total, most = tokens + 1 + cfg.explanation_len, c.max_positions  # 1: the slot, or the token that was read
+        what = f'{side}.prompt and explanation_len={cfg.explanation_len}'
+        require(total <= most, f'{what} make {total} tokens, the subject reads {most}.')
 
 
 def check_batches(cfg, mesh) -> None:
@@ -406,68 +357,42 @@ def check_batches(cfg, mesh) -> None:
 
 def check_phase(cfg, name: str) -> None:
     """Raises LensError for impossible values of the phase block `name`."""
-    require(
-        name in cfg and 'objective' in cfg[name], f'phases names {name!r}, but there is no phase block of that name.'
-    )
+    exists = name in cfg and 'objective' in cfg[name]
+    require(exists, f'phases names {name!r}, but there is no phase block of that name.')
     p = cfg[name]
     for key, choices in PHASE_CHOICES.items():
         _choice(p[key], choices, f'{name}.{key}')
     for key in ('group', 'mean_of', 'updates', 'clip', 'vectors', 'documents'):
         require(p[key] > 0, f'{name}.{key}={p[key]} must be positive.')
     reads = objectives.OBJECTIVES[p.objective].reads
-    require(
-        'group' not in reads or p.group >= 2,
-        f'{name}.group={p.group} must be at least 2: advantages compare the group.',
-    )
-    require(
-        p.documents * p.vectors >= 2,
-        f'{name}: one activation per step has no variance; raise documents or vectors.',
-    )
-    require(
-        p.updates == 1 or p.accumulate == 1,
-        f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.',
-    )
+    alone = 'group' in reads and p.group < 2
+    require(not alone, f'{name}.group={p.group} must be at least 2: advantages compare the group.')
+    require(p.documents * p.vectors >= 2, f'{name}: one activation has no variance; raise documents or vectors.')
+    both = p.updates > 1 and p.accumulate > 1
+    require(not both, f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.')
     require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
     for key, off in objectives.OPTIONAL.items():
-        require(
-            key in reads or p[key] == off,
-            f'{name}.{key}={p[key]!r} does nothing under the {p.objective} objective: use {off}.',
-        )
+        idle = f'{name}.{key}={p[key]!r} does nothing under the {p.objective} objective'
+        require(key in reads or p[key] == off, f'{idle}: use {off}.')
     together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
     require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')
-    require(
-        p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len,
-        f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={cfg.explanation_len}.',
-    )
+    n, some = cfg.explanation_len, p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len
+    require(some, f'{name}.kl_skip={p.kl_skip} leaves no token of explanation_len={n}.')
 
 
 def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> None:
     """Raises LensError where the data does not have what the phase block `name` asks for."""
-    p = cfg[name]
+    p, where = cfg[name], train.directory
     require(
-        len(train) >= p.documents,
-        f'{name}.documents={p.documents}, but {train.directory} holds only {len(train)} documents.',
+        len(train) >= p.documents, f'{name}.documents={p.documents}, but {where} holds only {len(train)} documents.'
     )
     if objectives.OBJECTIVES[p.objective].samples:
         return
-    require(
-        train.explanations is not None,
-        f'{train.directory}/explanations.npy does not exist: the {p.objective} objective of {name} needs given '
-        'explanations.',
-    )
-    row = data.first_unlabelled(train, cfg.data.min_pos)
-    require(
-        row is None,
-        f'{train.directory}/positions.npy row {row} has no labelled position from data.min_pos={cfg.data.min_pos} on: '
-        f'{name} needs one in each document.',
-    )
-    have = train.explanations.shape[2]
-    require(
-        have == cfg.explanation_len or bool(tags),
-        f'explanation_len={cfg.explanation_len}, but the given explanations in {train.directory} have {have} tokens.',
-    )
-    around = len(tags.opening) + len(tags.closing)
-    require(
-        around < cfg.explanation_len,
-        f'explanation_len={cfg.explanation_len} leaves no room between tags of {around} tokens.',
-    )
+    need = f'the {p.objective} objective of {name} needs given explanations'
+    require(train.explanations is not None, f'{where}/explanations.npy does not exist: {need}.')
+    row, need = data.first_unlabelled(train, cfg.data.min_pos), f'{name} needs one in each document'
+    from_ = f'from data.min_pos={cfg.data.min_pos} on'
+    require(row is None, f'{where}/positions.npy row {row} has no labelled position {from_}: {need}.')
+    n, have, around = cfg.explanation_len, train.explanations.shape[2], len(tags.opening) + len(tags.closing)
+    require(have == n or bool(tags), f'explanation_len={n}, but the given explanations in {where} have {have} tokens.')
+    require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')

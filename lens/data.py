@@ -39,11 +39,8 @@ class DataError(LensError):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split; see the module docstring for the arrays.
-
-    rows, codes: after `readable`, the documents that are read and the role codes of their positions.
-    respond: what makes responses of given explanations, [..., T] -> [..., T'].
-    """
+    """The arrays of one split, see above. rows, codes: after `readable`, the documents that are read and the role codes
+    of their positions. respond: makes responses of given explanations, [..., T] -> [..., T']."""
 
     directory: pathlib.Path
     meta: dict
@@ -143,8 +140,22 @@ def _digests(split: Split):
         yield hashlib.blake2b(np.asarray(row[:n], np.int32).tobytes(), digest_size=16).digest()
 
 
+def open_splits(path: str, vocab_size: int, subject, tokenizer_sha256: Callable) -> tuple[Split, Split]:
+    """Opens and checks `path`/train and `path`/validation: no text in both, made with the tokenizer of the subject
+    where they say with which. Raises DataError."""
+    train, validation = (open_split(path, x, vocab_size=vocab_size) for x in ('train', 'validation'))
+    for split in (train, validation):
+        made_with = split.meta.get('tokenizer_sha256')
+        if made_with is not None and made_with != tokenizer_sha256(subject):
+            raise DataError(
+                f'{split.directory} was made with another tokenizer than that of {subject}: pretokenize again.'
+            )
+    check_disjoint(train, validation)
+    return train, validation
+
+
 def check_disjoint(train: Split, validation: Split) -> None:
-    """The leak check: no document id and no text may be in both splits. Raises DataError."""
+    """Raises DataError where a document id or a text is in both splits: the leak check."""
     both = np.intersect1d(train.doc_id, validation.doc_id)
     if len(both):
         raise DataError(f'{train.directory} and {validation.directory} share {len(both)} document ids, e.g. {both[0]}.')
@@ -155,15 +166,24 @@ def check_disjoint(train: Split, validation: Split) -> None:
 
 
 def fingerprint(split: Split) -> str:
-    """Digest of which documents the split holds and where they are labelled, in their order."""
+    """Digests which documents the split holds and where they are labelled, in their order."""
     digest = hashlib.sha256()
     for x in (split.doc_id, split.lengths, split.positions):
         digest.update(b'' if x is None else np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
 
 
+def _given(split: Split, rows, min_pos: int) -> np.ndarray:
+    """Which of the given explanations of some rows are at positions that may be read: bool [rows, P]."""
+    given = np.asarray(split.positions[rows])
+    ok = given >= np.minimum(min_pos, split.lengths[rows] - 1)[:, None]  # without a label it is -1
+    if split.codes is None:
+        return ok
+    return ok & np.isin(np.take_along_axis(split.role[rows], np.maximum(given, 0), 1), split.codes)
+
+
 def readable(split: Split, positions: str, min_pos: int) -> Split:
-    """`split` with only the positions of one kind (a key of POSITIONS), from min_pos on; documents that have
+    """Returns `split` with only the positions of one kind (a key of POSITIONS), from min_pos on; documents that have
     none are left out. Reads role.npy once. Raises DataError if it is not there or no document is left."""
     if positions == 'any':
         return split
@@ -173,63 +193,48 @@ def readable(split: Split, positions: str, min_pos: int) -> Split:
             f'{d} has no roles of its tokens (role.npy, and their names in meta.json), which '
             f'data.positions={positions!r} needs: pretokenize chats again, or use data.positions=any.'
         )
-    codes = np.array([names[k] for k in POSITIONS[positions]], np.int8)
+    split = dataclasses.replace(split, codes=np.array([names[k] for k in POSITIONS[positions]], np.int8))
     n, width = split.tokens.shape
-    step, column, parts = max(BYTES_PER_SCAN // width, 1), np.arange(width), []
-    for i in range(0, n, step):
-        length = np.asarray(split.lengths[i : i + step])[:, None]
-        ok = np.isin(split.role[i : i + step], codes) & (column < length)
-        found = (ok & (column >= np.minimum(min_pos, length - 1))).any(1)
-        if split.positions is not None:  # a given explanation must be at such a position, too
-            given = np.asarray(split.positions[i : i + step])
-            labelled = given >= np.minimum(min_pos, length - 1)
-            found &= (np.take_along_axis(ok, np.maximum(given, 0), 1) & labelled).any(1)
-        parts.append(i + np.flatnonzero(found))
-    rows = np.concatenate(parts)
+    size, column, found = max(BYTES_PER_SCAN // width, 1), np.arange(width), []
+    for rows in (slice(i, i + size) for i in range(0, n, size)):
+        length = np.asarray(split.lengths[rows])[:, None]
+        ok = np.isin(split.role[rows], split.codes) & (column < length) & (column >= np.minimum(min_pos, length - 1))
+        # a given explanation must be at such a position, too
+        found.append(ok.any(1) if split.positions is None else ok.any(1) & _given(split, rows, min_pos).any(1))
+    rows = np.flatnonzero(np.concatenate(found))
     if not len(rows):
         raise DataError(f'{d} has no document with a position for data.positions={positions!r} from {min_pos} on.')
-    return dataclasses.replace(split, rows=rows, codes=codes)
+    return dataclasses.replace(split, rows=rows)
 
 
 def draw_positions(
     length: int, count: int, min_pos: int, rng: np.random.Generator, allowed: np.ndarray | None = None
 ) -> np.ndarray:
-    """`count` positions uniform on min(min_pos, length-1)..length-1; distinct where possible.
-
-    allowed: bool [length or more]; only positions where it holds.
-    """
+    """Draws positions uniform on min(min_pos, length-1)..length-1, and of them where `allowed` (bool [length or more]);
+    distinct where possible."""
     choices = np.arange(min(min_pos, length - 1), length)
     choices = choices if allowed is None else choices[allowed[choices]]
     return np.sort(rng.choice(choices, count, replace=len(choices) < count)).astype(np.int32)
 
 
-def _labelled(split: Split, i: int, min_pos: int) -> np.ndarray:
-    """Which of the given explanations of row i are at positions that may be read; indices."""
-    given = np.asarray(split.positions[i])
-    ok = given >= min(min_pos, int(split.lengths[i]) - 1)  # without a label it is -1
-    return np.flatnonzero(ok if split.codes is None else ok & np.isin(split.role[i][given], split.codes))
-
-
 def first_unlabelled(split: Split, min_pos: int) -> int | None:
-    """The first row that is read and has no given explanation at a position that may be; None where all have one."""
+    """Returns the first row that is read without a given explanation at a position that may be; None: all have one."""
     if split.codes is not None:  # `readable` has left them out
         return None
-    ok = (split.positions >= np.minimum(min_pos, split.lengths - 1)[:, None]).any(1)
+    ok = _given(split, slice(None), min_pos).any(1)
     return None if ok.all() else int(np.argmin(ok))
 
 
 def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rng) -> dict:
-    allowed = None if split.codes is None else np.isin(split.role[i], split.codes)
     row = {'tokens': np.asarray(split.tokens[i], np.int32), 'doc_id': np.int64(split.doc_id[i])}
     if labelled:
-        have = _labelled(split, i, min_pos)
-        if not len(have):
-            raise DataError(f'{split.directory}/positions.npy row {i} has no labelled position from {min_pos} on.')
+        have = np.flatnonzero(_given(split, [i], min_pos))
         pick = np.sort(rng.choice(have, vectors, replace=len(have) < vectors))
         row['positions'] = np.asarray(split.positions[i][pick], np.int32)
         given = np.asarray(split.explanations[i][pick], np.int32)
         row['explanations'] = given if split.respond is None else split.respond(given)
     else:
+        allowed = None if split.codes is None else np.isin(split.role[i], split.codes)
         row['positions'] = draw_positions(int(split.lengths[i]), vectors, min_pos, rng, allowed)
     return row
 
@@ -265,16 +270,13 @@ def train_batches(
     seed: int,
     rows: np.ndarray | None = None,
 ):
-    """An endless, checkpointable iterator over shuffled documents.
+    """Returns an endless, checkpointable iterator over shuffled documents.
 
     Each batch has `documents` rows with `vectors` positions each: tokens [R, S], positions [R, V],
     doc_id [R] and, if `labelled`, the given explanations [R, V, T]. State: get_state / set_state.
-    rows: the ones that this process reads, with the state of all of them; None: every row.
+    rows: the ones that this process reads, with the state of all of them; None: every row. config.check_documents says
+    what the data must have.
     """
-    if labelled and split.positions is None:
-        raise DataError(f'{split.directory}/positions.npy does not exist: the sft objective needs given explanations.')
-    if len(split) < documents:
-        raise DataError(f'{split.directory} holds {len(split)} documents, fewer than one batch of {documents}.')
     drawn = _order(split, seed).random_map(
         lambda i, rng: _row(split, int(i), vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng)
     )
@@ -284,26 +286,24 @@ def train_batches(
 
 
 def batch_documents(split: Split, documents: int, seed: int, index: int) -> list[int]:
-    """doc_id of every row of batch `index`, from 0, of train_batches."""
+    """Returns doc_id of every row of batch `index`, from 0, of train_batches."""
     order = _order(split, seed)
     return [int(split.doc_id[order[index * documents + r]]) for r in range(documents)]
 
 
 def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: int) -> dict:
-    """The fixed held-out set: the first `documents` rows that may be read, positions drawn per document id.
+    """Returns the fixed held-out set: the first `documents` rows that may be read, positions drawn per document id.
 
-    Returns the arrays of a training batch plus `lengths` [R], and `facts` [R, V, F] where the split has them. Where
-    every one of these rows has given explanations, positions are drawn from theirs, and `explanations` [R, V, T]
-    are returned as well.
+    The arrays of a training batch plus `lengths` [R], and `facts` [R, V, F] where the split has them. Positions are
+    those of given explanations [R, V, T] where every one of these rows has some.
     """
     n = min(documents, len(split))
     which = split.read_rows[:n]
-    labelled = split.positions is not None and all(len(_labelled(split, i, min_pos)) for i in which)
-    rngs = [np.random.default_rng([seed, int(split.doc_id[i]) % 2**64]) for i in which]
-    rows = [
-        _row(split, i, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng)
-        for i, rng in zip(which, rngs, strict=True)
-    ]
+    labelled = split.positions is not None and bool(_given(split, which, min_pos).any(1).all())
+    rows = []
+    for i in which:
+        rng = np.random.default_rng([seed, int(split.doc_id[i]) % 2**64])
+        rows.append(_row(split, i, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
     batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
     batch['lengths'] = np.asarray(split.lengths[which])
     if split.facts is not None:

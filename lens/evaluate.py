@@ -182,7 +182,7 @@ class Evaluator:
             pick = np.minimum(np.arange(i, i + self.rows), documents - 1)  # the last batch is padded and cut
             batch = sharding.put_batch({k: self.held[k][pick] for k in arrays if k in self.held}, run.mesh)
             out = _evaluate_batch(
-                lens, run.base, batch, key, layer=run.layer, tags=run.tags, error=run.error, names=names
+                lens, run.base, batch, key, layer=run.layer, tags=run.texts.tags, error=run.error, names=names
             )
             keep = min(self.rows, documents - i) * self.vectors
             parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sharding.fetch(out)))
@@ -191,7 +191,7 @@ class Evaluator:
             doc_N=np.repeat(self.held['doc_id'][:documents], self.vectors),
             truth_NxF=self.held['facts'][:documents].reshape(-1, len(self.fields)) if self.fields else None,
             fields=self.fields,
-            tagged=bool(run.tags),
+            tagged=bool(run.texts.tags),
             error=run.error,
         )
 

@@ -59,7 +59,7 @@ def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: in
 
     config: of the run; summary: its summary.json, {} where there is none.
     """
-    ids = {'decoder': run.decoder_prompt[:2], 'encoder': run.encoder_prompt}
+    ids = {'decoder': run.texts.decoder[:2], 'encoder': run.texts.encoder}
     prompts = {
         side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
         for side, (left, right) in ids.items()
@@ -67,7 +67,7 @@ def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: in
     about = {
         'subject': config['subject']['path'],
         'explanation_len': run.length,
-        'tags': {'opening': list(run.tags.opening), 'closing': list(run.tags.closing)},
+        'tags': {'opening': list(run.texts.tags.opening), 'closing': list(run.texts.tags.closing)},
         'lora': config['lora'] if 'lora' in (config['decoder']['train'], config['encoder']['train']) else None,
         'step': step,
         'figures': {k: summary[k] for k in FIGURES if k in summary},

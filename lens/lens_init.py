@@ -11,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lens import lens_folder, sharding, translators
-from lens.config import Run
-from lens.models import lora, subject
+from lens.config import Run, Texts
+from lens.models import injection, lora, subject
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
-from lens.models.injection import Injection
 from lens.models.lens import Lens
-from lens.response import Prompt
 
 NORM_DOCUMENTS = 10  # texts that the scale of the maps is measured on
 
@@ -29,26 +27,14 @@ class Start(NamedTuple):
     readout: tuple[jax.Array, jax.Array]
 
 
-class Prompts(NamedTuple):
-    """What a lens is made around: the slot and its prompt, the token ids around the words."""
-
-    injection: Injection
-    decoder: Prompt
-    encoder: tuple[list[int], list[int]]
-
-
-def prompts_of(run: Run) -> Prompts:
-    return Prompts(run.injection, run.decoder_prompt, run.encoder_prompt)
-
-
 def _encoder_config(cfg) -> EncoderConfig:
     e = cfg.encoder
     return EncoderConfig(cfg.layer if e.output_layer == -1 else e.output_layer, e.readout, e.current_token)
 
 
-def make_lens(cfg, prompts: Prompts, base, start: Start, key) -> Lens:
+def make_lens(cfg, texts: Texts, base, start: Start, key) -> Lens:
     """Returns the trainable tree at step 0, a pure function of its arguments."""
-    where, encoder = prompts.decoder, _encoder_config(cfg)
+    where, encoder, inject = texts.decoder, _encoder_config(cfg), injection.of_config(cfg.decoder, base.config)
 
     def trained(side, n_layers, key):
         own = {'own_base': side.train == 'full', 'adapters': None, 'positions': cfg.position_vectors}
@@ -61,16 +47,16 @@ def make_lens(cfg, prompts: Prompts, base, start: Start, key) -> Lens:
     decoder_key, encoder_key = jax.random.split(key)
     return Lens(
         Decoder(
-            DecoderConfig(prompts.injection, cfg.layer, where.more_slots, where.marker),
+            DecoderConfig(inject, cfg.layer, where.more_slots, where.marker),
             where.left,
             where.right,
             base,
-            start.maps if prompts.injection.n_maps else None,
+            start.maps if inject.n_maps else None,
             **trained(cfg.decoder, base.config.n_layers, decoder_key),
         ),
         Encoder(
             encoder,
-            *prompts.encoder,
+            *texts.encoder,
             base,
             readout=start.readout,
             **trained(cfg.encoder, encoder.output_layer + 1, encoder_key),
@@ -78,16 +64,16 @@ def make_lens(cfg, prompts: Prompts, base, start: Start, key) -> Lens:
     )
 
 
-def abstract_lens(cfg, prompts: Prompts, base, mesh) -> Lens:
+def abstract_lens(cfg, texts: Texts, base, mesh) -> Lens:
     """Returns shapes and placements of make_lens. `base` may be abstract itself. Call under jax.set_mesh(mesh)."""
-    d, n = base.config.d_model, prompts.injection.n_maps
+    d, n = base.config.d_model, injection.of_config(cfg.decoder, base.config).n_maps
 
     def spec(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     start = Start((spec(n, d, d), spec(n, d)), (spec(d, d), spec(d)))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    lens = jax.eval_shape(lambda *a: make_lens(cfg, prompts, *a), base, start, key)
+    lens = jax.eval_shape(lambda *a: make_lens(cfg, texts, *a), base, start, key)
     return sharding.with_placement(lens, mesh, sharding.SPLIT_ABOVE)
 
 
@@ -103,11 +89,10 @@ def check_start(cfg, lens: Lens, base) -> None:
 def init_lens(cfg, run: Run) -> Lens:
     """Returns the lens that training starts from, made in its place on the mesh: fresh and reproducible from
     cfg.seed, or the exported one of cfg.init_from. Call under jax.set_mesh(run.mesh). Raises LensError."""
-    prompts = prompts_of(run)
-    abstract = abstract_lens(cfg, prompts, run.base, run.mesh)
+    abstract = abstract_lens(cfg, run.texts, run.base, run.mesh)
     if cfg.init_from:
         return lens_folder.read(pathlib.Path(cfg.init_from), abstract)
-    make = jax.jit(lambda *a: make_lens(cfg, prompts, *a), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+    make = jax.jit(lambda *a: make_lens(cfg, run.texts, *a), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
     return make(run.base, _start(cfg, run), jax.random.key(run.seed))
 
 
@@ -124,7 +109,8 @@ def _stream_norms(run: Run) -> jax.Array:
 
 def _start(cfg, run: Run) -> Start:
     """Maps and read-out by cfg.decoder.init and cfg.encoder.init. Raises LensError."""
-    c, inject, encoder = run.base.config, run.injection, _encoder_config(cfg)
+    c, encoder = run.base.config, _encoder_config(cfg)
+    inject = injection.of_config(cfg.decoder, c)
     n, d = inject.n_maps, c.d_model
     maps = jnp.tile(jnp.eye(d, dtype=jnp.float32), (n, 1, 1)), jnp.zeros((n, d), jnp.float32)
     readout = jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32)

@@ -4,18 +4,14 @@ import jax
 import jax.numpy as jnp
 
 
-def normalised_mse(pred_NxD, target_NxD):
-    """mean_n [ mean_d (pred - target)^2 / max(mean_d target^2, 1e-12) ]."""
-    return normalised_mse_rows(pred_NxD, target_NxD).mean()
-
-
 def normalised_mse_rows(pred_NxD, target_NxD):
+    """Returns mean_d (pred - target)^2 / max(mean_d target^2, 1e-12), [N]."""
     pred, target = pred_NxD.astype(jnp.float32), target_NxD.astype(jnp.float32)
     return jnp.mean((pred - target) ** 2, -1) / jnp.maximum(jnp.mean(target**2, -1), 1e-12)
 
 
 def direction_mse_rows(pred_NxD, target_NxD):
-    """mean_d of the squared difference when both have norm sqrt(d): 2 (1 - cos), the error of NLA lenses.
+    """Returns mean_d of the squared difference when both have norm sqrt(d): 2 (1 - cos), the error of NLA lenses, [N].
 
     The floor is inside the square root: a zero vector has a finite gradient and the error 2.
     """
@@ -25,50 +21,49 @@ def direction_mse_rows(pred_NxD, target_NxD):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask, which broadcasts against it, is 1; 0 where it is nowhere."""
+    """Averages x where mask, which broadcasts against it, is 1; 0 where it is nowhere."""
     mask = jnp.broadcast_to(mask, x.shape)
     return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def fve(pred_NxD, target_NxD, group: int = 1):
-    """Fraction of variance explained, bias penalised: 1 - mean_n |target - pred|^2 / sum_d Var_d(target).
+    """Returns the fraction of variance explained, bias penalised: 1 - mean_n |target - pred|^2 / sum_d Var_d(target).
 
     Var around the mean of these rows, ddof 1; of rows repeated in contiguous groups, each target counts
     once. The mean as prediction gives about 0.
     """
     pred, target = pred_NxD.astype(jnp.float32), target_NxD.astype(jnp.float32)
     error = jnp.mean(jnp.sum((target - pred) ** 2, -1))
-    return 1 - error / jnp.maximum(
-        jnp.sum(jnp.var(target.reshape(-1, group, target.shape[-1])[:, 0], axis=0, ddof=1)), 1e-12
-    )
+    spread = jnp.sum(jnp.var(target.reshape(-1, group, target.shape[-1])[:, 0], axis=0, ddof=1))
+    return 1 - error / jnp.maximum(spread, 1e-12)
 
 
 def token_log_probs(logits_BxTxV, ids_BxT):
-    """log softmax picked at the ids, BxT. Written as a masked sum: V may be sharded."""
+    """Picks log softmax at the ids, BxT. Written as a masked sum: V may be sharded."""
     logits = logits_BxTxV.astype(jnp.float32)
     hit = jnp.arange(logits.shape[-1]) == ids_BxT[..., None]
     return jnp.sum(jnp.where(hit, logits, 0), -1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def entropy(logits_BxTxV):
-    """Entropy of the next-token distribution in nats, BxT."""
+    """Returns the entropy of the next-token distribution in nats, BxT."""
     logp = jax.nn.log_softmax(logits_BxTxV.astype(jnp.float32), axis=-1)
     return -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
 def cross_entropy(logp_BxT, mask_BxT):
-    """Mean negative log-probability over the tokens where mask is 1."""
+    """Returns the mean negative log-probability over the tokens where mask is 1."""
     return -masked_mean(logp_BxT, mask_BxT)
 
 
 def clamped_entropy(entropy_BxT, mask_BxT, clamp):
-    """mean_b min(mean_t H, clamp): above the clamp a sequence gets no bonus gradient."""
+    """Returns mean_b min(mean_t H, clamp): above the clamp a sequence gets no bonus gradient."""
     mean_B = jnp.sum(entropy_BxT * mask_BxT, -1) / jnp.maximum(jnp.sum(mask_BxT, -1), 1)
     return jnp.mean(jnp.minimum(mean_B, clamp))
 
 
 def advantages(rewards_N, group: int, kind: str = 'grpo'):
-    """What a sample's reward is worth within its group of contiguous rows, one of ADVANTAGES.
+    """Says what a sample's reward is worth within its group of contiguous rows, by one of ADVANTAGES.
 
     grpo: (r - mean) / max(std, 1e-8), std unbiased. rloo: r - mean of the others (Ahmadian et al. 2024).
     dr_grpo: r - mean, no division by the spread (Liu et al. 2025).
@@ -87,7 +82,7 @@ ADVANTAGES = ('grpo', 'rloo', 'dr_grpo')
 
 
 def policy_gradient(logp_NxT, advantages_N, mask_NxT, old_logp_NxT=None, clip: float = 0.0):
-    """- mean over tokens of ratio * a, ratio = pi / pi_old; a token mean, without correction for length.
+    """Returns - mean over tokens of ratio * a, ratio = pi / pi_old; a token mean, without correction for length.
 
     Without old log-probabilities the update is on-policy: the ratio is 1 in value, the gradient REINFORCE's.
     With them the ratio is clipped to 1 - clip .. 1 + clip (PPO).
@@ -105,7 +100,7 @@ K3_CLAMP = 12.0  # of the log-ratio; e^12 tokens of weight would be one token's 
 
 
 def k3(logp_NxT, logq_NxT, mask_NxT):
-    """mean over tokens of q/pi - log(q/pi) - 1, the k3 estimator of KL(pi || q).
+    """Returns the mean over tokens of q/pi - log(q/pi) - 1, the k3 estimator of KL(pi || q).
 
     The gradient goes through pi; q is constant. The log-ratio is clamped to +-K3_CLAMP.
     """
@@ -114,7 +109,7 @@ def k3(logp_NxT, logq_NxT, mask_NxT):
 
 
 def kl(logits_p, logits_q):
-    """KL(P || Q) in nats of the distributions over the last axis, [...]; P is constant."""
+    """Returns KL(P || Q) in nats of the distributions over the last axis, [...]; P is constant."""
     logp = jax.nn.log_softmax(jax.lax.stop_gradient(logits_p).astype(jnp.float32), axis=-1)
     logq = jax.nn.log_softmax(logits_q.astype(jnp.float32), axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - logq), -1)

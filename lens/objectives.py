@@ -38,10 +38,8 @@ OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updat
 class Hparams:
     """What an objective's program depends on; a static argument of a step.
 
-    on: the KNOBS that are not zero throughout the phase; a weight that is not among them computes nothing. group:
-    samples per activation; mean_of: samples whose reconstructions are averaged before they are compared. updates: of
-    one rollout, with the ratio clipped where there are several. natural_prefix: token ids of the decoder prompt with a
-    word for the activation.
+    on: the KNOBS that are not zero throughout the phase; a weight that is not among them computes nothing.
+    natural_prefix: token ids of the decoder prompt with a word for the activation. The others: configs/base.py.
     """
 
     layer: int
@@ -92,27 +90,26 @@ def extracted_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
 
 
 def given_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
-    """The given responses as if they had been sampled."""
+    """Takes the given responses as if they had been sampled."""
     del lens, key
     return extract(base, batch, hp.layer)._replace(ids_NxT=batch['explanations'].reshape(-1, hp.length))
 
 
 def sampled_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
-    """group * mean_of responses of every activation."""
+    """Draws group * mean_of responses of every activation."""
     roll, n = extract(base, batch, hp.layer), hp.group * hp.mean_of
     frozen = jax.lax.stop_gradient(lens.decoder)
-    a = dec.without_position(frozen, roll.a_NxD, roll.source.position_N)
-    s = sampling.sample(frozen, base, a, key, length=hp.length, group=n)
+    s = sampling.sample(frozen, base, _vectors(frozen, roll), key, length=hp.length, group=n)
     tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
     return Rollout(*tiled, batch, s.ids_NxT, s.logp_NxT)
 
 
 def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
-    """Given explanations: decoder cross-entropy plus the encoder's error on the same texts."""
+    """Adds the decoder's cross-entropy of given explanations and the encoder's error on the same texts."""
     del key, reference
     found = find(roll.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
-    logp, entropy = dec.score(lens.decoder, base, _vectors(lens, roll), roll.ids_NxT)
+    logp, entropy = dec.score(lens.decoder, base, _vectors(lens.decoder, roll), roll.ids_NxT)
     ce = losses.cross_entropy(logp, mask)
     pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, found.span if hp.tags else None)
     loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
@@ -120,10 +117,10 @@ def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, referen
 
 
 def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
-    """Sampled explanations: decoder by policy gradient, encoder by its error on the same samples.
+    """Trains on sampled explanations: decoder by policy gradient, encoder by its error on the same samples.
 
-    The samples are constants for both sides, so decoder parameters get gradient from the policy gradient,
-    the KLs and the entropy bonus only, encoder parameters from the error alone.
+    The samples are constants: the decoder gets gradient from the policy gradient, the KLs and the entropy bonus only,
+    the encoder from its error alone.
     """
     del key
     ids, found = roll.ids_NxT, find(roll.ids_NxT, hp.tags)
@@ -135,7 +132,7 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
     reward = jnp.where(found.found_N, -error_rows(pred, roll.a_NxD, hp.error), FAILED)
     advantage = _advantages(jax.lax.stop_gradient(reward), hp)
 
-    logits = dec.teacher_forced_logits(lens.decoder, base, _vectors(lens, roll), ids)
+    logits = dec.teacher_forced_logits(lens.decoder, base, _vectors(lens.decoder, roll), ids)
     logp = losses.token_log_probs(logits, ids)
     old = roll.logp_NxT if hp.updates > 1 else None
     policy = losses.policy_gradient(logp, advantage, mask, old, knobs['clip'])
@@ -154,12 +151,12 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
 
 
 def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
-    """Sampled explanations and one backward pass through the words, straight-through (gumbel.py)."""
+    """Trains on sampled explanations by one backward pass through the words, straight-through (gumbel.py)."""
     model = model_of(lens.encoder, base)
     words = relaxed.rollout(
         lens.decoder,
         base,
-        _vectors(lens, roll),
+        _vectors(lens.decoder, roll),
         jax.lax.stop_gradient(model.table),
         key,
         length=hp.length,
@@ -184,8 +181,8 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refe
 class Objective:
     """One entry of OBJECTIVES.
 
-    reads: of OPTIONAL and `group`, the keys of a phase that it reads. shows: (metric, words) that a progress line begins
-    with. samples: it learns from texts of its own, which may collapse; otherwise from given explanations.
+    reads: of OPTIONAL and `group`, the keys of a phase that it reads. shows: (metric, words) that a progress line
+    begins with. samples: it learns from texts of its own, which may collapse; otherwise from given explanations.
     """
 
     rollout: Callable
@@ -206,12 +203,12 @@ OBJECTIVES = {
 
 
 def error_rows(pred_NxD, target_NxD, error: str):
-    """The encoder's error of every row, one of ERRORS."""
+    """Returns the encoder's error of every row, one of ERRORS."""
     return (losses.direction_mse_rows if error == 'direction' else losses.normalised_mse_rows)(pred_NxD, target_NxD)
 
 
 def comparable(x_NxD, error: str):
-    """Rows as figures compare them: as they are, or rescaled to norm sqrt(d) where only directions count."""
+    """Gives rows as figures compare them: as they are, or rescaled to norm sqrt(d) where only directions count."""
     if error != 'direction':
         return x_NxD
     x = x_NxD.astype(jnp.float32)
@@ -219,7 +216,7 @@ def comparable(x_NxD, error: str):
 
 
 def repeated(ids_NxT, mask_NxT):
-    """Share of the texts that equal an earlier one; tokens where mask is 0 do not count.
+    """Returns the share of the texts that equal an earlier one; tokens where mask is 0 do not count.
 
     Two hashes of 32 bits are compared, sums over mixed words: texts that differ in one place never agree, others by
     chance once in 2^64 pairs.
@@ -235,8 +232,8 @@ def repeated(ids_NxT, mask_NxT):
     return jnp.sum((first[1:] == first[:-1]) & (second[1:] == second[:-1])) / len(first)
 
 
-def _vectors(lens: Lens, roll: Rollout):
-    return dec.without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
+def _vectors(decoder: dec.Decoder, roll: Rollout):
+    return dec.without_position(decoder, roll.a_NxD, roll.source.position_N)
 
 
 def _mean_of(pred_NxD, m: int):
@@ -302,19 +299,18 @@ def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, 
     if roll.logp_NxT is not None:
         gap = jnp.abs(logp - roll.logp_NxT)
         metrics |= {'logp_diff_max': jnp.max(gap * mask), 'logp_diff_mean': losses.masked_mean(gap, mask)}
-    loss = 0.0
-    natural = None
+    loss, natural = 0.0, None
     if 'lm_weight' in hp.on or ('beta' in hp.on and hp.kl_to == 'natural'):
         natural = dec.natural_logits(base, jnp.asarray(hp.natural_prefix), roll.ids_NxT)
     if 'beta' in hp.on:
         if hp.kl_to == 'start':
             fixed = jax.lax.stop_gradient(reference)
-            a = dec.without_position(fixed, roll.a_NxD, roll.source.position_N)
-            logq = dec.score(fixed, base, a, roll.ids_NxT)[0]
+            logq, _ = dec.score(fixed, base, _vectors(fixed, roll), roll.ids_NxT)
         else:
             logq = losses.token_log_probs(natural, roll.ids_NxT)
-        metrics[f'kl_{hp.kl_to}_nats'] = losses.k3(logp, logq, mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
-        loss += knobs['beta'] * metrics[f'kl_{hp.kl_to}_nats']
+        kl = losses.k3(logp, logq, mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
+        metrics[f'kl_{hp.kl_to}_nats'] = kl
+        loss += knobs['beta'] * kl
     if 'lm_weight' in hp.on:
         metrics['kl_lm_nats'] = losses.masked_mean(losses.kl(natural, logits), mask)
         loss += knobs['lm_weight'] * metrics['kl_lm_nats']

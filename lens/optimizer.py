@@ -80,11 +80,6 @@ def parse_clip(value, key: str, table: tuple[Row, ...]) -> dict[str, float]:
     return norms
 
 
-def side(path: str) -> str:
-    """Returns 'decoder' or 'encoder' for a leaf path of the trainable tree."""
-    return path.split('/')[0]
-
-
 def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
@@ -93,11 +88,10 @@ def _float32(tree):
 class Optimizer:
     """AdamW (0.9, 0.999, 1e-8; moments in float32) for a tree whose first path element is a side.
 
-    What a program depends on, and so a static argument of a step: (pattern, clip group or None where frozen,
-    whether it sleeps at first) of every row, and of how many micro-steps the mean gradient makes one update. The
-    numbers are `values`, see `numbers`. Before its unfreeze time a leaf is neither updated nor decayed nor counted in
-    a norm, and its moments start from zero there. Frozen leaves have no state. Raises LensError for a leaf that no
-    row covers.
+    What a program depends on, and so a static argument of a step: (pattern, clip group or None where frozen, whether it
+    sleeps at first) of every row, and how many micro-steps make one update, of their mean gradient. Before its unfreeze
+    time a leaf is neither updated nor decayed nor counted in a norm, and its moments start from zero there. Frozen
+    leaves have no state. Raises LensError for a leaf that no row covers.
     """
 
     rows: tuple[tuple[str, str | None, bool], ...]
@@ -109,7 +103,7 @@ class Optimizer:
         return self._chain(values | {'clip': dict.fromkeys(self._groups(), 1.0)}).init(_float32(params))
 
     def update(self, grads, state, params, values: Mapping):
-        """Returns (updates, state) of one micro-step."""
+        """Returns (updates, state) of one micro-step. values: of `numbers`."""
         return self._chain(values).update(_float32(grads), state, _float32(params))
 
     def trained(self, path: str) -> bool:
@@ -132,7 +126,7 @@ class Optimizer:
             return f'clip_{self.rows[self._row_of(path)][1]}' if self.trained(path) else FROZEN
 
         def row_and_side(path: str) -> str:
-            return f'{side(path)}_{self._row_of(path)}'
+            return f'{path.split("/")[0]}_{self._row_of(path)}'
 
         def awake(i: int, inner):
             return optax.conditionally_mask(inner, lambda step: values['awake'][i]) if self.rows[i][2] else inner
@@ -151,15 +145,16 @@ class Optimizer:
                 optax.partition({label: one(i, k) for label, (i, k) in rows.items()}, labels(row_and_side)),
             )
 
-        groups = {f'clip_{name}': accumulated(clipped(name), self.accumulation) for name in self._groups()}
+        groups = {f'clip_{name}': clipped(name) for name in self._groups()}
+        if self.accumulation > 1:
+            groups = {k: optax.MultiSteps(tx, self.accumulation).gradient_transformation() for k, tx in groups.items()}
         return optax.partition(groups | {FROZEN: optax.set_to_zero()}, labels(group))
 
 
 def make(table: tuple[Row, ...], accumulation: int = 1) -> Optimizer:
     """Returns the Optimizer of a table."""
-    return Optimizer(
-        tuple((r.pattern, None if r.multiplier is None else r.clip, r.unfreeze > 0) for r in table), accumulation
-    )
+    rows = tuple((r.pattern, None if r.multiplier is None else r.clip, r.unfreeze > 0) for r in table)
+    return Optimizer(rows, accumulation)
 
 
 def numbers(
@@ -181,23 +176,19 @@ def numbers(
     }
 
 
-def accumulated(tx: optax.GradientTransformation, micro_steps: int) -> optax.GradientTransformation:
-    """Returns `tx` applied to the mean gradient of every `micro_steps` micro-steps; zero updates between."""
-    return optax.MultiSteps(tx, micro_steps).gradient_transformation() if micro_steps > 1 else tx
+def _by_side(tree, counted: Callable[[str], bool] = lambda path: True) -> dict[str, list[jax.Array]]:
+    """The leaves of each side for whose path `counted` holds, in float32."""
+    leaves = [(sharding.path(kp), x) for kp, x in jax.tree_util.tree_leaves_with_path(_float32(tree))]
+    return {s: [x for path, x in leaves if path.startswith(f'{s}/') and counted(path)] for s in SIDES}
 
 
 def norms_by_side(tree, counted: Callable[[str], bool] = lambda path: True) -> dict[str, jax.Array]:
     """Returns the global L2 norm of the decoder's and of the encoder's leaves for whose path `counted` holds."""
-    squares = dict.fromkeys(SIDES, jnp.float32(0))
-    for kp, x in jax.tree_util.tree_leaves_with_path(tree):
-        if counted(path := sharding.path(kp)):
-            squares[side(path)] += jnp.sum(x.astype(jnp.float32) ** 2)
-    return {name: jnp.sqrt(x) for name, x in squares.items()}
+    return {s: optax.tree.norm(leaves) for s, leaves in _by_side(tree, counted).items()}
 
 
 def step_norms(grads, updates, params, trained: Callable[[str], bool]) -> dict[str, jax.Array]:
-    """Returns metrics of one step by side: norm of the gradient of trained leaves, of the update, and the ratio of the
-    update to the parameters after it."""
+    """Returns by side the norm of the gradient of trained leaves, of the update, and its ratio to the new parameters."""
     update, after = norms_by_side(updates), norms_by_side(params)
     return (
         {f'grad_norm_{k}': v for k, v in norms_by_side(grads, trained).items()}
@@ -209,13 +200,6 @@ def step_norms(grads, updates, params, trained: Callable[[str], bool]) -> dict[s
 @jax.jit
 def drift(params, start) -> dict[str, jax.Array]:
     """Returns the sum over leaves of |theta - theta_0| by the sum of |theta_0|, of each side. start: theta_0."""
-
-    def total(tree):
-        out = dict.fromkeys(SIDES, jnp.float32(0))
-        for kp, x in jax.tree_util.tree_leaves_with_path(tree):
-            out[side(sharding.path(kp))] += jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2))
-        return out
-
-    moved = jax.tree.map(lambda x, y: x.astype(jnp.float32) - y.astype(jnp.float32), params, start)
-    moved, size = total(moved), total(start)
-    return {f'drift_{name}': moved[name] / (size[name] + 1e-12) for name in SIDES}
+    moved = jax.tree.map(jnp.subtract, _float32(params), _float32(start))
+    moved, size = ({s: sum(map(optax.tree.norm, x)) for s, x in _by_side(tree).items()} for tree in (moved, start))
+    return {f'drift_{s}': moved[s] / (size[s] + 1e-12) for s in SIDES}

@@ -26,7 +26,7 @@ SPLIT_ABOVE = 1 << 24
 
 
 def rows(ndim: int) -> P:
-    """Placement of an array whose first axis is the batch."""
+    """Returns the placement of an array whose first axis is the batch."""
     return P(ROW_AXES, *[None] * (ndim - 1))
 
 
@@ -60,25 +60,21 @@ RULES = (
 )
 
 
-class MeshError(LensError):
-    """The mesh does not fit the devices or the batch."""
-
-
 def make_mesh(data: int, model: int, replica: int = 1) -> jax.sharding.Mesh:
-    """The ('replica', 'data', 'model') mesh over the first replica*data*model devices; data = -1 takes all that remain.
+    """Returns a mesh over the first replica*data*model devices; data = -1 takes all that remain.
 
-    Raises MeshError when there are too few, or when a process of several would be left without work.
+    Raises LensError when there are too few, or when a process of several would be left without work.
     """
     devices = jax.devices()
     if data == -1:
         data = max(1, len(devices) // (model * replica))
     sizes, n = f'mesh.replica={replica} x mesh.data={data} x mesh.model={model}', replica * data * model
     if n > len(devices) or min(replica, data, model) < 1:
-        raise MeshError(
+        raise LensError(
             f'{sizes} needs {n} devices, but JAX sees {len(devices)}: lower mesh.data, mesh.model or mesh.replica.'
         )
     if jax.process_count() > 1 and n < len(devices):
-        raise MeshError(
+        raise LensError(
             f'{sizes} needs {n} devices, but the {jax.process_count()} processes have {len(devices)}: use all of them, '
             'e.g. with mesh.data=-1.'
         )
@@ -86,17 +82,17 @@ def make_mesh(data: int, model: int, replica: int = 1) -> jax.sharding.Mesh:
 
 
 def row_count(mesh) -> int:
-    """Over how many devices the rows of a batch are split."""
+    """Returns over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[a] for a in ROW_AXES)
 
 
 def out(spec: P) -> P | None:
-    """`spec` for an `out_sharding=` argument, or None when no mesh is set (a notebook)."""
+    """Returns `spec` for an `out_sharding=` argument, or None when no mesh is set (a notebook)."""
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
 def like(x: jax.Array) -> P | None:
-    """Where `x` lives, for an `out_sharding=` argument; None when no mesh is set."""
+    """Returns where `x` lives, for an `out_sharding=` argument; None when no mesh is set."""
     return None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec
 
 
@@ -105,12 +101,12 @@ def reshard(x: jax.Array, spec: P) -> jax.Array:
 
 
 def path(key_path) -> str:
-    """'blocks/attn/q' for the key path of a leaf of a module or of a tree that holds one."""
+    """Returns 'blocks/attn/q' for the key path of a leaf of a module or of a tree that holds one."""
     return jax.tree_util.keystr(key_path, simple=True, separator='/').removesuffix('/value')
 
 
 def gathered(tree):
-    """Leaves that are split over `data`, whole along it; what their gradient adds up to is split again."""
+    """Makes leaves that are split over `data` whole along it; what their gradient adds up to is split again."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
 
@@ -133,38 +129,38 @@ def _spec(leaf_path: str, shape: tuple[int, ...], mesh, split_above: float) -> P
 
 
 def shardings(tree, mesh, split_above: float = math.inf):
-    """A NamedSharding for every array leaf of `tree`, by RULES; split over `data` above so many elements."""
+    """Returns a NamedSharding for every array leaf of `tree`, by RULES; split over `data` above so many elements."""
     return jax.tree_util.tree_map_with_path(
         lambda kp, x: NamedSharding(mesh, _spec(path(kp), x.shape, mesh, split_above)), tree
     )
 
 
 def with_placement(tree, mesh, split_above: float):
-    """ShapeDtypeStructs of `tree` that carry their placement, as shardings gives it."""
+    """Returns ShapeDtypeStructs of `tree` that carry their placement, as shardings gives it."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh, split_above)
     )
 
 
 def put(x: np.ndarray, place) -> jax.Array:
-    """A host array, the same on every process, to devices: each receives its part."""
+    """Puts a host array, the same on every process, on devices: each receives its part."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
 
 def place(tree, mesh, split_above: float = math.inf):
-    """Host arrays, or arrays of this process's devices, put where RULES say."""
+    """Puts host arrays, or arrays of this process's devices, where RULES say."""
     return jax.tree.map(put, tree, shardings(tree, mesh, split_above))
 
 
 def local_rows(mesh, n: int) -> np.ndarray:
-    """Which of a batch's n rows this process's devices hold, in ascending order."""
+    """Returns which of a batch's n rows this process's devices hold, ascending."""
     parts = NamedSharding(mesh, rows(1)).addressable_devices_indices_map((n,)).values()
     return np.unique(np.concatenate([np.arange(n)[i] for i in parts]))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh, of: int | None = None) -> dict[str, jax.Array]:
-    """Host rows to devices, split over ROW_AXES.
+    """Puts host rows on devices, split over ROW_AXES.
 
     of: rows of the whole batch, where `batch` has local_rows(mesh, of) alone; None where it has all.
     """
@@ -183,7 +179,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh, of: int | None = None) -> dict
 
 
 def fetch(tree):
-    """The arrays on the host, whole on every process. All processes must call it."""
+    """Returns the arrays on the host, whole on every process. All processes must call it."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(
@@ -192,10 +188,10 @@ def fetch(tree):
 
 
 def check_divides(count: int, name: str, mesh) -> None:
-    """Raises MeshError when `count` rows cannot be split evenly over the mesh."""
+    """Raises LensError when `count` rows cannot be split evenly over the mesh."""
     n = row_count(mesh)
     if count % n:
-        raise MeshError(
+        raise LensError(
             f'{name}={count} cannot be split over mesh.replica x mesh.data = {n} devices: use a multiple of {n} or '
             'change the mesh.'
         )

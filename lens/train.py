@@ -7,6 +7,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -18,10 +19,7 @@ from lens.models.lens import Lens, parameter_count
 
 
 class State(struct.PyTreeNode):
-    """What a step changes: count of micro-steps, trainable tree, optimizer state.
-
-    reference: the decoder at the start of the phase, where its objective compares with it; otherwise ().
-    """
+    """What a step changes, and the decoder at the start of the phase where its objective compares with it, else ()."""
 
     step: jax.Array
     params: Lens
@@ -61,14 +59,11 @@ def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
 
 def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
     """Returns a state with a fresh optimizer for `phase`; without one where there is nothing to train."""
-    opt = ()
-    if phase:
-        place = sharding.shardings(jax.eval_shape(phase.tx.init, params), mesh, sharding.SPLIT_ABOVE)
-        opt = jax.jit(phase.tx.init, out_shardings=place)(params)
-    needed = phase and phase.hparams.needs_reference
-    reference = jax.tree.map(jnp.copy, params.decoder) if needed else ()  # a step donates params
-    count = sharding.place({'step': jnp.asarray(step, jnp.int32)}, mesh)
-    return State(params=params, opt=opt, reference=reference, **count)
+    like = abstract_state(params, phase, mesh)
+    place = jax.tree.map(lambda x: x.sharding, like.opt)
+    opt = jax.jit(phase.tx.init, out_shardings=place)(params) if phase else ()
+    reference = jax.tree.map(jnp.copy, like.reference)  # a step donates params
+    return State(sharding.put(np.int32(step), like.step.sharding), params, opt, reference)
 
 
 class Stopped(Exception):
@@ -90,14 +85,15 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
         logger.Logger(cfg, run, workdir, began) as log,
         contextlib.closing(logger.Profile(profile, workdir, log.say)) as window,
     ):
-        abstract = lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
+        abstract = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
         for phase in run.phases:
             jax.eval_shape(phase.tx.init, abstract)  # refuses a table that leaves a parameter out
         if not checkpoint.has_begun(here, workdir):
             checkpoint.check_start(cfg, abstract, run.base)
         run = config.load(cfg, run)
         workdir.mkdir(parents=True, exist_ok=True)
-        with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, _kept_steps(run), log.say) as checkpoints:
+        always = [s for p in run.phases for s in range(p.start + 1, p.end + 1) if fires(p.every.keep, s)]
+        with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, always, log.say) as checkpoints:
             found = checkpoints.resume(here, lambda step: abstract_state(abstract, run.phase_of(step), run.mesh))
             state, info = found or (init_state(checkpoint.initial_lens(cfg, run), None, run.mesh), {})
             checkpoints.clean()
@@ -112,9 +108,9 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
             log.say(logger.announce(cfg, run, sizes, parameter_count(run.base), step))
 
             def save(step: int, state: State, batches=None, fve: float | None = None) -> None:
-                iterator = batches and {'data': batches.get_state()}
+                info = here | {'collapse': log.watch.get_state()} | ({'data': batches.get_state()} if batches else {})
                 with log.part('checkpoint'):
-                    checkpoints.save(step, state, here | (iterator or {}) | {'collapse': log.watch.get_state()}, fve)
+                    checkpoints.save(step, state, info, fve)
 
             for phase in [p for p in run.phases if step < p.end]:
                 if step == phase.start:
@@ -147,10 +143,12 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
                             log.settle(pause=True)
                     if evaluates:
                         with log.part('evaluation'):
-                            figures = evaluator.full(state.params) if last else evaluator.quick(state.params)
-                        last_figures = figures if last else last_figures
-                        values = figures.values() if last else figures
-                        fve = figures.fve_quick if last else figures['fve']
+                            if last:
+                                last_figures = evaluator.full(state.params)
+                                values, fve = last_figures.values(), last_figures.fve_quick
+                            else:
+                                values = evaluator.quick(state.params)
+                                fve = values['fve']
                         log.held_out(phase, step, values, full=last)
                     if drifts:
                         moved = sharding.fetch(optimizer.drift(state.params, initial()))
@@ -166,11 +164,6 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
                 with log.part('evaluation'):
                     last_figures = evaluator.full(state.params)
             return _finish(cfg, run, workdir, here['config'], last_figures, checkpoints, log)
-
-
-def _kept_steps(run: Run) -> list[int]:
-    """The steps whose checkpoints are never deleted."""
-    return [s for p in run.phases for s in p.steps if fires(p.every.keep, s)]
 
 
 def _batches(run: Run, phase: Phase, iterator_state: dict | None):

@@ -228,6 +228,16 @@ def test_shared_texts_are_found_whatever_the_padding_and_the_type(tmp_path):
     assert 'tokens.npy row 8' in leak(two_splits(tmp_path, other))
 
 
+def test_data_of_another_tokenizer_is_refused(tmp_path):
+    write(tmp_path, 'train', **arrays())
+    write(tmp_path, 'validation', META | {'tokenizer_sha256': 'b'}, **arrays(5000))
+    train, validation = data.open_splits(str(tmp_path), VOCAB, 'gpt', lambda subject: 'b' * (subject == 'gpt'))
+    assert (train.directory.name, validation.directory.name) == ('train', 'validation')
+    with pytest.raises(DataError) as error:
+        data.open_splits(str(tmp_path), VOCAB, 'gpt', lambda subject: 'a')
+    assert f'{tmp_path}/validation was made with another tokenizer than that of gpt' in message_of(error)
+
+
 # ---- positions ----
 
 
@@ -324,33 +334,6 @@ def test_document_ids_keep_their_64_bits(tmp_path):
     assert set(batches(split, 1)[0]['doc_id'].tolist()) <= set(a['doc_id'].tolist())
     held = data.held_out(split, documents=3, vectors=2, min_pos=3, seed=0)
     assert held['doc_id'].tolist() == a['doc_id'][:3].tolist()
-
-
-def test_labelled_without_explanations(tmp_path):
-    a = arrays()
-    folder = write(tmp_path, meta={'format': 'lens-tokens/1'}, **{k: a[k] for k in ('tokens', 'lengths', 'doc_id')})
-    split = open_train(folder)
-    with pytest.raises(DataError) as error:
-        batches(split, labelled=True)
-    text = message_of(error)
-    assert f'{folder}/positions.npy' in text and 'sft' in text
-
-
-def test_labelled_document_without_labelled_position(tmp_path):
-    a = arrays()
-    a['positions'][:] = -1
-    folder = write(tmp_path, **a)
-    with pytest.raises(DataError, match='has no labelled position') as error:
-        batches(open_train(folder), 1, labelled=True)
-    assert f'{folder}/positions.npy row ' in str(error.value)
-
-
-def test_fewer_documents_than_a_batch(split):
-    assert len(batches(split, 1, documents=DOCUMENTS)[0]['doc_id']) == DOCUMENTS
-    with pytest.raises(DataError) as error:
-        batches(split, documents=DOCUMENTS + 1)
-    text = message_of(error)
-    assert str(split.directory) in text and f'{DOCUMENTS} documents' in text and f'{DOCUMENTS + 1}' in text
 
 
 # ---- held-out set ----

@@ -60,7 +60,7 @@ def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS):
             seed=0,
             layer=LAYER,
             length=LENGTH,
-            tags=tags,
+            texts=types.SimpleNamespace(tags=tags),
             error='nmse',
             min_pos=2,
             validation=split,

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from safetensors.numpy import load_file
 
 from lens import export, hf, lens_folder, lens_init, sampling, sharding
-from lens.config import load, plan
+from lens.config import Texts, load, plan
 from lens.errors import LensError
 from lens.models import lora
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
@@ -55,7 +55,7 @@ def abstract_lens(cfg):
     """(run, the shapes of its lens)."""
     run = load(cfg, plan(cfg))
     with jax.set_mesh(run.mesh):
-        return run, lens_init.abstract_lens(cfg, lens_init.prompts_of(run), run.base, run.mesh)
+        return run, lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
 
 
 @pytest.fixture(scope='module')
@@ -296,9 +296,8 @@ def test_the_card_works_in_other_families(tmp_path, monkeypatch, family, n, shar
     lens = handmade(base, n, shared, own_base, readout, injection)
     cfg = small_run.config(tmp_path, explanation_len=6)
     cfg.decoder.train = cfg.encoder.train = 'full' if own_base else 'maps'
-    run = types.SimpleNamespace(
-        base=base, length=6, tags=NO_TAGS, decoder_prompt=Prompt([3, 7], [9]), encoder_prompt=([5], [6, 8])
-    )
+    texts = Texts(Prompt([3, 7], [9]), ([5], [6, 8]), (), NO_TAGS)
+    run = types.SimpleNamespace(base=base, length=6, texts=texts)
     monkeypatch.chdir(tmp_path)
     cfg.subject.path = 'subject'
     export.write_folder(tmp_path / 'out', lens, run, json.loads(cfg.to_json()), 0, {})
@@ -361,7 +360,7 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tmp_path, world):
     ):
         export.export(tmp_path / 'w', tmp_path / 'out')
     (tmp_path / 'config.json').write_text(config(world, 'maps').to_json())
-    with pytest.raises(LensError, match=r'checkpoints holds no checkpoint yet'):
+    with pytest.raises(LensError, match=r"checkpoints has no checkpoint 'newest': it has none yet"):
         export.export(tmp_path, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 

@@ -12,9 +12,8 @@ from flax import nnx
 
 from configs import base as settings
 from lens import config, flops, sharding
-from lens.lens_init import Prompts, abstract_lens
+from lens.lens_init import abstract_lens
 from lens.models import families
-from lens.models.injection import Affine
 from lens.models.transformer import Transformer
 from lens.response import NO_TAGS, Prompt
 from lens.train import State, train_step
@@ -159,7 +158,7 @@ def parts_of_a_step(objective, **changes):
     mesh = sharding.make_mesh(1, 1)
     with jax.set_mesh(mesh):
         base = sharding.with_placement(abstract(DEEP), mesh, float('inf'))
-        lens = abstract_lens(cfg, Prompts(Affine(2), TEXTS_OF.decoder, TEXTS_OF.encoder), base, mesh)
+        lens = abstract_lens(cfg, TEXTS_OF, base, mesh)
         (phase,) = config.make_phases(cfg, TEXTS_OF)
         shapes = {'tokens': (DOCUMENTS, TEXT), 'positions': (DOCUMENTS, VECTORS)}
         if phase.labelled:

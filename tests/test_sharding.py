@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lens import sharding
+from lens.errors import LensError
 from lens.models import lora
 from lens.models.decoder import teacher_forced_logits
 from lens.models.encoder import encode
@@ -75,10 +76,8 @@ def test_unknown_parameter_and_bad_meshes_are_refused():
     with pytest.raises(KeyError, match=r"no placement rule .* 'mystery'"):
         sharding.place({'mystery': np.zeros(3)}, mesh)
     with pytest.raises(
-        sharding.MeshError, match=r'mesh.replica=1 x mesh.data=4 x mesh.model=3 needs 12 devices, but JAX sees 8'
+        LensError, match=r'mesh.replica=1 x mesh.data=4 x mesh.model=3 needs 12 devices, but JAX sees 8'
     ):
         sharding.make_mesh(4, 3)
-    with pytest.raises(
-        sharding.MeshError, match=r'sft.documents=3 cannot be split over mesh.replica x mesh.data = 2 devices'
-    ):
+    with pytest.raises(LensError, match=r'sft.documents=3 cannot be split over mesh.replica x mesh.data = 2 devices'):
         sharding.check_divides(3, 'sft.documents', mesh)

@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from lens import data, files, hf
-from lens.checkpoint import CheckpointError, Checkpoints, reopen
+from lens.checkpoint import Checkpoints, reopen
 from lens.errors import LensError
 from lens.files import read_jsonl
 from lens.train import train_step
@@ -163,8 +163,6 @@ def test_resume_onto_another_mesh(world, finished, tmp_path, monkeypatch):
     rows = {}
     for name, cfg in (('a', longer), ('b', longer)):
         if name == 'a':
-            import shutil
-
             shutil.rmtree(tmp_path / 'a/checkpoints/4')  # go back to step 3
         train(cfg, tmp_path / name)
         rows[name] = [r for r in read_jsonl(tmp_path / name / 'metrics.jsonl') if r['kind'] == 'train']
@@ -176,16 +174,16 @@ def test_resume_onto_another_mesh(world, finished, tmp_path, monkeypatch):
 def test_another_configuration_in_the_same_workdir_is_refused(world, finished, monkeypatch):
     before = curve(finished[0])
     monkeypatch.setattr(hf, 'load_model', lambda *args, **kw: pytest.fail('the base was read'))
-    with pytest.raises(CheckpointError, match=r'another configuration \(differing keys: grpo.learning_rate_decoder\)'):
+    with pytest.raises(match=r'another configuration \(differing keys: grpo.learning_rate_decoder\)'):
         train(config(world, grpo__learning_rate_decoder=1.0), finished[0])
-    with pytest.raises(CheckpointError, match=r'differing keys: decoder.patched_blocks'):
+    with pytest.raises(match=r'differing keys: decoder.patched_blocks'):
         train(config(world, decoder__patched_blocks=1), finished[0])
     assert curve(finished[0]) == before
 
 
 def test_other_documents_under_the_same_path_are_refused(world, finished, monkeypatch):
     monkeypatch.setattr(data, 'fingerprint', lambda split: 'another')
-    with pytest.raises(CheckpointError, match=r'holds a run on other documents or labels than those that .*/data has'):
+    with pytest.raises(match=r'holds a run on other documents or labels than those that .*/data has'):
         train(config(world), finished[0])
 
 
@@ -285,6 +283,7 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'checkpoint__keep_every': '2.5s'}, r"checkpoint.keep_every='2.5s' is not a duration"),
         ({'data__min_pos': 100}, r'positions.npy row 0 has no labelled position from data.min_pos=100 on: sft needs'),
         ({'explanation_len': 200}, r'decoder.prompt and explanation_len=200 make 2\d\d tokens, the subject reads 128'),
+        ({'sft__documents': 99}, r'sft.documents=99, but .*train holds only 60 documents'),
         ({'explanation_len': 7}, r'explanation_len=7, but the given explanations in .* have 12 tokens'),
         (
             {'mesh__data': 2, 'sft__documents': 3},
@@ -306,9 +305,15 @@ def test_bad_configurations_are_refused_in_one_sentence_before_weights_are_read(
     assert not list(tmp_path.glob('w/*.json')), 'nothing half-written'
 
 
-def test_tokens_beyond_the_vocabulary_are_refused(world, tmp_path):
-    import shutil
+def test_data_without_explanations_is_refused(world, tmp_path):
+    shutil.copytree(world / 'data', tmp_path / 'data')
+    for name in ('positions', 'explanations'):
+        (tmp_path / f'data/train/{name}.npy').unlink()
+    with pytest.raises(LensError, match=r'explanations.npy does not exist: the sft objective of sft needs given'):
+        train(config(world, data__path=str(tmp_path / 'data')), tmp_path / 'w')
 
+
+def test_tokens_beyond_the_vocabulary_are_refused(world, tmp_path):
     shutil.copytree(world / 'data', tmp_path / 'data')
     tokens = np.load(tmp_path / 'data/train/tokens.npy')
     tokens[7, 3] = 99999

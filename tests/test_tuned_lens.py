@@ -368,19 +368,3 @@ def test_a_folder_that_holds_something_is_left_alone(world, tmp_path):
     with pytest.raises(LensError, match='holds something already'):
         tuned_lens.train(str(world / 'model'), str(world / 'data'), tmp_path, tuned_lens.TunedLensSettings())
     assert [p.name for p in tmp_path.iterdir()] == ['mine']
-
-
-def test_data_of_another_tokenizer_is_refused(world, tmp_path):
-    root = tmp_path / 'data'
-    for split in ('train', 'validation'):
-        (root / split).mkdir(parents=True)
-        for file in (world / 'data' / split).iterdir():
-            (root / split / file.name).write_bytes(file.read_bytes())
-        meta = json.loads((root / split / 'meta.json').read_text()) | {'tokenizer_sha256': 'f' * 64}
-        (root / split / 'meta.json').write_text(json.dumps(meta))
-    (tmp_path / 'model').mkdir()
-    for file in (world / 'model').iterdir():
-        (tmp_path / 'model' / file.name).write_bytes(file.read_bytes())
-    (tmp_path / 'model' / 'tokenizer.json').write_text('{}')
-    with pytest.raises(LensError, match='was made with another tokenizer'):
-        tuned_lens.train(str(tmp_path / 'model'), str(root), tmp_path / 'lens', tuned_lens.TunedLensSettings())

@@ -18,13 +18,10 @@ VALUES = (*(f'learning_rate_{side}' for side in optimizer.SIDES), *objectives.KN
 
 def unfrozen(cfg, name: str, side: str, clock: Clock) -> dict[tuple[float, int], list[str]]:
     """Returns (multiplier, first micro-step) -> regexes of the rows of a phase's table that may match `side`."""
-    other = {'decoder': 'encoder', 'encoder': 'decoder'}[side]
-    out = {}
-    for pattern, multiplier, *rest in cfg[name].table:
-        if multiplier is not None and (side in pattern or other not in pattern):
-            first = schedules.duration(rest[-1], clock, f'{name}.table: {pattern}')
-            if first is not None:
-                out.setdefault((multiplier, first), []).append(pattern)
+    (other,), out = set(optimizer.SIDES) - {side}, {}
+    for row in optimizer.parse_table(cfg[name].table, clock, f'{name}.table'):
+        if row.multiplier is not None and (side in row.pattern or other not in row.pattern):
+            out.setdefault((row.multiplier, row.unfreeze), []).append(row.pattern)
     return out
 
 

@@ -20,8 +20,7 @@ import numpy as np
 from lens import config, flops, hf, lens_init, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
-from lens.models import injection, moe
-from lens.models.injection import Injection
+from lens.models import moe
 from lens.models.transformer import Transformer, TransformerConfig
 from lens.train import State, abstract_state, train_step
 
@@ -44,19 +43,17 @@ class WordTokenizer:
 
 
 class Job(NamedTuple):
-    """What is planned, but for the configuration and the mesh."""
+    """What is planned, beside configuration and mesh. ships_packed: the subject's experts are MXFP4 on disk."""
 
-    c: TransformerConfig  # of the subject
-    injection: Injection
+    c: TransformerConfig
     texts: Texts
-    seq_len: int  # tokens of a row of data
-    documents: int  # of training
-    ships_packed: bool  # whether the subject's experts are MXFP4 on disk
+    seq_len: int
+    documents: int
+    ships_packed: bool
 
 
 class Needs(NamedTuple):
-    """Bytes on one device in one phase. reference: the decoder at the start of the phase, where the objective compares
-    with it. temporaries: None where the step has not been compiled."""
+    """Bytes on one device in one phase. temporaries: None where the step has not been compiled."""
 
     base: int
     trained: int
@@ -76,10 +73,9 @@ def per_device(tree) -> int:
 
 
 def steps(cfg, job: Job, mesh) -> Iterator[tuple[Phase, State, Transformer, dict]]:
-    """Yields every phase with state, base and batch of its step, as shapes with placements. Call under set_mesh(mesh)."""
+    """Yields every phase with state, base and batch of its step, as placed shapes. Call under set_mesh(mesh)."""
     base = config.abstract_base(cfg, job.c, mesh)
-    prompts = lens_init.Prompts(job.injection, job.texts.decoder, job.texts.encoder)
-    lens = lens_init.abstract_lens(cfg, prompts, base, mesh)
+    lens = lens_init.abstract_lens(cfg, job.texts, base, mesh)
     for phase in config.make_phases(cfg, job.texts, job.documents):
         shapes = {'tokens': (phase.documents, job.seq_len), 'positions': (phase.documents, phase.vectors)}
         if phase.labelled:
@@ -252,8 +248,7 @@ def open_job(cfg) -> tuple[Job, list[str]]:
         f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.',
     )
     rows = _rows(pathlib.Path(cfg.data.path) / 'train/tokens.npy', c.max_positions, notes)
-    slot = injection.of_config(cfg.decoder, c)
-    return Job(c, slot, config.read_texts(cfg, tokenizer), *rows, ships_packed), notes
+    return Job(c, config.read_texts(cfg, tokenizer), *rows, ships_packed), notes
 
 
 def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int, int]:

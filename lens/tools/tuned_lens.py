@@ -36,8 +36,7 @@ CONVENTION = (
 
 @dataclasses.dataclass(frozen=True)
 class TunedLensSettings:
-    """batch: documents per step. seq_len: tokens of each that are read, None for all of a row.
-    mesh_data, mesh_model: devices that split the batch; heads, feed-forward and vocabulary."""
+    """What the flags of the command say, see below."""
 
     steps: int = 250
     batch: int = 8
@@ -57,16 +56,9 @@ class TunedLensState(struct.PyTreeNode):
     scale_L: jax.Array
 
 
-def make_optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """Returns that of one layer. Momentum and linear decay as in the paper; Adam and Muon were slower, and Muon's
-    translators worse conditioned, which a composition inverts."""
-    schedule = optax.linear_schedule(learning_rate, 0.0, steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule, momentum=0.9, nesterov=True))
-
-
 def read_streams(subject: Transformer, batch: dict):
     """Returns hs_LxBxSxD, hs[L] BxSxD, (next-token probabilities BxSxV, their entropy BxS in nats), mask of real tokens
-    BxS. What a program does not use of them it does not compute."""
+    BxS."""
     x, hs_LxBxSxD = subject.collect(subject.embed(batch['tokens']), 0, subject.config.n_layers, jnp.asarray)
     logits_BxSxV = subject.logits(x)
     target = jax.nn.softmax(logits_BxSxV), losses.entropy(logits_BxSxV)
@@ -74,7 +66,7 @@ def read_streams(subject: Transformer, batch: dict):
 
 
 def typical_norm(x_BxSxD, mask_BxS):
-    """Returns the geometric mean of the norms where mask is 1: a few huge ones, as of a first token, do not decide it."""
+    """Returns the geometric mean of the norms where mask is 1: a few huge ones, of first tokens, do not decide it."""
     norm_BxS = jnp.linalg.norm(x_BxSxD.astype(jnp.float32), axis=-1)
     counted = mask_BxS & (norm_BxS > 0)
     return jnp.exp(jnp.sum(jnp.where(counted, jnp.log(norm_BxS), 0)) / jnp.maximum(counted.sum(), 1))
@@ -151,13 +143,13 @@ def to_final_norm(state: TunedLensState, subject: Transformer, batch: dict) -> T
 
 
 class Job(NamedTuple):
-    """A subject and the data of its translators."""
+    """A subject, the data of its translators, and the settings with the tokens of a row that are read."""
 
     subject: Transformer
     train: data.Split
     validation: data.Split
     mesh: jax.sharding.Mesh
-    settings: TunedLensSettings  # with the tokens of a row that are read
+    settings: TunedLensSettings
 
     def batch(self, split: data.Split, which: np.ndarray, counted: int | None = None) -> dict[str, jax.Array]:
         """Returns the first tokens of some documents, tokens BxS, lengths B; only the first `counted` count."""
@@ -177,11 +169,7 @@ def open_job(model: str, folder: str, s: TunedLensSettings) -> Job:
     sharding.check_divides(s.batch, '--batch', mesh)
     directory = hf.local_directory(model)
     c = hf.read_config(directory)
-    train, validation = (data.open_split(folder, x, vocab_size=c.vocab_size) for x in ('train', 'validation'))
-    made_with = train.meta.get('tokenizer_sha256')
-    same = made_with is None or made_with == hf.tokenizer_sha256(directory)
-    require(same, f'{folder} was made with another tokenizer than that of {model}: pretokenize again.')
-    data.check_disjoint(train, validation)
+    train, validation = data.open_splits(folder, c.vocab_size, directory, hf.tokenizer_sha256)
     require(len(train) >= s.batch, f'{folder}/train holds {len(train)} documents, fewer than --batch={s.batch}.')
     n, most = min(s.seq_len or train.tokens.shape[1], train.tokens.shape[1]), c.max_positions
     require(n <= most, f'{folder} has {n} tokens a row, the subject reads {most}: give --seq_len={most} or less.')
@@ -207,8 +195,11 @@ def _check_finite(kl_L: np.ndarray, where: str) -> None:
 
 def fit(job: Job) -> tuple[TunedLensState, np.ndarray, np.ndarray]:
     """Returns (trained state, held-out KL by layer before, after). Call under jax.set_mesh(job.mesh)."""
-    s, rng = job.settings, np.random.default_rng(SEED)
-    tx, first = make_optimizer(s.steps, s.learning_rate), job.batch(job.train, np.arange(s.batch))
+    s, rng, first = job.settings, np.random.default_rng(SEED), job.batch(job.train, np.arange(job.settings.batch))
+    # Momentum and linear decay as in the paper; Adam and Muon were slower, and Muon's translators worse conditioned,
+    # which a composition inverts.
+    sgd = optax.sgd(optax.linear_schedule(s.learning_rate, 0.0, s.steps), momentum=0.9, nesterov=True)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), sgd)
     state = init_state(job.subject, first, tx=tx)
     before = held_out(job, state)
     for i in range(1, s.steps + 1):
