@@ -23,6 +23,12 @@ nap() {
   wait $! || kill $! 2>/dev/null || true
 }
 
+# Refuses, with the sentence $2, while another process holds the file $1; where there are no locks it is not known.
+only_one() {
+  exec 9>"$1"
+  flock -n -E 75 9 || (($? != 75)) || die "$2"
+}
+
 alive() { kill -0 "$1" 2>/dev/null; }
 
 # Signals end the script with the usual codes, and the end, however it comes, runs the function $1 undisturbed.

@@ -36,8 +36,7 @@ submits=$((servers + ${MAX_RESUBMITS:-3 * servers}))
 mkdir -p "$out.slurm"
 folder=$(cd "$out.slurm" && pwd)
 registry=$folder/servers.txt name=lens-$(cksum <<<"$folder" | cut -d ' ' -f 1)
-exec 9>"$folder/lock"
-flock -n -E 75 9 || (($? != 75)) || die "Another coordinator is writing $out: wait for it, or choose another --output_path."
+only_one "$folder/lock" "Another coordinator is writing $out: wait for it, or choose another --output_path."
 
 serve=("$root/launch/serve_vllm.sh" "$model" --host="${HOST:-0.0.0.0}" --registry="$registry")
 read -r -a sbatch <<<"sbatch --parsable --job-name=$name --nodes=$nodes --ntasks-per-node=1"

@@ -3,13 +3,12 @@
 # of the user and not tried again. A signal is passed on, and after it nothing is started. The script has a function
 # command_of, which sets the array `command` for process $1. Variables of the user: see launch/train_local.sh.
 # shellcheck shell=bash disable=SC2154
-user_error=1 groups=() asked='' restarts=0
+user_error=1 groups=() asked='' restarts=0 newest=''
 needs_options 'config workdir' "$@"
 workdir=$(option_value workdir "$@")
 
-signal_all() { # a script whose processes are on other machines has its own
-  for group in "${groups[@]}"; do signal_group "$1" "$group"; done
-}
+# A script whose processes are on other machines has its own.
+signal_all() { for group in "${groups[@]}"; do signal_group "$1" "$group"; done; }
 
 pass_on() { # $1: the signal that came, $2: what the processes get
   if [ "$asked$1" = INTINT ]; then set -- INT KILL; fi # a second Ctrl-C
@@ -18,49 +17,48 @@ pass_on() { # $1: the signal that came, $2: what the processes get
   signal_all "$2"
 }
 
+all_codes() { [[ $codes =~ ^(' '($1))*$ ]]; }
+
 attempt() { # one start of $1 processes, up to the end of all; sets codes
-  local i code running=() rounds=0
+  local i code running rounds=0
   groups=() codes=''
-  for ((i = 0; i < $1; i++)); do
-    if [ "$asked" ]; then break; fi
+  for ((i = 0; i < $1 && ${#asked} == 0; i++)); do
     command_of "$i"
     ((restarts)) || show "${command[@]}"
     if ((i)); then start_group "${command[@]}" >>"$workdir/logs/process-$i.log" 2>&1; else start_group "${command[@]}"; fi
-    groups[i]=$started running[i]=$started
+    groups[i]=$started
   done
-  # the others wait for ever for one that died, whose cause may be among those that end at the same time
-  while ((${#running[@]} && rounds < 2)); do
+  running=("${groups[@]}")
+  # The others wait for ever for one that died, whose cause may be among those that end at the same time; after a signal
+  # they may be saving.
+  while ((${#running[@]} && rounds < (${#asked} ? 20 : 2))); do
     nap 0.5
     for i in "${!running[@]}"; do
       if alive "${running[i]}"; then continue; fi
       code=0
       wait "${running[i]}" || code=$?
-      codes+=" $code"
       unset 'running[i]'
-      if ((code)); then echo "process $i ended with code $code"; fi
-      if ((code && i)); then tail -n 20 "$workdir/logs/process-$i.log"; fi
+      codes+=" $code"
+      ((code)) || continue
+      echo "process $i ended with code $code"
+      ((i == 0)) || tail -n 20 "$workdir/logs/process-$i.log"
     done
-    if [[ $codes = *[1-9]* ]]; then rounds=$((rounds + 1)); fi
+    all_codes 0 || rounds=$((rounds + 1))
   done
   if ((${#running[@]})); then signal_all KILL; fi
   for i in "${groups[@]}"; do stop_group "$i" 0; done
 }
 
-all_codes() { [[ $codes =~ ^(' '($1))*$ ]]; }
-
 supervise() {
-  local most=${MAX_RESTARTS:-10} newest='' found began
+  local most=${MAX_RESTARTS:-10} found began name
   mkdir -p "$workdir/logs"
-  exec 9>"$workdir/logs/launcher.lock"
-  flock -n -E 75 9 || (($? != 75)) || die "Another launcher is training in $workdir: wait for it, or choose another --workdir."
-  trap 'pass_on INT TERM' INT
-  trap 'pass_on HUP TERM' HUP
-  trap 'pass_on TERM TERM' TERM
+  only_one "$workdir/logs/launcher.lock" "Another launcher is training in $workdir: wait for it, or choose another --workdir."
+  for name in INT HUP TERM; do trap "pass_on $name TERM" "$name"; done
   trap 'pass_on USR1 USR1' USR1
   while true; do
     began=$SECONDS
     attempt "$1"
-    if all_codes "0${asked:+|138|143}"; then return; fi # 138, 143: asked to stop before lens.main handles signals
+    if all_codes "0${asked:+|138|143}"; then return; fi # 138, 143: asked to stop before or after lens.main handles signals
     [ -z "$asked" ] || die 'Ended without saving; the same command goes on from the last checkpoint.'
     # 70, 134: what the end of a process does to its peers
     if all_codes "0|70|134|$user_error" && [[ "$codes " = *" $user_error "* ]]; then
