@@ -31,8 +31,8 @@ attempt() { # one start of $1 processes, up to the end of all; sets codes
   running=("${groups[@]}")
   # The others wait for ever for one that died, whose cause may be among those that end at the same time; after a signal
   # they may be saving.
-  while ((${#running[@]} && rounds < (${#asked} ? 20 : 2))); do
-    nap 0.5
+  while ((${#running[@]} && rounds < (${#asked} ? 50 : 4))); do
+    nap 0.2
     for i in "${!running[@]}"; do
       if alive "${running[i]}"; then continue; fi
       code=0
