@@ -7,7 +7,6 @@ die() {
 }
 
 needs() {
-  local program
   for program in "$@"; do
     command -v "$program" >/dev/null || die "$program is missing: $(basename "$0") needs it. PYTHON names an interpreter."
   done
@@ -23,6 +22,13 @@ nap() {
   wait $! || kill $! 2>/dev/null || true
 }
 
+# Refuses, with the sentence $2, while another process holds the file $1; where there are no locks it is not known.
+only_one() {
+  mkdir -p "$(dirname "$1")"
+  exec 9>"$1"
+  flock -n -E 75 9 || (($? != 75)) || die "$2"
+}
+
 alive() { kill -0 "$1" 2>/dev/null; }
 
 # Signals end the script with the usual codes, and the end, however it comes, runs the function $1 undisturbed.
@@ -34,8 +40,7 @@ at_exit() {
   trap 'exit 143' TERM
 }
 
-# Starts a command in a process group of its own, $started, out of reach of the terminal's Ctrl-C. It gets SIGTERM when
-# this script ends, be it by kill -9.
+# Starts a command as group $started, out of reach of Ctrl-C. It gets SIGTERM when this script ends, be it by kill -9.
 start_group() {
   setsid setpriv --pdeathsig TERM "$@" </dev/null &
   started=$!
@@ -70,7 +75,6 @@ option_value() {
 
 # Refuses arguments, those after $1, that lack one of the options $1.
 needs_options() {
-  local name
   for name in $1; do
     [ "$(option_value "$name" "${@:2}")" ] || die "--$name is needed: see the head of $(basename "$0")."
   done

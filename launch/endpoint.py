@@ -30,10 +30,8 @@ def free_port(host):
 
 
 def ask(url, timeout_s, body=None):
-    """Returns the JSON of an answer, of a POST where there is a body. Raises an error where there is none."""
-    headers = {'Content-Type': 'application/json'}
-    if os.environ.get('VLLM_API_KEY'):  # vLLM asks for it
-        headers['Authorization'] = f'Bearer {os.environ["VLLM_API_KEY"]}'
+    # vLLM asks for the key where it has been given one
+    headers = {'Content-Type': 'application/json', 'Authorization': f'Bearer {os.environ.get("VLLM_API_KEY", "")}'}
     request = urllib.request.Request(url, body and json.dumps(body).encode(), headers)
     with OPENER.open(request, timeout=timeout_s) as response:
         return json.loads(response.read())
@@ -52,9 +50,8 @@ def wait(url, seconds):
         except urllib.error.HTTPError as e:
             problem = f'HTTP {e.code} from {e.url}'
             if e.url.endswith('/completions') and e.code < 500:
-                sys.exit(
-                    f'error: {url} refuses a completion (HTTP {e.code}: {e.read()[:300].decode(errors="replace")}).'
-                )
+                said = e.read()[:300].decode(errors='replace')
+                sys.exit(f'error: {url} refuses a completion (HTTP {e.code}: {said}).')
         except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as e:
             problem = f'{type(e).__name__}: {e}'
         if time.monotonic() - said >= LINE_EVERY_S:

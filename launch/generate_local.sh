@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
 # Chats with thinking on this machine, in one command: serve, generate, stop the server, tokenize.
 #
-#   VLLM_ARGS='--tensor-parallel-size 8' launch/generate_local.sh openai/gpt-oss-20b \
-#       --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts \
-#       --max_concurrency=256
+#   VLLM_ARGS='--tensor-parallel-size 8' launch/generate_local.sh openai/gpt-oss-20b --max_concurrency=256 \
+#       --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts
 #
 # MODEL is a Hub id or a directory. All options go to data_gen.generate. Results: OUTPUT_PATH/dataset and /parquet (rows)
-# and OUTPUT_PATH/tokens (train and validation arrays). SIGTERM, SIGHUP or Ctrl-C keep what was answered and leave no
-# process behind; the same command goes on.
-# Variables:
+# and /tokens (train and validation arrays). Signals keep what was answered; the same command goes on. Variables:
 #   VLLM_ARGS          options of launch/serve_vllm.sh, whose variables this has too, and of vLLM, separated by blanks
 #   PRETOKENIZE_ARGS   options of data_gen.pretokenize, such as '--seq_len=2048'
 #   LENS_PYTHON        interpreter of data_gen, default .venv/bin/python here

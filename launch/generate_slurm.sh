@@ -3,16 +3,12 @@
 #
 #   make vllm-env     # once, on a node with a GPU: srun --gres=gpu:1 make vllm-env
 #   SERVERS=4 SBATCH_ARGS='--partition=gpu --time=08:00:00' launch/generate_slurm.sh openai/gpt-oss-20b \
-#       --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts \
-#       --max_concurrency=1024
+#       --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts
 #
-# MODEL, options, results and signals are those of launch/generate_local.sh. This script needs no GPU and has to live as
-# long as the generation: run it on a login node, or from here as a CPU job, sbatch --cpus-per-task=16
-# --wrap='launch/generate_slurm.sh …'. Server jobs write their URL to a registry when they are ready; those that end (time
-# limit, lost node, preemption) are submitted again. Repository and OUTPUT_PATH are on a file system that all nodes
-# share; OUTPUT_PATH.slurm has the registry and the logs of the servers.
-#
-# Variables, beside those of launch/generate_local.sh:
+# MODEL, options, results and signals are those of launch/generate_local.sh. It needs no GPU and lives as long as the
+# generation: run it on a login node, or from here by sbatch --cpus-per-task=16 --wrap='launch/generate_slurm.sh …'.
+# Server jobs that end (time limit, lost node, preemption) are submitted again. Repository and OUTPUT_PATH are on a file
+# system that all nodes share; OUTPUT_PATH.slurm has the registry and the logs. Variables, beside generate_local.sh's:
 #   SERVERS            server jobs, default 1
 #   GPUS_PER_SERVER    GPUs of a job on each of its nodes, default 8; 0: CPU servers
 #   NODES_PER_SERVER   default 1. More: one server over so many nodes through Ray, for models that one node cannot hold
@@ -22,10 +18,7 @@
 #   POLL_S             seconds between two looks at the queue, default 10
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ ! -e "$root/launch/common.sh" ]; then
-  echo "error: sbatch runs a copy of this script: submit it by --wrap='launch/generate_slurm.sh …'." >&2
-  exit 1
-fi
+[ -e "$root/launch/common.sh" ] || { echo "error: sbatch runs a copy: submit by --wrap='launch/generate_slurm.sh …'." >&2 && exit 1; }
 . "$root/launch/common.sh"
 . "$root/launch/generation.sh"
 
@@ -33,11 +26,9 @@ read_generation "$@"
 needs sbatch squeue scancel
 servers=${SERVERS:-1} gpus=${GPUS_PER_SERVER:-8} nodes=${NODES_PER_SERVER:-1} poll_s=${POLL_S:-10}
 submits=$((servers + ${MAX_RESUBMITS:-3 * servers}))
-mkdir -p "$out.slurm"
-folder=$(cd "$out.slurm" && pwd)
+folder=$(realpath -m "$out.slurm")
 registry=$folder/servers.txt name=lens-$(cksum <<<"$folder" | cut -d ' ' -f 1)
-exec 9>"$folder/lock"
-flock -n -E 75 9 || (($? != 75)) || die "Another coordinator is writing $out: wait for it, or choose another --output_path."
+only_one "$folder/lock" "Another coordinator is writing $out: wait for it, or choose another --output_path."
 
 serve=("$root/launch/serve_vllm.sh" "$model" --host="${HOST:-0.0.0.0}" --registry="$registry")
 read -r -a sbatch <<<"sbatch --parsable --job-name=$name --nodes=$nodes --ntasks-per-node=1"

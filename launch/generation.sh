@@ -12,14 +12,6 @@ check_model() {
   fi
 }
 
-# Puts the environment of the server, $venv, on the PATH: vLLM calls ninja when it builds kernels.
-use_vllm_env() {
-  venv=$(realpath -m "${VENV:-$root/.venv-vllm}")
-  VENV=$venv "$root/launch/vllm_env.sh" ||
-    die "$venv could not be made: on a machine of the same kind that has a network, give \`make vllm-env\`."
-  export PATH="$venv/bin:$PATH"
-}
-
 # In registry $1 the line of owner $2 becomes URL $3, or goes. Readers see the old file or the new one; where the file
 # system has no locks, writers do not wait for one another.
 register() {

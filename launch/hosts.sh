@@ -3,14 +3,11 @@
 # start again from the last checkpoint.
 #
 #   HOSTS='node1 user@node2' launch/hosts.sh --config=configs/gptoss.py --workdir=runs/gptoss --config.mesh.data=-1
-#   HOSTS=hosts.txt launch/hosts.sh …                  # one host per line, comments after #
 #
-# All arguments go to lens.main; process I runs on host I. ssh must work without a question (keys, known hosts), the
-# name of the first host must mean that host on all of them, and WORKDIR must be on a file system that they share. The
-# output of the first host goes to the terminal, that of host I to WORKDIR/logs/process-I.log here.
-#
-# Variables, beside those of launch/train_local.sh:
-#   HOSTS         needed: the hosts, or a file
+# Process I runs on host I, with all arguments. ssh must work without a question, the name of the first host must mean it
+# on all, and WORKDIR be on a file system that they share. The output of host 0 comes to the terminal, that of host I to
+# WORKDIR/logs/process-I.log here. Variables, beside those of launch/train_local.sh:
+#   HOSTS         needed: the hosts, or a file with one on each line and comments after #
 #   PORT          port of the first host where the processes find each other, default 12355
 #   REPO_DIR      folder of the repository on the hosts, absolute or from the home folder; default: that of this one
 #   PYTHON        interpreter on the hosts, absolute or from REPO_DIR, default .venv/bin/python

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by hosts.sh and train_tpu.sh for `on_host`; on the other machines, which run one training of a WORKDIR at a time:
 #
-#   launch/on_host.sh WORKDIR COMMAND…    becomes COMMAND; what a lost connection left is killed first
+#   launch/on_host.sh WORKDIR COMMAND…    runs COMMAND; what a lost connection left is killed first
 #   launch/on_host.sh WORKDIR -NAME       sends signal NAME to it
 # shellcheck disable=SC1091,SC2034,SC2154 # variables that the scripts set or use
 set -euo pipefail
@@ -19,7 +19,7 @@ if [ "$0" != "${BASH_SOURCE[0]}" ]; then return; fi
 
 . "$(dirname "$0")/common.sh"
 lock=${TMPDIR:-/tmp}/lens-$UID-$(realpath -m "$1" | cksum | tr -d ' ')
-exec 9>>"$lock" # held by COMMAND, whose id is in the file
+exec 9>>"$lock" # held by COMMAND, whose group is in the file
 send() { flock -n 9 || signal_group "$1" "$(<"$lock")"; }
 if [[ $2 = -* ]]; then
   send "${2#-}"
@@ -28,4 +28,6 @@ fi
 send KILL
 flock -w 60 9 || die "$(uname -n) still runs an earlier start in $1, which SIGKILL does not end."
 echo $$ >"$lock"
-exec "${@:2}"
+# ssh says 255 of what a signal ends: this script outlives it, with the code of a shell
+trap : HUP INT TERM USR1
+"${@:2}"

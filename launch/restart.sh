@@ -1,15 +1,15 @@
-# The restart loop of the training launchers, sourced after common.sh with the arguments of lens.main: `supervise N` runs
-# N processes until all end with 0, and starts all again, from the last checkpoint, when one dies. Exit code 1 is an error
-# of the user and not tried again. A signal is passed on, and after it nothing is started. The script has a function
-# command_of, which sets the array `command` for process $1. Variables of the user: see launch/train_local.sh.
-# shellcheck shell=bash disable=SC2154
-user_error=1 groups=() asked='' restarts=0
+# The restart loop of the training launchers, sourced after common.sh with the arguments of lens.main: `supervise N` runs N
+# processes, the array `command` that the script's command_of sets for process $1, until all end with 0. When one dies, all
+# start again from the last checkpoint, but not after an error of the user (exit code 1) or a signal, which is passed on.
+# shellcheck shell=bash disable=SC2064,SC2154
+user_error=1 groups=() asked='' restarts=0 newest='' most=${MAX_RESTARTS:-10} pause_s=${PAUSE_S:-5}
 needs_options 'config workdir' "$@"
 workdir=$(option_value workdir "$@")
 
-signal_all() { # a script whose processes are on other machines has its own
-  for group in "${groups[@]}"; do signal_group "$1" "$group"; done
-}
+all_codes() { [[ $codes =~ ^(' '($1))*$ ]]; }
+
+# A script whose processes are on other machines has its own.
+signal_all() { for leader in "${groups[@]}"; do signal_group "$1" "$leader"; done; }
 
 pass_on() { # $1: the signal that came, $2: what the processes get
   if [ "$asked$1" = INTINT ]; then set -- INT KILL; fi # a second Ctrl-C
@@ -18,59 +18,43 @@ pass_on() { # $1: the signal that came, $2: what the processes get
   signal_all "$2"
 }
 
-attempt() { # one start of $1 processes, up to the end of all; sets codes
-  local i code running=() rounds=0
-  groups=() codes=''
-  for ((i = 0; i < $1; i++)); do
-    if [ "$asked" ]; then break; fi
-    command_of "$i"
-    ((restarts)) || show "${command[@]}"
-    if ((i)); then start_group "${command[@]}" >>"$workdir/logs/process-$i.log" 2>&1; else start_group "${command[@]}"; fi
-    groups[i]=$started running[i]=$started
-  done
-  # the others wait for ever for one that died, whose cause may be among those that end at the same time
-  while ((${#running[@]} && rounds < 2)); do
-    nap 0.5
-    for i in "${!running[@]}"; do
-      if alive "${running[i]}"; then continue; fi
-      code=0
-      wait "${running[i]}" || code=$?
-      codes+=" $code"
-      unset 'running[i]'
-      if ((code)); then echo "process $i ended with code $code"; fi
-      if ((code && i)); then tail -n 20 "$workdir/logs/process-$i.log"; fi
-    done
-    if [[ $codes = *[1-9]* ]]; then rounds=$((rounds + 1)); fi
-  done
-  if ((${#running[@]})); then signal_all KILL; fi
-  for i in "${groups[@]}"; do stop_group "$i" 0; done
-}
-
-all_codes() { [[ $codes =~ ^(' '($1))*$ ]]; }
-
 supervise() {
-  local most=${MAX_RESTARTS:-10} newest='' found began
-  mkdir -p "$workdir/logs"
-  exec 9>"$workdir/logs/launcher.lock"
-  flock -n -E 75 9 || (($? != 75)) || die "Another launcher is training in $workdir: wait for it, or choose another --workdir."
-  trap 'pass_on INT TERM' INT
-  trap 'pass_on HUP TERM' HUP
-  trap 'pass_on TERM TERM' TERM
+  only_one "$workdir/logs/launcher.lock" "Another launcher is training in $workdir: wait for it, or choose another --workdir."
+  for name in INT HUP TERM; do trap "pass_on $name TERM" "$name"; done
   trap 'pass_on USR1 USR1' USR1
   while true; do
-    began=$SECONDS
-    attempt "$1"
-    if all_codes "0${asked:+|138|143}"; then return; fi # 138, 143: asked to stop before lens.main handles signals
+    groups=() running=() codes='' rounds=0 began=$SECONDS
+    for ((i = 0; i < $1 && ${#asked} == 0; i++)); do
+      command_of "$i"
+      ((restarts)) || show "${command[@]}"
+      if ((i)); then start_group "${command[@]}" >>"$workdir/logs/process-$i.log" 2>&1; else start_group "${command[@]}"; fi
+      groups[i]=$started running[i]=$started
+    done
+    # others wait for ever for one that died, whose cause may end within 0.8 s too; after a signal they may be saving
+    while ((${#running[@]} && rounds < (${#asked} ? 50 : 4))); do
+      nap 0.2
+      for i in "${!running[@]}"; do
+        if alive "${running[i]}"; then continue; fi
+        if wait "${running[i]}"; then code=0; else code=$?; fi
+        unset 'running[i]'
+        codes+=" $code"
+        if ((code)); then echo "process $i ended with code $code"; fi
+        if ((code && i)); then tail -n 20 "$workdir/logs/process-$i.log"; fi
+      done
+      all_codes 0 || rounds=$((rounds + 1))
+    done
+    if ((${#running[@]})); then signal_all KILL; fi
+    for group in "${groups[@]}"; do stop_group "$group" 0; done
+    if all_codes "0${asked:+|138|143}"; then return; fi # 138, 143: the signal came before or after lens.main handles it
     [ -z "$asked" ] || die 'Ended without saving; the same command goes on from the last checkpoint.'
     # 70, 134: what the end of a process does to its peers
     if all_codes "0|70|134|$user_error" && [[ "$codes " = *" $user_error "* ]]; then
       die 'The training ended with an error that no restart mends, see above.'
     fi
     found=$(find "$workdir/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' 2>/dev/null | sort -n | tail -n 1)
-    # checkpoints on other machines may not be seen from here
-    if [ "$found" != "$newest" ] || ((SECONDS - began > 3600)); then restarts=0 newest=$found; fi
+    if [ "$found" != "$newest" ] || ((SECONDS - began > 3600)); then restarts=0 newest=$found; fi # they may be elsewhere
     ((restarts++ < most)) || die "No new checkpoint in $workdir after $most restarts: given up."
-    echo "Restart $restarts of $most, from checkpoint ${newest:-0}, in ${PAUSE_S:=5} s"
-    nap "$PAUSE_S"
+    echo "Restart $restarts of $most, from checkpoint ${newest:-0}, in $pause_s s"
+    nap "$pause_s"
   done
 }

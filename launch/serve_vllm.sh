@@ -10,14 +10,11 @@
 #   --ready-timeout S    seconds until the first completion, default 1800 (download, load and compile)
 #   --log FILE           output of the server, default runs/vllm/PORT.log
 #   --registry FILE      the URL is a line of this file while the server is ready (see data_gen.generate)
-# Variables:
-#   VENV           environment of the server, default .venv-vllm here; made by launch/vllm_env.sh where it is missing
-#   VLLM_COMMAND   words that start another server with the options of vLLM's; no environment is made then
-#   PYTHON         interpreter of launch/endpoint.py, and of an environment to be made (default python3)
-#   HEAD_IP        in a Slurm job of several nodes, over which the server is spread through Ray: address of the first
-#                  one for the others, default what `hostname --ip-address` says first
-# SIGTERM, SIGHUP, Ctrl-C or kill -9 end the server with all its processes. Exit code 1, the last lines of the log and its
-# first error, where the server ends by itself or is not ready in time.
+# Variables: VENV, its environment (default .venv-vllm here, made where it is missing); PYTHON, which makes it (python3);
+# VLLM_COMMAND, words that start another server with vLLM's options; HEAD_IP, in a Slurm job of several nodes, over which
+# Ray spreads the server: address of the first for the others (default what `hostname --ip-address` says first).
+# SIGTERM, SIGHUP, Ctrl-C or kill -9 end all its processes. Exit code 1, with the end and the first error of the log, where
+# it ends by itself or is not ready in time.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/common.sh"
@@ -31,12 +28,10 @@ while (($#)); do
   name=${1%%=*}
   case $name in
     --host | --port | --ready-timeout | --log | --registry)
-      if [ "$name" = "$1" ]; then
-        (($# > 1)) || die "$1 needs a value."
-        shift
-      fi
+      [ "$name" != "$1" ] || (($# > 1)) || die "$1 needs a value."
+      if [ "$name" = "$1" ]; then set -- "$1=$2" "${@:3}"; fi
       name=${name#--}
-      printf -v "${name//-/_}" %s "${1#"--$name="}"
+      printf -v "${name//-/_}" %s "${1#*=}"
       ;;
     *) options+=("$1") ;;
   esac
@@ -46,14 +41,15 @@ done
 endpoint=("${PYTHON:-python3}" "$root/launch/endpoint.py")
 port=${port:-$("${endpoint[@]}" free-port "$host")}
 [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || die "--port=$port is no port: give a number, or none for a free one."
-if (: <>"/dev/tcp/$host/$port") 2>/dev/null; then
-  die "Port $port of $host is in use: give another --port, or none for a free one."
-fi
+! (: <>"/dev/tcp/$host/$port") 2>/dev/null || die "Port $port of $host is in use: give another --port, or none for a free one."
 log=${log:-runs/vllm/$port.log}
 mkdir -p "$(dirname "$log")"
 read -r -a command <<<"${VLLM_COMMAND-}"
 if [ -z "${VLLM_COMMAND-}" ]; then
-  use_vllm_env
+  venv=$(realpath -m "${VENV:-$root/.venv-vllm}")
+  VENV=$venv "$root/launch/vllm_env.sh" ||
+    die "$venv could not be made: on a machine of the same kind that has a network, give \`make vllm-env\`."
+  export PATH="$venv/bin:$PATH" # vLLM calls ninja when it builds kernels
   command=("$venv/bin/python" -m vllm.entrypoints.openai.api_server)
   if ! nvidia-smi >/dev/null 2>&1; then
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB

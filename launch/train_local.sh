@@ -6,9 +6,7 @@
 #
 # All arguments after `-n N` go to lens.main. Process 0 writes to the terminal, process I to WORKDIR/logs/process-I.log.
 # SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C: all save, then it ends with exit code 0, and the same command goes on later. A
-# second Ctrl-C ends at once. Exit code 1 of a process is an error of the user: no restart. No process is left behind.
-#
-# Variables:
+# second Ctrl-C ends at once. Exit code 1 of a process is an error of the user: no restart. Variables:
 #   DEVICES_PER_PROCESS  GPUs of each process, its part of CUDA_VISIBLE_DEVICES, or of 0, 1, 2, …; default: all see all
 #   MAX_RESTARTS         restarts in a row without a new checkpoint before it gives up, default 10
 #   PAUSE_S              seconds before a restart, default 5

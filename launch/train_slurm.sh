@@ -5,11 +5,9 @@
 #   SBATCH_ARGS='--nodes=4 --gres=gpu:8 --time=08:00:00' launch/train_slurm.sh --config=… --workdir=…   # submits itself
 #   sbatch --nodes=4 --gres=gpu:8 --time=08:00:00 launch/train_slurm.sh --config=… --workdir=…       # from the repository
 #
-# All arguments go to lens.main. Repository and WORKDIR are on a file system that all nodes share. 300 seconds before
-# the time limit, or when it is to be preempted, Slurm sends a signal: all processes save and end, and unless the run is
-# finished (WORKDIR/summary.json) the job is queued again. A job that scancel ends is not.
-#
-# Variables, beside MAX_RESTARTS, PAUSE_S and PYTHON of launch/train_local.sh:
+# Repository and WORKDIR are on a file system that all nodes share. 300 seconds before the time limit, or when it is to be
+# preempted, Slurm sends a signal: all processes save and end, and unless the run is finished (WORKDIR/summary.json) the
+# job is queued again. A job that scancel ends is not. Variables, beside those of launch/train_local.sh:
 #   SBATCH_ARGS   options of sbatch where the script submits itself, separated by blanks
 #   REPO_DIR      folder of the repository; default where this script is or, of a copy of sbatch's, where sbatch was called
 #

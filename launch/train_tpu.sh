@@ -7,12 +7,9 @@
 #
 # Before, once: the repository as REPO_DIR on all workers, by `gcloud compute tpus tpu-vm scp --recurse --worker=all`, and
 # there, by `… ssh --worker=all --command=…`: python3 -m venv .venv && .venv/bin/pip install --editable '.[tpu]'
-#
-# All arguments go to lens.main, in REPO_DIR on every worker. WORKDIR and the data must be on a file system that all
-# share. gcloud reaches all at once only when the agent knows its key: ssh-add ~/.ssh/google_compute_engine.
-#
-# Variables, beside REMOTE_ENV, REPO_DIR (default lens) and PYTHON of launch/hosts.sh:
-#   TPU_NAME, ZONE   needed; PROJECT by default is that of gcloud
+# WORKDIR and the data must be on a file system that all share, and the agent know gcloud's key, that it may reach all at
+# once: ssh-add ~/.ssh/google_compute_engine. Variables, beside REMOTE_ENV, REPO_DIR (default lens) and PYTHON of
+# launch/hosts.sh: TPU_NAME and ZONE, needed; PROJECT, by default that of gcloud.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/common.sh"

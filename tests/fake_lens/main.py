@@ -6,6 +6,7 @@
     error    says a sentence and ends with code 1
     broken   ends with code 70
     hang     takes no further step, deaf to SIGTERM
+    late     when all have stopped, ends by the signal, as one that it reaches late
 --imports_s=S: only after S seconds are signals handled. A checkpoint comes every --save_every steps, 2 by default. A
 step begins when all processes have ended the one before: those of a dead one hang, deaf to SIGTERM. WORKDIR/starts-I
 has a line with arguments, process id and some of the environment for each start.
@@ -77,7 +78,7 @@ def main():
                     sys.exit(70)
                 elif kind == 'error':
                     sys.exit(f'error: step {step} is not possible.')
-                while True:
+                while kind == 'hang':
                     time.sleep(1)
         new = meeting / f'{step}-{index}.new'
         new.write_text(str(asked[0] if asked else 0))
@@ -90,6 +91,9 @@ def main():
             (checkpoints / str(step)).mkdir(exist_ok=True)
         if stop:
             say(f'Stopped at step {step} by {signal.Signals(stop).name}')
+            if f'late:{index}:{start}' in option('fault', ''):
+                signal.signal(stop, signal.SIG_DFL)
+                os.kill(os.getpid(), stop)
             return
         time.sleep(STEP_S)
     if index == 0:
