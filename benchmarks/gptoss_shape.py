@@ -85,10 +85,12 @@ def check(dtype) -> None:
     logits = model(ids)
     dense = jax.tree.map(lambda x: x, model)
     dense.config = dataclasses.replace(TINY, experts='dense')
-    cache = model.empty_cache(2, 150)
-    x, cache = model.run_layers_cached(model.embed(ids[:, :140]), 0, TINY.n_layers, cache, 0)
-    rest, _ = model.run_layers_cached(model.embed(ids[:, 140:], 140), 0, TINY.n_layers, cache, 140)
-    cached = model.logits(jnp.concatenate([x, rest], axis=1))
+    x, cache = model.run_cached(model.embed(ids[:, :140]), 0, TINY.n_layers)
+    cache, streams = cache.with_room(10), [x]
+    for t in range(140, 150):
+        x, new = model.run_cached(model.embed(ids[:, t : t + 1], t), 0, TINY.n_layers, cache, jnp.asarray([t]))
+        cache, streams = cache.written(new, t), [*streams, x]
+    cached = model.logits(jnp.concatenate(streams, axis=1))
     spread = float(jnp.std(logits))
     for name, other in (('dense', dense(ids)), ('cached', cached)):
         difference = float(jnp.sqrt(jnp.mean((other - logits) ** 2))) / spread
@@ -138,13 +140,14 @@ def whole_model(c: TransformerConfig, size: str, dtype) -> None:
     def decode(model, ids_N, cache):
         def body(carry, t):
             ids, cache = carry
-            x, cache = model.run_layers_cached(model.embed(ids[:, None], t), 0, c.n_layers, cache, t)
-            return (jnp.argmax(model.logits(x)[:, 0], -1).astype(jnp.int32), cache), None
+            x, new = model.run_cached(model.embed(ids[:, None], t), 0, c.n_layers, cache, t[None])
+            return (jnp.argmax(model.logits(x)[:, 0], -1).astype(jnp.int32), cache.written(new, t)), None
 
         return jax.lax.scan(body, (ids_N, cache), jnp.arange(steps))[0][0]
 
     for n in decode_batches:
-        cache, first = model.empty_cache(n, 256), jnp.zeros(n, jnp.int32)
+        first = jnp.zeros(n, jnp.int32)
+        cache = model.run_cached(model.embed(first[:, None]), 0, c.n_layers)[1].with_room(255)
         program, compile_s = compiled(decode, model, first, cache)
         step_s = seconds(program, model, first, cache) / steps
         report(decode_batch=n, step_ms=1e3 * step_s, tokens_s=n / step_s, compile_s=compile_s)

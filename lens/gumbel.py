@@ -21,8 +21,7 @@ import jax.numpy as jnp
 
 from lens import sampling, sharding
 from lens.models import decoder as dec
-from lens.models.attention import KVCache, Stream
-from lens.models.transformer import REMAT_POLICIES, at_layer, model_of
+from lens.models.transformer import model_of
 
 MIN_TAU = 0.1
 
@@ -97,9 +96,9 @@ def _full(length: int, decoder, base, activation_NxD, table_VxW, key, tau, tempe
 
 def _forward(length, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N):
     """The loop of sampling.sample; the final cache lacks the last token."""
-    logits, cache = dec.prefill(decoder, base, activation_NxD, length)
+    logits, prompt = dec.prefill(decoder, base, activation_NxD)
     ids, kept, cache = sampling.draw(
-        decoder, base, logits, cache, key, length=length, temperature_N=temperature_N, keep=lambda logits, _: logits
+        decoder, base, logits, prompt, key, length=length, temperature_N=temperature_N, keep=lambda logits, _: logits
     )
     residuals = decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids, cache
     return Words(ids, _lookup(table_VxW, ids), kept), residuals
@@ -109,8 +108,8 @@ def _backward(length, residuals, cotangents):
     """Cotangents of _full's arguments: the steps in reverse, each linearised at the final cache."""
     decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids_NxT, cache = residuals
     d_words_NxTxW, d_logits_NxTxV = cotangents.words_NxTxW, cotangents.logits_NxTxV
-    own_table_VxD = model_of(decoder, base).table
-    tables = table_VxW, own_table_VxD
+    model = model_of(decoder, base)
+    tables = table_VxW, model.table
 
     def logits_cotangent(logits_NxV, t, d_row_NxD):
         """Of the logits of token t: their own, and that of the rows made of them, read and fed back."""
@@ -123,8 +122,10 @@ def _backward(length, residuals, cotangents):
 
     def body(carry, t):
         d_decoder, d_cache, d_row = carry
-        step = functools.partial(_step, base=base, t=t)
-        (logits, _), transpose = jax.vjp(step, decoder, _lookup(own_table_VxD, _token(ids_NxT, t)[:, None]), cache)
+        row_Nx1xD = model.lookup(_token(ids_NxT, t)[:, None])
+        (logits, _), transpose = jax.vjp(
+            lambda d, row, past: dec.step(d, base, row, past, t), decoder, row_Nx1xD, cache
+        )
         start = decoder.prompt_len + t
         d_kv = jax.tree.map(lambda d, x: _slots(d, start, 1, x.dtype), d_cache, cache)
         d_step, d_rows_Nx1xD, d_read = transpose((logits_cotangent(logits, t + 1, d_row), d_kv))
@@ -132,11 +133,15 @@ def _backward(length, residuals, cotangents):
         return (_add(d_decoder, d_step), _add(d_cache, d_read), d_row), d_row
 
     d_decoder, d_cache = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (decoder, cache))
-    d_row = jnp.zeros_like(_lookup(own_table_VxD, ids_NxT[:, -1:])[:, 0])  # the last token is fed to nobody
+    d_row = jnp.zeros_like(model.lookup(ids_NxT[:, -1:])[:, 0])  # the last token is fed to nobody
     (d_decoder, d_cache, d_row), d_rows_TxNxD = jax.lax.scan(
         body, (d_decoder, d_cache, d_row), jnp.arange(length - 1), reverse=True
     )
-    start = functools.partial(_start, base=base, ids_NxT=ids_NxT[:, :-1])
+
+    def start(decoder, activation_NxD):
+        """Also the rows that the decoder is fed back: its table may be trained."""
+        return *dec.prefill(decoder, base, activation_NxD), model_of(decoder, base).lookup(ids_NxT[:, :-1])
+
     (logits, _, _), transpose = jax.vjp(start, decoder, activation_NxD)
     d_kv = jax.tree.map(lambda d, x: _slots(d, 0, decoder.prompt_len, x.dtype), d_cache, cache)
     d_logits = logits_cotangent(logits, 0, d_row)
@@ -159,42 +164,3 @@ def _slots(x_LxNxSxKxh, start, n: int, dtype):
 
 def _add(sums, terms):
     return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, terms)
-
-
-@jax.named_scope('prefill')
-def _start(decoder, activation_NxD, *, base, ids_NxT):
-    """dec.prefill to differentiate: logits NxV of the first token, the prompt's keys and values, the
-    decoder's rows of the tokens that it is fed back."""
-    model = model_of(decoder, base)
-    x, hook = dec.prompt_rows(decoder, model, activation_NxD)
-    x, prompt = _run_layers(model, decoder.adapters, model.enter(x), 0, None, hook)
-    return sharding.reshard(model.logits(x[:, -1:])[:, 0], sampling.ROWS), prompt, model.lookup(ids_NxT)
-
-
-@jax.named_scope('decode')
-def _step(decoder, row_Nx1xD, cache, *, base, t):
-    """dec.step to differentiate: logits NxV of token t+1 after `row` of token t, and its keys and values."""
-    model = model_of(decoder, base)
-    start = decoder.prompt_len + t
-    x, written = _run_layers(model, decoder.adapters, model.enter(row_Nx1xD, start), start, cache)
-    return sharding.reshard(model.logits(x)[:, 0], sampling.ROWS), written
-
-
-def _run_layers(model, adapters, x_NxTxD, start, cache: KVCache | None, before_block=None):
-    """Stream after all blocks of tokens at start..start+T-1, and their keys and values as a cache of T slots.
-
-    cache: what they look at besides themselves, slots before `start`; T is 1 where there is one.
-    """
-    c = model.config
-    positions_T = start + jnp.arange(x_NxTxD.shape[1])
-
-    def layer(x, at):
-        i, past = at
-        block, adapter = at_layer((model.blocks, adapters), i)
-        if before_block is not None:
-            x = before_block(x, i)
-        return block(x, i, positions_T, c, past and Stream(*past), adapter)
-
-    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
-    x, written = jax.lax.scan(layer, x_NxTxD, (jnp.arange(c.n_layers), cache))
-    return x, KVCache(*written)

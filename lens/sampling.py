@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from lens import losses, sharding
 from lens.models import decoder as dec
+from lens.models.attention import KVCache
 from lens.models.subject import tile_rows
+from lens.models.transformer import model_of
 
 ROWS = sharding.rows(2)
 
@@ -32,14 +34,14 @@ def perturbed(logits_NxV, key, t, temperature_N):
     return sharding.reshard(logits_NxV, ROWS) + temperature_N[:, None] * noise(key, t, logits_NxV.shape)
 
 
-def draw(decoder, base, logits_NxV, cache, key, *, length: int, temperature_N, keep):
-    """Draws `length` tokens a row after a prompt of which prefill gave logits and cache.
+def draw(decoder, base, logits_NxV, prompt: KVCache, key, *, length: int, temperature_N, keep):
+    """Draws `length` tokens a row after a prompt of which prefill gave logits, keys and values.
 
     Returns (ids NxT, keep(logits NxV, ids N) of every token on a second axis, the cache without the last token).
     """
-    logits = sharding.reshard(logits_NxV, ROWS)
-    kept = jax.eval_shape(lambda x: keep(x, jnp.argmax(x, axis=-1)), logits)
-    shape = (len(logits), length, *kept.shape[1:])
+    model = model_of(decoder, base)
+    kept = jax.eval_shape(lambda x: keep(x, jnp.argmax(x, axis=-1)), logits_NxV)
+    shape = (len(logits_NxV), length, *kept.shape[1:])
     kept = jnp.zeros(shape, kept.dtype, out_sharding=sharding.out(sharding.rows(len(shape))))
 
     def token(logits, kept, t):
@@ -49,10 +51,11 @@ def draw(decoder, base, logits_NxV, cache, key, *, length: int, temperature_N, k
     def body(carry, t):
         logits, cache, kept = carry
         ids_N, kept = token(logits, kept, t)
-        logits, cache = dec.step(decoder, base, ids_N, cache, t)
-        return (sharding.reshard(logits, ROWS), cache, kept), ids_N
+        logits, written = dec.step(decoder, base, model.lookup(ids_N[:, None]), cache, t)
+        return (logits, cache.written(written, decoder.prompt_len + t), kept), ids_N
 
-    (logits, cache, kept), ids_TxN = jax.lax.scan(body, (logits, cache, kept), jnp.arange(length - 1))
+    carry = logits_NxV, prompt.with_room(length - 1), kept
+    (logits, cache, kept), ids_TxN = jax.lax.scan(body, carry, jnp.arange(length - 1))
     last_N, kept = token(logits, kept, length - 1)
     return jnp.concatenate([ids_TxN.T, last_N[:, None]], axis=1), kept, cache
 
@@ -65,10 +68,9 @@ def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, t
     on key, step and row alone: every mesh draws the same tokens from the same logits.
     """
     temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
-    logits_BxV, cache = dec.prefill(decoder, base, activation_BxD, length)
-    spec = sharding.like(cache.k_LxBxSxKxh)
-    cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=spec), cache)
+    logits_BxV, prompt = dec.prefill(decoder, base, activation_BxD)
+    prompt = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=sharding.like(x)), prompt)
     logits_NxV, temperature_N = tile_rows(logits_BxV, group), tile_rows(temperature_B, group)
     keep = losses.token_log_probs
-    ids, logp, _ = draw(decoder, base, logits_NxV, cache, key, length=length, temperature_N=temperature_N, keep=keep)
+    ids, logp, _ = draw(decoder, base, logits_NxV, prompt, key, length=length, temperature_N=temperature_N, keep=keep)
     return Samples(ids, logp)

@@ -21,11 +21,11 @@ def rollout(decoder, base, activation_NxD, table_VxW, key, *, length, tau, tempe
         z = logits + jnp.reshape(temperature, (-1, 1)) * sampling.noise(key, t, logits.shape)
         ids = jnp.argmax(z, axis=-1)
         row = straight_through(model.embedding[...], z, ids)
-        x, cache = model.run_layers_cached(
-            model.enter(row[:, None], start + t), 0, model.config.n_layers, cache, start + t, adapters=decoder.adapters
-        )
+        x, at = model.enter(row[:, None], start + t), jnp.reshape(start + t, 1)
+        x, written = model.run_cached(x, 0, model.config.n_layers, cache, at, adapters=decoder.adapters)
         word = straight_through(jax.lax.stop_gradient(table_VxW), z, ids)
-        return (model.logits(x)[:, 0], cache), gumbel.Words(ids, word, logits)
+        return (model.logits(x)[:, 0], cache.written(written, start + t)), gumbel.Words(ids, word, logits)
 
-    _, out = jax.lax.scan(body, dec.prefill(decoder, base, activation_NxD, length), jnp.arange(length))
+    logits, prompt = dec.prefill(decoder, base, activation_NxD)
+    _, out = jax.lax.scan(body, (logits, prompt.with_room(length)), jnp.arange(length))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)

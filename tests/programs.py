@@ -18,8 +18,6 @@ from lens.models.transformer import at_layer
 activations = jax.jit(subject.activations, static_argnames='layer')
 patch = jax.jit(subject.patch, static_argnames='layer')
 logits_at = jax.jit(subject.logits_at, static_argnames='layer')
-prefill = jax.jit(dec.prefill, static_argnames='length')
-step = jax.jit(dec.step)
 score = jax.jit(dec.score)
 teacher_forced_logits = jax.jit(dec.teacher_forced_logits)
 natural_logits = jax.jit(dec.natural_logits)

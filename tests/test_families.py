@@ -199,14 +199,13 @@ def test_the_config_of_another_kind_of_model_is_refused(pair, tmp_path):
 def cached(model, ids):
     """Logits of every token but the first two: a prompt of 3 tokens, then one by one through the cache."""
     n, prompt = model.config.n_layers, 3
-    cache = model.empty_cache(*ids.shape)
-    x, cache = model.run_layers_cached(model.embed(ids[:, :prompt]), 0, n, cache, 0)
+    x, cache = model.run_cached(model.embed(ids[:, :prompt]), 0, n)
 
     def step(cache, t):
-        y, cache = model.run_layers_cached(model.embed(ids[:, t][:, None], t), 0, n, cache, t)
-        return cache, y[:, 0]
+        y, written = model.run_cached(model.embed(ids[:, t][:, None], t), 0, n, cache, t[None])
+        return cache.written(written, t), y[:, 0]
 
-    _, y_TxBxD = jax.lax.scan(step, cache, jnp.arange(prompt, T))
+    _, y_TxBxD = jax.lax.scan(step, cache.with_room(T - prompt), jnp.arange(prompt, T))
     return model.logits(jnp.concatenate([x[:, -1:], y_TxBxD.swapaxes(0, 1)], 1))
 
 

@@ -158,7 +158,7 @@ def test_a_new_injection_is_one_class_and_one_entry(base, given, monkeypatch):
     @jax.jit
     @jax.value_and_grad
     def run(decoder):
-        logits, _ = dec.prefill(decoder, base, jnp.asarray(given[0]), LENGTH)
+        logits, _ = dec.prefill(decoder, base, jnp.asarray(given[0]))
         return jnp.mean(jax.nn.log_softmax(logits)[:, 0])
 
     got, grad = run(decoder)

@@ -79,18 +79,19 @@ def test_layer_ranges_and_their_gradient_copy_no_weights(remat):
 
 
 def test_cached_decoding_equals_teacher_forcing_position_by_position(base, tokens):
-    @jax.jit
-    def run(base, ids, cache, start):
-        x, cache = base.run_layers_cached(base.embed(ids, start), 0, N, cache, start)
-        return base.logits(x), cache
-
     prompt = 4
-    logits, cache = run(base, tokens[:, :prompt], base.empty_cache(len(tokens), tokens.shape[1]), 0)
-    steps = [logits]
-    for t in range(prompt, tokens.shape[1]):
-        logits, cache = run(base, tokens[:, t : t + 1], cache, t)
-        steps.append(logits)
-    close(jnp.concatenate(steps, 1), programs.hidden(base, tokens)[0])
+
+    @jax.jit
+    def run(base, ids):
+        x, cache = base.run_cached(base.embed(ids[:, :prompt]), 0, N)
+        cache, steps = cache.with_room(ids.shape[1] - prompt), [x]
+        for t in range(prompt, ids.shape[1]):
+            x, written = base.run_cached(base.embed(ids[:, t : t + 1], t), 0, N, cache, jnp.asarray([t]))
+            cache = cache.written(written, t)
+            steps.append(x)
+        return base.logits(jnp.concatenate(steps, 1))
+
+    close(run(base, tokens), programs.hidden(base, tokens)[0])
 
 
 def test_causality_by_gradient(base, tokens):

@@ -18,17 +18,21 @@ QUERY_CHUNK = 512
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers; slots at and beyond the current position are undefined."""
+    """Keys and values of the tokens at positions 0..S-1, BxSxKxh of one layer, LxBxSxKxh of several.
 
-    k_LxBxSxKxh: jax.Array
-    v_LxBxSxKxh: jax.Array
+    Slots at and beyond the position of who looks at them are undefined.
+    """
 
+    k: jax.Array
+    v: jax.Array
 
-class Stream(NamedTuple):
-    """Keys and values of one layer for the tokens at positions 0..S-1."""
+    def with_room(self, n: int) -> 'KVCache':
+        """Adds n empty slots, of several layers."""
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0), (0, 0))), self)
 
-    k_BxSxKxh: jax.Array
-    v_BxSxKxh: jax.Array
+    def written(self, new: 'KVCache', start) -> 'KVCache':
+        """Puts keys and values of the tokens at positions start.. into their slots, of several layers."""
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 2), self, new)
 
 
 def softcap(x, cap: float):
@@ -101,26 +105,17 @@ class Attention(nnx.Module):
         self.sinks = zeros((k, g), dtype, c.sinks)
 
     @jax.named_scope('attention')
-    def __call__(self, x_BxTxD, layer, positions, c, past: KVCache | Stream | None, adapters):
-        """Tokens at `positions`, and what they look at besides themselves.
+    def __call__(self, x_BxTxD, layer, positions, c, past: KVCache | None, adapters):
+        """Tokens at positions 0..T-1, which see each other; with `past`, tokens at `positions` [T] or [B, T], each of
+        which sees what of `past` is before it, and itself alone.
 
-        None: each other, positions_T from 0 on. KVCache: layer `layer` of it, after they are written at the
-        slots positions_T. Stream: each of them stands for the stream's token at its place in positions_BxT
-        and sees the stream before it, not the others.
-        Returns (output BxTxD, the cache as written or the keys and values of x as a Stream).
+        Returns (output BxTxD, their own keys and values).
         """
         q, k, v = self._project(x_BxTxD, layer, positions, c, adapters)
-        own, out = positions, Stream(k, v)
-        if isinstance(past, KVCache):
-            at = (layer, 0, positions[0], 0, 0)
-            out = KVCache(
-                jax.lax.dynamic_update_slice(past.k_LxBxSxKxh, k[None], at),
-                jax.lax.dynamic_update_slice(past.v_LxBxSxKxh, v[None], at),
-            )
-            k, v = out.k_LxBxSxKxh[layer], out.v_LxBxSxKxh[layer]
-        elif isinstance(past, Stream):
-            own = past.k_BxSxKxh.shape[1] + jnp.arange(x_BxTxD.shape[1])
-            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True))
+        own, out = positions, KVCache(k, v)
+        if past is not None:
+            own = past.k.shape[1] + jnp.arange(x_BxTxD.shape[1])
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, out, strict=True))
         slots_S = jnp.arange(k.shape[1])
         window = c.of_layer(c.windows, layer) if any(c.windows) else None
         sinks = None if self.sinks is None else self.sinks[...]

@@ -74,26 +74,22 @@ def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
 
 
 @jax.named_scope('prefill')
-def prefill(decoder: Decoder, base: Transformer, activation_BxD, length: int) -> tuple[jax.Array, KVCache]:
-    """Runs the prompt. Returns next-token logits BxV and a cache with room for `length` more tokens."""
+def prefill(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
+    """Runs the prompt. Returns the logits of the first token, BxV, and the prompt's keys and values."""
     model = model_of(decoder, base)
     x, hook = prompt_rows(decoder, model, activation_BxD)
-    cache = model.empty_cache(len(x), x.shape[1] + length)
-    x, cache = model.run_layers_cached(
-        model.enter(x), 0, model.config.n_layers, cache, 0, adapters=decoder.adapters, before_block=hook
-    )
-    return model.logits(x[:, -1:])[:, 0], cache
+    x, cache = model.run_cached(model.enter(x), 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
+    return sharding.reshard(model.logits(x[:, -1:])[:, 0], sharding.rows(2)), cache
 
 
 @jax.named_scope('decode')
-def step(decoder: Decoder, base: Transformer, ids_B, cache: KVCache, t) -> tuple[jax.Array, KVCache]:
-    """Reads one generated token at index t. Returns the logits of the next one, BxV, and the cache."""
-    model = model_of(decoder, base)
-    start = decoder.prompt_len + t
-    x, cache = model.run_layers_cached(
-        model.embed(ids_B[:, None], start), 0, model.config.n_layers, cache, start, adapters=decoder.adapters
-    )
-    return model.logits(x)[:, 0], cache
+def step(decoder: Decoder, base: Transformer, row_Bx1xD, cache: KVCache, t) -> tuple[jax.Array, KVCache]:
+    """Reads generated token t, a row of the decoder's table. Returns the logits of the next one, BxV, and the token's
+    own keys and values."""
+    model, start = model_of(decoder, base), decoder.prompt_len + t
+    x, at = model.enter(row_Bx1xD, start), jnp.reshape(start, 1)
+    x, written = model.run_cached(x, 0, model.config.n_layers, cache, at, adapters=decoder.adapters)
+    return sharding.reshard(model.logits(x)[:, 0], sharding.rows(2)), written
 
 
 @jax.named_scope('score')

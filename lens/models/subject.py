@@ -41,7 +41,9 @@ def logits_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, lay
     """
     subject = jax.lax.stop_gradient(subject)
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    y = subject.run_beside(x, values_BxPxD.astype(x.dtype), positions_BxP, layer + 1, subject.config.n_layers)
+    above = layer + 1, subject.config.n_layers
+    _, past = subject.run_cached(x, *above)
+    y, _ = subject.run_cached(values_BxPxD.astype(x.dtype), *above, past, positions_BxP)
     return subject.logits(y)
 
 

@@ -123,50 +123,26 @@ def at_layer(stacks, i):
 
 
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block', 'collect'))
-def _run_blocks(blocks, adapters, x_BxTxD, cache, start, lo, hi, c, before_block=None, collect=None):
-    """Blocks lo..hi-1; returns ((x_BxTxD, cache), collected). Jitted so that calls outside jit compile once."""
-    _check_range(lo, hi, c)
-    positions_T = start + jnp.arange(x_BxTxD.shape[1])
+def _run_blocks(blocks, adapters, x_BxTxD, positions, past, lo, hi, c, before_block, collect):
+    """Blocks lo..hi-1: (x_BxTxD, of each block collect(x, keys and values)). Jitted: calls outside jit compile once."""
+    if not 0 <= lo <= hi <= c.n_layers:  # an index beyond the stack would silently repeat the last block
+        raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
 
-    def layer(carry, i):
-        x, cache = carry
+    def layer(x, at):
+        i, past = at
         block, adapter = at_layer((blocks, adapters), i)
         if before_block is not None:
             x = before_block(x, i)
-        y, keys_values = block(x, i, positions_T, c, cache, adapter)
-        return (y, None if cache is None else keys_values), collect and collect(x)
+        y, keys_values = block(x, i, positions, c, past, adapter)
+        return y, collect and collect(x, keys_values)
 
     layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
-    return jax.lax.scan(layer, (x_BxTxD, cache), jnp.arange(lo, hi))
+    return jax.lax.scan(layer, x_BxTxD, (jnp.arange(lo, hi), past))
 
 
-@functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c'))
-def _run_beside(blocks, x_BxSxD, y_BxPxD, positions_BxP, lo, hi, c):
-    """Blocks lo..hi-1 of y beside x, see Transformer.run_beside."""
-    _check_range(lo, hi, c)
-    if lo == hi:
-        return y_BxPxD
-    positions_S = jnp.arange(x_BxSxD.shape[1])
-
-    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[c.remat])
-    def beside(y, stream, i):
-        return at_layer(blocks, i)(y, i, positions_BxP, c, stream, None)[0]
-
-    def layer(carry, i):
-        x, y = carry
-        # Not under the checkpoint: x has no gradient, and of it the backward pass needs only `stream`.
-        x, stream = at_layer(blocks, i)(x, i, positions_S, c, None, None)
-        return (x, beside(y, stream, i)), None
-
-    carry, _ = jax.lax.scan(layer, (x_BxSxD, y_BxPxD), jnp.arange(lo, hi - 1))
-    # Outside the scan: of the last block, only keys and values of x are needed.
-    (_, y), _ = layer(carry, hi - 1)
-    return y
-
-
-def _check_range(lo: int, hi: int, c: TransformerConfig):
-    if not 0 <= lo <= hi <= c.n_layers:  # an index beyond the stack would silently repeat the last block
-        raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
+def _keys_values(x_BxTxD, keys_values: KVCache) -> KVCache:
+    del x_BxTxD
+    return keys_values
 
 
 class Transformer(nnx.Module):
@@ -219,31 +195,40 @@ class Transformer(nnx.Module):
         copy.final_norm = copy.head = None
         return copy
 
+    def _run(self, x_BxTxD, lo, hi, *, positions=None, past=None, adapters=None, before_block=None, collect=None):
+        positions = jnp.arange(x_BxTxD.shape[1]) if positions is None else positions
+        c = self.config
+        return _run_blocks(self.blocks, adapters, x_BxTxD, positions, past, lo, hi, c, before_block, collect)
+
     def run_layers(self, x_BxTxD, lo: int, hi: int, *, adapters=None, before_block=None):
         """Runs blocks lo..hi-1: the residual stream after them, positions 0..T-1.
 
         before_block(x_BxTxD, layer_index) -> x_BxTxD is applied at the entrance of every block.
         """
-        return _run_blocks(self.blocks, adapters, x_BxTxD, None, 0, lo, hi, self.config, before_block)[0][0]
+        return self._run(x_BxTxD, lo, hi, adapters=adapters, before_block=before_block)[0]
 
-    def run_layers_cached(self, x_BxTxD, lo: int, hi: int, cache: KVCache, start, *, adapters=None, before_block=None):
-        """Runs layers at positions start..start+T-1, which see those in `cache` and enter it: (x_BxTxD, cache)."""
-        return _run_blocks(self.blocks, adapters, x_BxTxD, cache, start, lo, hi, self.config, before_block)[0]
+    def run_cached(
+        self,
+        x_BxTxD,
+        lo: int,
+        hi: int,
+        past: KVCache | None = None,
+        positions=None,
+        *,
+        adapters=None,
+        before_block=None,
+    ):
+        """Runs layers and keeps: (the stream after them, its keys and values in each of them).
+
+        past: what an earlier call kept. Then the tokens stand at `positions`, [T] or [B, T], each for itself: they see
+        what of `past` is before them, and not each other.
+        """
+        how = {'adapters': adapters, 'before_block': before_block}
+        return self._run(x_BxTxD, lo, hi, positions=positions, past=past, collect=_keys_values, **how)
 
     def collect(self, x_BxTxD, lo: int, hi: int, of: Callable):
         """Runs layers and collects: (the stream after them, of(x_BxTxD) of the stream entering each, stacked)."""
-        (x, _), collected = _run_blocks(self.blocks, None, x_BxTxD, None, 0, lo, hi, self.config, None, of)
-        return x, collected
-
-    def run_beside(self, x_BxSxD, y_BxPxD, positions_BxP, lo: int, hi: int):
-        """Runs blocks lo..hi-1 for tokens that each replace one of x, alone: their residual stream BxPxD.
-
-        y_BxPxD[b, p] enters block lo at positions_BxP[b, p] (below S) instead of x_BxSxD[b] there. It sees the
-        tokens of x before that position, and itself: what run_layers gives there for x with this one
-        token replaced. x and the weights are constants: the gradient reaches y alone.
-        """
-        blocks, x = jax.lax.stop_gradient((self.blocks, x_BxSxD))
-        return _run_beside(blocks, x, y_BxPxD, positions_BxP, lo, hi, self.config)
+        return self._run(x_BxTxD, lo, hi, collect=lambda x, _: of(x))
 
     def logits(self, x_BxTxD):
         """Applies final norm and output head: BxTxV in float32."""
@@ -251,14 +236,6 @@ class Transformer(nnx.Module):
         x = self.final_norm(x_BxTxD, c.norm_eps)
         spec, w = ('vd', self.table) if self.head is None else ('dv', sharding.gathered(self.head[...]))
         return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
-
-    def empty_cache(self, batch: int, length: int) -> KVCache:
-        """Makes a zero cache for `batch` rows and `length` positions."""
-        c, heads = self.config, jax.typeof(self.blocks.attn.k[...]).sharding.spec[2]
-        spec = sharding.out(sharding.P(None, sharding.ROW_AXES, None, heads, None))
-        shape = (c.n_layers, batch, length, c.n_kv_heads, c.head_dim)
-        zero = jnp.zeros(shape, self.embedding.dtype, out_sharding=spec)
-        return KVCache(zero, zero)
 
     def __call__(self, ids_BxT):
         """Next-token logits BxTxV (float32) of token ids BxT."""
