@@ -94,11 +94,6 @@ def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndar
     return np.apply_along_axis(response, -1, labels)
 
 
-def sites(ids: list[int], marker: int) -> tuple[int, ...]:
-    """Finds the indices of the marker in `ids` that have neighbours."""
-    return tuple(i for i in range(1, len(ids) - 1) if ids[i] == marker)
-
-
 def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)['input_ids']
 
@@ -131,7 +126,7 @@ def decoder_prompt(tokenizer, text: str, marker: str) -> Prompt:
     ids = sum(([0, *part] for part in parts[1:]), parts[0])
     if marker:
         ids = _ids(tokenizer, text.replace(EMBED, marker))
-        found = sites(ids, token[0])
+        found = [i for i in range(1, len(ids) - 1) if ids[i] == token[0]]  # with neighbours
         if not len(found) == count == ids.count(token[0]):
             raise LensError(
                 f'{key}={text!r} has {count} slots, but with decoder.marker={marker!r} in them its tokens have '

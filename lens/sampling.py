@@ -31,7 +31,7 @@ def noise(key, t, shape: tuple[int, int]):
 def perturbed(logits_NxV, key, t, temperature_N):
     """Adds temperature * noise of token t: what its id is the argmax of."""
     temperature_N = sharding.reshard(temperature_N, sharding.rows(1))
-    return sharding.reshard(logits_NxV, ROWS) + temperature_N[:, None] * noise(key, t, logits_NxV.shape)
+    return logits_NxV + temperature_N[:, None] * noise(key, t, logits_NxV.shape)
 
 
 def draw(decoder, base, logits_NxV, prompt: KVCache, key, *, length: int, temperature_N, keep):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -317,10 +316,3 @@ def test_a_stack_is_made_by_vmap():
 def test_packed_widths_must_be_multiples_of_the_block():
     with pytest.raises(LensError, match='d_model=24'):
         MoE(dataclasses.replace(SIX, packed=True), rngs=nnx.Rngs(0), dtype=jnp.float32)
-
-
-def test_a_missing_tokamax_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'tokamax', None)
-    c = dataclasses.replace(SIX, experts='tokamax')
-    with pytest.raises(LensError, match='pip install tokamax'):
-        random_moe(c)(random_x(c), c)

@@ -62,11 +62,6 @@ def test_the_encoder_reads_the_span_alone(base, lens):
     close(got, programs.encode_by_hand(lens.encoder, base, words))
 
 
-def test_sites_need_neighbours():
-    assert response.sites([7, 1, 7, 2, 7, 3, 7], 7) == (2, 4)
-    assert response.sites([1, 2, 3], 7) == ()
-
-
 def letters(text, add_special_tokens=False):
     """A tokenizer of letters in which <|x|>, [INST] and 'ab' are one token each and '#' merges with an 'm' before it."""
     assert not add_special_tokens
@@ -99,6 +94,7 @@ def test_prompts_around_slots_and_words():
         (lambda: response.decoder_prompt(letters, 'a<embed>b', 'cd'), r"decoder.marker='cd' is 2 tokens of the subj"),
         (lambda: response.decoder_prompt(letters, 'm<embed>b', '#'), r'has 1 slots, but .* its tokens have 0 inside'),
         (lambda: response.decoder_prompt(letters, '<embed>b', '#'), r'put text around each slot and take a marker'),
+        (lambda: response.decoder_prompt(letters, 'b<embed>', '#'), r'has 1 slots, but .* its tokens have 0 inside'),
         (lambda: response.encoder_prompt(letters, 'abc'), r"encoder.prompt='abc' must contain <text>"),
         (lambda: response.encoder_prompt(letters, '<text></s>'), r'encoder.prompt holds </s>, which is no token'),
         (lambda: response.tags(letters, 'ab', ''), r"explanation_open='ab' needs an explanation_close"),

@@ -83,10 +83,8 @@ def _dense(x_NxD, choice_NxC, weight_NxC, w: Experts):
 
 
 def _tokamax_ragged_dot(rows_AxI, w_ExIxO, sizes_E):
-    try:
-        import tokamax
-    except ImportError as e:
-        raise LensError("experts='tokamax' needs a package: pip install tokamax, or set experts='ragged'.") from e
+    import tokamax  # optional: lens.config refuses experts=tokamax without it
+
     return tokamax.ragged_dot(rows_AxI, w_ExIxO, sizes_E)
 
 
@@ -159,7 +157,7 @@ class MoE(nnx.Module):
 
     @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c):
-        """BxTxD, like x. Raises LensError when c.experts names a package that is missing."""
+        """BxTxD, like x."""
         choice, weight = self.route(x_BxTxD, c.top_k)
         stored = {k: v[...] for k, v in vars(self).items() if k.startswith(('gate_up', 'down'))}
 

@@ -183,9 +183,8 @@ class Transformer(nnx.Module):
         return self.enter(self.lookup(ids_BxT), start)
 
     def embedding_rows(self, ids: list[int]):
-        """Looks rows of the embedding table up as they are, len(ids) x D: where a soft prompt starts."""
-        ids = jnp.asarray(ids, jnp.int32)
-        return self.table.at[ids].get(out_sharding=sharding.out(sharding.P(None, None)))
+        """Looks rows of the embedding table up for all rows of a batch, len(ids) x D: where a soft prompt starts."""
+        return self.table.at[jnp.asarray(ids, jnp.int32)].get(out_sharding=sharding.out(sharding.P(None, None)))
 
     def truncated(self, n: int) -> 'Transformer':
         """Copies the first n blocks and the embedding; it has no final norm and no head."""
