@@ -186,6 +186,16 @@ def test_published_configs_change_in_what_differs_alone(file, tmp_path):
         assert [w > 0 for w in c.windows] == [t == SLIDING for t in theirs['layer_types']]
 
 
+def test_null_turns_off_a_cap_or_window_and_is_any_other_key_left_out():
+    config = hf_models.FAMILIES['gemma2'][1] | {'model_type': 'gemma2'}
+    whole = families.from_hf(config)
+    for key, field in (('attn_logit_softcapping', 'attn_softcap'), ('final_logit_softcapping', 'final_softcap')):
+        assert families.from_hf(config | {key: None}) == dataclasses.replace(whole, **{field: 0.0})
+    assert families.from_hf(config | {'sliding_window': None}) == dataclasses.replace(whole, windows=(0,) * 6)
+    left_out = {k: x for k, x in config.items() if k != 'query_pre_attn_scalar'}
+    assert families.from_hf(config | {'query_pre_attn_scalar': None}) == families.from_hf(left_out)
+
+
 def test_the_config_of_another_kind_of_model_is_refused(pair, tmp_path):
     with pytest.raises(LensError, match=r'llama/config.json: it describes another model .*\(family, qk_norm diff'):
         hf.save_model(pair('qwen3').jax, tmp_path / 'copy', source=pair('llama').directory)
