@@ -172,7 +172,7 @@ def test_an_error_of_the_user_is_not_tried_again(launch, script):
 def test_a_signal_stops_all_and_the_same_command_goes_on(launch, script, name, count):
     """Also those that the signal reaches only when they have stopped, which JAX has told them."""
     count_words = ('-n', count) if script == 'train_local.sh' else ()
-    process = launch.train(script, *count_words, '--steps=1000', '--save_every=1000', '--fault=late:0:0')
+    process = launch.train(script, *count_words, '--endless=0', '--save_every=1000', '--fault=late:0:0')
     launch.until(lambda: launch.met(3, count))
     process.send_signal(signal.Signals[name])
     assert process.wait(LIMIT_S) == 0, launch.printed()
@@ -224,7 +224,9 @@ def test_restarts_are_bounded_and_a_checkpoint_resets_the_count(launch):
     assert launch.run('train_local.sh', '-n', 1, always, '--save_every=100', MAX_RESTARTS='1') == 1
     assert launch.begun() == [0, 0]
     assert launch.printed().splitlines()[-1] == 'error: No new checkpoint in runs/x after 1 restarts: given up.'
-    assert launch.run('train_local.sh', '-n', 1, always, '--steps=6', MAX_RESTARTS='1', PAUSE_S='0') == 0, launch.printed()
+    assert launch.run('train_local.sh', '-n', 1, always, '--steps=6', MAX_RESTARTS='1', PAUSE_S='0') == 0, (
+        launch.printed()
+    )
     assert launch.begun() == [0, 2, 4] and launch.finished()
 
 
@@ -241,7 +243,7 @@ def test_a_second_ctrl_c_ends_a_process_that_hangs(launch):
 
 
 def test_kill_of_the_launcher_and_a_second_one_beside_it(launch):
-    process = launch.train('train_local.sh', '--steps=1000')
+    process = launch.train('train_local.sh', '--endless=0')
     launch.until(lambda: launch.met(1))
     beside = subprocess.run(
         ['launch/train_local.sh', '--config=c', f'--workdir={launch.workdir}'],
@@ -281,8 +283,8 @@ def test_hosts_of_a_file_with_their_options(launch):
 
 def test_a_connection_that_is_lost(launch):
     """What it leaves on the host is ended, and all start again."""
-    process = launch.train('hosts.sh', '--steps=40', '--save_every=4')
-    launch.until(lambda: launch.met(5))
+    process = launch.train('hosts.sh', '--endless=0')
+    launch.until(lambda: launch.met(3))
     for pid, line in marked(launch.value).items():
         if line.startswith('setsid --wait') and '--process_id=1' in line:
             os.kill(pid, signal.SIGKILL)
@@ -332,12 +334,12 @@ def begin_job(launch: Launch, *arguments: str) -> None:
 
 @pytest.mark.parametrize('signalled', ['--batch', '--steps'])
 def test_a_job_that_is_preempted_is_queued_again_until_it_is_finished(launch, signalled):
-    begin_job(launch, '--steps=60', '--save_every=1000')
+    begin_job(launch, '--endless=0', '--save_every=1000')
     slurm(launch, 'scancel', *(['--batch'] if signalled == '--batch' else []), '--signal=USR1', '101')
     launch.until(launch.finished)
     launch.until(lambda: not marked(launch.value))
     first, again = launch.begun()
-    assert first == 0 and 0 < again < 60, launch.printed()
+    assert first == 0 and again > 0, launch.printed()
     assert f'Stopped at step {again} by SIGUSR1' in launch.printed()
     assert requeues(launch) == ['requeue 101'] and '+ scontrol requeue 101\n' in launch.printed()
     submitted = launch.calls(launch.slurm, 'sbatch')
@@ -346,7 +348,7 @@ def test_a_job_that_is_preempted_is_queued_again_until_it_is_finished(launch, si
 
 
 def test_a_job_that_is_cancelled_is_not_queued_again(launch):
-    begin_job(launch, '--steps=1000')
+    begin_job(launch, '--endless=0')
     slurm(launch, 'scancel', '101')
     launch.until(lambda: not marked(launch.value))
     assert f'Stopped at step {launch.newest()} by SIGTERM' in launch.printed()

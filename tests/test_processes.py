@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from lens import distributed
 from lens.files import read_jsonl
+from lens.train import Stopped
 from tests import mesh_runs, small_run
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,9 +7,9 @@
     broken   ends with code 70
     hang     takes no further step, deaf to SIGTERM
     late     when all have stopped, ends by the signal, as one that it reaches late
---imports_s=S: only after S seconds are signals handled. A checkpoint comes every --save_every steps, 2 by default. A
-step begins when all processes have ended the one before: those of a dead one hang, deaf to SIGTERM. WORKDIR/starts-I
-has a line with arguments, process id and some of the environment for each start.
+--imports_s=S: only after S seconds are signals handled. --endless=K: start K ends by a signal alone. A checkpoint comes
+every --save_every steps, 2 by default. A step begins when all processes have ended the one before: those of a dead one
+hang, deaf to SIGTERM. WORKDIR/starts-I has a line with arguments, process id and some of the environment for each start.
 """
 
 import json
@@ -68,7 +68,7 @@ def main():
     every = int(option('save_every', '2'))
     last = step + FAULT_STEP
     say(f'process {index} of {count} begins at step {step}')
-    while step < int(option('steps', '12')):
+    while step < int(option('steps', '12')) or option('endless') == str(start):
         step += 1
         for kind, i, k in (f.split(':') for f in option('fault', '').split(',') if f):
             if step == last and (int(i), int(k)) == (index, start):
