@@ -56,8 +56,10 @@ def explain(activation, position=0):
         entry, at = maps[0], {k: maps[min(k, len(maps) - 1)] for k in range(c['patched_blocks'])}
     elif c['injection'] == 'replace':
         entry, at = a / a.norm() * c['norm'] / spec['embed_scale'], {}
-    else:
+    elif c['injection'] == 'add':
         entry, at = decoder.get_input_embeddings().weight[c['marker_id']].float(), {2: None}
+    else:
+        raise NotImplementedError(c['injection'])
 
     def write(k, value):
         def hook(block, args):

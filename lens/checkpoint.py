@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from lens import config, data, distributed, files, lens_init, sharding
 from lens.config import Run
 from lens.errors import LensError
+from lens.models import injection
 from lens.models.lens import Lens
 
 T = TypeVar('T')
@@ -35,7 +37,7 @@ FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
 # Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
 PLACES = (
     *('layer', 'position_vectors'),
-    *(f'decoder.{k}' for k in ('train', 'injection', 'norm', 'marker', 'patched_blocks', 'shared_map')),
+    *(f'decoder.{k}' for k in ('train', 'injection', 'marker')),
     *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'current_token')),
 )
 ANOTHER_VERSION = 'it is of another version; train again'
@@ -405,18 +407,19 @@ def check_start(cfg, lens: Lens, base) -> None:
         return lens_init.check_start(cfg, lens, base)
     stored = _config_of(pathlib.Path(cfg.init_from)), json.loads(cfg.to_json())
     theirs, ours = (_places(x, cfg.init_from) for x in stored)
-    if changed := [f'{k}={theirs[k]!r}' for k in theirs if theirs[k] != ours[k]]:
+    if changed := [f'{k}={theirs[k]!r}' for k in theirs if theirs[k] != ours.get(k)]:
         raise LensError(f'init_from={cfg.init_from} holds a lens with {", ".join(changed)}: use these keys here.')
 
 
 def _places(stored: dict, workdir: str) -> dict:
-    """The values of PLACES by dotted key."""
+    """The values of PLACES, and of the fields of the injection, by dotted key."""
     flat = _flat(stored)
     if missing := [k for k in PLACES if k not in flat]:
         raise LensError(f'{workdir}/config.json lacks {missing[0]}: {ANOTHER_VERSION}.')
     if flat['encoder.output_layer'] == -1:
         flat['encoder.output_layer'] = flat['layer']
-    return {k: flat[k] for k in PLACES}
+    kind = injection.INJECTIONS[flat['decoder.injection']]
+    return {k: flat.get(k) for k in (*PLACES, *(f'decoder.{f.name}' for f in dataclasses.fields(kind)))}
 
 
 def initial_lens(cfg, run: Run) -> Lens:

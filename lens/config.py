@@ -18,7 +18,7 @@ from lens.errors import LensError
 from lens.models import injection, moe
 from lens.models.encoder import READOUTS
 from lens.models.transformer import REMAT_POLICIES, Transformer, TransformerConfig
-from lens.schedules import Clock, Schedule
+from lens.schedules import Schedule, Units
 
 TRAIN_CHOICES = ('maps', 'lora', 'full')
 INITS = ('identity', 'scale', 'tuned_lens')
@@ -268,7 +268,7 @@ def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase,
     return tuple(out)
 
 
-def _phase(cfg, name: str, clock: Clock, start: int, every: Intervals, texts: Texts) -> Phase:
+def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Texts) -> Phase:
     p, objective = cfg[name], objectives.OBJECTIVES[cfg[name].objective]
     values = {k: schedules.parse(p[k], clock, f'{name}.{k}') for k in objectives.KNOBS}
     keys = {side: f'learning_rate_{side}' for side in optimizer.SIDES}

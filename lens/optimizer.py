@@ -15,7 +15,7 @@ import optax
 
 from lens import schedules, sharding
 from lens.errors import LensError
-from lens.schedules import Clock, Schedule
+from lens.schedules import Schedule, Units
 
 SIDES = ('decoder', 'encoder')
 B1, B2, EPSILON = 0.9, 0.999, 1e-8
@@ -39,7 +39,7 @@ class Row:
     unfreeze: int = 0
 
 
-def parse_table(table, clock: Clock, key: str) -> tuple[Row, ...]:
+def parse_table(table, clock: Units, key: str) -> tuple[Row, ...]:
     """Returns the rows of a table of a configuration (tuples or lists). Raises LensError naming `key`."""
 
     def row(entry) -> Row:

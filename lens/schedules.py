@@ -37,7 +37,7 @@ BLOCK = 1024  # micro-steps whose values are made at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Clock:
+class Units:
     """What the units of one phase are worth in micro-steps (one batch, one gradient each).
 
     accumulation: of an optimizer step. steps_per_epoch: of a pass over the training documents, None where
@@ -49,7 +49,7 @@ class Clock:
     total: int | None = None
 
 
-def duration(value, clock: Clock, key: str) -> int | None:
+def duration(value, clock: Units, key: str) -> int | None:
     """Returns the micro-steps of a duration; 0 is off, None never. Raises LensError naming `key`."""
     if value is None:
         return None
@@ -94,7 +94,7 @@ def constant(value: float) -> Schedule:
     return Schedule(float(value), float(value), optax.constant_schedule(float(value)))
 
 
-def parse(value, clock: Clock, key: str) -> Schedule:
+def parse(value, clock: Units, key: str) -> Schedule:
     """Returns the Schedule of a number or string in the notation. Raises LensError naming `key`."""
 
     def refuse(problem: str):
@@ -124,7 +124,7 @@ def parse(value, clock: Clock, key: str) -> Schedule:
     return Schedule(start, end, curve)
 
 
-def _decay(kind: str, start: float, end: float, warmup: int, clauses: dict, clock: Clock) -> optax.Schedule:
+def _decay(kind: str, start: float, end: float, warmup: int, clauses: dict, clock: Units) -> optax.Schedule:
     """Of micro-steps counted from the end of the warm-up."""
     after = clauses.get('after', 0)
     first = warmup + after
@@ -151,7 +151,7 @@ def _number(word: str) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def clocks(cfg, documents: int | None) -> tuple[Clock, ...]:
+def clocks(cfg, documents: int | None) -> tuple[Units, ...]:
     """Returns the clock of every phase of a configuration in order.
 
     documents: of the training split that may be read, None where the data is not known. A phase has whole optimizer
@@ -162,7 +162,7 @@ def clocks(cfg, documents: int | None) -> tuple[Clock, ...]:
         p = cfg[name]
         if isinstance(p.accumulate, bool) or not isinstance(p.accumulate, int) or p.accumulate < 1:
             raise LensError(f'{name}.accumulate={p.accumulate!r} is not a number of micro-batches, 1 or more.')
-        clock = Clock(p.accumulate, documents and -(-documents // p.documents))
+        clock = Units(p.accumulate, documents and -(-documents // p.documents))
         steps = duration(p.steps, clock, f'{name}.steps')
         if not steps:
             raise LensError(f'{name}.steps={p.steps} must be positive; drop the phase from phases instead.')

@@ -3,10 +3,10 @@
 from configs.base import table
 from lens import objectives, optimizer
 from lens.config import Phase
-from lens.schedules import Clock, constant
+from lens.schedules import Units, constant
 from tests.tiny_world import LAYER, LENGTH
 
-ROWS = optimizer.parse_table(table(weight_decay=0.01), Clock(), 'table')
+ROWS = optimizer.parse_table(table(weight_decay=0.01), Units(), 'table')
 RATES = {'decoder': 1e-3, 'encoder': 2e-3}
 
 

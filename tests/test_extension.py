@@ -22,8 +22,7 @@ MODELS = []  # (family, norm_eps) of those that the injection has written into
 
 def toy_family(config: dict):
     """A llama whose file names one number in its own way."""
-    read = families.from_hf(config | {'model_type': 'llama', 'rms_norm_eps': config['softness']})
-    return dataclasses.replace(read, family='toy')
+    return families.FAMILIES['llama'].read(config | {'rms_norm_eps': config['softness']})
 
 
 def warm_loss(lens, base, roll, key, hp, knobs, reference):
@@ -64,7 +63,7 @@ def widest(collected, text) -> dict:
 @pytest.fixture
 def added(monkeypatch):
     warm = Objective(objectives.given_rollout, warm_loss, shows=(('pull', 'pull'),), samples=False)
-    monkeypatch.setitem(families.FAMILIES, 'toy', Family('ToyForCausalLM', toy_family, tensors.LLAMA))
+    monkeypatch.setitem(families.FAMILIES, 'toy', Family('ToyForCausalLM', toy_family, tensors.LLAMA, families.LLAMA))
     monkeypatch.setitem(objectives.OBJECTIVES, 'warm', warm)
     monkeypatch.setattr(objectives, 'KNOBS', (*objectives.KNOBS, 'warmth'))
     monkeypatch.setitem(injection.INJECTIONS, 'shifted', Shifted)

@@ -13,7 +13,7 @@ from configs import base
 from lens import optimizer, sharding
 from lens.errors import LensError
 from lens.optimizer import Row, parse_table
-from lens.schedules import Clock, constant, parse
+from lens.schedules import Units, constant, parse
 from tests.conftest import make_base, make_lens
 
 L, D, K, G, H, F, V, P, R = 2, 6, 2, 2, 3, 5, 11, 4, 2
@@ -32,8 +32,8 @@ SHAPES = {
     'encoder/base/blocks/mlp/up': (L, D, F),
 }
 RATES = {
-    'decoder': parse('linear 2e-3 1e-3 warmup 2s', Clock(total=9), 'lr'),
-    'encoder': parse('cosine 5e-2 1e-2', Clock(total=9), 'lr'),
+    'decoder': parse('linear 2e-3 1e-3 warmup 2s', Units(total=9), 'lr'),
+    'encoder': parse('cosine 5e-2 1e-2', Units(total=9), 'lr'),
 }
 TABLE = (
     Row('embedding$', None),
@@ -220,7 +220,7 @@ def test_a_group_without_a_norm_is_named():
 
 def test_tables_of_configurations():
     table = (['a$', None], ('b', 2, 0.1, 'g', '2os'), ('c', 1.0, 0.0, 'h', None))
-    assert parse_table(table, Clock(accumulation=5), 'sft.table') == (
+    assert parse_table(table, Units(accumulation=5), 'sft.table') == (
         Row('a$', None),
         Row('b', 2.0, 0.1, 'g', 10),
         Row('c', None),
@@ -232,20 +232,20 @@ def test_tables_of_configurations():
 )
 def test_bad_rows_name_the_key_and_the_form(row):
     with pytest.raises(LensError, match=r'sft.table: .* is not a row; accepted: \(regex, multiplier') as e:
-        parse_table((row,), Clock(), 'sft.table')
+        parse_table((row,), Units(), 'sft.table')
     assert '\n' not in str(e.value)
 
 
 def test_bad_unfreeze_times_and_negative_numbers():
     with pytest.raises(LensError, match=r"sft.table: a='soon' is not a duration; accepted"):
-        parse_table((('a', 1.0, 0.0, 'g', 'soon'),), Clock(), 'sft.table')
+        parse_table((('a', 1.0, 0.0, 'g', 'soon'),), Units(), 'sft.table')
     with pytest.raises(LensError, match=r'sft.table: .* has a negative multiplier or weight decay'):
-        parse_table((('a', -1.0, 0.0, 'g', 0),), Clock(), 'sft.table')
+        parse_table((('a', -1.0, 0.0, 'g', 0),), Units(), 'sft.table')
 
 
 def test_the_table_of_the_recipes_trains_everything_and_decays_matrices_alone():
     lens = make_lens(make_base(), own_base=True)
-    rows = parse_table(base.table(weight_decay=0.25, encoder_unfreeze='3s'), Clock(), 'sft.table')
+    rows = parse_table(base.table(weight_decay=0.25, encoder_unfreeze='3s'), Units(), 'sft.table')
     decayed = set()
     for path in flatten(lens):
         row = row_of(rows, path)

@@ -9,9 +9,9 @@ import pytest
 from configs import base
 from lens import schedules
 from lens.errors import LensError
-from lens.schedules import Clock, constant, duration, parse
+from lens.schedules import Units, constant, duration, parse
 
-CLOCK = Clock(accumulation=3, steps_per_epoch=14, total=90)
+CLOCK = Units(accumulation=3, steps_per_epoch=14, total=90)
 STEPS = np.arange(120)
 
 
@@ -68,9 +68,9 @@ def test_bad_durations_name_the_key_and_the_forms(value):
 
 def test_units_that_are_not_known_here():
     with pytest.raises(LensError, match=r"sft.steps='5e' counts epochs, but the data is not known here"):
-        duration('5e', Clock(), 'sft.steps')
+        duration('5e', Units(), 'sft.steps')
     with pytest.raises(LensError, match=r'sft.steps=-1 has no phase to fill'):
-        duration(-1, Clock(steps_per_epoch=3), 'sft.steps')
+        duration(-1, Units(steps_per_epoch=3), 'sft.steps')
 
 
 def test_a_number_is_constant():
@@ -115,7 +115,7 @@ def test_warm_up_comes_before_the_constant_part():
 @pytest.mark.parametrize('accumulation', [1, 3, 4, 7])
 @pytest.mark.parametrize('kind', ['linear', 'cosine'])
 def test_the_floor_is_exact_at_the_last_optimizer_step_and_not_before(kind, accumulation):
-    clock = Clock(accumulation, None, 12 * accumulation)
+    clock = Units(accumulation, None, 12 * accumulation)
     at = np.arange(12) * accumulation  # where optimizer steps begin
     floor = np.float32(0.07)
     whole = values(f'{kind} 0.3 0.07', clock, at)
@@ -125,17 +125,17 @@ def test_the_floor_is_exact_at_the_last_optimizer_step_and_not_before(kind, accu
 
 
 def test_a_warm_up_longer_than_the_phase_is_cut_off():
-    got = values('cosine 2 0.5 warmup 100s', Clock(1, None, 5), np.arange(5))
+    got = values('cosine 2 0.5 warmup 100s', Units(1, None, 5), np.arange(5))
     np.testing.assert_allclose(got, 2 * np.arange(5) / 100, rtol=1e-5, atol=3e-7)
 
 
 def test_one_step_phases():
-    assert values('cosine 2 0.5', Clock(1, None, 1), np.arange(1)) == np.float32(0.5)
+    assert values('cosine 2 0.5', Units(1, None, 1), np.arange(1)) == np.float32(0.5)
 
 
 def test_one_step_at_a_time_as_all_at_once():
     """Also across the blocks that values are made in."""
-    schedule = parse('cosine 2 0.5 warmup 6s', Clock(1, None, 3000), 'sft.tau')
+    schedule = parse('cosine 2 0.5 warmup 6s', Units(1, None, 3000), 'sft.tau')
     at = np.array([0, 5, 6, 1023, 1024, 2999, 4000])
     assert [schedule(int(t)) for t in at] == schedule(at).tolist()
     assert schedule(7).dtype == np.float32 and schedule(at).dtype == np.float32
@@ -179,8 +179,8 @@ def test_clocks_of_phases():
     c.sft.documents, c.sft.steps, c.sft.accumulate = 8, '2e', 4
     c.grpo.documents, c.grpo.steps = 3, 11
     sft, grpo = schedules.clocks(c, 50)
-    assert sft == Clock(4, 7, 16)  # 14 micro-steps, rounded up to whole optimizer steps
-    assert grpo == Clock(1, 17, 11)
+    assert sft == Units(4, 7, 16)  # 14 micro-steps, rounded up to whole optimizer steps
+    assert grpo == Units(1, 17, 11)
     c.grpo.steps = 0
     with pytest.raises(LensError, match=r'grpo.steps=0 must be positive; drop the phase'):
         schedules.clocks(c, 50)

@@ -65,7 +65,7 @@ class Bigrams(nnx.Module):
 
 
 def test_the_small_table_gives_the_loss_and_the_gradient_of_the_large_one():
-    table = tiny_chat.Table(np.array([2, 3, 9, 11, 17, 18]), 23)
+    table = tiny_chat.UsedVocabulary(np.array([2, 3, 9, 11, 17, 18]), 23)
     small = Bigrams(7, 5)
     large = table.expand(small)
     assert large.embedding.shape == (23, 5) and large.config.vocab_size == 23

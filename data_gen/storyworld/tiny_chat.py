@@ -117,7 +117,7 @@ def encode(questions: list[chats.StoryChat], tokenizer, family: str) -> Encoded:
     return Encoded(tokens, lengths, starts)
 
 
-class Table(NamedTuple):
+class UsedVocabulary(NamedTuple):
     """The rows of a large embedding table that chats use, and one for all others, which comes last.
 
     A softmax over the small table with `log_rows` added equals that over the large one in which the others
@@ -204,7 +204,7 @@ def make(family: str, out: pathlib.Path, recipe: Recipe) -> float:
             ids['eos_token_id'] = tokenizer.convert_tokens_to_ids(END)
             config = files.read_json(SUBJECT / 'config.json', 'see configs/tiny_subject.py')
         else:
-            table = Table(np.unique(seen.tokens), harmony_tokenizer.VOCAB_SIZE)
+            table = UsedVocabulary(np.unique(seen.tokens), harmony_tokenizer.VOCAB_SIZE)
             log_rows_V = table.log_rows
             seen, unseen = (x._replace(tokens=table.compact(x.tokens)) for x in (seen, unseen))
             config = GPT_OSS | {'vocab_size': len(log_rows_V)}

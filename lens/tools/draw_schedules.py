@@ -11,12 +11,12 @@ from ml_collections import config_flags
 
 from lens import cli, data, objectives, optimizer, schedules
 from lens.errors import LensError
-from lens.schedules import Clock
+from lens.schedules import Units
 
 VALUES = (*(f'learning_rate_{side}' for side in optimizer.SIDES), *objectives.KNOBS)  # keys of a phase
 
 
-def unfrozen(cfg, name: str, side: str, clock: Clock) -> dict[tuple[float, int], list[str]]:
+def unfrozen(cfg, name: str, side: str, clock: Units) -> dict[tuple[float, int], list[str]]:
     """Returns (multiplier, first micro-step) -> regexes of the rows of a phase's table that may match `side`."""
     (other,), out = set(optimizer.SIDES) - {side}, {}
     for row in optimizer.parse_table(cfg[name].table, clock, f'{name}.table'):
@@ -25,7 +25,7 @@ def unfrozen(cfg, name: str, side: str, clock: Clock) -> dict[tuple[float, int],
     return out
 
 
-def curves(cfg, name: str, key: str, clock: Clock) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def curves(cfg, name: str, key: str, clock: Units) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Returns micro-steps, and label -> values: of a learning rate one curve for each multiplier and unfreeze time."""
     steps = np.unique(np.linspace(0, clock.total - 1, 2000).astype(np.int32))
     schedule = schedules.parse(cfg[name][key], clock, f'{name}.{key}')

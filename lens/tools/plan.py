@@ -42,7 +42,7 @@ class WordTokenizer:
         return {'input_ids': [self.ids.setdefault(w, len(self.ids)) for w in words]}
 
 
-class Job(NamedTuple):
+class Workload(NamedTuple):
     """What is planned, beside configuration and mesh. ships_packed: the subject's experts are MXFP4 on disk."""
 
     c: TransformerConfig
@@ -72,7 +72,7 @@ def per_device(tree) -> int:
     return sum(math.prod(shape) * size for shape, size in shares)
 
 
-def steps(cfg, job: Job, mesh) -> Iterator[tuple[Phase, State, Transformer, dict]]:
+def steps(cfg, job: Workload, mesh) -> Iterator[tuple[Phase, State, Transformer, dict]]:
     """Yields every phase with state, base and batch of its step, as placed shapes. Call under set_mesh(mesh)."""
     base = config.abstract_base(cfg, job.c, mesh)
     lens = lens_init.abstract_lens(cfg, job.texts, base, mesh)
@@ -92,14 +92,14 @@ def trace(phase: Phase, state: State, base: Transformer, batch: dict):
     return train_step.trace(state, base, batch, key, phase.knobs(0), **program)
 
 
-def needs(cfg, job: Job, mesh) -> dict[str, Needs]:
+def needs(cfg, job: Workload, mesh) -> dict[str, Needs]:
     """Returns what the step of every phase is given."""
     with jax.set_mesh(mesh):
         given = {p.name: (base, s.params, s.opt, s.reference) for p, s, base, _ in steps(cfg, job, mesh)}
         return {name: Needs(*map(per_device, parts)) for name, parts in given.items()}
 
 
-def compile_step(cfg, job: Job, mesh, name: str) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
+def compile_step(cfg, job: Workload, mesh, name: str) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
     """Compiles the step of phase `name` as the head of this file says, in up to a minute."""
     cfg = cfg.copy_and_resolve_references()
     cfg.subject.dtype = 'float32'
@@ -110,7 +110,7 @@ def compile_step(cfg, job: Job, mesh, name: str) -> tuple[jax.stages.Traced, jax
         return traced, traced.lower().compile()
 
 
-def compile_phase(cfg, job: Job, mesh, name: str) -> tuple[int, dict[str, float]]:
+def compile_phase(cfg, job: Workload, mesh, name: str) -> tuple[int, dict[str, float]]:
     """Returns (bytes of the temporaries of a step on one device, its FLOPs by part).
 
     One layer's experts are among the temporaries: a kernel for grouped products may copy them, unlike what is compiled
@@ -136,7 +136,9 @@ def changes(cfg, mesh, full: list[str], ships_packed: bool) -> Iterator[dict]:
         yield {f'{name}.documents': n for name, n in halves.items()}
 
 
-def after(values: dict, cfg, job: Job, full: list[str], device: float, compiling=compile_phase) -> tuple[str, Needs]:
+def after(
+    values: dict, cfg, job: Workload, full: list[str], device: float, compiling=compile_phase
+) -> tuple[str, Needs]:
     """Returns the phase that needs most once `cfg` has other values of dotted keys, and its needs.
 
     Compiled where it may fit in `device` bytes, the phases `full` first and no more once one is too much.
@@ -226,7 +228,7 @@ def pretend_devices(cfg) -> None:
     jax.config.update('jax_num_cpu_devices', max(1, m.data * m.model * m.replica))
 
 
-def open_job(cfg) -> tuple[Job, list[str]]:
+def open_job(cfg) -> tuple[Workload, list[str]]:
     """Returns the job and what was assumed. A subject.path of a config.json alone has its prompts counted in words."""
     path, notes = pathlib.Path(cfg.subject.path), []
     if path.suffix == '.json':
@@ -248,7 +250,7 @@ def open_job(cfg) -> tuple[Job, list[str]]:
         f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.',
     )
     rows = _rows(pathlib.Path(cfg.data.path) / 'train/tokens.npy', c.max_positions, notes)
-    return Job(c, config.read_texts(cfg, tokenizer), *rows, ships_packed), notes
+    return Workload(c, config.read_texts(cfg, tokenizer), *rows, ships_packed), notes
 
 
 def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int, int]:

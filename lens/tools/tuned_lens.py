@@ -142,7 +142,7 @@ def to_final_norm(state: TunedLensState, subject: Transformer, batch: dict) -> T
     return state.replace(params=jax.lax.map(layer, (state.params, state.scale_L, hs_LxBxSxD)))
 
 
-class Job(NamedTuple):
+class TunedLensJob(NamedTuple):
     """A subject, the data of its translators, and the settings with the tokens of a row that are read."""
 
     subject: Transformer
@@ -160,7 +160,7 @@ class Job(NamedTuple):
         return sharding.put_batch({'tokens': tokens, 'lengths': lengths}, self.mesh)
 
 
-def open_job(model: str, folder: str, s: TunedLensSettings) -> Job:
+def open_job(model: str, folder: str, s: TunedLensSettings) -> TunedLensJob:
     """Checks the settings, opens the data and loads the subject. Raises LensError."""
     for key in ('steps', 'batch', 'seq_len', 'learning_rate'):
         value = getattr(s, key)
@@ -174,10 +174,10 @@ def open_job(model: str, folder: str, s: TunedLensSettings) -> Job:
     n, most = min(s.seq_len or train.tokens.shape[1], train.tokens.shape[1]), c.max_positions
     require(n <= most, f'{folder} has {n} tokens a row, the subject reads {most}: give --seq_len={most} or less.')
     subject = hf.load_model(directory, dtype=DTYPES[s.dtype], mesh=mesh)
-    return Job(subject, train, validation, mesh, dataclasses.replace(s, seq_len=n))
+    return TunedLensJob(subject, train, validation, mesh, dataclasses.replace(s, seq_len=n))
 
 
-def held_out(job: Job, state: TunedLensState) -> np.ndarray:
+def held_out(job: TunedLensJob, state: TunedLensState) -> np.ndarray:
     """Returns the mean KL by layer over the tokens of the first held-out documents, nats per token."""
     n, batch = min(len(job.validation), HELD_OUT_DOCUMENTS), job.settings.batch
     kl_L, tokens = 0.0, 0
@@ -193,7 +193,7 @@ def _check_finite(kl_L: np.ndarray, where: str) -> None:
     require(finite.all(), f'{where}: the KL of layer {np.argmin(finite)} is not finite: lower --learning_rate.')
 
 
-def fit(job: Job) -> tuple[TunedLensState, np.ndarray, np.ndarray]:
+def fit(job: TunedLensJob) -> tuple[TunedLensState, np.ndarray, np.ndarray]:
     """Returns (trained state, held-out KL by layer before, after). Call under jax.set_mesh(job.mesh)."""
     s, rng, first = job.settings, np.random.default_rng(SEED), job.batch(job.train, np.arange(job.settings.batch))
     # Momentum and linear decay as in the paper; Adam and Muon were slower, and Muon's translators worse conditioned,
