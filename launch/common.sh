@@ -1,6 +1,5 @@
 # Shell functions of the launch scripts, which source it after `set -euo pipefail` and set `root`.
-# shellcheck shell=bash disable=SC2034,SC2154 # variables that the scripts set or use
-
+# shellcheck shell=bash disable=SC2034,SC2064,SC2154 # variables that the scripts set or use
 die() {
   echo "error: $*" >&2
   exit 1
@@ -13,13 +12,14 @@ needs() {
 }
 needs setsid setpriv flock
 
-# Prints a command as it could be typed.
 show() { echo "+$(printf ' %q' "$@")"; }
+alive() { kill -0 "$1" 2>/dev/null; }
 
 # $1 seconds that a signal may interrupt: bash runs a trap only after a foreground command, but at once in `wait`.
 nap() {
   sleep "$1" &
-  wait $! || kill $! 2>/dev/null || true
+  local id=$! # a trap may start others
+  wait "$id" || kill "$id" 2>/dev/null || true
 }
 
 # Refuses, with the sentence $2, while another process holds the file $1; where there are no locks it is not known.
@@ -29,15 +29,10 @@ only_one() {
   flock -n -E 75 9 || (($? != 75)) || die "$2"
 }
 
-alive() { kill -0 "$1" 2>/dev/null; }
-
 # Signals end the script with the usual codes, and the end, however it comes, runs the function $1 undisturbed.
 at_exit() {
-  # shellcheck disable=SC2064
   trap "trap '' HUP INT TERM; $1" EXIT
-  trap 'exit 129' HUP
-  trap 'exit 130' INT
-  trap 'exit 143' TERM
+  for signal in HUP INT TERM; do trap "exit $((128 + $(kill -l "$signal")))" "$signal"; done
 }
 
 # Starts a command as group $started, out of reach of Ctrl-C. It gets SIGTERM when this script ends, be it by kill -9.
@@ -75,7 +70,7 @@ option_value() {
 
 # Refuses arguments, those after $1, that lack one of the options $1.
 needs_options() {
-  for name in $1; do
-    [ "$(option_value "$name" "${@:2}")" ] || die "--$name is needed: see the head of $(basename "$0")."
+  for option in $1; do
+    [ "$(option_value "$option" "${@:2}")" ] || die "--$option is needed: see the head of $(basename "$0")."
   done
 }

@@ -11,9 +11,7 @@
 #   LENS_PYTHON        interpreter of data_gen, default .venv/bin/python here
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/launch/common.sh"
 . "$root/launch/generation.sh"
-
 read_generation "$@"
 folder=$(mktemp -d) serving=''
 finish() {
@@ -22,7 +20,6 @@ finish() {
   rm -rf "$folder"
 }
 at_exit finish
-
 serve=("$root/launch/serve_vllm.sh" "$model" --registry="$folder/servers.txt" "${vllm_args[@]}")
 show "${serve[@]}"
 start_group "${serve[@]}"

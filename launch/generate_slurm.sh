@@ -18,10 +18,8 @@
 #   POLL_S             seconds between two looks at the queue, default 10
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -e "$root/launch/common.sh" ] || { echo "error: sbatch runs a copy: submit by --wrap='launch/generate_slurm.sh …'." >&2 && exit 1; }
-. "$root/launch/common.sh"
+[ -e "$root/launch/generation.sh" ] || { echo "error: sbatch runs a copy: submit by --wrap='launch/generate_slurm.sh …'." >&2 && exit 1; }
 . "$root/launch/generation.sh"
-
 read_generation "$@"
 needs sbatch squeue scancel
 servers=${SERVERS:-1} gpus=${GPUS_PER_SERVER:-8} nodes=${NODES_PER_SERVER:-1} poll_s=${POLL_S:-10}
@@ -29,7 +27,6 @@ submits=$((servers + ${MAX_RESUBMITS:-3 * servers}))
 folder=$(realpath -m "$out.slurm")
 registry=$folder/servers.txt name=lens-$(cksum <<<"$folder" | cut -d ' ' -f 1)
 only_one "$folder/lock" "Another coordinator is writing $out: wait for it, or choose another --output_path."
-
 serve=("$root/launch/serve_vllm.sh" "$model" --host="${HOST:-0.0.0.0}" --registry="$registry")
 read -r -a sbatch <<<"sbatch --parsable --job-name=$name --nodes=$nodes --ntasks-per-node=1"
 if ((gpus)); then
@@ -39,16 +36,13 @@ fi
 read -r -a sbatch_args <<<"${SBATCH_ARGS-}"
 sbatch+=(--output="$folder/server-%j.log" "${sbatch_args[@]}")
 serve+=("${vllm_args[@]}")
-# the name of the job's own log of vLLM is known in the job alone
 job_script="#!/usr/bin/env bash
 exec$(printf ' %q' "${serve[@]}") --log=$(printf '%q' "$folder")/vllm-\$SLURM_JOB_ID.log"
 
 # The ids of the server jobs that wait or run; with those of a run that was killed, which have the same name.
 queued() { squeue --noheader --user="$(id -un)" --name="$name" --states=PENDING,CONFIGURING,RUNNING --format=%i; }
-
 jobs='' looked=-$poll_s
 refill() {
-  local ids id
   if ((SECONDS - looked < poll_s)); then return; fi
   looked=$SECONDS
   ids=$(queued) || return 0 # the controller is busy: at the next look

@@ -1,11 +1,10 @@
-# Shell functions of the scripts that serve and ask models, sourced after common.sh.
-# shellcheck shell=bash disable=SC2034,SC2154
+# Shell functions of the scripts that serve and ask models.
+# shellcheck shell=bash disable=SC1091,SC2034,SC2154
+. "$root/launch/common.sh"
 
 # Refuses a path that is no model; what could be a Hub id is left to the server.
 check_model() {
-  case $1 in
-    '' | -*) die "The first argument is the model, a Hub id or a directory: $(basename "$0") MODEL [options]" ;;
-  esac
+  [[ $1 != '' && $1 != -* ]] || die "The first argument is the model, a Hub id or a directory: $(basename "$0") MODEL [options]"
   if [ -e "$1/config.json" ]; then return; fi
   if [ -e "$1" ] || [ -d "${1%%/*}" ] || [[ $1 = [/.~]* || $1 = */*/* ]]; then
     die "$1 has no config.json: give a directory in Hugging Face layout or a Hub id."
@@ -25,8 +24,7 @@ register() {
   ) 8>"$1.lock"
 }
 
-# Reads the arguments of a generation, `MODEL [options of data_gen.generate]`: sets $model, $out and $generate, the
-# command that still lacks its servers.
+# Reads the arguments `MODEL [options of data_gen.generate]`; sets $generate, the command that still lacks its servers.
 read_generation() {
   model=${1-}
   check_model "$model"
@@ -34,17 +32,15 @@ read_generation() {
   needs_options 'input_dataset output_path' "$@"
   out=$(option_value output_path "$@")
   out=${out%/}
-  tokenizer=$(option_value tokenizer "$@")
-  python=${LENS_PYTHON:-$root/.venv/bin/python}
+  tokenizer=$(option_value tokenizer "$@") python=${LENS_PYTHON:-$root/.venv/bin/python} working=''
   needs "$python"
   generate=("$python" -m data_gen.generate --model="$model" --resume "$@")
   read -r -a vllm_args <<<"${VLLM_ARGS-}"
-  working=''
 }
 
 # Runs a command in the group $working, which the script ends where it ends; meanwhile $1, a function, every 0.5 s.
 work() {
-  local code=0
+  local code
   show "${@:2}"
   start_group "${@:2}"
   working=$started
@@ -52,14 +48,13 @@ work() {
     "$1"
     nap 0.5
   done
-  wait "$working" || code=$?
+  if wait "$working"; then code=0; else code=$?; fi
   working=''
   return "$code"
 }
 
 # From the rows in $out/dataset to $out/tokens, with the options of PRETOKENIZE_ARGS.
 pretokenize() {
-  local options
   read -r -a options <<<"${PRETOKENIZE_ARGS-}"
   # --force: the rows may be more than those of an earlier run
   work : "$python" -m data_gen.pretokenize --input="$out/dataset" --tokenizer="${tokenizer:-$model}" \

@@ -14,7 +14,6 @@
 #   REMOTE_ENV    variables for the processes, such as 'HF_HUB_OFFLINE=1 XLA_FLAGS="--a --b"'
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/launch/common.sh"
 . "$root/launch/restart.sh"
 . "$root/launch/on_host.sh"
 needs ssh
@@ -26,7 +25,6 @@ read -r -d '' -a hosts <<<"$hosts" || true
 if [ -z "${hosts[0]-}" ] || [[ " ${hosts[*]}" = *' -'* ]] || [ "$(printf '%s\n' "${hosts[@]}" | sort | uniq -d)" ]; then
   die "HOSTS=${HOSTS-} has to name hosts, each once, or a file of them: see the head of launch/hosts.sh."
 fi
-
 to() { command=(ssh "${ssh_options[@]}" "${hosts[$1]}" "$(on_host "${@:2}")"); }
 command_of() {
   to "$1" "${training[@]}" --coordinator="${hosts[0]#*@}:$port" --num_processes="${#hosts[@]}" --process_id="$1"

@@ -5,7 +5,6 @@
 #   launch/on_host.sh WORKDIR -NAME       sends signal NAME to it
 # shellcheck disable=SC1091,SC2034,SC2154 # variables that the scripts set or use
 set -euo pipefail
-
 # For ssh: nothing is asked, and a connection that is lost is noticed within a minute.
 ssh_options=(-oBatchMode=yes -oConnectTimeout=15 -oServerAliveInterval=15 -oServerAliveCountMax=4)
 
@@ -16,7 +15,6 @@ on_host() {
   for word in "$workdir" "$@"; do printf " '%s'" "${word//\'/\'\\\'\'}"; done
 }
 if [ "$0" != "${BASH_SOURCE[0]}" ]; then return; fi
-
 . "$(dirname "$0")/common.sh"
 lock=${TMPDIR:-/tmp}/lens-$UID-$(realpath -m "$1" | cksum | tr -d ' ')
 exec 9>>"$lock" # held by COMMAND, whose group is in the file

@@ -1,13 +1,13 @@
-# The restart loop of the training launchers, sourced after common.sh with the arguments of lens.main: `supervise N` runs N
+# The restart loop of the training launchers, sourced with the arguments of lens.main: `supervise N` runs N
 # processes, the array `command` that the script's command_of sets for process $1, until all end with 0. When one dies, all
 # start again from the last checkpoint, but not after an error of the user (exit code 1) or a signal, which is passed on.
-# shellcheck shell=bash disable=SC2064,SC2154
+# shellcheck shell=bash disable=SC1091,SC2064,SC2154
+. "$root/launch/common.sh"
 user_error=1 groups=() asked='' restarts=0 newest='' most=${MAX_RESTARTS:-10} pause_s=${PAUSE_S:-5}
 needs_options 'config workdir' "$@"
 workdir=$(option_value workdir "$@")
 
 all_codes() { [[ $codes =~ ^(' '($1))*$ ]]; }
-
 # A script whose processes are on other machines has its own.
 signal_all() { for leader in "${groups[@]}"; do signal_group "$1" "$leader"; done; }
 

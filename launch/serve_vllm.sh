@@ -17,9 +17,7 @@
 # it ends by itself or is not ready in time.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/launch/common.sh"
 . "$root/launch/generation.sh"
-
 model=${1-}
 check_model "$model"
 shift
@@ -57,7 +55,7 @@ if [ -z "${VLLM_COMMAND-}" ]; then
   fi
 fi
 command+=(--model "$model" --host "$host" --port "$port" "${options[@]}")
-nodes=${SLURM_JOB_NUM_NODES:-1} url=http://$host:$port/v1 owner="process $$" server='' waiter=''
+nodes=${SLURM_JOB_NUM_NODES:-1} url=http://$host:$port/v1 owner=${SLURM_JOB_ID:+job $SLURM_JOB_ID} server='' waiter=''
 if ((nodes > 1)); then
   command -v ray >/dev/null || "$venv/bin/pip" install --quiet 'ray[cgraph]>=2.49' || die "There is no Ray: pip install 'ray[cgraph]'."
   head_ip=${HEAD_IP:-$(hostname --ip-address | cut -d ' ' -f 1)}
@@ -68,21 +66,18 @@ if ((nodes > 1)); then
   export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 RAY_USAGE_STATS_ENABLED=0
 fi
 case $host in 0.0.0.0 | ::) url=http://$(uname -n):$port/v1 ;; esac
-if [ "${SLURM_JOB_ID-}" ]; then owner="job $SLURM_JOB_ID"; fi
 if [ -d "$model" ]; then export HF_HUB_OFFLINE=1; fi
 export VLLM_NO_USAGE_STATS=1
 unset VLLM_COMMAND VLLM_ARGS # vLLM warns of variables with its prefix that it does not know
 
 # shellcheck disable=SC2329 # a trap calls it
 finish() {
-  if [ "$registry" ]; then register "$registry" "$owner" || true; fi
+  if [ "$registry" ]; then register "$registry" "${owner:-process $$}" || true; fi
   if [ "$waiter" ]; then kill "$waiter" 2>/dev/null || true; fi
   if [ "$server" ]; then stop_group "$server" 20; fi
 }
 at_exit finish
-
 fail() {
-  local first
   echo "The last lines of $log:" >&2
   # compiled modules list at the end what they did not free
   grep -avE '^nanobind: |^ - (leaked|\.\.\.) ' "$log" | tail -n 30 >&2 || true
@@ -100,7 +95,7 @@ waiter=$!
 while alive "$waiter" && alive "$server"; do nap 0.2; done
 alive "$server" || fail "The server of $model ended before it was ready."
 wait "$waiter" || fail "The server of $model did not become ready."
-if [ "$registry" ]; then register "$registry" "$owner" "$url"; fi
+if [ "$registry" ]; then register "$registry" "${owner:-process $$}" "$url"; fi
 echo "Ready after $SECONDS s: $url"
 wait "$server" || true
 fail "The server of $model ended."

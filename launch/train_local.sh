@@ -25,7 +25,6 @@ needs "$python"
 training=("$python" -m lens.main "$@")
 IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((count * each - 1)))}"
 ((${#devices[@]} >= count * each)) || die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has ${#devices[@]} devices, and $count processes with DEVICES_PER_PROCESS=$each need more."
-
 command_of() {
   local part=("${devices[@]:$1 * each:each}")
   command=(env PYTHONUNBUFFERED=1)

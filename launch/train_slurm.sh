@@ -19,11 +19,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -e "$root/launch/restart.sh" ] || root=${REPO_DIR:-${SLURM_SUBMIT_DIR-}}
-if [ ! -e "$root/launch/restart.sh" ]; then
-  echo "error: sbatch runs a copy of this script: call sbatch from the repository, or set REPO_DIR to it." >&2
-  exit 1
-fi
-. "$root/launch/common.sh"
+sentence='error: sbatch runs a copy of this script: call sbatch from the repository, or set REPO_DIR to it.'
+[ -e "$root/launch/restart.sh" ] || { echo "$sentence" >&2 && exit 1; }
 . "$root/launch/restart.sh"
 python=${PYTHON:-$root/.venv/bin/python}
 needs "$python" sbatch srun squeue scontrol
@@ -32,7 +29,6 @@ if [ -z "${SLURM_JOB_ID-}" ]; then
   show "${sbatch[@]}" "$root/launch/train_slurm.sh" "$@"
   REPO_DIR=$root exec "${sbatch[@]}" "$root/launch/train_slurm.sh" "$@"
 fi
-
 # srun returns the highest code of all: an error of the user has to be above those that follow from it, or are its own
 user_error=255
 # shellcheck disable=SC2016

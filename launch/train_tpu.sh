@@ -12,7 +12,6 @@
 # launch/hosts.sh: TPU_NAME and ZONE, needed; PROJECT, by default that of gcloud.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/launch/common.sh"
 . "$root/launch/restart.sh"
 . "$root/launch/on_host.sh"
 needs gcloud
@@ -20,7 +19,6 @@ needs gcloud
 REPO_DIR=${REPO_DIR:-lens}
 where=("--zone=$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all)
 training=("${PYTHON:-.venv/bin/python}" -m lens.main "$@" --coordinator=auto)
-
 to_all() {
   command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command="$(on_host "$@")" -- "${ssh_options[@]}")
 }

