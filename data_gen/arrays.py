@@ -31,7 +31,7 @@ def write_splits(out: pathlib.Path, splits) -> None:
 
 
 def replace_folder(new: pathlib.Path, out: pathlib.Path) -> None:
-    """`new` takes the place of `out`, which may exist."""
+    """Puts `new` in the place of `out`, which may exist."""
     old = new.with_name(f'{new.name}.old')
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)  # of a killed command; without `out` it may be the only copy
@@ -42,7 +42,7 @@ def replace_folder(new: pathlib.Path, out: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def open_npy(path: pathlib.Path, dtype, shape: tuple[int, ...]):
-    """A .npy file of known shape that is written front to back: a function that appends an array."""
+    """Yields a function that appends an array to a new .npy file of known shape."""
     with path.open('wb') as f:
         header = {
             'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)),
@@ -56,7 +56,7 @@ def open_npy(path: pathlib.Path, dtype, shape: tuple[int, ...]):
 
 
 def pad(flat: np.ndarray, lengths: np.ndarray, width: int, value: int) -> np.ndarray:
-    """Rows laid end to end -> [N, width], right padded."""
+    """Returns rows laid end to end as [N, width], right padded."""
     out = np.full((len(lengths), width), value, flat.dtype)
     out[np.arange(width) < lengths[:, None]] = flat
     return out

@@ -11,7 +11,7 @@ KNOWN_ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 
 
 def messages_of(value) -> list[dict]:
-    """[{role, content[, thinking]}] of a chat; raises ValueError that says what is wrong with it.
+    """Returns [{role, content[, thinking]}] of a chat; raises ValueError that says what is wrong with it.
 
     Accepts role/content and from/value, a struct of lists (older Parquet), and strings that alternate user, assistant.
     """
@@ -43,12 +43,12 @@ def _message(i: int, turn) -> dict:
 
 
 def clean(text: str) -> str:
-    """Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes '?'."""
+    """Puts '?' for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
     return text.encode('utf-8', 'replace').decode()
 
 
 def find_column(table: Table, name: str | None = None) -> str:
-    """The chat column of a table: `name`, or the one that holds chats in its first rows. Raises LensError."""
+    """Finds the chat column of a table: `name`, or the one that holds chats in its first rows. Raises LensError."""
     columns = ', '.join(table.columns) or 'none'
     if name is not None and name not in table.columns:
         raise LensError(f'{table.name} has no column {name}; its columns: {columns}.')
@@ -80,20 +80,20 @@ def special_ids(tokenizer) -> list[int]:
 
 
 def native_thinking(tokenizer) -> bool:
-    """Whether the chat template renders a field `thinking` of an assistant message itself."""
+    """Tells whether the chat template renders a field `thinking` of an assistant message itself."""
     template = tokenizer.chat_template
     text = ' '.join(template.values()) if isinstance(template, dict) else template or ''
     return bool(re.search(r"\.thinking\b|\[['\"]thinking['\"]\]|['\"]thinking['\"] in\b", text))
 
 
 def inline_thinking(messages: list[dict]) -> list[dict]:
-    """{role, content} alone: `thinking` becomes <think>…</think> and a newline before the content."""
+    """Returns {role, content} alone, `thinking` in <think> tags and a newline before the content."""
     tags = (f'<think>{m["thinking"]}</think>\n' if m.get('thinking') else '' for m in messages)
     return [{'role': m['role'], 'content': tag + m['content']} for m, tag in zip(messages, tags, strict=True)]
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
-    """(thinking or None, content) of a text with <think>…</think>: the reverse of inline_thinking.
+    """Returns (thinking or None, content) of a text with <think>…</think>: the reverse of inline_thinking.
 
     An opening tag may stand in the prompt, a closing one be cut off.
     """

@@ -28,7 +28,7 @@ class Chat:
 
 
 def row_format(table: Table, column: str | None = None) -> tuple[str, str]:
-    """(format, column) of a table: question | pair | chat | text, looked for in this order. Raises LensError."""
+    """Finds (format, column) of a table: question | pair | chat | text, tried in this order. Raises LensError."""
     have = set(table.columns)
     if column is None:
         for name, (first, second, _) in PAIRS.items():
@@ -45,7 +45,7 @@ def row_format(table: Table, column: str | None = None) -> tuple[str, str]:
 
 
 def parse(row: dict | None, form: str, column: str, effort: str) -> Chat | str:
-    """The document of a row in the format `row_format` gave. effort: where the row names none. Raises BadRow."""
+    """Reads the document of a row in the format `row_format` gave. effort: where the row names none. Raises BadRow."""
     if row is None:
         raise BadRow('not a JSON object')
     if form == 'text':

@@ -88,7 +88,7 @@ class Journal:
                 self._files[kind].truncate(self._sizes[kind])
 
     def records(self, kind: str):
-        """The whole records of a file, in their order."""
+        """Yields the whole records of a file, in their order."""
         with self.paths[kind].open('rb') as f:
             yield from (record for line in f if (record := _record(line)))
 
@@ -137,7 +137,7 @@ class Journal:
         return True
 
     def sync(self) -> None:
-        """What was appended survives the end of the machine, too. Raises LensError."""
+        """Makes what was appended survive the end of the machine, too. Raises LensError."""
         for kind, file in self._files.items():
             try:
                 os.fsync(file.fileno())

@@ -141,7 +141,7 @@ class Labelling:
         return digest.hexdigest()
 
     def jobs(self):
-        """The labels that are to be made, document by document."""
+        """Yields the labels that are to be made, document by document."""
         for part in self.parts:
             wanted = self.journal.wanted(part)
             for row in wanted.any(1).nonzero()[0]:
@@ -154,7 +154,7 @@ class Labelling:
         return self.template.replace('{text}', part.text(job['row'], job['position'], self.tokenizer))
 
     def estimate(self) -> tuple[int, int, int]:
-        """(calls, prompt tokens, answer tokens) of what is to be made, by the tokenizer of the subject."""
+        """Estimates (calls, prompt tokens, answer tokens) of what is to be made, by the tokenizer of the subject."""
         overhead = len(self.tokenizer(self.template)['input_ids'])
         wanted = [(p, self.journal.wanted(p)) for p in self.parts]
         calls = sum(int(w.sum()) for _, w in wanted)

@@ -63,7 +63,7 @@ def _write_split(folder: pathlib.Path, part: Part, keep_N: np.ndarray, labels: L
 
 
 def write_in_place(part: Part, labels: Labels) -> dict:
-    """The arrays of a split in its own folder. At no time are there two that do not belong together."""
+    """Writes the arrays of a split in its own folder. At no time are there two that do not belong together."""
     folder, temporary = part.split.directory, part.split.directory / '.labels.partial'
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -78,8 +78,8 @@ def write_in_place(part: Part, labels: Labels) -> dict:
 
 
 def write_folder(out: pathlib.Path, data: pathlib.Path, parts: list[Part], labels: Labels) -> dict[str, dict]:
-    """A new folder `out`, in place of one that is there: of every part the documents that have a label; other splits
-    without labels.
+    """Writes a folder `out`, in place of one that is there: of every part the documents that have a label; other
+    splits without labels.
 
     Arrays of which all rows stay are hard links where the file system allows that.
     """

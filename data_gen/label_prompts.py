@@ -56,7 +56,7 @@ class BadAnswer(Exception):
 
 
 def instruction(template: str, explanation_len: int, words: int) -> str:
-    """The template with its number of words: `words`, or what fits into explanation_len tokens. Raises LensError."""
+    """Fills in {words}: `words`, or as many as fit into explanation_len tokens. Raises LensError."""
     if template.count('{text}') != 1:
         raise LensError('The instruction must contain {text} exactly once.')
     return template.replace('{words}', str(words_allowed(words, explanation_len)))
@@ -67,7 +67,7 @@ def words_allowed(words: int, explanation_len: int) -> int:
 
 
 def parse(message: dict, finish_reason: str | None) -> str:
-    """The features of an answer, an empty line between them. Raises BadAnswer.
+    """Returns the features of an answer, an empty line between them. Raises BadAnswer.
 
     The first closed pair of analysis tags outside of the thinking counts. List marks, leading bold and * or _ at
     the edges are taken off every line; what has fewer than two lines left is no label.
@@ -90,7 +90,7 @@ def parse(message: dict, finish_reason: str | None) -> str:
 
 
 def corpus_of(meta: dict) -> str:
-    """CORPUS:SPLIT of the input that a data folder was made of."""
+    """Returns CORPUS:SPLIT of the input that a data folder was made of."""
     source = meta.get('source') or {}
     settings = source.get('settings') or {}
     corpus = settings.get('input') or source.get('file') or source.get('generator') or 'documents'
@@ -98,7 +98,7 @@ def corpus_of(meta: dict) -> str:
 
 
 def draw(candidates: np.ndarray, name: str, seed: int, count: int) -> np.ndarray:
-    """Up to `count` of the candidates, in sampled order."""
+    """Draws up to `count` of the candidates, in sampled order."""
     rng = random.Random(hashlib.sha256(f'{seed}|{name}'.encode()).digest())
     return candidates[rng.sample(range(len(candidates)), min(count, len(candidates)))]
 
@@ -114,7 +114,7 @@ class Part:
     positions: np.ndarray
 
     def text(self, row: int, position: int, tokenizer) -> str:
-        """The text up to and with `position`; in chats every turn begins with its role in brackets."""
+        """Returns the text up to and with `position`; in chats every turn begins with its role in brackets."""
         ids = np.asarray(self.split.tokens[row, : position + 1])
         if self.role is None:
             return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -80,11 +80,11 @@ class Ledger(Journal):
         return (prompt_tokens * self._o.price_in + answer_tokens * self._o.price_out) / 1e6
 
     def labelled(self, part: Part) -> np.ndarray:
-        """bool [N, V]: which of the drawn positions have a label."""
+        """Returns bool [N, V]: which of the drawn positions have a label."""
         return self._labelled[part.name] & (part.positions >= 0)
 
     def wanted(self, part: Part) -> np.ndarray:
-        """bool [N, V]: for which a server is to be asked."""
+        """Returns bool [N, V]: for which a server is to be asked."""
         out = (part.positions >= 0) & ~self._labelled[part.name]
         for (name, row, slot), records in self._failures.items():
             if name == part.name and self._is_closed(records):
@@ -92,7 +92,7 @@ class Ledger(Journal):
         return out
 
     def reasons(self) -> dict[str, int]:
-        """Why there is no label -> how many, most frequent first."""
+        """Counts the missing labels by reason, most frequent first."""
         drawn = {n: p.positions >= 0 for n, p in self._parts.items()}
         missing = sum(int((d & ~self._labelled[n]).sum()) for n, d in drawn.items())
         out = collections.Counter(

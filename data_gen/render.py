@@ -42,7 +42,7 @@ def has_harmony(tokenizer) -> bool:
 
 
 def harmony_pieces(chat: Chat, date: str) -> list[tuple[str, int | None]]:
-    """A chat in Harmony: (text, role code) in order; None: a control token.
+    """Returns a chat in Harmony: (text, role code) in order; None: a control token.
 
     Every assistant turn keeps its analysis and its final message; the last one ends with <|return|>.
     """
@@ -72,7 +72,7 @@ def harmony_pieces(chat: Chat, date: str) -> list[tuple[str, int | None]]:
 
 
 def align(rendered: str, skeleton: str, texts: dict[int, tuple[str, int]]) -> list[tuple[int, int, int]]:
-    """(start, end, role) of every text in `rendered`. skeleton: the same with marks. Raises BadRow.
+    """Finds (start, end, role) of every text in `rendered`. skeleton: the same with marks. Raises BadRow.
 
     texts: number of the mark -> (text, role). The template may have stripped a text of white space.
     """
@@ -95,7 +95,7 @@ def align(rendered: str, skeleton: str, texts: dict[int, tuple[str, int]]) -> li
 
 
 def token_roles(text: str, spans: list[tuple[int, int, int]], offsets_Nx2: np.ndarray) -> np.ndarray:
-    """Role codes [N] of tokens from their character ranges in `text`."""
+    """Returns role codes [N] of tokens from their character ranges in `text`."""
     role_C = np.full(len(text) + 1, SPECIAL, np.int8)
     for start, end, role in spans:
         role_C[start:end] = role
@@ -107,7 +107,7 @@ def token_roles(text: str, spans: list[tuple[int, int, int]], offsets_Nx2: np.nd
 
 
 def pin_date(template: str, date: str) -> tuple[str, dict]:
-    """(template, variables) that print `date` (YYYY-MM-DD) where a chat template prints the current date."""
+    """Returns (template, variables) that print `date` (YYYY-MM-DD) where a chat template prints the current date."""
     day = datetime.date.fromisoformat(date)
     formats = {f: day.strftime(f) for _, f in re.findall(r'strftime_now\((["\'])(.*?)\1\)', template)}
     own = '{%- macro strftime_now(format) -%}{{ pinned_dates[format] }}{%- endmacro -%}'

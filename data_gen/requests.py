@@ -46,7 +46,7 @@ class Work(Protocol):
     total: int  # of them
 
     def next(self) -> Request | None:
-        """The next request, None for a job without one, END after the last. First called when the journal is open."""
+        """Returns the next request, None for a job without one, END after the last; the journal is open by then."""
 
     def take(self, request: Request, answer: Answer) -> bool:
         """Writes what an answer is; returns whether the job is closed. Raises Failed where it is as good as none."""
@@ -55,7 +55,7 @@ class Work(Protocol):
         """Writes that a server refused, or that none has answered."""
 
     def progress(self) -> str:
-        """What is there now, for the sentence about a run that was stopped."""
+        """Says what is there now, for the sentence about a run that was stopped."""
 
 
 class Display:

@@ -71,7 +71,7 @@ class Rows(journal.Journal):
         return np.flatnonzero((self._offset < 0) & ~self._other)
 
     def ordered(self):
-        """The records of data.jsonl, ordered by index."""
+        """Yields the records of data.jsonl, ordered by index."""
         with self.paths['data'].open('rb') as f:
             for index in np.flatnonzero(self._offset >= 0):
                 f.seek(self._offset[index])

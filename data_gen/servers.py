@@ -74,7 +74,7 @@ class Server:
         return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
 
     def fail(self, started: float, failure: Failed) -> None:
-        """Requests that were under way when a failure was noticed do not add to it; to refuse one is no failure."""
+        """Notes a failure. Requests under way when one was noticed do not add to it; to refuse one is no failure."""
         now = time.monotonic()
         self.problem = str(failure)
         if failure.refused:
@@ -90,14 +90,14 @@ class Server:
         self._recent.append((time.monotonic(), tokens))
 
     def speed(self) -> float:
-        """Generated tokens per second of the last half minute."""
+        """Returns the generated tokens per second of the last half minute."""
         now = time.monotonic()
         tokens = sum(n for at, n in tuple(self._recent) if at > now - SPEED_WINDOW_S)  # another thread appends
         return tokens / max(min(now - self._since, SPEED_WINDOW_S), 0.5)
 
 
 def normal_url(text: str) -> str | None:
-    """The base URL with its /v1, or None where `text` is no http URL."""
+    """Returns the base URL with its /v1, or None where `text` is no http URL."""
     try:
         parts = urllib.parse.urlsplit(text.strip().rstrip('/'))
         valid = parts.scheme in ('http', 'https') and bool(parts.hostname) and parts.port != 0
@@ -107,7 +107,7 @@ def normal_url(text: str) -> str | None:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds of a Retry-After header, a number or a date; None where it is neither."""
+    """Returns the seconds of a Retry-After header, a number or a date; None where it is neither."""
     try:
         seconds = float(value)
     except ValueError:
@@ -244,7 +244,7 @@ class Servers:
         return ready[next(self._number) % len(ready)]
 
     async def complete(self, body: dict) -> Answer:
-        """One attempt. Raises Failed."""
+        """Makes one attempt. Raises Failed."""
         server, started = await self._pick(), time.monotonic()
         server.in_flight += 1
         try:

@@ -38,7 +38,7 @@ def progress(what: str, total: int, done: int = 0) -> tqdm:
 
 
 def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:
-    """kept: (row number, ids int32 [n], role codes int8 [n], flags). counts: what happened to the others."""
+    """Writes a shard. kept: (row number, ids int32 [n], role codes int8 [n], flags). counts: the fate of the others."""
     numbers, ids, roles, flags = zip(*kept, strict=True) if kept else ((), (), (), ())
     with path.with_suffix('.part').open('wb') as f:
         np.savez(

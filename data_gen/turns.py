@@ -48,13 +48,13 @@ class Planner:
             ) from None
 
     def sendable(self, turns: list[dict]) -> list[dict]:
-        """Only role and content; earlier thinking goes into the content where the template has no place for it."""
+        """Returns only role and content; earlier thinking goes into the content where the template does not take it."""
         if not self.native:
             return chat_data.inline_thinking(turns)
         return [{'role': m['role'], 'content': m['content']} for m in turns]
 
     def request(self, turns: list[dict]) -> list[dict]:
-        """With the system line in place of a leading system message."""
+        """Returns `sendable` turns, the system line in place of a leading system message."""
         if self.system is None:
             return self.sendable(turns)
         rest = turns[1:] if turns[0]['role'] == 'system' else turns
@@ -98,7 +98,7 @@ class Planner:
         raise Skip(f'with the system line no prompt is below {o.target_total_tokens} tokens')
 
     def record(self, plan: Plan, answer: Answer) -> dict:
-        """The line of data.jsonl. Raises Failed where the answer is empty or malformed."""
+        """Returns the line of data.jsonl. Raises Failed where the answer is empty or malformed."""
         thinking, content = extract(answer.message)
         if not thinking and not content:
             raise Failed('the answer is empty')
@@ -121,7 +121,7 @@ class Planner:
 
 
 def extract(message: dict) -> tuple[str | None, str]:
-    """(thinking or None, content) of the message of an answer. Raises Failed."""
+    """Returns (thinking or None, content) of the message of an answer. Raises Failed."""
     content = message.get('content')
     fields = [message.get(k) for k in ('thinking', 'reasoning_content', 'reasoning')]
     if not all(isinstance(v, str | None) for v in (content, *fields)):

@@ -60,12 +60,12 @@ class Split:
 
     @property
     def read_rows(self) -> np.ndarray:
-        """Indices of the documents that are read."""
+        """Returns the indices of the documents that are read."""
         return np.arange(len(self.tokens)) if self.rows is None else self.rows
 
     @property
     def left_out(self) -> int:
-        """Documents without a position that may be read."""
+        """Returns how many documents have no position that may be read."""
         return len(self.tokens) - len(self)
 
 

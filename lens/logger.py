@@ -107,12 +107,12 @@ class Clock:
 
     @property
     def wall_s(self) -> float:
-        """Seconds of the run so far without those lost."""
+        """Returns the seconds of the run so far without those lost."""
         return self._now() - self._began
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of every part, also of the one that is open, of what was lost, and other: together all there were."""
+        """Returns the seconds of every part, the open one too, of what was lost, and other: together all there were."""
         out = dict(self._done)
         if self._open:
             out[self._open[0]] += self._now() - self._open[1]
@@ -120,7 +120,7 @@ class Clock:
 
     @property
     def goodput(self) -> float:
-        """Seconds in steps that count over all seconds, 0..1."""
+        """Returns the seconds in steps that count over all seconds, 0..1."""
         seconds = self.seconds
         return seconds['step'] / max(sum(seconds.values()), 1e-9)
 

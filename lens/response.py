@@ -51,7 +51,7 @@ class Found(NamedTuple):
         return self.start_N, self.length_N
 
     def mask(self, length: int):
-        """1.0 on the tokens of the response NxT, 0.0 after its end."""
+        """Returns 1.0 on the tokens of the response NxT, 0.0 after its end."""
         return (jnp.arange(length) < self.end_N[:, None]).astype(jnp.float32)
 
 

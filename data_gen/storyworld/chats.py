@@ -43,7 +43,7 @@ class StoryChat(NamedTuple):
 
 
 def of_story(seed: int, index: int) -> list[StoryChat]:
-    """The questions that the beginning of story `index` of the world `seed` answers; may be none."""
+    """Returns the questions that the beginning of story `index` of the world `seed` answers; may be none."""
     story = world.generate(seed, index)
     text = ' '.join(re.findall(r'\S[^.]*\.', story.text)[:SENTENCES])
     told = set(world.split_words(text))
@@ -55,18 +55,18 @@ def of_story(seed: int, index: int) -> list[StoryChat]:
 
 
 def first_chats(count: int, *, seed: int = 0, index: int = 0) -> list[StoryChat]:
-    """The first `count` chats of the stories from number `index` on."""
+    """Returns the first `count` chats of the stories from number `index` on."""
     of_all = (chat for i in itertools.count(index) for chat in of_story(seed, i))
     return list(itertools.islice(of_all, count))
 
 
 def held_out(count: int, seed: int) -> list[StoryChat]:
-    """Chats of stories that no model is fitted on."""
+    """Returns chats of stories that no model is fitted on."""
     return first_chats(count, seed=seed, index=world.FIRST_VALIDATION_INDEX)
 
 
 def row(chat: StoryChat) -> dict:
-    """The chat as a row of JSON lines."""
+    """Returns the chat as a row of JSON lines."""
     answer = {'role': 'assistant', 'content': chat.content, 'thinking': chat.thinking}
     return {'messages': [{'role': 'user', 'content': chat.prompt}, answer]}
 

@@ -50,7 +50,7 @@ CHAT_TEMPLATE = """
 
 
 def load_encoding():
-    """The Harmony encoding of oss-harmony. Raises LensError where the package is missing."""
+    """Loads the Harmony encoding of oss-harmony. Raises LensError where the package is missing."""
     try:
         import openai_harmony
     except ImportError:

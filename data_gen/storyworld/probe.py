@@ -27,7 +27,7 @@ BATCH = 100  # documents per forward
 
 
 def activations(model, split: data.Split, documents: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """(activations NxD, established values NxF) at POSITIONS positions of the first documents."""
+    """Returns (activations NxD, established values NxF) at POSITIONS positions of the first documents."""
     held = data.held_out(split, documents=documents, vectors=POSITIONS, min_pos=MIN_POS, seed=1)
     read = jax.jit(subject.activations, static_argnames='layer')
     starts = range(0, len(held['tokens']), BATCH)
@@ -36,7 +36,7 @@ def activations(model, split: data.Split, documents: int, layer: int) -> tuple[n
 
 
 def fit(a_NxD, labels_N, classes: int):
-    """Weights [D+1, classes] of a logistic regression on standardised inputs, ridge 1e-4."""
+    """Fits weights [D+1, classes] of a logistic regression on standardised inputs, ridge 1e-4."""
     x = jnp.concatenate([a_NxD, jnp.ones((len(a_NxD), 1))], axis=1)
 
     def loss(w):
@@ -55,7 +55,7 @@ def fit(a_NxD, labels_N, classes: int):
 
 
 def accuracies(model, train: data.Split, validation: data.Split, layer: int) -> list[tuple[str, int, float]]:
-    """(field, values, held-out accuracy) for every field."""
+    """Returns (field, number of values, held-out accuracy) for every field."""
     a, y = activations(model, train, DOCUMENTS, layer)
     b, z = activations(model, validation, len(validation), layer)
     mean, std = a.mean(0), a.std(0)
@@ -70,7 +70,7 @@ def accuracies(model, train: data.Split, validation: data.Split, layer: int) -> 
 
 
 def lm_loss(model, split: data.Split) -> float:
-    """Held-out next-token loss in nats per token."""
+    """Computes the held-out next-token loss in nats per token."""
 
     @jax.jit
     def batch_loss(model, tokens, lengths):

@@ -93,7 +93,7 @@ class Encoded(NamedTuple):
 
 
 def messages(chat: chats.StoryChat, level: str | None, family: str) -> list[dict]:
-    """The chat with the system line of a level, as vLLM hands it to a model of the family."""
+    """Returns the chat with the system line of a level, as vLLM hands it to a model of the family."""
     turns = chats.row(chat)['messages']
     if level is None:
         return turns
@@ -105,7 +105,7 @@ def messages(chat: chats.StoryChat, level: str | None, family: str) -> list[dict
 
 
 def encode(questions: list[chats.StoryChat], tokenizer, family: str) -> Encoded:
-    """Every chat with one of LEVELS and one of DATES; in another order than they were given."""
+    """Encodes every chat with one of LEVELS and one of DATES; in another order than they were given."""
     encoded = []
     for i, date in enumerate(DATES):
         renderer = render.Renderer(tokenizer, seq_len=SEQ_LEN, truncate='right', date=date, chats=True)
@@ -129,16 +129,16 @@ class UsedVocabulary(NamedTuple):
 
     @property
     def log_rows(self) -> np.ndarray:
-        """Logarithm of how many rows of the large table each one stands for, float32."""
+        """Returns the logarithm of how many rows of the large table each one stands for, float32."""
         return np.log(np.append(np.ones(len(self.ids)), self.size - len(self.ids)), dtype=np.float32)
 
     def compact(self, tokens: np.ndarray) -> np.ndarray:
-        """Token ids of the large table to those of the small one."""
+        """Maps token ids of the large table to those of the small one."""
         row = np.searchsorted(self.ids, tokens).astype(np.int32)
         return np.where(self.ids[np.minimum(row, len(self.ids) - 1)] == tokens, row, len(self.ids)).astype(np.int32)
 
     def expand(self, model: Transformer) -> Transformer:
-        """The model with the large table at its input and output."""
+        """Returns the model with the large table at its input and output."""
         row = np.full(self.size, len(self.ids))
         row[self.ids] = np.arange(len(self.ids))
         out = jax.tree.map(lambda x: x, model)
@@ -149,7 +149,7 @@ class UsedVocabulary(NamedTuple):
 
 
 def loss_fn(tree, chats: Encoded, log_rows_V, *, answer_len: int):
-    """Cross-entropy of the answers in nats; right: the share of them of which every token is the most probable one."""
+    """Computes the cross-entropy of the answers in nats; right: the share with every token the most probable."""
     m = tree['model']
     x_BxTxD = m.run_layers(m.embed(chats.tokens), 0, m.config.n_layers)
     at_BxA = chats.starts[:, None] + jnp.arange(answer_len)
@@ -163,7 +163,7 @@ def loss_fn(tree, chats: Encoded, log_rows_V, *, answer_len: int):
 
 
 def fit(model: Transformer, seen: Encoded, unseen: Encoded, log_rows_V, recipe: Recipe) -> tuple[Transformer, float]:
-    """(the fitted model, its share of right answers among the held-out chats)."""
+    """Returns (the fitted model, its share of right answers among the held-out chats)."""
     answer_len = int((seen.lengths - seen.starts).max())
     loss = functools.partial(loss_fn, log_rows_V=jnp.asarray(log_rows_V), answer_len=answer_len)
     tx = pretrain.make_optimizer(recipe)
@@ -178,7 +178,7 @@ def fit(model: Transformer, seen: Encoded, unseen: Encoded, log_rows_V, recipe: 
 
 
 def write_tokenizer(family: str, folder: pathlib.Path) -> None:
-    """The files of the tokenizer with the chat template, and for llama the token ids of the subject."""
+    """Writes the files of the tokenizer with the chat template, and for llama the token ids of the subject."""
     if family == 'gpt_oss':
         harmony_tokenizer.build(folder)
         return

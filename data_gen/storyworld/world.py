@@ -59,7 +59,7 @@ class _Choice(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """Words and punctuation marks of a story text, in order."""
+    """Returns words and punctuation marks of a story text, in order."""
     return re.findall(r'\w+|[.,]', text)
 
 
@@ -91,7 +91,7 @@ _NEW, _REPEAT, _OPENERS = _tables()
 
 
 def generate(seed: int, index: int) -> Story:
-    """Story number `index` of the world `seed`; it depends on nothing else."""
+    """Makes story number `index` of the world `seed`; it depends on nothing else."""
     rng = random.Random(f'{seed}|{index}')
     scene = {field: rng.choices(values)[0] for field, values in FIELDS.items()}
     left = rng.choices(range(MIN_BUDGET, MAX_BUDGET + 1))[0]
@@ -133,19 +133,19 @@ def train_tokenizer(directory: str | os.PathLike):
 
 
 def value_token_ids(tokenizer) -> list[list[int]]:
-    """Token id of every value with its leading space, per field. Raises LensError if the tokenizer splits one."""
+    """Returns the token id of every value with its leading space, per field. Raises LensError if one is split."""
     return [[word_tokenizer.single_token(tokenizer, f' {value}') for value in values] for values in FIELDS.values()]
 
 
 def encode_stories(tokenizer, texts: list[str], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N, S] int32, BOS first and right padded, and lengths [N] int32."""
+    """Returns token ids [N, S] int32, BOS first and right padded, and lengths [N] int32."""
     rows = [encoding.ids[:seq_len] for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
     lengths_N = np.array(list(map(len, rows)), np.int32)
     return arrays.pad(np.concatenate(rows).astype(np.int32), lengths_N, seq_len, tokenizer.pad_token_id), lengths_N
 
 
 def track_facts(tokens_NxS: np.ndarray, token_ids: list[list[int]], vocab: int) -> np.ndarray:
-    """Value index established at each token, int8 [N, S, F], -1 where none is yet."""
+    """Returns the value index established at each token, int8 [N, S, F], -1 where none is yet."""
     value_VxF = np.full((vocab, len(token_ids)), -1, np.int8)
     for field, ids in enumerate(token_ids):
         value_VxF[ids, field] = np.arange(len(ids))
@@ -153,7 +153,7 @@ def track_facts(tokens_NxS: np.ndarray, token_ids: list[list[int]], vocab: int) 
 
 
 def sample_positions(lengths_N: np.ndarray, seq_len: int, positions: int, rng: np.random.Generator) -> np.ndarray:
-    """Distinct positions in FIRST_POSITION..length-1, int32 [N, P], ascending, then -1."""
+    """Draws distinct positions in FIRST_POSITION..length-1, int32 [N, P], ascending, then -1."""
     key_NxS = rng.random((len(lengths_N), seq_len), np.float32)
     index_S = np.arange(seq_len)
     key_NxS[(index_S < FIRST_POSITION) | (index_S >= lengths_N[:, None])] = 2
@@ -166,7 +166,7 @@ def sample_positions(lengths_N: np.ndarray, seq_len: int, positions: int, rng: n
 
 
 def explain(tokens_NxS, facts_NxSxF, positions_NxP, token_ids: list[list[int]], bar_id: int, pad_id: int) -> np.ndarray:
-    """Gold explanations, int32 [N, P, T]: the last 3 tokens, newest first, ` |`, facts, ` |` ...
+    """Makes gold explanations, int32 [N, P, T]: the last 3 tokens, newest first, ` |`, facts, ` |` ...
 
     Established facts stand in field order without gaps. Where the position is -1, all is padding.
     """
@@ -225,7 +225,7 @@ def _meta(split: str, settings: Settings, tokenizer, tokenizer_dir: str | os.Pat
 
 
 def build_split(meta: dict, settings: Settings, tokenizer) -> dict[str, np.ndarray]:
-    """All arrays of the split that `meta` describes, by file stem; see `write_arrays` for the shapes."""
+    """Makes all arrays of the split that `meta` describes, by file stem; see `write_arrays` for the shapes."""
     first = {'train': 0, 'validation': FIRST_VALIDATION_INDEX}[meta['split']]
     doc_id_N = np.arange(first, first + meta['documents'], dtype=np.int64)
     token_ids = [field['token_ids'] for field in meta['facts']]

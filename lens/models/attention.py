@@ -36,7 +36,7 @@ class KVCache(NamedTuple):
 
 
 def softcap(x, cap: float):
-    """Bounds x: cap * tanh(x / cap), or x where cap is 0 (Gemma-2)."""
+    """Bounds x smoothly to -cap..cap, not at all where cap is 0 (Gemma-2)."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 

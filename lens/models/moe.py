@@ -31,7 +31,7 @@ class Experts(NamedTuple):
 
 
 def activate(gate_up_Nx2xF, dtype):
-    """Gates: (up + 1) * gate * sigmoid(1.702 gate) of the clipped float32 halves, [..., F] in `dtype`."""
+    """Gates the clipped float32 halves: [..., F] in `dtype`."""
     gate = jnp.minimum(gate_up_Nx2xF[..., 0, :], LIMIT)
     up = jnp.clip(gate_up_Nx2xF[..., 1, :], -LIMIT, LIMIT)
     return ((up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)).astype(dtype)

@@ -120,7 +120,7 @@ GPT2 = (
 
 
 def sizes(t: Tensor, c: TransformerConfig) -> dict[str, int]:
-    """Length of each axis letter of a row; c is 1/32 of the last axis of the weights."""
+    """Returns the length of each axis letter of a row; c is 1/32 of the last axis of the weights."""
     width = c.d_model if 'gate_up' in t.path else c.d_ff
     return {
         'v': c.vocab_size,
@@ -138,7 +138,7 @@ def sizes(t: Tensor, c: TransformerConfig) -> dict[str, int]:
 
 
 def hf_shape(t: Tensor, c: TransformerConfig) -> tuple[int, ...]:
-    """Shape of the stored tensor (of the dequantised one for a packed row)."""
+    """Returns the shape of the stored tensor (of the dequantised one for a packed row)."""
     n = sizes(t, c)
     return tuple(math.prod(n[a] for a in group) for group in t.hf_axes.split())
 
