@@ -42,7 +42,7 @@ class Launch:
         if fakes:
             env['PATH'] = f'{FAKES}:{env["PATH"]}'
         # a shell that runs the tests in the background has SIGINT ignored
-        command = ['env', '--default-signal=INT', f'launch/{script}', *map(str, args)]
+        command = ['env', '--default-signal', f'launch/{script}', *map(str, args)]
         with self.file.open('w') as f:
             return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f)
 

@@ -40,7 +40,7 @@ class Launch:
         self.printed_file = folder / 'printed'
 
     def start(self, script: str, *arguments, **env) -> subprocess.Popen:
-        command = ['env', '--default-signal=INT', f'launch/{script}', *map(str, arguments)]
+        command = ['env', '--default-signal', f'launch/{script}', *map(str, arguments)]
         with self.printed_file.open('w') as f:
             return subprocess.Popen(
                 command, cwd=self.repository, env=self.env | env, stdin=subprocess.DEVNULL, stdout=f, stderr=f
