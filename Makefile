@@ -62,7 +62,7 @@ test: .venv/ready-test
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: .venv/ready-test data/storyworld/train/meta.json
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --dist=worksteal --durations=10
 
 test-vllm: .venv/ready-test .venv-vllm/ready data/tiny_chat/gpt_oss/config.json data/tiny_chat/llama/config.json
 	$(BIN)/python -m pytest --numprocesses=0 --durations=0 tests/vllm

@@ -28,18 +28,6 @@ def test_one_process_is_killed_and_stopped(tmp_path):
     assert last.startswith('chaos: 2 disturbances, 1 of them kill -9, of 1 process in ')
 
 
-@pytest.mark.slow
-def test_one_process_meets_a_full_disk_and_damage(tmp_path):
-    rows, _ = disturb(tmp_path, 1, 'disk step', 'damage saved')
-    assert rows[0].split()[4:6] == ['goes', 'on']
-
-
-@pytest.mark.slow
-def test_two_processes_of_which_one_is_killed(tmp_path):
-    """launch/train_local.sh starts both again after a kill; a signal to one stops both."""
-    disturb(tmp_path, 2, 'kill step', 'SIGUSR1 step')
-
-
 @pytest.mark.parametrize(('kills', 'processes'), [(20, 1), (4, 2), (1, 1), (0, 2)])
 def test_a_plan_has_its_kills_and_half_as_many_others(kills, processes):
     for seed in range(20):

@@ -102,9 +102,9 @@ def train_until(stop, cfg, workdir, monkeypatch):
         train(cfg, workdir)
 
 
-@pytest.mark.parametrize('stop', [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+@pytest.mark.parametrize('stop', [6, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_is_bit_identical(world, finished, tmp_path, monkeypatch, stop):
-    """Stopped after step `stop` (inside sft, at its end, inside grpo) and continued by the same command."""
+    """Stopped after step `stop` (inside grpo, at the end of sft) and continued by the same command."""
     train_until(stop, config(world), tmp_path / 'w', monkeypatch)
     with (tmp_path / 'w/metrics.jsonl').open('a') as f:  # lines after the checkpoint, the last one torn
         f.write('{"step": 7, "phase": "grpo", "kind": "train", "fve": 9.0, "wall_s": 1}\n{"step": 8, "ph')
