@@ -27,7 +27,8 @@ if [ "$build" = cpu ]; then
   # PyTorch without CUDA: out of those folders, or from its own index
   if [ -z "$links" ]; then options+=(--torch-backend cpu); fi
 fi
-"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-python-downloads "${options[@]}" "${packages[@]}"
+install=(timeout 300 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-python-downloads "${options[@]}")
+"${install[@]}" "${packages[@]}" || "${install[@]}" "${packages[@]}" # a download that stalls is begun again, with what has come
 # The first import writes the bytecode that every start of the server reads.
 env -u PYTHONDONTWRITEBYTECODE HF_HUB_OFFLINE=1 "$venv/bin/python" -c 'import vllm.entrypoints.openai.api_server'
 touch "$venv/ready"
