@@ -57,6 +57,8 @@ GPT_OSS = {
         'factor': 1.0,
         'original_max_position_embeddings': 4096,
         'truncate': False,
+        'beta_fast': 32.0,  # the serving engine takes no defaults
+        'beta_slow': 1.0,
     },
 }
 CHATS, HELD_OUT = 1500, 96
