@@ -180,3 +180,12 @@ def test_scopes_name_the_work_through_jit_scan_and_gradient(base, lens, batch):
     for part in work:
         assert {'attention', 'mlp'} <= set.union(*(names for names in inside if part in names)), part
     assert {'score', 'encode'} == {p for p in work if any('transpose' in n for n in found if p in n)}
+
+
+def test_every_token_and_every_row_has_noise_of_its_own():
+    """Else a decoder would like the same words at each token of a text."""
+    noise_TxNxV = np.stack([sampling.noise(jax.random.key(3), t, (4, 500)) for t in range(3)]).astype(np.float64)
+    rows = noise_TxNxV.reshape(12, 500)
+    correlation = np.corrcoef(rows)[~np.eye(12, dtype=bool)]
+    assert np.abs(correlation).max() < 0.3  # 500 independent pairs: 0.045 is one standard deviation
+    assert abs(rows.mean() - np.euler_gamma) < 0.1, 'standard Gumbel'
