@@ -8,7 +8,7 @@ import shutil
 
 from data_gen import locks
 from lens.errors import LensError
-from lens.files import read_json, write_json
+from lens.files import json_object, read_json, write_json
 
 
 def check_folder(folder: pathlib.Path, needed: int = 0) -> None:
@@ -81,7 +81,7 @@ class Journal:
                 for line in f:
                     if not line.endswith(b'\n'):  # torn, or another command is writing it
                         break
-                    if (record := _record(line)) is not None:
+                    if (record := json_object(line)) is not None:
                         self.note(kind, record, self._sizes[kind])
                     self._sizes[kind] += len(line)
             if self._files:
@@ -90,7 +90,7 @@ class Journal:
     def records(self, kind: str):
         """Yields the whole records of a file, in their order."""
         with self.paths[kind].open('rb') as f:
-            yield from (record for line in f if (record := _record(line)))
+            yield from (record for line in f if (record := json_object(line)))
 
     def open(self) -> None:
         """Makes or takes over the files, unless they are open. Raises LensError."""
@@ -149,11 +149,3 @@ class Journal:
         for file in self._files.values():
             file.close()
         self._files = {}
-
-
-def _record(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
