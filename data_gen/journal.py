@@ -6,9 +6,8 @@ import os
 import pathlib
 import shutil
 
-from data_gen import locks
 from lens.errors import LensError
-from lens.files import json_object, read_json, write_json
+from lens.files import json_object, read_json, take_lock, write_json
 
 
 def check_folder(folder: pathlib.Path, needed: int = 0) -> None:
@@ -101,7 +100,7 @@ class Journal:
             for kind, path in self.paths.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files[kind] = path.open('ab', buffering=0)
-                locks.take(files[kind], f'Another command is writing {path}: wait for its end or stop it.')
+                take_lock(files[kind], f'Another command is writing {path}: wait for its end or stop it.')
             self._files = files
             for kind in self.forgotten:
                 files[kind].truncate(0)

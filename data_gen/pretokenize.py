@@ -21,7 +21,7 @@ from collections import Counter
 
 import numpy as np
 
-from data_gen import arrays, documents, journal, locks, render, shards, tables
+from data_gen import arrays, documents, journal, render, shards, tables
 from data_gen.options import command, need, option
 from lens import files
 from lens.errors import LensError
@@ -102,8 +102,7 @@ def work_folder(out: pathlib.Path, job: dict):
     """Yields the hidden folder beside `out` that holds the shards; emptied if they are of another job."""
     folder = out.with_name(f'.{out.name}.partial')
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / 'lock').open('w') as lock:
-        locks.take(lock, f'Another command is writing {out}: wait for it, or choose another --out.')
+    with files.lock(folder / 'lock', str(out), 'wait for it, or choose another --out'):
         file = folder / 'job.json'
         if not file.exists() or file.read_text() != json.dumps(job):
             for path in folder.iterdir():

@@ -1,14 +1,16 @@
 """Small files: each appears at once, by rename, and is read with one sentence for what is wrong with it."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -56,6 +58,34 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
     if bad := [n for n, row in rows.items() if row is None]:
         raise LensError(f'{path} is damaged: line {bad[0]} is no JSON object; remove that line.')
     return list(rows.values())
+
+
+def take_lock(file, message: str) -> None:
+    """Locks an open file until it is closed. Raises LensError with `message` where another process has it locked.
+
+    A file system without locks is written without.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LensError(message) from None
+    except OSError:
+        pass
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path, what: str, remedy: str) -> Iterator[None]:
+    """Keeps other processes out of `what`, for which the lock file `path` stands; the lock goes with its process.
+
+    Raises LensError, which names the process that holds it and the remedy.
+    """
+    with path.open('a+') as file:
+        file.seek(0)
+        take_lock(file, f'{what} is in use by {shown(file.read()) or "another process"}: {remedy}.')
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lens import files
-from lens.errors import LensError
+from lens.errors import LensError, need_package, shown
 
 
 @pytest.mark.parametrize('torn', ['', '{"step": 3', '{"step": 3, "fve": 0.5}', '{', '"'])
@@ -73,3 +73,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         (tmp / 'x').write_text('1')
         assert not (tmp_path / 'out').exists()
     assert [p.name for p in tmp_path.rglob('*')] == ['out', 'x']
+
+
+def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
+    with files.lock(tmp_path / 'lock', 'runs/a', 'wait for it'):
+        message = rf'runs/a is in use by process {os.getpid()} on .+: wait for it\.'
+        with pytest.raises(LensError, match=message), files.lock(tmp_path / 'lock', 'runs/a', 'wait for it'):
+            pass
+    with files.lock(tmp_path / 'lock', 'runs/a', 'wait for it'):
+        pass
+
+
+def test_texts_of_others_are_one_line_without_control_characters():
+    assert shown('a\n\x1b[31mb\u202ec\ud800') == 'a \ufffd[31mb\ufffdc\ufffd'
+    assert shown('x' * 1000, 10) == 'x' * 8 + ' …'
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    need_package('numpy', 'test', 'this')
+    with pytest.raises(
+        LensError, match=r"log.tensorboard=True needs the package nosuch: pip install 'lens\[tensorboard\]'"
+    ):
+        need_package('nosuch', 'tensorboard', 'log.tensorboard=True')

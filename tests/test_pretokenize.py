@@ -140,7 +140,7 @@ def test_an_interrupted_command_goes_on(many, tmp_path, monkeypatch):
 def test_two_commands_cannot_write_one_folder_and_locks_may_be_missing(many, tmp_path, monkeypatch):
     with module.work_folder(tmp_path / 'out', {}) as folder:
         (folder / '0.npz').touch()
-        with pytest.raises(LensError, match=r'Another command is writing .*out: wait for it'):
+        with pytest.raises(LensError, match=r'out is in use by process \d+ on .*: wait for it'):
             many(tmp_path / 'out')
         assert (folder / '0.npz').exists()
         (folder / '0.npz').unlink()
