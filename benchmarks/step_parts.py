@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_parts --config=configs/tiny.py
 
-A step is one program, and the host cannot look inside: its beginnings are run as programs of their own. read: the
+The step is one program after the reading, and the host cannot look inside: its beginnings are run as programs of their own. read: the
 activations; sample: the rollout (nothing more for sft; gumbel samples inside its loss); score: the losses and their
 gradients; update: the whole step. Nothing is donated, so the trained parameters and optimizer state need their room
 twice. For single operations trace a run with --profile: the parts of a step are named scopes there.
@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from lens import cli, config, data, sharding
 from lens.lens_init import init_lens
-from lens.objectives import extract
-from lens.train import init_state, train_step
+from lens.objectives import read
+from lens.train import init_state, micro_step
 
 REPEATS = 3
 
@@ -50,7 +50,8 @@ def step_prefixes(state, base, batch, key, phase: config.Phase) -> dict[str, Cal
     hp, objective, knobs = phase.hparams, phase.objective, phase.knobs(0)
 
     def sample(state, base, batch, key):
-        return objective.rollout(state.params, base, batch, jax.random.fold_in(key, state.step), hp)
+        roll = read(base, batch, **phase.reading)
+        return objective.rollout(state.params, base, roll, jax.random.fold_in(key, state.step), hp)
 
     def score(state, base, batch, key):
         roll, params = sample(state, base, batch, key), state.params
@@ -62,13 +63,13 @@ def step_prefixes(state, base, batch, key, phase: config.Phase) -> dict[str, Cal
         return grads
 
     def update(state, base, batch, key):
-        return train_step(state, base, batch, key, knobs, objective=objective, hparams=hp, tx=phase.tx)
+        return micro_step(phase, state, base, batch, key, knobs)
 
     def bound(program):
         jitted = jax.jit(program)
         return lambda: jitted(state, base, batch, key)
 
-    programs = {'read': lambda state, base, batch, key: extract(base, batch, hp.layer)}
+    programs = {'read': lambda state, base, batch, key: read(base, batch, **phase.reading)}
     return {k: bound(f) for k, f in (programs | {'sample': sample, 'score': score, 'update': update}).items()}
 
 

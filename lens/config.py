@@ -83,7 +83,7 @@ def fires(every: int | None, step: int) -> bool:
 class Phase:
     """One stretch of training with one objective: micro-steps start+1..end of the run.
 
-    objective, hparams and tx are what its program depends on; everything else reaches a step as `knobs`.
+    objective, hparams and tx are what its programs depend on; everything else reaches a step as `knobs`.
     """
 
     name: str
@@ -105,6 +105,16 @@ class Phase:
     @property
     def labelled(self) -> bool:
         return not self.objective.samples
+
+    @property
+    def reading(self) -> dict:
+        """Returns the static arguments of objectives.read."""
+        return {'layer': self.hparams.layer, 'again': self.hparams.reads_again}
+
+    @property
+    def program(self) -> dict:
+        """Returns the static arguments of train_step."""
+        return {'objective': self.objective, 'hparams': self.hparams, 'tx': self.tx}
 
     def knobs(self, t: int) -> dict:
         """Returns the numbers of its micro-step t, from 0, as train_step takes them: numpy scalars and small arrays."""

@@ -14,8 +14,10 @@ none); meta.json's "facts" lists every field with its values and their token ids
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
+import sys
 from collections.abc import Callable
 
 import grain
@@ -29,6 +31,8 @@ MAKE = 'make the data, or set data.path to a folder that has it'  # what to do a
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
 ROWS_PER_CHECK = 65536
 BYTES_PER_SCAN = 1 << 24  # of role.npy
+MOST_WIDTHS, TEXT_SHARE = 8, 0.85  # of the batches of a split: no more widths than give this share of text in them
+GRID = 128  # a width is a multiple of so many parts of the longest text, and of 16
 # What data.positions may be -> the roles of the positions that are read.
 POSITIONS = {'any': (), 'assistant': ('thinking', 'final'), 'thinking': ('thinking',), 'final': ('final',)}
 
@@ -67,6 +71,15 @@ class Split:
     def left_out(self) -> int:
         """Returns how many documents have no position that may be read."""
         return len(self.tokens) - len(self)
+
+    @functools.cached_property
+    def widths(self) -> np.ndarray:
+        """Returns the widths of its batches, ascending: a document is read in one that is wide enough for it."""
+        return np.minimum(choose_widths(self.lengths[self.read_rows]), self.tokens.shape[1])
+
+    def width_for(self, lengths) -> int:
+        """Returns the width of a batch of texts of these lengths."""
+        return int(self.widths[np.searchsorted(self.widths, np.max(lengths))])
 
 
 def _load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarray | None:
@@ -225,8 +238,25 @@ def first_unlabelled(split: Split, min_pos: int) -> int | None:
     return None if ok.all() else int(np.argmin(ok))
 
 
-def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rng) -> dict:
-    row = {'tokens': np.asarray(split.tokens[i], np.int32), 'doc_id': np.int64(split.doc_id[i])}
+def choose_widths(lengths_N: np.ndarray) -> np.ndarray:
+    """Returns ascending widths for texts of these lengths: the fewest of those that pad least whose share of text is
+    TEXT_SHARE, at most MOST_WIDTHS. By dynamic programming over what the texts up to each width cost."""
+    unit = 16 * -(-int(lengths_N.max()) // (16 * GRID))
+    sizes, counts = np.unique(-(-np.asarray(lengths_N, np.int64) // unit), return_counts=True)
+    width, upto = sizes * unit, np.concatenate([[0], np.cumsum(counts)])
+    cost, ways = np.concatenate([[0], np.full(len(width), np.inf)]), [()] * (len(width) + 1)
+    for _ in range(min(MOST_WIDTHS, len(width))):
+        tried = np.where(np.tri(len(width), len(width) + 1), cost + (upto[1:, None] - upto) * width[:, None], np.inf)
+        best = np.argmin(tried, axis=1)  # the texts of all smaller widths are read in the widths before
+        cost = np.concatenate([[0], np.take_along_axis(tried, best[:, None], 1)[:, 0]])
+        ways = [(), *(ways[b] + (w,) for b, w in zip(best, width, strict=True))]
+        if lengths_N.sum() >= TEXT_SHARE * cost[-1]:
+            break
+    return np.array(ways[-1])
+
+
+def _row(split: Split, i: int, *, width: int, vectors: int, min_pos: int, labelled: bool, rng) -> dict:
+    row = {'tokens': np.asarray(split.tokens[i, :width], np.int32), 'doc_id': np.int64(split.doc_id[i])}
     if labelled:
         have = np.flatnonzero(_given(split, [i], min_pos))
         pick = np.sort(rng.choice(have, vectors, replace=len(have) < vectors))
@@ -239,25 +269,49 @@ def _row(split: Split, i: int, *, vectors: int, min_pos: int, labelled: bool, rn
     return row
 
 
-def _order(split: Split, seed: int):
-    """The endless sequence of documents that is trained on, the same for every number of processes."""
-    return grain.MapDataset.source(split.read_rows).seed(seed).shuffle().repeat()
+class _Order:
+    """The endless sequence of batches that is trained on, the same for every number of processes.
+
+    An epoch has each document in one batch, but for the fewer than `documents` that are left over, drawn anew in each.
+    The documents of a batch need about the same width.
+    """
+
+    def __init__(self, split: Split, documents: int, seed: int):
+        self._split, self._documents, self._seed = split, documents, seed
+        self._batches = len(split) // documents
+        self._epoch = functools.lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, epoch])
+        rows = rng.permutation(self._split.read_rows)[: self._batches * self._documents]
+        need = np.searchsorted(self._split.widths, self._split.lengths[rows])
+        rows = rows[np.argsort(need, kind='stable')]
+        return rng.permutation(rows.reshape(self._batches, self._documents))
+
+    def __getitem__(self, batch: int) -> tuple[np.ndarray, int]:
+        """Returns the documents of a batch and its width."""
+        rows = self._epoch(batch // self._batches)[batch % self._batches]
+        return rows, self._split.width_for(self._split.lengths[rows])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picked:
-    """Of every `of` consecutive elements, those at `rows`."""
+class _Rows:
+    """The rows `mine` of every batch one after the other, read; the randomness depends on the place in the whole."""
 
-    parent: grain.MapDataset
-    rows: np.ndarray
-    of: int
+    order: _Order
+    mine: np.ndarray
+    documents: int
+    seed: int
+    read: Callable[..., dict]
 
     def __len__(self):
-        return len(self.parent) // self.of * len(self.rows)
+        return sys.maxsize // self.documents * len(self.mine)
 
     def __getitem__(self, i):
-        batch, row = divmod(int(i), len(self.rows))
-        return self.parent[batch * self.of + int(self.rows[row])]
+        batch, k = divmod(int(i), len(self.mine))
+        rows, width = self.order[batch]
+        place = batch * self.documents + int(self.mine[k])
+        return self.read(i=int(rows[self.mine[k]]), width=width, rng=np.random.default_rng([self.seed, 0, place]))
 
 
 def train_batches(
@@ -272,23 +326,20 @@ def train_batches(
 ):
     """Returns an endless, checkpointable iterator over shuffled documents.
 
-    Each batch has `documents` rows with `vectors` positions each: tokens [R, S], positions [R, V],
-    doc_id [R] and, if `labelled`, the given explanations [R, V, T]. State: get_state / set_state.
+    Each batch has `documents` rows with `vectors` positions each: tokens [R, S'], positions [R, V], doc_id [R] and, if
+    `labelled`, the given explanations [R, V, T]. S' is one of split.widths. State: get_state / set_state.
     rows: the ones that this process reads, with the state of all of them; None: every row. config.check_documents says
     what the data must have.
     """
-    drawn = _order(split, seed).random_map(
-        lambda i, rng: _row(split, int(i), vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng)
-    )
     rows = np.arange(documents) if rows is None else rows
-    mine = grain.MapDataset.source(_Picked(drawn, rows, documents))
-    return iter(mine.batch(len(rows)).to_iter_dataset(READ_OPTIONS))
+    read = functools.partial(_row, split, vectors=vectors, min_pos=min_pos, labelled=labelled)
+    source = grain.MapDataset.source(_Rows(_Order(split, documents, seed), rows, documents, seed, read))
+    return iter(source.batch(len(rows)).to_iter_dataset(READ_OPTIONS))
 
 
 def batch_documents(split: Split, documents: int, seed: int, index: int) -> list[int]:
     """Returns doc_id of every row of batch `index`, from 0, of train_batches."""
-    order = _order(split, seed)
-    return [int(split.doc_id[order[index * documents + r]]) for r in range(documents)]
+    return [int(x) for x in split.doc_id[_Order(split, documents, seed)[index][0]]]
 
 
 def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: int) -> dict:
@@ -303,7 +354,8 @@ def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: 
     rows = []
     for i in which:
         rng = np.random.default_rng([seed, int(split.doc_id[i]) % 2**64])
-        rows.append(_row(split, i, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
+        width = split.tokens.shape[1]
+        rows.append(_row(split, i, width=width, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
     batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
     batch['lengths'] = np.asarray(split.lengths[which])
     if split.facts is not None:

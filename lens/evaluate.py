@@ -24,7 +24,7 @@ from lens.metrics import FIGURES, Collected, Figure, meaning
 from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
-from lens.objectives import comparable, extract
+from lens.objectives import Rollout, comparable, read
 from lens.response import NO_TAGS, Tags, find
 
 
@@ -39,7 +39,7 @@ class Text(NamedTuple):
     temperature: float = 1.0
     text: Callable | None = None
     tagged: bool = True
-    needs: str = 'tokens'
+    needs: str = 'positions'
 
 
 def permuted(batch, sampled_NxT, keys_N, tags: Tags):
@@ -93,17 +93,14 @@ class Evaluation:
         return counts | {'figures': {k: v | what[k] for k, v in self.figures.items()}, 'facts': self.facts}
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'tags', 'error', 'names'))
-def _evaluate_batch(
-    lens: Lens, base, batch, key, *, layer: int, tags: Tags, error: str, names: tuple[str, ...]
-) -> dict:
-    """Computes the arrays a, pred, ids, found of Collected for one batch and the texts `names`.
+@functools.partial(jax.jit, static_argnames=('tags', 'error', 'names'))
+def _evaluate_batch(lens: Lens, base, roll: Rollout, key, *, tags: Tags, error: str, names: tuple[str, ...]) -> dict:
+    """Computes the arrays a, pred, ids, found of Collected for what was read of one batch and the texts `names`.
 
     All texts are drawn in one call and encoded in one call. The randomness of a text depends on its activation's place
     in the held-out data, batch['index'] [R, V], alone.
     """
-    roll = extract(base, batch, layer)
-    a = without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
+    batch, a = roll.batch, without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
     length = batch['previous'].shape[-1]
     fold = jax.random.fold_in
     of_row_N = jax.vmap(fold, (None, 0))(key, batch['index'].reshape(-1))
@@ -178,16 +175,18 @@ class Evaluator:
         wanted = {'sampled'} | {f.text for f in figures}
         names = tuple(k for k, text in TEXTS.items() if k in wanted and text.needs in self.held)
         parts, key = [], jax.random.key(run.seed)
+        order = np.argsort(self.held['lengths'][:documents], kind='stable')  # texts of about one length together
         for i in range(0, documents, self.rows):
-            pick = np.minimum(np.arange(i, i + self.rows), documents - 1)  # the last batch is padded and cut
-            batch = sharding.put_batch({k: self.held[k][pick] for k in arrays if k in self.held}, run.mesh)
-            out = _evaluate_batch(
-                lens, run.base, batch, key, layer=run.layer, tags=run.texts.tags, error=run.error, names=names
-            )
+            pick = order[np.minimum(np.arange(i, i + self.rows), documents - 1)]  # the last batch is padded and cut
+            batch = {k: self.held[k][pick] for k in arrays if k in self.held}
+            batch['tokens'] = batch['tokens'][:, : run.validation.width_for(self.held['lengths'][pick])]
+            roll = read(run.base, sharding.put_batch(batch, run.mesh), layer=run.layer)
+            out = _evaluate_batch(lens, run.base, roll, key, tags=run.texts.tags, error=run.error, names=names)
             keep = min(self.rows, documents - i) * self.vectors
             parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sharding.fetch(out)))
+        back = (np.argsort(order)[:, None] * self.vectors + np.arange(self.vectors)).reshape(-1)
         return Collected(
-            **jax.tree.map(lambda *x: np.concatenate(x), *parts),
+            **jax.tree.map(lambda *x: np.concatenate(x)[back], *parts),
             doc_N=np.repeat(self.held['doc_id'][:documents], self.vectors),
             truth_NxF=self.held['facts'][:documents].reshape(-1, len(self.fields)) if self.fields else None,
             fields=self.fields,

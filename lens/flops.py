@@ -44,7 +44,7 @@ def by_scope(jaxpr, c: TransformerConfig) -> dict[str, float]:
     """Returns the FLOPs of one call of a program on all devices: read, sample, score, encode, update, other.
 
     jaxpr: `jitted.trace(...).jaxpr`. c: of the models in it. The outermost scope counts; a gradient through sampling is
-    scoring. Utilisation is measured without `sample`, which is bound by memory: state tokens per second of it.
+    scoring.
     """
     used, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     out = dict.fromkeys([*PARTS.values(), 'other'], 0.0)
@@ -53,6 +53,11 @@ def by_scope(jaxpr, c: TransformerConfig) -> dict[str, float]:
         part = PARTS[found[1]] if found else 'other'
         out['score' if part == 'sample' and 'transpose(' in scopes else part] += flops
     return out
+
+
+def bound_by_compute(jaxpr, c: TransformerConfig) -> float:
+    """Returns the FLOPs of `by_scope` that utilisation is measured with: all but those of sampling."""
+    return sum(n for part, n in by_scope(jaxpr, c).items() if part != 'sample')
 
 
 def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[tuple[str, float]]:

@@ -70,7 +70,7 @@ class Lines:
 class Clock:
     """Seconds of a run over restarts: of its named parts, of recent steps, and of the whole.
 
-    start: from `began` to go_on; compile: the first step of a phase; a step lasts until its figures are there. lost:
+    start: from `began` to go_on; compile: steps of a width that is new in a phase; a step lasts until its figures are there. lost:
     what killed processes worked after the checkpoint that was gone on from. The time between processes is nobody's.
     """
 
@@ -79,7 +79,7 @@ class Clock:
         self._done = dict.fromkeys((*PARTS, 'lost'), 0.0)
         self._open: tuple[str, float] | None = ('start', began)
         self._phase, self._last = '', None  # of the last step, and when it ended
-        self._steps: collections.deque[float] = collections.deque(maxlen=50)
+        self._steps: collections.deque[tuple[float, float]] = collections.deque(maxlen=50)  # seconds, FLOPs
 
     def go_on(self, rows: list[dict], step: int) -> None:
         """Ends `start` and adds what the rows of metrics.jsonl say of earlier processes; all that came after `step`, of
@@ -124,16 +124,23 @@ class Clock:
         seconds = self.seconds
         return seconds['step'] / max(sum(seconds.values()), 1e-9)
 
-    def lap(self, phase: str) -> float:
-        """Ends a step of `phase`; returns the median seconds of its recent ones, 0.0 before the first full step."""
+    def lap(self, phase: str, work: float = 0.0) -> float:
+        """Ends a step of `phase`, of `work` FLOPs; returns the median seconds of its recent ones, 0.0 before the first
+        full step."""
         if phase != self._phase:
             self._phase, self._last = phase, None
             self._steps.clear()
         now = self._now()
         if self._last is not None:
-            self._steps.append(now - self._last)
+            self._steps.append((now - self._last, work))
         self._last = now
-        return statistics.median(self._steps) if self._steps else 0.0
+        return statistics.median(s for s, _ in self._steps) if self._steps else 0.0
+
+    @property
+    def flops_s(self) -> float:
+        """Returns FLOP/s over the recent steps, which may be of different sizes; 0.0 before the first full step."""
+        seconds, work = map(sum, zip((0.0, 0.0), *self._steps, strict=True))
+        return work / seconds if seconds else 0.0
 
     def pause(self) -> None:
         """Says that what happens until the next lap is no step."""
@@ -144,8 +151,7 @@ class Logger(contextlib.ExitStack):
     """Writes and says what one process of a run does; the first process alone writes and speaks.
 
     began: time.monotonic() of when this process began. Nothing is written before open(). Set by the loop:
-    last_good() gives the step of the newest checkpoint or None; flops[phase name] the FLOPs of a micro-step of all
-    devices by part (lens/flops.py).
+    last_good() gives the step of the newest checkpoint or None.
     """
 
     def __init__(self, cfg, run: Run, workdir: pathlib.Path, began: float, now: Callable[[], float] = time.monotonic):
@@ -154,7 +160,6 @@ class Logger(contextlib.ExitStack):
         self.clock, self.watch = Clock(began, now), Collapse(cfg.health.collapse)
         self.part = self.clock.part
         self.last_good: Callable[[], int | None] = lambda: None
-        self.flops: dict[str, Mapping[str, float]] = {}
         self.console = Console(quiet=not is_first())
         columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[text]}')
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -211,11 +216,11 @@ class Logger(contextlib.ExitStack):
         if self._wandb:
             self._wandb.log(scalars, step=step)
 
-    def sent(self, phase: Phase, step: int, out: dict[str, jax.Array]) -> None:
-        """Takes the figures of a step that was just sent to the devices, and settles the one before: one step behind,
-        the devices always have work."""
+    def sent(self, phase: Phase, step: int, out: dict[str, jax.Array], work: float) -> None:
+        """Takes the figures of a step that was just sent to the devices, `work` FLOPs on all of them, and settles the
+        one before: one step behind, the devices always have work."""
         self.settle()
-        self._pending = phase, step, out
+        self._pending = phase, step, out, work
 
     def settle(self, pause: bool = False) -> None:
         """Waits for the figures of the step that was sent last. pause: what comes now is no step.
@@ -228,7 +233,7 @@ class Logger(contextlib.ExitStack):
         if pause:
             self.clock.pause()
 
-    def _settle(self, phase: Phase, step: int, out: dict[str, jax.Array]) -> None:
+    def _settle(self, phase: Phase, step: int, out: dict[str, jax.Array], work: float) -> None:
         values = {k: float(v) for k, v in sharding.fetch(out).items()}
         if bad := next((k for k, v in values.items() if not np.isfinite(v)), None):
             seed, local_step = self.run.seed + phase.start, step - phase.start - 1
@@ -240,19 +245,15 @@ class Logger(contextlib.ExitStack):
         if phase.objective.samples:
             for warning in self.watch.feed(phase.name, step, values):
                 self.say(f'warning: {warning}')
-        step_s = self.clock.lap(phase.name)
+        step_s = self.clock.lap(phase.name, work)
         if fires(phase.every.log, step) or step == phase.end:
-            self.write(step, phase, 'train', values | {'step_s': step_s} | self._speed(phase, step_s))
+            self.write(step, phase, 'train', values | {'step_s': step_s} | self._speed())
         self._progress(phase, step, values, step_s)
 
-    def _speed(self, phase: Phase, step_s: float) -> dict[str, float]:
-        """Returns model FLOP/s of a device and their share of its peak where that is known, both without sampling: it
-        is bound by memory."""
-        if not step_s or phase.name not in self.flops:
-            return {}
-        counted = sum(v for part, v in self.flops[phase.name].items() if part != 'sample')
-        per_s, peak = counted / self.run.mesh.size / step_s, flops.peak(jax.devices()[0].device_kind)
-        return {'tflops_s': per_s / 1e12} | ({'mfu': per_s / peak} if peak else {})
+    def _speed(self) -> dict[str, float]:
+        """Returns model FLOP/s of a device and their share of its peak where that is known."""
+        per_s, peak = self.clock.flops_s / self.run.mesh.size, flops.peak(jax.devices()[0].device_kind)
+        return ({'tflops_s': per_s / 1e12} | ({'mfu': per_s / peak} if peak else {})) if per_s else {}
 
     def _progress(self, phase: Phase, step: int, values: Mapping[str, float], step_s: float) -> None:
         """Moves the bar on; where there is no terminal, says a line every five lines of metrics.jsonl."""
@@ -356,12 +357,13 @@ def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) ->
     c, kind = run.base.config, cfg.data.positions
     phases = ', '.join(f'{p.name} {p.end - p.start}' for p in run.phases) or 'none, evaluation only'
     mesh = ' x '.join(f'{k} {n}' for k, n in run.mesh.shape.items() if n > 1)
+    wide = ', '.join(map(str, run.train.widths))
     lines = [
         f'Subject {cfg.subject.path}: {c.family}, {c.n_layers} blocks, {base_size:,} parameters, read after block '
         f'{run.layer}',
         f'Trained: decoder {sizes["decoder"]:,}, encoder {sizes["encoder"]:,} parameters',
-        f'Data {cfg.data.path}: {len(run.train)} training and {len(run.validation)} held-out documents, no document in '
-        'both',
+        f'Data {cfg.data.path}: {len(run.train)} training and {len(run.validation)} held-out documents, none in both, '
+        f'read in rows of {wide} tokens',
     ]
     if kind != 'any':
         lines[-1] += f'; {run.train.left_out} and {run.validation.left_out} without {kind} tokens left out'

@@ -1,14 +1,15 @@
 """What is minimised: an objective is a rollout without gradient and a loss, both pure, and the keys that it reads.
 
-rollout(lens, base, batch, key, hp) -> Rollout; loss(lens, base, rollout, key, hp, knobs, reference) -> (loss, metrics).
-hp is what changes the program; knobs are the numbers of this micro-step (KNOBS), arrays; `reference` is the decoder at
-the start of the phase, where hp needs it.
+read(base, batch, layer=…) -> Rollout, its activations alone; rollout(lens, base, roll, key, hp) -> Rollout;
+loss(lens, base, roll, key, hp, knobs, reference) -> (loss, metrics). hp is what changes the program; knobs are the
+numbers of this micro-step (KNOBS), arrays; `reference` is the decoder at the start of the phase, where hp needs it.
 
-batch: tokens [B, S], positions [B, P] and, for sft, responses `explanations` [B, P, T]. The activations are
-read inside, A = subject stream after block `layer`, N = B * P of them. Formulas: losses.py.
+batch: tokens [B, S], positions [B, P] and, for sft, responses `explanations` [B, P, T]. A = subject stream after block
+`layer`, N = B * P of them. Formulas: losses.py.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -58,6 +59,11 @@ class Hparams:
     resample_stop_grad: bool = True
 
     @property
+    def reads_again(self) -> bool:
+        """Returns whether the loss runs the subject on the texts."""
+        return 'kl_weight' in self.on
+
+    @property
     def needs_reference(self) -> bool:
         return 'beta' in self.on and self.kl_to == 'start'
 
@@ -66,7 +72,8 @@ Knobs = Mapping[str, jax.Array]
 
 
 class Rollout(NamedTuple):
-    """What a step works on, all constants. N rows; rows of one activation are contiguous."""
+    """What a step works on, all constants. N rows; rows of one activation are contiguous. batch: without tokens where
+    no text is read again."""
 
     a_NxD: jax.Array
     source: Source
@@ -75,33 +82,36 @@ class Rollout(NamedTuple):
     logp_NxT: jax.Array | None = None
 
 
-def extract(base, batch, layer: int) -> Rollout:
-    """Returns the activations NxD in float32 and where they are from."""
+@functools.partial(jax.jit, static_argnames=('layer', 'again'))
+def read(base, batch, *, layer: int, again: bool = False) -> Rollout:
+    """Returns the activations NxD in float32 and where they are from.
+
+    A program of its own, since it alone depends on the width of the texts. again: keep the tokens for a second reading.
+    """
     a = subject.activations(base, batch['tokens'], batch['positions'], layer)
-    positions = batch['positions']
-    token = jnp.take_along_axis(batch['tokens'], positions, axis=1)
-    source = Source(token.reshape(-1), positions.reshape(-1))
-    return Rollout(a.reshape(-1, a.shape[-1]).astype(jnp.float32), source, batch)
+    token = jnp.take_along_axis(batch['tokens'], batch['positions'], axis=1)
+    source = Source(token.reshape(-1), batch['positions'].reshape(-1))
+    rest = batch if again else {k: x for k, x in batch.items() if k != 'tokens'}
+    return Rollout(a.reshape(-1, a.shape[-1]).astype(jnp.float32), source, rest)
 
 
-def extracted_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
-    del lens, key
-    return extract(base, batch, hp.layer)
+def no_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
+    del lens, base, key, hp
+    return roll
 
 
-def given_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
+def given_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
     """Takes the given responses as if they had been sampled."""
-    del lens, key
-    return extract(base, batch, hp.layer)._replace(ids_NxT=batch['explanations'].reshape(-1, hp.length))
+    del lens, base, key
+    return roll._replace(ids_NxT=roll.batch['explanations'].reshape(-1, hp.length))
 
 
-def sampled_rollout(lens: Lens, base, batch, key, hp: Hparams) -> Rollout:
+def sampled_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
     """Draws group * mean_of responses of every activation."""
-    roll, n = extract(base, batch, hp.layer), hp.group * hp.mean_of
-    frozen = jax.lax.stop_gradient(lens.decoder)
+    frozen, n = jax.lax.stop_gradient(lens.decoder), hp.group * hp.mean_of
     s = sampling.sample(frozen, base, _vectors(frozen, roll), key, length=hp.length, group=n)
     tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
-    return Rollout(*tiled, batch, s.ids_NxT, s.logp_NxT)
+    return Rollout(*tiled, roll.batch, s.ids_NxT, s.logp_NxT)
 
 
 def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
@@ -197,7 +207,7 @@ OBJECTIVES = {
     # the policy-gradient loss is 0 by construction: show what it maximises
     'grpo': Objective(sampled_rollout, grpo, frozenset({'group', *OPTIONAL}), (('reward', 'reward'),)),
     'gumbel': Objective(
-        extracted_rollout, gumbel, frozenset({'lm_weight', 'beta', 'entropy_weight'}), (('entropy_nats', 'entropy'),)
+        no_rollout, gumbel, frozenset({'lm_weight', 'beta', 'entropy_weight'}), (('entropy_nats', 'entropy'),)
     ),
 }
 

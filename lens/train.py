@@ -11,7 +11,20 @@ import numpy as np
 import optax
 from flax import struct
 
-from lens import checkpoint, config, data, distributed, evaluate, files, flops, lens_init, logger, optimizer, sharding
+from lens import (
+    checkpoint,
+    config,
+    data,
+    distributed,
+    evaluate,
+    files,
+    flops,
+    lens_init,
+    logger,
+    objectives,
+    optimizer,
+    sharding,
+)
 from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.models.decoder import Decoder
@@ -28,14 +41,14 @@ class State(struct.PyTreeNode):
 
 
 @functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx'), donate_argnames=('state',))
-def train_step(state: State, base, batch, key, knobs, *, objective, hparams, tx) -> tuple[State, dict]:
-    """Returns the state after one micro-step and its metrics.
+def train_step(state: State, base, roll, key, knobs, *, objective, hparams, tx) -> tuple[State, dict]:
+    """Returns the state after one micro-step on what objectives.read gives, and its metrics.
 
     `base` is an argument, never donated; the randomness is fold_in(key, step); knobs are the numbers of this step
     (Phase.knobs), so that one program serves every learning rate, weight and phase start.
     """
     key = jax.random.fold_in(key, state.step)
-    roll = objective.rollout(state.params, base, batch, key, hparams)
+    roll = objective.rollout(state.params, base, roll, key, hparams)
     params, opt, metrics = state.params, state.opt, {}
     for _ in range(hparams.updates):
         loss = jax.grad(objective.loss, has_aux=True)
@@ -46,6 +59,18 @@ def train_step(state: State, base, batch, key, knobs, *, objective, hparams, tx)
         # figures of the first update: later ones are off-policy
         metrics = metrics or out | optimizer.step_norms(grads, updates, params, tx.trained)
     return State(state.step + 1, params, opt, state.reference), metrics
+
+
+def micro_step(phase: Phase, state: State, base, batch, key, knobs) -> tuple[State, dict]:
+    """Reads the activations of a batch and takes a step on them: two programs, the second for batches of any width."""
+    return train_step(state, base, objectives.read(base, batch, **phase.reading), key, knobs, **phase.program)
+
+
+def trace(phase: Phase, state: State, base, batch, key) -> tuple[jax.stages.Traced, jax.stages.Traced]:
+    """Traces the two programs of micro_step; arrays may be abstract. What cannot run raises here."""
+    reading = objectives.read.trace(base, batch, **phase.reading)
+    roll = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), reading.out_info)
+    return reading, train_step.trace(state, base, roll, key, phase.knobs(0), **phase.program)
 
 
 def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
@@ -116,23 +141,26 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
                 if step == phase.start:
                     state, info = init_state(state.params, phase, run.mesh, step), {}
                 batches = _batches(run, phase, info.get('data'))
-                program = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx}
-                first = step + 1
+                work, first = {}, step + 1  # FLOPs of a step by the width of its texts
                 for step in range(first, phase.end + 1):
                     every, last = phase.every, step == phase.end
                     with log.part('data'):
                         rows = next(batches)
                         del rows['doc_id']
                         batch = sharding.put_batch(rows, run.mesh, phase.documents)
+                        width = rows['tokens'].shape[1]
                     window.at(step)
-                    knobs = phase.knobs(step - phase.start - 1)
-                    with log.part('compile' if step == first else 'step'):
-                        if step == first:
-                            traced = train_step.trace(state, run.base, batch, key, knobs, **program)
-                            log.flops[phase.name] = flops.by_scope(traced.jaxpr, run.base.config)
-                        state, out = train_step(state, run.base, batch, key, knobs, **program)
-                        log.sent(phase, step, out)
-                        if step == first:
+                    compiles = width not in work
+                    if compiles:
+                        with log.part('step'):
+                            log.settle(pause=True)
+                    with log.part('compile' if compiles else 'step'):
+                        if compiles:
+                            programs = trace(phase, state, run.base, batch, key)
+                            work[width] = sum(flops.bound_by_compute(x.jaxpr, run.base.config) for x in programs)
+                        state, out = micro_step(phase, state, run.base, batch, key, phase.knobs(step - phase.start - 1))
+                        log.sent(phase, step, out, work[width])
+                        if compiles:
                             log.settle()
                     stopping, fve = stop.asked(step), None
                     evaluates = fires(every.evaluate, step) or last

@@ -18,7 +18,7 @@ import numpy as np
 
 from lens import distributed, objectives, optimizer, sampling, sharding
 from lens.models import lora
-from lens.train import init_state, train_step
+from lens.train import init_state, micro_step
 from tests.phases import phase_of
 from tests.tiny_world import LAYER, LENGTH, TINY, make_base, make_lens
 
@@ -69,12 +69,12 @@ def objective(name: str) -> objectives.Objective:
     """
     plain = objectives.OBJECTIVES[name.partition('_')[0]]
 
-    def rollout(lens, base, batch, key, hp):
-        roll = plain.rollout(lens, base, batch, key, hp)
+    def rollout(lens, base, read, key, hp):
+        roll = plain.rollout(lens, base, read, key, hp)
         if roll.ids_NxT is None:
             drawn = sampling.sample(jax.lax.stop_gradient(lens.decoder), base, roll.a_NxD, key, length=hp.length)
             roll = roll._replace(ids_NxT=drawn.ids_NxT)
-        given = batch['given'].reshape(roll.ids_NxT.shape)
+        given = read.batch['given'].reshape(roll.ids_NxT.shape)
         return roll._replace(ids_NxT=jnp.where(given < 0, roll.ids_NxT, given)), roll.ids_NxT
 
     def loss(lens, base, rolls, *rest):
@@ -123,7 +123,7 @@ def run(case: str, mesh_shape=(1, 1, 1), *, split=False, steps=3, given: np.ndar
     )
     lens = make_lens(base, own_base=own_base, adapters=adapters)
     phase = phase_of(name.partition('_')[0], natural_prefix=(3, 1), **PHASES[name])
-    how = {'objective': objective(name), 'hparams': phase.hparams, 'tx': phase.tx}
+    phase = dataclasses.replace(phase, objective=objective(name))
     rows, metrics = (DOCUMENTS, VECTORS * phase.hparams.group, LENGTH), []
     mine = sharding.local_rows(mesh, DOCUMENTS)
     settings = mock.patch.multiple(sharding, SPLIT_ABOVE=above), mock.patch.multiple(optimizer, EPSILON=EPSILON)
@@ -135,7 +135,7 @@ def run(case: str, mesh_shape=(1, 1, 1), *, split=False, steps=3, given: np.ndar
             ids = np.full(rows, -1, np.int32) if given is None else given[step].reshape(rows)
             batch = {k: x[mine] for k, x in (batch_of(step) | {'given': ids}).items()}
             batch = sharding.put_batch(batch, mesh, DOCUMENTS)
-            state, out = train_step(state, base, batch, jax.random.key(7), phase.knobs(step), **how)
+            state, out = micro_step(phase, state, base, batch, jax.random.key(7), phase.knobs(step))
             metrics.append(sharding.fetch(out))
         stayed = jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, placed)
         assert all(jax.tree.leaves(stayed)), 'a step leaves everything where it was'

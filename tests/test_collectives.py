@@ -26,19 +26,21 @@ def moved(text):
 
 
 def compiled_step(folder, phase, **mesh):
-    """(configuration, job, state, base, traced step, compiled step) on four devices that split the batch."""
+    """(configuration, job, state, base, its two programs, traced and compiled) on four devices that split the batch."""
     cfg = small(folder, (phase,))
     cfg.mesh.update(**mesh)
     devices, job = sharding.make_mesh(4, 1), plan.open_job(cfg)[0]._replace(seq_len=40)
     with jax.set_mesh(devices):
         ((_, state, base, _),) = plan.steps(cfg, job, devices)
-    return cfg, job, state, base, *plan.compile_step(cfg, job, devices, phase)
+    return cfg, job, state, base, plan.compile_step(cfg, job, devices, phase)
 
 
 @pytest.mark.parametrize('phase', ['sft', pytest.param('grpo', marks=pytest.mark.slow)])
 def test_a_data_parallel_step_moves_the_gradients_of_what_is_trained_alone(tmp_path, monkeypatch, phase):
     """No weight of the base and no activation: of the rest, scalars, two means of figures [d], hashes of texts."""
-    cfg, job, state, _, traced, compiled = compiled_step(tmp_path, phase)
+    cfg, job, state, _, programs = compiled_step(tmp_path, phase)
+    (_, reading), (_, compiled) = programs
+    assert not moved(reading.as_text())
     gradients = collections.Counter(x.size for x in jax.tree.leaves(state.params))
     found = moved(compiled.as_text())
     assert not gradients - found['all-reduce'], 'a gradient is not summed'
@@ -47,7 +49,7 @@ def test_a_data_parallel_step_moves_the_gradients_of_what_is_trained_alone(tmp_p
     texts = cfg[phase].documents * cfg[phase].vectors * (cfg.grpo.group if phase == 'grpo' else 1)
     assert found == ({} if phase == 'sft' else {'all-gather': {texts: 2}})
 
-    monkeypatch.setattr(plan, 'compile_step', lambda *_: (traced, compiled))
+    monkeypatch.setattr(plan, 'compile_step', lambda *_: programs)
     temporaries, work = plan.compile_phase(cfg, job, sharding.make_mesh(4, 1), phase)
     logits = texts // 4 * cfg.explanation_len * job.c.vocab_size * 4
     assert temporaries > logits + 2 * SMALL_EXPERTS  # bfloat16
@@ -59,7 +61,7 @@ def test_a_data_parallel_step_moves_the_gradients_of_what_is_trained_alone(tmp_p
 @pytest.mark.slow
 def test_a_split_base_is_gathered_a_layer_at_a_time(tmp_path):
     """Whole matrices of one layer; nothing but the tables is gathered whole, and gradients are those of the maps."""
-    _, job, state, base, _, compiled = compiled_step(tmp_path, 'sft', shard_base=True)
+    _, job, state, base, (_, (_, compiled)) = compiled_step(tmp_path, 'sft', shard_base=True)
     found = moved(compiled.as_text())
     one_layer = {x.size // job.c.n_layers for x in jax.tree.leaves(base.blocks)}
     tables = job.c.vocab_size * job.c.d_model

@@ -1,6 +1,7 @@
 """lens.data: what it reads, what it refuses, and which positions it draws."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -281,14 +282,49 @@ def test_train_batches_are_deterministic_and_differ_by_seed(split):
     assert (p != q).any()
 
 
-def test_train_batches_take_every_document_once_per_epoch(split):
-    """Also across batches: 10 documents in batches of 4, two epochs in five batches."""
-    ids = np.concatenate([b['doc_id'] for b in batches(split, 10)])
-    epochs = ids.reshape(4, DOCUMENTS)
-    for epoch in epochs:
-        assert sorted(epoch) == split.doc_id.tolist()
-    assert len({tuple(e) for e in epochs.tolist()}) == 4  # every epoch in an order of its own
-    assert (epochs[0] != split.doc_id).any()
+def test_an_epoch_takes_every_document_once_but_for_those_left_over(split):
+    """10 documents in batches of 4: two batches, and two documents are left over, others in each epoch."""
+    ids = np.array([b['doc_id'] for b in batches(split, 24)])
+    epochs = ids.reshape(12, 8)
+    assert all(len(set(epoch)) == 8 and set(epoch) <= set(split.doc_id.tolist()) for epoch in epochs)
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) > 3 and set(epochs.flat) == set(split.doc_id.tolist())
+    assert len({tuple(epoch) for epoch in epochs}) == 12, 'every epoch has an order of its own'
+
+
+def test_widths_are_the_fewest_that_pad_little_and_of_those_the_best():
+    """Against all choices of up to three widths."""
+    for seed in range(6):
+        lengths = np.random.default_rng(seed).lognormal(5, 0.2 + 0.1 * seed, 40).astype(int) + 1
+        share = {}
+        for n in (1, 2, 3):
+            for some in itertools.combinations(range(16, lengths.max() + 16, 16), n):
+                if some[-1] >= lengths.max():
+                    read = np.array(some)[np.searchsorted(some, lengths)].sum()
+                    share[n] = max(share.get(n, 0.0), lengths.sum() / read)
+        got = data.choose_widths(lengths)
+        assert len(got) == next((n for n, x in share.items() if x >= data.TEXT_SHARE), len(got)) or len(got) > 3
+        if len(got) <= 3:
+            assert lengths.sum() / got[np.searchsorted(got, lengths)].sum() == pytest.approx(share[len(got)])
+
+
+def test_most_of_what_the_subject_reads_is_text(tmp_path):
+    """Chats of lognormal length in rows of 4096 tokens; what a row is cut by is padding."""
+    rng, n = np.random.default_rng(0), 2000
+    lengths = np.clip(rng.lognormal(np.log(1100), 0.6, n), 16, 4096).astype(np.int32)
+    tokens = np.tile(np.arange(1, 4097, dtype=np.int32), (n, 1))
+    write(
+        tmp_path, meta={'format': 'lens-tokens/1'}, lengths=lengths, tokens=tokens, doc_id=np.arange(n, dtype=np.int64)
+    )
+    split = data.open_split(str(tmp_path), 'train', vocab_size=5000)
+    some = batches(split, 100, documents=8)
+    width = np.array([b['tokens'].shape[1] for b in some])
+    texts = np.array([lengths[b['doc_id']] for b in some])
+    assert texts.sum() / (8 * width).sum() > 0.8 and len(set(width)) <= data.MOST_WIDTHS
+    assert all((texts.max(1) <= width) & (width <= 4096)) and len(set(texts.ravel())) > 500
+    assert abs(np.corrcoef(np.arange(100), width)[0, 1]) < 0.4, 'short and long batches take turns'
+    for part in ([0, 1, 2], [7]):
+        mine = batches(split, 100, documents=8, rows=np.array(part))
+        same(mine, [{k: x[part] for k, x in b.items()} for b in some])
 
 
 def test_train_batches_draw_new_positions_in_every_epoch(split):

@@ -16,7 +16,7 @@ from lens.lens_init import abstract_lens
 from lens.models import families
 from lens.models.transformer import Transformer
 from lens.response import NO_TAGS, Prompt
-from lens.train import State, train_step
+from lens.train import State, trace
 from tests.tiny_world import TINY
 
 MODELS = pathlib.Path(__file__).parent / 'hf_configs'
@@ -166,8 +166,8 @@ def parts_of_a_step(objective, **changes):
         batch = {k: jax.ShapeDtypeStruct(s, jnp.int32) for k, s in shapes.items()}
         state = State(jax.ShapeDtypeStruct((), jnp.int32), lens, jax.eval_shape(phase.tx.init, lens))
         key = jax.eval_shape(lambda: jax.random.key(0))
-        static = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx}
-        return flops.by_scope(train_step.trace(state, base, batch, key, phase.knobs(0), **static).jaxpr, DEEP)
+        reading, step = (flops.by_scope(x.jaxpr, DEEP) for x in trace(phase, state, base, batch, key))
+        return {part: reading[part] + step[part] for part in step}
 
 
 def text(tokens, layers, logits=0):

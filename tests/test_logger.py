@@ -211,15 +211,15 @@ def test_figures_are_settled_one_step_behind(tmp_path, capsys, monkeypatch):
     now, path = Time(), tmp_path / 'metrics.jsonl'
     with log_of(tmp_path, now, log=2) as log:
         log.open(0, None)
-        log.flops['grpo'] = {'read': 1e12, 'sample': 5e12, 'score': 3e12}
         sft, grpo = log.run.phases
         for step in (1, 2, 3):
-            log.sent(sft, step, out(loss_decoder=2.0))
+            log.sent(sft, step, out(loss_decoder=2.0), 0.0)
             assert [r['step'] for r in files.read_jsonl(path)] == [2] * (step > 2)
-        log.sent(sft, 4, out(loss_decoder=2.0))
+        log.sent(sft, 4, out(loss_decoder=2.0), 0.0)
         for step in range(5, 11):
             now.t += 0.5
-            log.sent(grpo, step, out(reward=-0.75))
+            log.sent(grpo, step, out(reward=-0.75), 2e12 * (1 + step % 2 * 2))  # of two widths in turn
+        now.t += 0.5
         log.settle(pause=True)
         log.settle()
         now.t += 100
@@ -228,7 +228,7 @@ def test_figures_are_settled_one_step_behind(tmp_path, capsys, monkeypatch):
     assert [r['step'] for r in rows] == [2, 4, 6, 8, 10, 10]
     timed = {'loss_encoder', 'fve', 'step_s', 'wall_s', 'step', 'phase', 'kind'}
     assert rows[1].keys() == timed | {'loss_decoder'} and rows[1]['step_s'] == 0.0
-    # two devices: 4e12 FLOPs in half a second are 4e12 per second on each
+    # two devices: 18e12 FLOPs of the last five steps, of half a second each
     assert rows[4] == {
         'step': 10,
         'phase': 'grpo',
@@ -237,9 +237,9 @@ def test_figures_are_settled_one_step_behind(tmp_path, capsys, monkeypatch):
         'fve': 0.25,
         'reward': -0.75,
         'step_s': 0.5,
-        'tflops_s': 4.0,
-        'mfu': 0.5,
-        'wall_s': 3.0,
+        'tflops_s': 3.6,
+        'mfu': 0.45,
+        'wall_s': 3.5,
     }
     assert curve(tmp_path)[4].keys() == {'step', 'phase', 'kind', 'loss_encoder', 'fve', 'reward'}
     said = capsys.readouterr().out.splitlines()
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_names_step_documents_and_the_last_good_checkp
     with log_of(tmp_path, Time()) as log:
         log.open(0, None)
         log.last_good = lambda: good
-        log.sent(log.run.phases[1], 9, out(reward=float('inf')))
+        log.sent(log.run.phases[1], 9, out(reward=float('inf')), 0.0)
         # 4 documents a step, seed 7 + 4, the fifth step of the phase
         with pytest.raises(
             LensError, match=rf'reward is not finite at step 9 \(phase grpo, documents \(4, 11, 4\)\).* {words}'
@@ -271,9 +271,9 @@ def test_phases_that_draw_samples_are_watched_also_after_a_restart(tmp_path, cap
     with log_of(tmp_path, now, 'stop') as log:
         log.open(0, None)
         for step in range(1, WINDOW + 4):
-            log.sent(log.run.phases[0], step, out(**dead))
+            log.sent(log.run.phases[0], step, out(**dead), 0.0)
         for step in range(5, WINDOW + 6):
-            log.sent(log.run.phases[1], step, out(**dead))
+            log.sent(log.run.phases[1], step, out(**dead), 0.0)
         log.settle()
         state = json.loads(json.dumps(log.watch.get_state()))
     said = [x for x in capsys.readouterr().out.splitlines() if x.startswith('warning: ')]
@@ -282,7 +282,7 @@ def test_phases_that_draw_samples_are_watched_also_after_a_restart(tmp_path, cap
         log.open(WINDOW + 5, state)
         with pytest.raises(LensError, match=f'Stopped at step {2 * WINDOW + 4}'):
             for step in range(WINDOW + 6, 100):
-                log.sent(log.run.phases[1], step, out(**dead))
+                log.sent(log.run.phases[1], step, out(**dead), 0.0)
 
 
 @pytest.mark.parametrize(

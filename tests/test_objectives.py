@@ -43,7 +43,7 @@ def deaf(full):
 
 
 def _both(objective, hp, lens, base, batch, knobs, reference):
-    roll = objective.rollout(lens, base, batch, KEY, hp)
+    roll = objective.rollout(lens, base, objectives.read(base, batch, layer=LAYER, again=hp.reads_again), KEY, hp)
     return jax.grad(objective.loss, has_aux=True)(lens, base, roll, KEY, hp, knobs, reference), roll
 
 
@@ -64,7 +64,7 @@ def plain(base, full, batch):
 
 @pytest.fixture(scope='module')
 def activations(base, batch):
-    return np.asarray(jax.jit(objectives.extract, static_argnums=2)(base, batch, LAYER).a_NxD)
+    return np.asarray(objectives.read(base, batch, layer=LAYER).a_NxD)
 
 
 def difference(a, b):
@@ -179,7 +179,8 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     """Closed by one of many tokens, so that some responses are and some are not."""
     group = 12
     hp = dataclasses.replace(PLAIN, group=group, tags=response.Tags((), (17,)), error='direction')
-    roll = jax.jit(objectives.sampled_rollout, static_argnums=4)(full, base, batch, KEY, hp)
+    roll = objectives.read(base, batch, layer=LAYER)
+    roll = jax.jit(objectives.sampled_rollout, static_argnums=4)(full, base, roll, KEY, hp)
     ids = np.array(roll.ids_NxT)
     ids[::5, 2] = 17
     loss = jax.jit(jax.grad(objectives.grpo, has_aux=True), static_argnums=4)
@@ -270,7 +271,7 @@ def test_position_vectors_leave_the_activation_and_come_back(base, lens, batch, 
     table = np.random.default_rng(8).normal(size=(11, 24)).astype(np.float32)
     moved = jax.tree.map(lambda x: x, lens)
     moved.decoder.positions = moved.encoder.positions = nnx.data(nnx.Param(jnp.asarray(table)))
-    source = objectives.extract(base, batch, LAYER).source
+    source = objectives.read(base, batch, layer=LAYER).source
     e, ids = table[batch['positions'].ravel()], batch['explanations'].reshape(-1, LENGTH)
     close(dec.without_position(moved.decoder, activations, source.position_N), activations - e)
     close(ENCODE(moved.encoder, base, ids, source), ENCODE(lens.encoder, base, ids) + e)
@@ -279,7 +280,7 @@ def test_position_vectors_leave_the_activation_and_come_back(base, lens, batch, 
 
 
 def test_the_current_token_is_read_after_the_prompt(base, lens, batch):
-    source = objectives.extract(base, batch, LAYER).source
+    source = objectives.read(base, batch, layer=LAYER).source
     token = np.take_along_axis(batch['tokens'], batch['positions'], 1).ravel()
     np.testing.assert_array_equal(source.token_N, token)
     e = jax.tree.map(lambda x: x, lens.encoder)
@@ -300,8 +301,15 @@ def test_sampler_and_scorer_agree_in_bfloat16(base, full, batch, plain):
     assert plain[0][1]['logp_diff_max'] < 1e-4
 
 
+def test_what_stands_after_the_last_position_does_not_matter(base, batch, activations):
+    """Batches are as wide as their texts."""
+    early = np.flatnonzero(batch['positions'].max(1) < 9)
+    cut = {'tokens': batch['tokens'][early, :9], 'positions': batch['positions'][early]}
+    close(objectives.read(base, cut, layer=LAYER).a_NxD, activations.reshape(8, 2, -1)[early].reshape(-1, 24))
+
+
 @pytest.mark.parametrize('layer', [0, 2])
 def test_activations_are_those_of_the_configured_layer(base, batch, layer):
-    a = jax.jit(objectives.extract, static_argnums=2)(base, batch, layer).a_NxD
+    a = objectives.read(base, batch, layer=layer).a_NxD
     stream = jax.jit(lambda ids: base.run_layers(base.embed(ids), 0, layer + 1))(batch['tokens'])
     close(a, np.take_along_axis(np.asarray(stream), batch['positions'][..., None], 1).reshape(-1, 24))

@@ -9,7 +9,7 @@ from data_gen.storyworld import world
 from lens import config, data, losses, objectives, sampling, sharding
 from lens.lens_init import init_lens
 from lens.models.encoder import encode
-from lens.train import init_state, train_step
+from lens.train import init_state, micro_step
 
 STEPS = 250
 
@@ -29,17 +29,8 @@ def test_32_activations_reach_an_fve_above_nine_tenths(tmp_path):
         batch = sharding.put_batch(rows, run.mesh)
         state = init_state(init_lens(cfg, run), phase, run.mesh)
         for t in range(STEPS):
-            state, _ = train_step(
-                state,
-                run.base,
-                batch,
-                jax.random.key(0),
-                phase.knobs(t),
-                objective=phase.objective,
-                hparams=phase.hparams,
-                tx=phase.tx,
-            )
-        a = objectives.extract(run.base, batch, run.layer).a_NxD
+            state, _ = micro_step(phase, state, run.base, batch, jax.random.key(0), phase.knobs(t))
+        a = objectives.read(run.base, batch, layer=run.layer).a_NxD
         draw = jax.jit(lambda d: sampling.sample(d, run.base, a, jax.random.key(1), length=run.length, temperature=0.0))
         ids = draw(state.params.decoder).ids_NxT
         pred = encode(state.params.encoder, run.base, ids)

@@ -13,6 +13,7 @@ import pytest
 from lens import config, flops, sharding
 from lens.errors import LensError
 from lens.tools import plan
+from lens.train import trace
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODELS = ROOT / 'tests/hf_configs'
@@ -31,6 +32,7 @@ RECIPES = {
     'simplestories': (None, 64),
 }
 H100_BYTES = 80e9
+KEY = jax.eval_shape(jax.random.key, 0)
 
 
 def open_recipe(recipe):
@@ -71,7 +73,7 @@ def test_the_train_step_of_a_recipe_traces_at_full_size(recipe):
     cfg, job, mesh = open_recipe(recipe)
     with jax.set_mesh(mesh):
         for step in plan.steps(cfg, job, mesh):
-            plan.trace(*step)
+            trace(*step, KEY)
 
 
 def test_tensor_parallel_splits_the_base():
@@ -102,7 +104,7 @@ def test_a_step_that_cannot_run_raises():
     cfg, job, mesh = open_recipe('gpt2')
     cfg.layer = job.c.n_layers
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=r'are not all in 0\.\.11'):
-        plan.trace(*next(plan.steps(cfg, job, mesh)))
+        trace(*next(plan.steps(cfg, job, mesh)), KEY)
 
 
 # A small gpt-oss: d 64, 3 blocks, 4 query and 2 kv heads of 8, 4 experts of width 32; every size of a leaf is known.
@@ -158,7 +160,8 @@ def test_what_is_compiled_for_experts_is_no_dense_product(opened):
     def work(experts):
         cfg.subject.experts = experts
         with jax.set_mesh(mesh):
-            return sum(flops.by_scope(plan.trace(*next(plan.steps(cfg, job, mesh))).jaxpr, job.c).values())
+            _, step = trace(*next(plan.steps(cfg, job, mesh)), KEY)
+            return sum(flops.by_scope(step.jaxpr, job.c).values())
 
     assert work('planned') < 0.8 * work('dense')
 

@@ -6,7 +6,7 @@ import pytest
 
 from lens import objectives
 from lens.sharding import make_mesh, path
-from lens.train import init_state, train_step
+from lens.train import init_state, micro_step, train_step
 from tests.phases import RATES, phase_of
 from tests.tiny_world import make_base, make_lens
 
@@ -41,8 +41,7 @@ def run(base, batch, mesh):
         with jax.set_mesh(mesh):
             state, out = init_state(make_lens(base, own_base=own_base), p, mesh, p.start), []
             for t in range(steps):
-                program = {'objective': p.objective, 'hparams': p.hparams, 'tx': p.tx}
-                state, metrics = train_step(state, base, batch, KEY, p.knobs(t), **program)
+                state, metrics = micro_step(p, state, base, batch, KEY, p.knobs(t))
                 out.append({k: float(v) for k, v in metrics.items()})
         return state, out
 
@@ -96,8 +95,7 @@ def test_several_updates_of_one_rollout(batch, mesh):
     with jax.set_mesh(mesh):
         state = init_state(make_lens(base, own_base=True), p, mesh)
         start = jax.tree.map(np.asarray, state.params)
-        program = {'objective': p.objective, 'hparams': p.hparams, 'tx': p.tx}
-        state, out = train_step(state, base, batch, KEY, p.knobs(0), **program)
+        state, out = micro_step(p, state, base, batch, KEY, p.knobs(0))
     counts = [int(x) for kp, x in jax.tree_util.tree_leaves_with_path(state.opt) if path(kp).endswith('count')]
     assert set(counts) == {2} and state.step == 1 and out['logp_diff_max'] < 1e-4
     moved = [

@@ -6,6 +6,7 @@ with the frozen base in float32: on CPU a 16-bit program would convert whole sta
 bounds where the run has 16 bits.
 """
 
+import collections
 import math
 import pathlib
 import re
@@ -22,7 +23,7 @@ from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
 from lens.models.transformer import Transformer, TransformerConfig
-from lens.train import State, abstract_state, train_step
+from lens.train import State, abstract_state, trace
 
 GB = 1e9
 DEVICES = 8  # with mesh.data=-1
@@ -85,13 +86,6 @@ def steps(cfg, job: Workload, mesh) -> Iterator[tuple[Phase, State, Transformer,
         yield phase, abstract_state(lens, phase, mesh), base, batch
 
 
-def trace(phase: Phase, state: State, base: Transformer, batch: dict):
-    """Traces a train step: what cannot run raises here."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    program = {'objective': phase.objective, 'hparams': phase.hparams, 'tx': phase.tx}
-    return train_step.trace(state, base, batch, key, phase.knobs(0), **program)
-
-
 def needs(cfg, job: Workload, mesh) -> dict[str, Needs]:
     """Returns what the step of every phase is given."""
     with jax.set_mesh(mesh):
@@ -99,15 +93,15 @@ def needs(cfg, job: Workload, mesh) -> dict[str, Needs]:
         return {name: Needs(*map(per_device, parts)) for name, parts in given.items()}
 
 
-def compile_step(cfg, job: Workload, mesh, name: str) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
-    """Compiles the step of phase `name` as the head of this file says, in up to a minute."""
+def compile_step(cfg, job: Workload, mesh, name: str) -> list[tuple[jax.stages.Traced, jax.stages.Compiled]]:
+    """Compiles the reading and the step of phase `name` as the head of this file says, in up to a minute."""
     cfg = cfg.copy_and_resolve_references()
     cfg.subject.dtype = 'float32'
     if job.c.n_experts:
         (cfg.subject.experts,) = moe.PLANNED
     with jax.set_mesh(mesh):
-        traced = trace(*next(step for step in steps(cfg, job, mesh) if step[0].name == name))
-        return traced, traced.lower().compile()
+        step, key = next(x for x in steps(cfg, job, mesh) if x[0].name == name), jax.eval_shape(jax.random.key, 0)
+        return [(traced, traced.lower().compile()) for traced in trace(*step, key)]
 
 
 def compile_phase(cfg, job: Workload, mesh, name: str) -> tuple[int, dict[str, float]]:
@@ -116,9 +110,13 @@ def compile_phase(cfg, job: Workload, mesh, name: str) -> tuple[int, dict[str, f
     One layer's experts are among the temporaries: a kernel for grouped products may copy them, unlike what is compiled
     in its place (moe.PLANNED).
     """
-    traced, compiled = compile_step(cfg, job, mesh, name)
+    programs = compile_step(cfg, job, mesh, name)
     experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
-    return compiled.memory_analysis().temp_size_in_bytes + experts, flops.by_scope(traced.jaxpr, job.c)
+    temporaries = max(compiled.memory_analysis().temp_size_in_bytes for _, compiled in programs)
+    work = collections.Counter()
+    for traced, _ in programs:
+        work.update(flops.by_scope(traced.jaxpr, job.c))
+    return temporaries + experts, work
 
 
 def changes(cfg, mesh, full: list[str], ships_packed: bool) -> Iterator[dict]:
