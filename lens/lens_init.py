@@ -17,7 +17,7 @@ from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
 from lens.models.lens import Lens
 
-NORM_DOCUMENTS = 10  # texts that the scale of the maps is measured on
+NORM_DOCUMENTS, NORM_TOKENS = 10, 256  # texts that the scale of the maps is measured on, and as much of each
 
 
 class Start(NamedTuple):
@@ -97,12 +97,13 @@ def init_lens(cfg, run: Run) -> Lens:
 
 
 def _stream_norms(run: Run) -> jax.Array:
-    """subject.stream_norms over the first training texts; the same texts on every mesh."""
+    """subject.stream_norms over the beginnings of the first training texts; the same texts on every mesh."""
     n = min(NORM_DOCUMENTS, len(run.train))
     parts = sharding.row_count(run.mesh)
     rows = parts * -(-n // parts)
-    tokens, lengths = np.zeros((rows, run.train.tokens.shape[1]), np.int32), np.zeros(rows, np.int32)
-    tokens[:n], lengths[:n] = run.train.tokens[:n], run.train.lengths[:n]
+    width = min(run.train.width_for(run.train.lengths[:n]), NORM_TOKENS)
+    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    tokens[:n], lengths[:n] = run.train.tokens[:n, :width], np.minimum(run.train.lengths[:n], width)
     batch = sharding.put_batch({'tokens': tokens, 'lengths': lengths}, run.mesh)
     return jax.jit(subject.stream_norms)(run.base, batch['tokens'], batch['lengths'])
 
