@@ -172,10 +172,11 @@ def public(url: str) -> str:
 
 def secrets_of(parts: urllib.parse.SplitResult) -> set[str]:
     """Returns the texts of a URL that must not be shown: its password, or the user where there is none, and the values of
-    its query; as they are written and as they are meant."""
+    its query; as they are written, meant and sent."""
     login = parts.password or parts.username
     written = {login, *(pair.partition('=')[2] for pair in parts.query.split('&'))} - {None, ''}
-    return written | {urllib.parse.unquote(x) for x in written}
+    meant = {urllib.parse.unquote(x) for x in written}
+    return written | meant | {urllib.parse.quote(x) for x in meant}
 
 
 def retry_after(value: str) -> float | None:

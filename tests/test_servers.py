@@ -3,18 +3,22 @@
 import asyncio
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import os
 import threading
 import tracemalloc
+import types
 import zlib
 
 import pytest
+from rich.console import Console
 
 from data_gen import generate, requests, servers
 from data_gen.servers import Failed, Servers
 from lens.errors import LensError
+from lens.files import read_jsonl
 from tests.chat_rows import jsonl, talk
 from tests.fake_server import FakeServer, RawServer, response
 
@@ -246,6 +250,25 @@ def test_what_an_error_says_is_one_short_printable_line(status, said):
         assert str(failure).startswith(f'HTTP {status}: ') and 'bad' in str(failure)
 
 
+def test_nothing_that_a_terminal_would_obey_is_printed(tmp_path, capsys):
+    with FakeServer(answer=lambda body: f'fine {CONTROLS} \ud800') as a:
+        run(tmp_path, a.url, rows=2)
+    out = capsys.readouterr().out
+    assert 'fine' in out and all(c.isprintable() or c == '\n' for c in out)
+    example = json.JSONDecoder().raw_decode(out.split('First finished example:\n')[1])[0]
+    assert CONTROLS in example['messages'][-1]['content'] and example in read_jsonl(tmp_path / 'out' / 'data.jsonl')
+    assert len(generate.printable(json.dumps('\x9b' * 10**5, ensure_ascii=False))) < 10 * generate.SHOWN_CHARS
+
+
+def test_a_host_is_no_markup_of_the_progress_bar(monkeypatch):
+    out, journal = io.StringIO(), types.SimpleNamespace(done=lambda: 1, counts={})
+    monkeypatch.setattr(requests, 'Console', lambda: Console(file=out, force_terminal=True, width=200))
+    server = servers.Server('http://u:hush@[fe80::1]:80/v1')
+    with requests.Display(types.SimpleNamespace(journal=journal, total=2, unit='rows')) as display:
+        display.update(types.SimpleNamespace(all={'': server}))
+    assert '[fe80::1]:80 0 tok/s' in out.getvalue() and 'hush' not in out.getvalue()
+
+
 # --- runs that end --------------------------------------------------------------------------------------------
 
 
@@ -389,8 +412,9 @@ def test_keys_and_passwords_are_sent_and_never_shown(tmp_path, capsys, monkeypat
     ('text', 'url', 'shown'),
     [
         ('http://a', 'http://a/v1', 'http://a/v1'),
-        (' https://u:p@a:8/x/ ', 'https://u:p@a:8/x', 'https://a:8/x'),
+        (' https://u:hush@a:8/x/ ', 'https://u:hush@a:8/x', 'https://a:8/x'),
         ('http://a/v1/?k=hush#hush', 'http://a/v1?k=hush', 'http://a/v1'),
+        ('http://a/v1?k=h%75sh%C3%A9&k=hushé', 'http://a/v1?k=h%75sh%C3%A9&k=hushé', 'http://a/v1'),
         ('http://hush@[::1]:80/v1', 'http://hush@[::1]:80/v1', 'http://[::1]:80/v1'),
         ('u:hush@a/v1', None, 'a/v1'),
         ('http://u:hush@a:99999/v1', None, 'http://a:99999/v1'),
@@ -408,6 +432,8 @@ def test_urls(text, url, shown):
     if url:
         server = servers.Server(url)
         assert server.url == shown and 'hush' not in server.label + server.url
+        if '?' in url or '@' in url:
+            assert 'hush' not in server.hide('hushé hush%C3%A9' if 'é' in url else 'hush')
     else:
         assert servers.public(text) == shown
         with pytest.raises(LensError) as e:
