@@ -346,7 +346,7 @@ class Servers:
             why = f'No server has given an answer that can be used for {idle_s / 60:.0f} minutes'
         else:
             return
-        remedy = 'look at --model, --server_urls and --api_key_env; the same command goes on'
+        remedy = 'look at --model, --server_urls and --api_key_env; what was answered is kept'
         raise LensError(f'{why} ({self._problems()}): {remedy}.')
 
     def _waits(self) -> bool:

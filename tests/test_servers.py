@@ -469,6 +469,16 @@ def test_a_registry_that_is_no_file_is_refused(tmp_path, make):
         Servers('', 'tiny', 1.0, registry=str(tmp_path / 'r'))
 
 
+def test_a_registry_that_is_replaced_by_none_leaves_the_servers(tmp_path):
+    registry = tmp_path / 'r'
+    registry.write_text('http://a\n')
+    known = Servers('', 'tiny', 1.0, registry=str(registry))
+    for replace in (lambda: None, registry.unlink, lambda: os.mkfifo(registry)):
+        replace()
+        known.read_registry()
+        assert list(known.all) == ['http://a/v1']
+
+
 def test_a_host_that_cannot_be_one_is_a_failure():
     for url in ('http://' + 'a' * 64 + '.invalid', 'http://a..b', 'http://.'):
         with contextlib.suppress(LensError):
