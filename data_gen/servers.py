@@ -96,7 +96,7 @@ class Server:
         self.serves: bool | None = None  # the wanted model; None: not yet known
         self.problem = 'not yet asked'
         self.useful = False  # has given an answer that could be used
-        self._lasting: list[float] = []  # the first LASTING_TIMES - 1 of these failures in a row, and the last
+        self.lasting: list[float] = []  # the first LASTING_TIMES - 1 of these failures in a row, and the last
         self.in_flight = self.failures = 0
         self.retry_at = self.failed_at = 0.0
         self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=MOST_RECENT)
@@ -115,13 +115,13 @@ class Server:
         """Notes a failure; None: an answer that could be used."""
         self.useful |= failure is None
         if failure and failure.lasting:
-            self._lasting[LASTING_TIMES - 1 :] = [time.monotonic()]
+            self.lasting[LASTING_TIMES - 1 :] = [time.monotonic()]
         elif not failure or not failure.counts:  # it is well, or has gone, and may come back otherwise
-            self._lasting.clear()
+            self.lasting.clear()
 
     def hopeless(self) -> bool:
         """Returns whether all its answers were failures that last, several of them and for LASTING_S."""
-        return len(self._lasting) == LASTING_TIMES and self._lasting[-1] - self._lasting[0] >= LASTING_S
+        return len(self.lasting) == LASTING_TIMES and self.lasting[-1] - self.lasting[0] >= LASTING_S
 
     def ready(self, now: float) -> bool:
         return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
@@ -137,7 +137,8 @@ class Server:
             self.retry_at = max(self.retry_at, now + failure.pause_s)
         elif started >= self.failed_at:
             self.failures, self.failed_at = self.failures + 1, now
-            pause = min(BACKOFF_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S)
+            most_s = LASTING_S / 6 if self.lasting else BACKOFF_MAX_S  # so that LASTING_S is about what a run lasts
+            pause = min(BACKOFF_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S, most_s)
             self.retry_at = max(self.retry_at, now + pause)
 
     def add_tokens(self, tokens: int) -> None:
@@ -361,7 +362,8 @@ class Servers:
                 none_since = time.monotonic()
             elif not self._said_none and time.monotonic() - none_since > NONE_LEFT_S:
                 self._said_none = True
-                limit = '' if self._waits() else f', {PATIENCE_S / 60:.0f} minutes at most'
+                limit_s = LASTING_S if all(s.lasting for s in self.all.values()) else PATIENCE_S
+                limit = '' if self._waits() else f', for about {limit_s:.0f} s'
                 say(f'no server is left ({self._problems() or "the registry is empty"}): waiting for one{limit}')
             self.check()
             await asyncio.sleep(0.1)

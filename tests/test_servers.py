@@ -321,6 +321,16 @@ def test_a_failure_lasts_only_where_all_servers_have_it_for_so_long(monkeypatch)
         both.check()
 
 
+def test_a_wait_is_said_with_its_limit(tmp_path, monkeypatch, said):
+    monkeypatch.setattr(servers, 'NONE_LEFT_S', 0.0)
+    monkeypatch.setattr(servers, 'LASTING_S', 1.0)
+    with FakeServer() as a:
+        a.script = lambda number, body: setattr(a, 'key', 'another') if number == 3 else None
+        with pytest.raises(LensError, match='No server gives an answer'):
+            run(tmp_path, a.url)
+    assert any(line.endswith('HTTP 401: wrong API key): waiting for one, for about 1 s') for line in said)
+
+
 def test_a_key_that_is_withdrawn_ends_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(servers, 'LASTING_S', 0.0)
     with FakeServer() as a:
