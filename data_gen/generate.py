@@ -9,16 +9,19 @@ OUTPUT/stats.json the lengths. rejected.jsonl, failed.jsonl and skipped.jsonl na
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
+import unicodedata
 
 from data_gen import chat_data, requests, rollouts, servers, tables, turns
 from data_gen.options import command, need, option
 from data_gen.requests import LOCAL, Request
 from data_gen.servers import Answer, Failed
 from lens import hf
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
+SHOWN_CHARS = 4000  # of the first answer and the first row
 ANSWERED = ('thinking_tokens', 'content_tokens')
 # what a resumed run may not change
 COMPARED = ('model', 'reasoning_level', 'system_prompt', 'target_total_tokens', 'anchor_prompt_tokens')
@@ -34,6 +37,7 @@ class GenerateOptions:
     server_urls: str = option('', f'Servers, separated by commas; {LOCAL} where no registry is given either.')
     server_registry: str = option('', 'Text file with one URL per line, read again while running.')
     registry_refresh_interval: float = option(5.0, 'Seconds between two readings of the registry.', 1)
+    api_key_env: str = option('', 'Environment variable that holds the API key, for servers that want one.')
     model: str = option('openai/gpt-oss-20b', 'Name of the served model.')
     tokenizer: str = option('', 'Folder or Hub id of the tokenizer that counts; --model where not given.')
     reasoning_level: str = option('high', 'Sent as the system line "Reasoning: LEVEL"; empty: no line.')
@@ -80,10 +84,10 @@ class Generation:
         return Request(plan, body | {'temperature': o.temperature, 'top_p': o.top_p})
 
     def take(self, request: Request, answer: Answer) -> bool:
-        self._show('raw response', f' ({answer.server.url}):\n{answer.raw}')
+        self._show('raw response', f' ({answer.server.url}):\n{shown(answer.server.hide(answer.raw), SHOWN_CHARS)}')
         record = self._planner.record(request.job, answer)
         answer.server.add_tokens(answer.tokens or sum(v for k, v in record['tokens'].items() if k in ANSWERED))
-        self._show('finished example', f':\n{json.dumps(record, indent=1, ensure_ascii=False)}')
+        self._show('finished example', f':\n{printable(json.dumps(record, indent=1, ensure_ascii=False))}')
         return self.journal.append('data', record)
 
     def _show(self, what: str, text: str) -> None:
@@ -102,7 +106,15 @@ class Generation:
 def _servers(o: GenerateOptions) -> servers.Servers:
     urls = o.server_urls or ('' if o.server_registry else LOCAL)
     more = {'registry': o.server_registry, 'interval_s': o.registry_refresh_interval}
-    return servers.Servers(urls, o.model, o.timeout, **more)
+    return servers.Servers(urls, o.model, o.timeout, **more, key=requests.api_key(o.api_key_env))
+
+
+def printable(json_text: str) -> str:
+    """Returns the same JSON with escapes for what a terminal would obey, cut at SHOWN_CHARS."""
+    unsafe = ('Cc', 'Cf', 'Cs')
+    chars = (c if c == '\n' or unicodedata.category(c) not in unsafe else json.dumps(c)[1:-1] for c in json_text)
+    text = ''.join(itertools.islice(chars, SHOWN_CHARS))
+    return text if len(json_text) <= SHOWN_CHARS else text + ' …'
 
 
 def generate(options: GenerateOptions) -> str:

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import os
 import pathlib
 
 from data_gen import chat_data, journal, label_files, label_prompts, requests
@@ -191,7 +190,8 @@ class Labelling:
         try:
             text = label_prompts.parse(answer.message, answer.finish_reason)
         except label_prompts.BadAnswer as e:
-            usage['content'] = str(answer.message.get('content'))[:SAID_CHARS]
+            content = answer.message.get('content')
+            usage['content'] = (content if isinstance(content, str) else answer.raw)[:SAID_CHARS]
             return self._fail(request.job, 'answer', str(e), usage)
         return self.journal.add('labels', request.job, {'text': text} | usage)
 
@@ -268,9 +268,7 @@ def _instruction(path: str) -> str:
 def label(o: LabelOptions) -> str:
     """Runs to the end; the last line says where the result is. Raises LensError."""
     need(o, 'data', 'tokenizer', 'model')
-    key = os.environ.get(o.api_key_env, '').strip() if o.api_key_env else None
-    if o.api_key_env and not (key and key.isascii() and key.isprintable()) and not (o.dry_run or o.finish):
-        raise LensError(f'--api_key_env={o.api_key_env}: this environment variable holds no API key.')
+    key = None if o.dry_run or o.finish else requests.api_key(o.api_key_env)
     work = Labelling(o)
     if o.dry_run:
         return work.dry_run()

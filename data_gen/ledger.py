@@ -5,13 +5,14 @@ those lines, over all commands.
 """
 
 import collections
+import math
 import pathlib
 
 import numpy as np
 
 from data_gen.journal import Journal
 from data_gen.label_prompts import Part
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
 WITHOUT = 'without a label'
 
@@ -52,7 +53,16 @@ class Ledger(Journal):
     def _note(self, kind: str, record: dict) -> None:
         name, row, slot = place = record['split'], record['row'], record['slot']
         had = self._labelled[name][row, slot]
-        self._sums.update({k: record[k] for k in ('prompt_tokens', 'answer_tokens', 'cost')})
+        used = {k: record[k] for k in ('prompt_tokens', 'answer_tokens', 'cost')}
+        if (
+            type(row) is not int
+            or type(slot) is not int
+            or not all(0 <= x < math.inf for x in (row, slot, *used.values()))
+        ):
+            raise TypeError
+        if not isinstance(record.get('reason', ''), str):
+            raise TypeError
+        self._sums.update(used)
         self._sums['answers'] += record.get('kind', 'answer') == 'answer'
         self._sums['estimated'] += record.get('estimated', False)
         if kind == 'labels':
@@ -103,7 +113,7 @@ class Ledger(Journal):
         return dict(out.most_common())
 
     def why(self) -> str:
-        return ', '.join(f'{n} {reason}' for reason, n in list(self.reasons().items())[:5]) or 'none'
+        return ', '.join(f'{n} {shown(reason)}' for reason, n in list(self.reasons().items())[:5]) or 'none'
 
     def as_dict(self) -> dict:
         ledger = {k: self._sums[k] for k in ('answers', 'prompt_tokens', 'answer_tokens', 'cost')}

@@ -8,6 +8,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from typing import Protocol
@@ -17,13 +18,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data_gen.journal import Journal
 from data_gen.servers import Answer, Failed, Servers, say
-from lens.errors import LensError
+from lens.errors import LensError, shown
 from lens.logger import clock
 
 PAUSE_S = 0.5  # after a request without an answer
 SYNC_EVERY_S = 0.5
 LINE_EVERY_S = 10.0  # of progress where there is no terminal
 LOCAL = 'http://localhost:8000/v1'
+
+
+def api_key(variable: str) -> str | None:
+    """Returns the API key that an environment variable holds; None for no variable. Raises LensError."""
+    key = os.environ.get(variable, '').strip()
+    if variable and not (key and key.isascii() and key.isprintable()):
+        raise LensError(f'--api_key_env={shown(variable)}: this environment variable holds no API key.')
+    return key or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Display:
     def __init__(self, work: Work):
         self._work, self._began, self._begun_with = work, time.monotonic(), work.journal.done()
         self._console, self._line_at = Console(), self._began + LINE_EVERY_S
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[text]}'))
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[text]}', markup=False))
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task('', total=work.total, text='')
 
@@ -151,7 +160,7 @@ class Engine:
             try:
                 async with self._affordable(request.most):
                     answer = await self._servers.complete(request.body)
-                    closed = await self._in_thread(self._work.take, request, answer)
+                    closed = await self._take(request, answer)
             except Failed as e:
                 attempts += e.counts
                 closed = bool(e.refused) or attempts >= max(3, 2 * len(self._servers.all))
@@ -159,6 +168,15 @@ class Engine:
                     await self._in_thread(self._work.give_up, request, attempts, e)
                 else:
                     await asyncio.sleep(PAUSE_S)
+
+    async def _take(self, request: Request, answer: Answer) -> bool:
+        try:
+            closed = await self._in_thread(self._work.take, request, answer)
+        except Failed as e:
+            self._servers.judge(answer, e)
+            raise
+        self._servers.judge(answer, None)
+        return closed
 
     @contextlib.asynccontextmanager
     async def _affordable(self, most: float):

@@ -1,7 +1,9 @@
 """OpenAI-compatible servers: which of them are up, what an answer means, and how fast they are.
 
 A server that fails is left alone for a time that doubles, then tried with one request; an answer brings it back.
-A registry file with one URL per line adds and removes servers while requests run.
+A registry file with one URL per line adds and removes servers while requests run. Nothing that a server or the registry
+says is taken on trust: an answer has a limit in bytes and in seconds, redirects are not followed, what goes into messages
+is one short line of printable characters, and keys and passwords are kept out of it.
 """
 
 import asyncio
@@ -14,13 +16,15 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import time
 import urllib.parse
 
 import aiohttp
+import yarl
 
 from data_gen import chat_data
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
 ASK_AGAIN_S = 5.0  # for servers that were away
@@ -28,8 +32,16 @@ START_S = 5.0  # how long servers given by URL may take to answer at the start
 NONE_LEFT_S = 1.0  # without a server for this long, the wait is said
 MODELS_TIMEOUT_S = 10.0
 SPEED_WINDOW_S, MOST_RECENT = 30.0, 10_000  # answers that speed looks at
-MOST_TOKENS = 2**31 - 1  # of one answer or prompt
-NO_REFUSAL = (401, 402, 403, 405, 408, 425, 429)  # a 4xx that says nothing about the one request
+LASTING_S, LASTING_TIMES = 60.0, 5  # every server fails in a way that no waiting mends: then the run ends
+PATIENCE_S = 1800.0  # no server gives an answer that can be used: then, too
+MOST_REFUSED = 100  # requests that may be refused before the first answer
+MOST_PAUSE_S = 300.0  # of a Retry-After
+MOST_TOKENS = 10**7  # of one answer or prompt
+LEAST_BYTES, BYTES_PER_TOKEN, MOST_BYTES = 2**18, 2**8, 2**23  # of an answer: what is longer is none
+MOST_REGISTRY_BYTES, MOST_SAID = 2**16, 100
+REASON_CHARS = 1000
+LASTING = (401, 402, 403, 404, 405, 410, 501)  # a server that says so goes on saying so
+NO_REFUSAL = (*LASTING, 408, 425, 429)  # a 4xx that says nothing about the one request
 
 
 say = functools.partial(print, flush=True)  # above the bar of a terminal, which rich keeps below what is printed
@@ -39,12 +51,19 @@ class Failed(Exception):
     """No answer. counts: whether this was an attempt at the job, and not a server that is busy or away.
 
     pause_s: after which the server wants to be asked again. refused: the HTTP status with which a server says that it
-    will never answer this request.
+    will never answer this request. lasting: whether every request to this server ends so.
     """
 
-    def __init__(self, reason: str, counts: bool = True, pause_s: float | None = None, refused: int | None = None):
-        super().__init__(reason)
-        self.counts, self.pause_s, self.refused = counts, pause_s, refused
+    def __init__(
+        self,
+        reason: str,
+        counts: bool = True,
+        pause_s: float | None = None,
+        refused: int | None = None,
+        lasting: bool = False,
+    ):
+        super().__init__(shown(reason, REASON_CHARS))
+        self.counts, self.pause_s, self.refused, self.lasting = counts, pause_s, refused, lasting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +77,51 @@ class Answer:
 
 
 class Server:
-    """One URL and what is known of it."""
+    """One URL and what is known of it. url, label: without password and query, as they may be shown.
 
-    def __init__(self, url: str):
-        self.url = url
-        self.label = urllib.parse.urlsplit(url).netloc
+    key: API key. secrets: those of all servers, to which its own are added.
+    """
+
+    def __init__(self, url: str, key: str | None = None, secrets: set[str] | None = None):
+        parts = urllib.parse.urlsplit(url)
+        self.label = parts.netloc.rpartition('@')[2]
+        self.url = f'{parts.scheme}://{self.label}{parts.path}'
+        self._secrets = set() if secrets is None else secrets
+        self._secrets |= secrets_of(parts) | ({key} if key else set())
+        self.headers = {'Authorization': f'Bearer {key}'} if key else {}
+        if parts.username is not None:
+            login = [urllib.parse.unquote(x or '') for x in (parts.username, parts.password)]
+            self.headers = {'Authorization': aiohttp.encode_basic_auth(*login)}
+        self._query = parts.query and f'?{parts.query}'
         self.serves: bool | None = None  # the wanted model; None: not yet known
         self.problem = 'not yet asked'
+        self.useful = False  # has given an answer that could be used
+        self.lasting: list[float] = []  # the first LASTING_TIMES - 1 of these failures in a row, and the last
         self.in_flight = self.failures = 0
         self.retry_at = self.failed_at = 0.0
         self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=MOST_RECENT)
         self._since = time.monotonic()
+
+    def at(self, path: str) -> str:
+        return self.url + path + self._query
+
+    def hide(self, text: str) -> str:
+        """Returns `text` without the keys and passwords of the servers, which they may have repeated."""
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, '***')
+        return text
+
+    def note(self, failure: Failed | None) -> None:
+        """Notes a failure; None: an answer that could be used."""
+        self.useful |= failure is None
+        if failure and failure.lasting:
+            self.lasting[LASTING_TIMES - 1 :] = [time.monotonic()]
+        elif not failure or not failure.counts:  # it is well, or has gone, and may come back otherwise
+            self.lasting.clear()
+
+    def hopeless(self) -> bool:
+        """Returns whether all its answers were failures that last, several of them and for LASTING_S."""
+        return len(self.lasting) == LASTING_TIMES and self.lasting[-1] - self.lasting[0] >= LASTING_S
 
     def ready(self, now: float) -> bool:
         return bool(self.serves) and now >= self.retry_at and (not self.failures or not self.in_flight)
@@ -77,13 +130,15 @@ class Server:
         """Notes a failure. Requests under way when one was noticed do not add to it; to refuse one is no failure."""
         now = time.monotonic()
         self.problem = str(failure)
+        self.note(failure)
         if failure.refused:
             self.failures = 0
         elif failure.pause_s is not None:
             self.retry_at = max(self.retry_at, now + failure.pause_s)
         elif started >= self.failed_at:
             self.failures, self.failed_at = self.failures + 1, now
-            pause = min(BACKOFF_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S)
+            most_s = LASTING_S / 6 if self.lasting else BACKOFF_MAX_S  # so that LASTING_S is about what a run lasts
+            pause = min(BACKOFF_S * 2 ** min(self.failures - 1, 10), BACKOFF_MAX_S, most_s)
             self.retry_at = max(self.retry_at, now + pause)
 
     def add_tokens(self, tokens: int) -> None:
@@ -98,12 +153,31 @@ class Server:
 
 def normal_url(text: str) -> str | None:
     """Returns the base URL with its /v1, or None where `text` is no http URL."""
+    text = text.strip()
     try:
-        parts = urllib.parse.urlsplit(text.strip().rstrip('/'))
+        parts = urllib.parse.urlsplit(text)
         valid = parts.scheme in ('http', 'https') and bool(parts.hostname) and parts.port != 0
+        valid = valid and text.isprintable() and ' ' not in text and bool(yarl.URL(text).host)
     except ValueError:  # a port that is no number
         return None
-    return urllib.parse.urlunsplit(parts if parts.path else parts._replace(path='/v1')) if valid else None
+    parts = parts._replace(path=parts.path.rstrip('/') or '/v1', fragment='')
+    return urllib.parse.urlunsplit(parts) if valid else None
+
+
+def public(url: str) -> str:
+    """Returns what may be shown of a URL, be it a good one or not: no user, password, query and fragment."""
+    head, _, rest = url.rpartition('@')
+    scheme = re.match('[a-z]+://', head)
+    return shown((scheme[0] if scheme else '') + re.split('[?#]', rest, maxsplit=1)[0])
+
+
+def secrets_of(parts: urllib.parse.SplitResult) -> set[str]:
+    """Returns the texts of a URL that must not be shown: its password, or the user where there is none, and the values of
+    its query; as they are written, meant and sent."""
+    login = parts.password or parts.username
+    written = {login, *(pair.partition('=')[2] for pair in parts.query.split('&'))} - {None, ''}
+    meant = {urllib.parse.unquote(x) for x in written}
+    return written | meant | {urllib.parse.quote(x) for x in meant}
 
 
 def retry_after(value: str) -> float | None:
@@ -113,9 +187,9 @@ def retry_after(value: str) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+    return min(max(seconds, 0.0), MOST_PAUSE_S) if math.isfinite(seconds) else None
 
 
 def parse_answer(raw: str, server: Server) -> Answer:
@@ -142,7 +216,7 @@ def _count(value) -> int | None:
 class Servers:
     """All servers of a run. urls: separated by commas. registry: text file with more. Raises LensError.
 
-    interval_s: between two readings of the registry. key: API key that all of them get.
+    interval_s: between two readings of the registry. key: API key for those whose URL has no password.
     """
 
     def __init__(
@@ -150,52 +224,72 @@ class Servers:
     ):
         self._fixed = {text: normal_url(text) for text in urls.split(',') if text.strip()}
         if wrong := [text for text, url in self._fixed.items() if url is None]:
-            raise LensError(f'{wrong[0]!r} in --server_urls is no URL such as http://localhost:8000/v1.')
+            raise LensError(f'{public(wrong[0])!r} in --server_urls is no URL such as http://localhost:8000/v1.')
         self._registry = pathlib.Path(registry) if registry else None
-        self._interval_s, self._model, self._timeout = interval_s, model, timeout
-        self._headers = {'Authorization': f'Bearer {key}'} if key else {}
+        if self._registry and self._registry.exists() and not self._registry.is_file():
+            raise LensError(f'--server_registry={registry} is no text file.')
+        self._interval_s, self._model, self._timeout, self._key = interval_s, model, timeout, key
         self._listed: list[str] = []
         self._number = itertools.count()
+        self._said: set[str] = set()
+        self._secrets: set[str] = set()
         self._said_none = False
+        self._refused, self._idle_since = 0, None
         self.all: dict[str, Server] = {}
 
     async def __aenter__(self):
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self._headers)
+        connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
+        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=cookies)
         return self
 
     async def __aexit__(self, *exc):
         await self._session.close()
 
+    def _say_once(self, text: str) -> None:
+        if text not in self._said and len(self._said) < MOST_SAID:
+            self._said.add(text)
+            say(text)
+
     def read_registry(self) -> None:
         """Brings `all` up to date; what cannot be read leaves the list as it was."""
-        if self._registry:
-            with contextlib.suppress(OSError):
-                lines = self._registry.read_text('utf-8', 'replace').splitlines()
-                self._listed = [u for line in lines if (u := normal_url(line.partition('#')[0]))]
+        if self._registry and self._registry.is_file():
+            with contextlib.suppress(OSError), self._registry.open('rb') as f:
+                lines = f.read(MOST_REGISTRY_BYTES).decode('utf-8', 'replace').splitlines()
+                texts = [text for line in lines if (text := re.split(r'(?:^|\s)#', line)[0].strip())]
+                self._listed = [url for text in texts if (url := normal_url(text))]
+                for text in texts:
+                    if not normal_url(text):
+                        self._say_once(
+                            f'{public(text)!r} in {self._registry} is no URL such as http://localhost:8000/v1'
+                        )
         wanted = dict.fromkeys([*self._fixed.values(), *self._listed])
         for url in self.all.keys() - wanted.keys():
-            say(f'server {url} was removed from the registry')
-        self.all = {url: self.all.get(url) or Server(url) for url in wanted}
+            say(f'server {self.all[url].url} was removed from the registry')
+        self.all = {url: self.all.get(url) or Server(url, self._key, self._secrets) for url in wanted}
 
     async def _ask_models(self, server: Server) -> None:
         """Finds out whether the server serves the model."""
+        serves, failure = None, None
+        limit = aiohttp.ClientTimeout(total=min(MODELS_TIMEOUT_S, self._timeout))
         try:
-            limit = aiohttp.ClientTimeout(total=min(MODELS_TIMEOUT_S, self._timeout))
-            async with self._session.get(server.url + '/models', timeout=limit) as response:
-                status, raw = response.status, await response.read()
+            status, raw, _ = await self._exchange('GET', server, '/models', limit, MOST_BYTES)
             if status != 200:
                 wants = ', it wants an API key or refuses the one given' if status in (401, 403) else ''
-                raise ValueError(f'HTTP {status} from /models{wants}')
+                raise Failed(f'HTTP {status} from /models{wants}', lasting=status in LASTING)
             names = [m['id'] for m in json.loads(raw)['data']]
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError) as e:
-            server.serves, server.problem = None, _reason(e)
-            return
-        server.serves = self._model in names
-        if not server.serves:
-            problem = chat_data.clean(f'serves {", ".join(map(str, names)) or "no model"}, not {self._model}')
-            if server.problem != problem:
-                say(f'server {server.url} is left out: it {problem}')
-            server.problem = problem
+            serves = self._model in names
+            if not serves:
+                served = shown(server.hide(chat_data.clean(', '.join(map(str, names[:20])))) or 'no model')
+                self._say_once(f'server {server.url} is left out: it serves {served}, not {shown(self._model)}')
+                raise Failed(f'serves {served}, not {shown(self._model)}', lasting=True)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            failure = Failed('the answer of /models is not a list of models', lasting=True)
+        except Failed as e:
+            failure = e
+        server.serves = serves
+        if failure:
+            server.problem = str(failure)
+            server.note(failure)
 
     async def _admit(self) -> None:
         self.read_registry()
@@ -218,11 +312,13 @@ class Servers:
                     f'No server answers at {", ".join(s.url for s in known)} ({known[0].problem}): start one, or name '
                     'another by --server_urls.'
                 )
+            self.check()
             if self._registry and not said:
                 said = True
                 say(f'no server yet: waiting for one in {self._registry}')
             await asyncio.sleep(self._interval_s if self._registry else 0.5)
             await self._admit()
+        self._idle_since = None
 
     async def watch(self) -> None:
         """Runs until it is cancelled: the registry, and servers that were away when they were first asked."""
@@ -230,28 +326,60 @@ class Servers:
             await asyncio.sleep(self._interval_s)
             await self._admit()
 
+    def _problems(self) -> str:
+        return shown('; '.join(f'{s.label}: {s.problem}' for s in self.all.values()), REASON_CHARS)
+
+    def check(self) -> None:
+        """Raises LensError where to ask on is in vain.
+
+        That is where all answers of every server have been failures that last for LASTING_S, where MOST_REFUSED
+        requests were refused before the first answer, and where nothing could be used for PATIENCE_S, or three times
+        the timeout. With a registry servers that are away, or not there yet, are waited for until the run is stopped.
+        """
+        known, now = [*self.all.values()], time.monotonic()
+        self._idle_since = None if self._waits() else self._idle_since or now
+        idle_s = now - (self._idle_since or now)
+        if known and all(s.hopeless() for s in known):
+            why = 'No server gives an answer that can be used'
+        elif self._refused >= MOST_REFUSED and not any(s.useful for s in known):
+            why = f'{self._refused} requests were refused and none was answered'
+        elif idle_s > max(PATIENCE_S, 3 * self._timeout):
+            why = f'No server has given an answer that can be used for {idle_s / 60:.0f} minutes'
+        else:
+            return
+        remedy = 'look at --model, --server_urls and --api_key_env; what was answered is kept'
+        raise LensError(f'{why} ({self._problems()}): {remedy}.')
+
+    def _waits(self) -> bool:
+        """Whether servers are awaited without a limit: those of a registry, while none of them is there."""
+        return bool(self._registry) and not any(s.serves for s in self.all.values())
+
     async def _pick(self) -> Server:
-        """The server whose turn it is; waits, and says so once, while there is none."""
+        """The server whose turn it is; waits, and says so once, while there is none. Raises LensError."""
         none_since = time.monotonic()
         while not (ready := [s for s in self.all.values() if s.ready(time.monotonic())]):
             if any(s.in_flight for s in self.all.values()):
                 none_since = time.monotonic()
             elif not self._said_none and time.monotonic() - none_since > NONE_LEFT_S:
                 self._said_none = True
-                problems = '; '.join(f'{s.label}: {s.problem}' for s in self.all.values())
-                say(f'no server is left ({problems or "the registry is empty"}): waiting for one')
+                limit_s = LASTING_S if all(s.lasting for s in self.all.values()) else PATIENCE_S
+                limit = '' if self._waits() else f', for about {limit_s:.0f} s'
+                say(f'no server is left ({self._problems() or "the registry is empty"}): waiting for one{limit}')
+            self.check()
             await asyncio.sleep(0.1)
         return ready[next(self._number) % len(ready)]
 
     async def complete(self, body: dict) -> Answer:
-        """Makes one attempt. Raises Failed."""
+        """Makes one attempt. Raises Failed, and LensError where there is nobody to ask."""
         server, started = await self._pick(), time.monotonic()
         server.in_flight += 1
         try:
             answer = await self._post(server, body)
             server.failures = 0
         except Failed as e:
+            self._refused += bool(e.refused)
             server.fail(started, e)
+            self.check()
             raise
         finally:
             server.in_flight -= 1
@@ -260,25 +388,58 @@ class Servers:
             say(f'server {server.url} answers: going on')
         return answer
 
+    def judge(self, answer: Answer, failure: Failed | None) -> None:
+        """Notes whether the answer could be used. Raises LensError where no server gives one that can."""
+        server = answer.server
+        if failure is None:
+            self._idle_since = None
+        else:
+            failure.lasting, server.problem = not server.useful, str(failure)
+        server.note(failure)
+        if failure:
+            self.check()
+
     async def _post(self, server: Server, body: dict) -> Answer:
         limit = aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(MODELS_TIMEOUT_S, self._timeout))
-        try:
-            async with self._session.post(server.url + '/chat/completions', json=body, timeout=limit) as response:
-                raw = (await response.read()).decode('utf-8', 'replace')
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
-            raise Failed(_reason(e), counts=False) from None
-        except TimeoutError:
-            raise Failed(f'no answer within {self._timeout:g} s') from None
-        except (aiohttp.ClientError, OSError) as e:
-            raise Failed(_reason(e)) from None
-        if response.status == 200:
-            return parse_answer(raw, server)
-        reason = f'HTTP {response.status}: {_error_text(raw)}'
-        if 400 <= response.status < 500 and response.status not in NO_REFUSAL:
+        most = min(LEAST_BYTES + BYTES_PER_TOKEN * body['max_tokens'], MOST_BYTES)
+        status, raw, after = await self._exchange('POST', server, '/chat/completions', limit, most, body)
+        if status == 200:
+            try:
+                return parse_answer(raw, server)
+            except Failed as e:  # after others that could be used it may be that of a proxy
+                reason = str(e) if server.hide(raw) == raw else 'the answer is none, and repeats a key or password'
+                raise Failed(reason, lasting=not server.useful) from None
+        reason = f'HTTP {status}: {_error_text(server.hide(raw))}'
+        if 400 <= status < 500 and (status == 404 or status not in NO_REFUSAL):
             await self._ask_models(server)
-            raise Failed(reason, server.serves is not False, refused=response.status if server.serves else None)
-        pause_s = retry_after(response.headers.get('Retry-After', '')) if response.status in (429, 503) else None
-        raise Failed(reason, response.status not in (401, 402, 403, 429, 503), pause_s)
+            if status != 404 or server.serves is False:
+                raise Failed(reason, server.serves is not False, refused=status if server.serves else None)
+        pause_s = retry_after(after) if status in (429, 503) else None
+        raise Failed(reason, status not in (*LASTING, 429, 503), pause_s, lasting=status in LASTING)
+
+    async def _exchange(self, method: str, server: Server, path: str, timeout, most: int, body: dict | None = None):
+        """Returns (status, text, Retry-After) of an answer of at most `most` bytes. Raises Failed."""
+        given = {'json': body, 'headers': server.headers, 'timeout': timeout, 'allow_redirects': False}
+        try:
+            async with self._session.request(method, server.at(path), **given) as response:
+                if 300 <= response.status < 400:
+                    to = server.hide(public(response.headers.get('Location', '')))
+                    raise Failed(
+                        f'HTTP {response.status}: it wants to redirect to {to or "nowhere"}', False, lasting=True
+                    )
+                raw = bytearray()
+                async for chunk in response.content.iter_any():
+                    raw += chunk
+                    if len(raw) > most:
+                        response.close()
+                        raise Failed(f'the answer is longer than {most} bytes', lasting=not server.useful)
+                return response.status, raw.decode('utf-8', 'replace'), response.headers.get('Retry-After', '')
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
+            raise Failed(server.hide(str(e)) or type(e).__name__, counts=False) from None
+        except TimeoutError:
+            raise Failed(f'no answer within {timeout.total:g} s') from None
+        except (aiohttp.ClientError, OSError, ValueError) as e:  # ValueError: a host that cannot be one
+            raise Failed(server.hide(str(e)) or type(e).__name__) from None
 
 
 def _error_text(raw: str) -> str:
@@ -286,15 +447,6 @@ def _error_text(raw: str) -> str:
     try:
         body = json.loads(raw)
         error = body.get('error', body)
-        return chat_data.clean(str(error.get('message', error) if isinstance(error, dict) else error))[:1000]
+        return chat_data.clean(str(error.get('message', error) if isinstance(error, dict) else error))
     except (ValueError, AttributeError, RecursionError):
-        return raw[:1000]
-
-
-def _reason(e: BaseException) -> str:
-    """One line that says why there is no answer."""
-    if isinstance(e, TimeoutError):
-        return 'no answer in time'
-    if isinstance(e, (KeyError, TypeError)):
-        return 'the answer of /models is not a list of models'
-    return ' '.join(str(e).split()) or type(e).__name__
+        return raw

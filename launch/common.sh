@@ -1,17 +1,14 @@
 # Shell functions of the launch scripts, which source it after `set -euo pipefail` and set `root`.
-# shellcheck shell=bash disable=SC2034,SC2064,SC2154 # variables that the scripts set or use
+# shellcheck shell=bash disable=SC2013,SC2034,SC2064,SC2154 # variables that the scripts set or use
 die() {
   echo "error: $*" >&2
   exit 1
 }
 
 needs() {
-  for program in "$@"; do
-    command -v "$program" >/dev/null || die "$program is missing: $(basename "$0") needs it. PYTHON names an interpreter."
-  done
+  for program in "$@"; do command -v "$program" >/dev/null || die "$program is missing: $(basename "$0") needs it. PYTHON names an interpreter."; done
 }
 needs setsid setpriv flock
-
 show() { echo "+$(printf ' %q' "$@")"; }
 alive() { kill -0 "$1" 2>/dev/null; }
 
@@ -35,14 +32,13 @@ at_exit() {
   for signal in HUP INT TERM; do trap "exit $((128 + $(kill -l "$signal")))" "$signal"; done
 }
 
-# Starts a command as group $started, out of reach of Ctrl-C. It gets SIGTERM when this script ends, be it by kill -9.
+# Starts a command as group $started, deaf to Ctrl-C, that reads $input and gets SIGTERM at the end, or kill -9, of this script.
 start_group() {
-  setsid setpriv --pdeathsig TERM "$@" </dev/null &
+  setsid setpriv --pdeathsig TERM "$@" <<<"${input-}" &
   started=$!
 }
 
-# Right after its start the group $2 does not exist yet, and in the end no more.
-signal_group() { kill "-$1" -- "-$2" 2>/dev/null || kill "-$1" "$2" 2>/dev/null || true; }
+signal_group() { kill "-$1" -- "-$2" 2>/dev/null || kill "-$1" "$2" 2>/dev/null || true; } # it may not exist yet, or no more
 
 # True while a process of group $1 runs; processes that have ended and that nobody collects do not count.
 group_runs() {
@@ -50,15 +46,18 @@ group_runs() {
   grep -qsE "^[0-9]+ \(.*\) [^ZX] [0-9]+ $1 " /proc/[0-9]*/stat # id, name, state, parent, group
 }
 
-# Ends the group $1: SIGTERM, and SIGKILL for what still runs after $2 seconds, or when its leader has ended.
+family() { for id in $(cat "/proc/$1/task/"*/children 2>/dev/null); do echo "$id" && family "$id"; done; } # all that descends from $1
+# Ends group $1 and what descends from its leader: SIGTERM, and SIGKILL for what still runs after $2 s, or when that has ended.
 stop_group() {
-  local last=$((SECONDS + $2))
+  local last=$((SECONDS + $2)) others
+  mapfile -t others < <(family "$1")
   signal_group TERM "$1"
   while group_runs "$1"; do
     alive "$1" || sleep 1 # for those that clean up after it
     if ((SECONDS >= last)) || ! alive "$1"; then signal_group KILL "$1"; fi
     sleep 0.1
   done
+  kill -KILL "${others[@]}" 2>/dev/null || true
   wait "$1" 2>/dev/null || true
 }
 
@@ -70,7 +69,5 @@ option_value() {
 
 # Refuses arguments, those after $1, that lack one of the options $1.
 needs_options() {
-  for option in $1; do
-    [ "$(option_value "$option" "${@:2}")" ] || die "--$option is needed: see the head of $(basename "$0")."
-  done
+  for option in $1; do [ "$(option_value "$option" "${@:2}")" ] || die "--$option is needed: see the head of $(basename "$0")."; done
 }

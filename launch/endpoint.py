@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -16,9 +17,10 @@ import urllib.error
 import urllib.request
 
 PORTS = range(61440, 65536)  # beyond those that the system gives to connections: still free when the server listens
-PAUSE_S, LINE_EVERY_S, MODELS_S = 0.5, 15.0, 5.0
-# a proxy of the environment is not for servers of our own
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+PAUSE_S, LINE_EVERY_S, MODELS_S, MOST_BYTES = 0.5, 15.0, 5.0, 2**20
+OPENER = urllib.request.OpenerDirector()  # neither proxies of the environment nor redirects are for servers of our own
+for name in ('HTTPHandler', 'HTTPDefaultErrorHandler', 'HTTPErrorProcessor'):
+    OPENER.add_handler(getattr(urllib.request, name)())
 
 
 def free_port(host):
@@ -34,7 +36,11 @@ def ask(url, timeout_s, body=None):
     headers = {'Content-Type': 'application/json', 'Authorization': f'Bearer {os.environ.get("VLLM_API_KEY", "")}'}
     request = urllib.request.Request(url, body and json.dumps(body).encode(), headers)
     with OPENER.open(request, timeout=timeout_s) as response:
-        return json.loads(response.read())
+        return json.loads(response.read(MOST_BYTES))
+
+
+def plain(text):
+    return ''.join(c if c.isprintable() else '?' for c in str(text)[:300])
 
 
 def wait(url, seconds):
@@ -50,10 +56,10 @@ def wait(url, seconds):
         except urllib.error.HTTPError as e:
             problem = f'HTTP {e.code} from {e.url}'
             if e.url.endswith('/completions') and e.code < 500:
-                said = e.read()[:300].decode(errors='replace')
-                sys.exit(f'error: {url} refuses a completion (HTTP {e.code}: {said}).')
-        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as e:
-            problem = f'{type(e).__name__}: {e}'
+                text = plain(e.read(300).decode(errors='replace'))
+                sys.exit(f'error: {url} refuses a completion (HTTP {e.code}: {text}).')
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, http.client.HTTPException) as e:
+            problem = plain(f'{type(e).__name__}: {e}')
         if time.monotonic() - said >= LINE_EVERY_S:
             said = time.monotonic()
             print(f'{url}: not ready after {said - began:.0f} s ({problem})', flush=True)
@@ -65,4 +71,5 @@ if __name__ == '__main__':
     if sys.argv[1] == 'free-port':
         print(free_port(sys.argv[2]))
     else:
-        print(f'model {wait(sys.argv[2], float(sys.argv[3]))} answers', flush=True)
+        signal.alarm(int(sys.argv[3]) + 9)  # an answer may drip for ever
+        print(f'model {plain(wait(sys.argv[2], float(sys.argv[3])))} answers', flush=True)

@@ -15,7 +15,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 read_generation "$@"
 folder=$(mktemp -d) serving=''
 finish() {
-  local group
   for group in $working $serving; do stop_group "$group" 60; done
   rm -rf "$folder"
 }
@@ -25,8 +24,7 @@ show "${serve[@]}"
 start_group "${serve[@]}"
 serving=$started
 check_server() { alive "$serving" || die "There is no server: what was answered is kept, and the same command goes on."; }
-# it reads the input while the server loads, and waits for it
-work check_server "${generate[@]}" --server_registry="$folder/servers.txt"
+work check_server "${generate[@]}" --server_registry="$folder/servers.txt" # reads while the server loads, and waits for it
 stop_group "$serving" 60
 serving=''
 pretokenize

@@ -29,10 +29,7 @@ registry=$folder/servers.txt name=lens-$(cksum <<<"$folder" | cut -d ' ' -f 1)
 only_one "$folder/lock" "Another coordinator is writing $out: wait for it, or choose another --output_path."
 serve=("$root/launch/serve_vllm.sh" "$model" --host="${HOST:-0.0.0.0}" --registry="$registry")
 read -r -a sbatch <<<"sbatch --parsable --job-name=$name --nodes=$nodes --ntasks-per-node=1"
-if ((gpus)); then
-  sbatch+=(--gres="gpu:$gpus")
-  serve+=(--tensor-parallel-size="$((nodes * gpus))")
-fi
+if ((gpus)); then sbatch+=(--gres="gpu:$gpus") serve+=(--tensor-parallel-size="$((nodes * gpus))"); fi
 read -r -a sbatch_args <<<"${SBATCH_ARGS-}"
 sbatch+=(--output="$folder/server-%j.log" "${sbatch_args[@]}")
 serve+=("${vllm_args[@]}")
@@ -68,11 +65,7 @@ cancel() {
   while [ "$(queued)" ] && ((SECONDS < last)); do sleep 0.5; done
   rm -f "$registry"
 }
-
-finish() {
-  if [ "$working" ]; then stop_group "$working" 60; fi
-  cancel
-}
+finish() { [ -z "$working" ] || stop_group "$working" 60 && cancel; }
 at_exit finish
 cancel # what a run that was killed has left
 show "${sbatch[@]}"

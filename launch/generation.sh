@@ -13,16 +13,11 @@ check_model() {
 
 # In registry $1 the line of owner $2 becomes URL $3, or goes. Readers see the old file or the new one; where the file
 # system has no locks, writers do not wait for one another.
-register() {
-  (
-    flock 8 || true
-    {
-      grep -v "  # $2\$" "$1" || true
-      if [ "${3-}" ]; then echo "$3  # $2"; fi
-    } >"$1.new" 2>/dev/null
-    mv "$1.new" "$1"
-  ) 8>"$1.lock"
-}
+register() (
+  flock 8 || true
+  { grep -v "  # $2\$" "$1" || true; [ -z "${3-}" ] || echo "$3  # $2"; } >"$1.new" 2>/dev/null
+  mv "$1.new" "$1"
+) 8>"$1.lock"
 
 # Reads the arguments `MODEL [options of data_gen.generate]`; sets $generate, the command that still lacks its servers.
 read_generation() {
@@ -44,10 +39,7 @@ work() {
   show "${@:2}"
   start_group "${@:2}"
   working=$started
-  while alive "$working"; do
-    "$1"
-    nap 0.5
-  done
+  while alive "$working"; do "$1"; nap 0.5; done
   if wait "$working"; then code=0; else code=$?; fi
   working=''
   return "$code"

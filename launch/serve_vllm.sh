@@ -15,6 +15,7 @@
 # Ray spreads the server: address of the first for the others (default what `hostname --ip-address` says first).
 # SIGTERM, SIGHUP, Ctrl-C or kill -9 end all its processes. Exit code 1, with the end and the first error of the log, where
 # it ends by itself or is not ready in time.
+# shellcheck disable=SC2016,SC2329 # what the keeper runs, and what a trap calls
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/generation.sh"
@@ -31,21 +32,41 @@ while (($#)); do
       name=${name#--}
       printf -v "${name//-/_}" %s "${1#*=}"
       ;;
+    --api-key) die 'All users of a machine see its command lines: give the key as the variable VLLM_API_KEY.' ;;
     *) options+=("$1") ;;
   esac
   shift
 done
 [[ $ready_timeout =~ ^[0-9]+$ ]] || die "--ready-timeout=$ready_timeout is no number of seconds."
+[[ $host =~ ^[A-Za-z0-9_:][A-Za-z0-9_.:-]*$ ]] || die "--host=$host is no address to bind."
 endpoint=("${PYTHON:-python3}" "$root/launch/endpoint.py")
 port=${port:-$("${endpoint[@]}" free-port "$host")}
 [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || die "--port=$port is no port: give a number, or none for a free one."
 ! (: <>"/dev/tcp/$host/$port") 2>/dev/null || die "Port $port of $host is in use: give another --port, or none for a free one."
-log=${log:-runs/vllm/$port.log}
-mkdir -p "$(dirname "$log")"
+log=${log:-runs/vllm/$port.log} && mkdir -p "$(dirname "$log")"
+owner=${SLURM_JOB_ID:-} owner=${owner:+job $owner} owner=${owner:-process $$} server='' waiter=''
+
+# Starts a command as $server, with a keeper that outlives kill -9 of this script, ends all its processes and takes the
+# URL out of the registry.
+keep() {
+  start_group bash -c 'set -euo pipefail; root=$1 registry=$2 owner=$3 started=""; . "$root/launch/generation.sh"
+    leave() { [ -z "$registry" ] || register "$registry" "$owner" || true; [ -z "$started" ] || stop_group "$started" 20; }
+    at_exit leave
+    start_group "${@:4}"
+    wait "$started" 2>/dev/null' keeper "$root" "$registry" "$owner" "$@"
+  server=$started
+}
+finish() {
+  if [ "$waiter" ]; then kill "$waiter" 2>/dev/null || true; fi
+  if [ "$server" ]; then stop_group "$server" 30; fi
+  if [ "$registry" ]; then register "$registry" "$owner" || true; fi
+}
+at_exit finish
 read -r -a command <<<"${VLLM_COMMAND-}"
 if [ -z "${VLLM_COMMAND-}" ]; then
   venv=$(realpath -m "${VENV:-$root/.venv-vllm}")
-  VENV=$venv "$root/launch/vllm_env.sh" ||
+  keep env VENV="$venv" "$root/launch/vllm_env.sh"
+  wait "$server" ||
     die "$venv could not be made: on a machine of the same kind that has a network, give \`make vllm-env\`."
   export PATH="$venv/bin:$PATH" # vLLM calls ninja when it builds kernels
   command=("$venv/bin/python" -m vllm.entrypoints.openai.api_server)
@@ -55,7 +76,7 @@ if [ -z "${VLLM_COMMAND-}" ]; then
   fi
 fi
 command+=(--model "$model" --host "$host" --port "$port" "${options[@]}")
-nodes=${SLURM_JOB_NUM_NODES:-1} url=http://$host:$port/v1 owner=${SLURM_JOB_ID:+job $SLURM_JOB_ID} server='' waiter=''
+nodes=${SLURM_JOB_NUM_NODES:-1} url=http://$host:$port/v1
 if ((nodes > 1)); then
   command -v ray >/dev/null || "$venv/bin/pip" install --quiet 'ray[cgraph]>=2.49' || die "There is no Ray: pip install 'ray[cgraph]'."
   head_ip=${HEAD_IP:-$(hostname --ip-address | cut -d ' ' -f 1)}
@@ -70,32 +91,24 @@ if [ -d "$model" ]; then export HF_HUB_OFFLINE=1; fi
 export VLLM_NO_USAGE_STATS=1
 unset VLLM_COMMAND VLLM_ARGS # vLLM warns of variables with its prefix that it does not know
 
-# shellcheck disable=SC2329 # a trap calls it
-finish() {
-  if [ "$registry" ]; then register "$registry" "${owner:-process $$}" || true; fi
-  if [ "$waiter" ]; then kill "$waiter" 2>/dev/null || true; fi
-  if [ "$server" ]; then stop_group "$server" 20; fi
-}
-at_exit finish
 fail() {
   echo "The last lines of $log:" >&2
-  # compiled modules list at the end what they did not free
-  grep -avE '^nanobind: |^ - (leaked|\.\.\.) ' "$log" | tail -n 30 >&2 || true
-  first=$(grep -av WARNING "$log" | grep -m 1 -oE '[A-Za-z]+Error: .+' || true)
+  plain() { LC_ALL=C tr -d '\000-\010\013-\037\177' <"$log" | cut -b -1000; }
+  plain | grep -avE '^nanobind: |^ - (leaked|\.\.\.) ' | tail -n 30 >&2 || true # what compiled modules did not free
+  first=$(plain | grep -av WARNING | grep -m 1 -oE '[A-Za-z]+Error: .+' || true)
   die "$1${first:+ The first error of its log: $first}"
 }
 
 show "${command[@]}"
 echo "Log: $log"
 SECONDS=0
-start_group "${command[@]}" >"$log" 2>&1 || die "The log $log cannot be written: name another by --log."
-server=$started
-"${endpoint[@]}" wait "$url" "$ready_timeout" &
+keep "${command[@]}" >"$log" 2>&1 || die "The log $log cannot be written: name another by --log."
+setpriv --pdeathsig TERM "${endpoint[@]}" wait "$url" "$ready_timeout" &
 waiter=$!
 while alive "$waiter" && alive "$server"; do nap 0.2; done
 alive "$server" || fail "The server of $model ended before it was ready."
 wait "$waiter" || fail "The server of $model did not become ready."
-if [ "$registry" ]; then register "$registry" "${owner:-process $$}" "$url"; fi
+if [ "$registry" ]; then register "$registry" "$owner" "$url"; fi
 echo "Ready after $SECONDS s: $url"
 wait "$server" || true
 fail "The server of $model ended."

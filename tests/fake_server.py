@@ -98,6 +98,55 @@ class FakeServer:
         return {'id': 'x', 'choices': [choice]} | ({'usage': usage} if self.usage else {})
 
 
+class RawServer:
+    """Context manager. answer(request, send) answers a request whose bytes are `request` by send(bytes), which raises
+    OSError when the client has gone; `sent` counts bytes. requests: what arrived."""
+
+    def __init__(self, answer):
+        self.answer, self.requests, self.sent = answer, [], 0
+        self.ended = threading.Event()  # an answer has come to its end, be it because the client has gone
+
+    def __enter__(self):
+        self._listening = socket.create_server(('127.0.0.1', 0))
+        self.url = f'http://127.0.0.1:{self._listening.getsockname()[1]}/v1'
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self._listening.close()
+
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listening.accept()
+                threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection):
+        def send(data: bytes):
+            connection.sendall(data)
+            self.sent += len(data)
+
+        with connection, contextlib.suppress(OSError):
+            while request := connection.recv(2**16):
+                self.requests.append(request)
+                self.answer(request, send)
+                break
+        self.ended.set()
+
+
+def response(body: bytes, *headers: str, status: int = 200, length: bool = True) -> bytes:
+    """The bytes of an answer."""
+    lines = [
+        f'HTTP/1.1 {status} X',
+        'Connection: close',
+        *headers,
+        *([f'Content-Length: {len(body)}'] if length else []),
+        '',
+        '',
+    ]
+    return '\r\n'.join(lines).encode() + body
+
+
 class _Http(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128

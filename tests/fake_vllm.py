@@ -1,6 +1,6 @@
 """The scripted server as a program with vLLM's options: what VLLM_COMMAND names in the tests of launch/.
 
-FAKE_VLLM, blanks between: die (before it listens), loading (answers nothing yet), refusing (no completion), first (dies at the first completion), child (has a child that ignores SIGTERM), hold=FILE (answers
+FAKE_VLLM, blanks between: die (before it listens), loading (answers nothing yet), refusing (no completion), first (dies at the first completion), child (has a child that ignores SIGTERM), away (its child has a session of its own), hold=FILE (answers
 five chats, the others when FILE is gone).
 """
 
@@ -47,9 +47,9 @@ def main():
     parser.add_argument('--port', type=int, required=True)
     given, others = parser.parse_known_args()
     print('options:', *others, flush=True)
-    if 'child' in MODES:
+    if 'child' in MODES or 'away' in MODES:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        subprocess.Popen(['sleep', '1000'])
+        subprocess.Popen(['sleep', '1000'], start_new_session='away' in MODES)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if 'die' in MODES:
         print('WARNING SomeError: harmless\nWorker: RuntimeError: a bad weight\nnanobind: leaked 2 types!', flush=True)

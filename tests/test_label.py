@@ -393,9 +393,24 @@ def test_settings_that_differ_are_refused(world):
         with pytest.raises(LensError, match=f'settings.json says {changed}.*another --labels'):
             label(options(world, **given))
     log = world / 'data-labels' / 'labels.jsonl'
-    log.write_text('{"split": "train"}\n')
-    with pytest.raises(LensError, match=r'labels.jsonl is damaged \(the record at byte 0'):
-        label(options(world))
+    good = {'split': 'train', 'row': 0, 'slot': 0, 'prompt_tokens': 1, 'answer_tokens': 1, 'cost': 0.1, 'text': 'a'}
+    for wrong in (
+        {'cost': float('nan')},
+        {'cost': -1},
+        {'cost': '1'},
+        {'answer_tokens': 1e999},
+        {'prompt_tokens': None},
+        {'row': -1},
+        {'row': 10**9},
+        {'row': True},
+        {'row': [0]},
+        {'slot': 'a'},
+        {'split': []},
+        {'reason': ['x']},
+    ):
+        log.write_text(json.dumps(good | wrong) + '\n')
+        with pytest.raises(LensError, match=r'labels.jsonl is damaged \(the record at byte 0'):
+            label(options(world))
 
 
 def test_a_server_that_wants_a_key(world, monkeypatch):

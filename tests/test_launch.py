@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -120,9 +121,28 @@ def test_a_signal_before_the_server_is_ready(launch):
     launch.none_left()
 
 
-def test_kill_of_the_script_ends_the_server(launch):
-    process = launch.serve()
-    launch.ready()
+@pytest.mark.parametrize('mode', ['', 'child', 'away', 'loading'])
+def test_kill_of_the_script_leaves_nothing(launch, mode):
+    registry = launch.folder / 'servers.txt'
+    process = launch.serve('--registry', registry, FAKE_VLLM=mode)
+    if mode == 'loading':
+        lines = lambda: ' '.join(marked(launch.value).values())  # noqa: E731
+        launch.until(lambda: 'endpoint.py wait' in lines() and '-m tests.fake_vllm' in lines())
+    else:
+        launch.ready()
+        launch.until(registry.read_text)
+    process.kill()
+    process.wait()
+    launch.none_left()
+    assert not registry.read_text()
+
+
+def test_kill_of_the_script_while_it_makes_the_environment(launch):
+    python = launch.folder / 'python'
+    python.write_text('#!/bin/sh\nsleep 1000; true\n')
+    python.chmod(0o755)
+    process = launch.serve('--port=61440', VLLM_COMMAND='', VENV=str(launch.folder / 'venv'), PYTHON=str(python))
+    launch.until(lambda: 'sleep 1000 ' in marked(launch.value).values())
     process.kill()
     process.wait()
     launch.none_left()
@@ -177,7 +197,12 @@ def test_arguments_that_are_refused_before_anything_starts(launch, tmp_path):
         ('serve_vllm.sh', [tmp_path / 'empty'], f'{tmp_path}/empty has no config.json: give'),
         ('serve_vllm.sh', ['--port=80'], 'The first argument is the model'),
         ('serve_vllm.sh', [SUBJECT, '--port', 'x'], '--port=x is no port: give'),
+        ('serve_vllm.sh', [SUBJECT, '--api-key=hush'], 'All users of a machine see its command lines: give the key'),
         ('serve_vllm.sh', [SUBJECT, '--host'], '--host needs a value.'),
+        *(
+            ('serve_vllm.sh', [SUBJECT, f'--host={h}'], f'--host={h} is no address')
+            for h in ('-x', 'a b', 'a/b', '"', '')
+        ),
         ('generate_local.sh', [SUBJECT, '--input-dataset', 'in.jsonl'], '--output_path is needed'),
         ('generate_local.sh', ['configs/none', *rows], 'configs/none has no config.json'),
         ('generate_slurm.sh', [SUBJECT, *rows], 'sbatch is missing: generate_slurm.sh needs it.'),
@@ -227,9 +252,19 @@ def endpoint():
     [
         b'nonsense\r\n\r\n',
         *(b'HTTP/1.1 %d X\r\nContent-Length: 9\r\n\r\ncut' % n for n in (200, 503)),
+        b'HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/elsewhere\r\nContent-Length: 0\r\n\r\n',
         *(
             b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(text) + text
-            for text in (b'no JSON', b'[]', b'null', b'{"data": []}', b'{"data": null}', b'{"data": ["tiny"]}')
+            for text in (
+                b'no JSON',
+                b'[' * 10**5,
+                b' ' * 2**21,
+                b'[]',
+                b'null',
+                b'{"data": []}',
+                b'{"data": null}',
+                b'{"data": ["tiny"]}',
+            )
         ),
     ],
 )
@@ -243,7 +278,7 @@ def test_a_server_that_answers_nonsense_is_waited_for(endpoint, answer, monkeypa
         def serve():
             for sent in (answer, good, good):  # the last is a completion
                 connection, _ = listening.accept()
-                with connection:
+                with connection, contextlib.suppress(OSError):  # who has read enough goes
                     connection.recv(9999)
                     connection.sendall(sent)
 
@@ -251,6 +286,22 @@ def test_a_server_that_answers_nonsense_is_waited_for(endpoint, answer, monkeypa
         thread.start()
         assert endpoint.wait(f'http://127.0.0.1:{listening.getsockname()[1]}/v1', LIMIT_S) == 'tiny'
         thread.join()
+
+
+def test_what_a_server_says_is_printed_plainly_and_only_its_beginning(endpoint, monkeypatch):
+    asked = []
+
+    def fail(url, *_):
+        asked.append(url)
+        if url.endswith('/models'):
+            return {'data': [{'id': 'tiny'}]}
+        text = io.BytesIO(b'\x1b[2J no ' * 2**20)
+        raise endpoint.urllib.error.HTTPError(url, 400, 'x', {}, text)
+
+    monkeypatch.setattr(endpoint, 'ask', fail)
+    with pytest.raises(SystemExit, match='refuses a completion') as e:
+        endpoint.wait('http://a/v1', 9)
+    assert str(e.value).isprintable() and len(str(e.value)) < 400 and len(asked) == 2
 
 
 @pytest.mark.parametrize('locks', [True, False])

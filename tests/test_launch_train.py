@@ -276,9 +276,36 @@ def test_hosts_of_a_file_with_their_options(launch):
     assert all(launch.starts(i)[0]['environment'] == {'NOTE': 'a b'} for i in range(3))
     assert launch.starts(2)[0]['arguments'][-3:] == ['--coordinator=node1:7777', '--num_processes=3', '--process_id=2']
     calls = (launch.hosts / 'calls').read_text().splitlines()
-    assert sorted(re.search(r'-oServerAliveCountMax=4 (\S+) cd', c)[1] for c in calls) == ['me@node2', 'node1', 'node3']
+    assert sorted(re.search(r'-oServerAliveCountMax=4 -- (\S+) cd', c)[1] for c in calls) == [
+        'me@node2',
+        'node1',
+        'node3',
+    ]
     assert all(c.startswith('-oBatchMode=yes ') for c in calls)
     assert (launch.workdir / 'logs' / 'process-2.log').read_text() == 'process 2 of 3 begins at step 0\n'
+
+
+@pytest.mark.parametrize('script', ['hosts.sh', 'train_tpu.sh'])
+def test_values_of_variables_are_on_no_command_line(launch, script):
+    process = launch.train(script, '--endless=0', REMOTE_ENV='NOTE="my \'hush\' $((1+1))" OTHER=hush')
+    launch.until(lambda: launch.met(3))
+    lines = [*marked(launch.value).values(), launch.printed(), (launch.hosts / 'calls').read_text()]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(LIMIT_S) == 0, launch.printed()
+    launch.none_left()
+    assert any('--process_id' in line or '--coordinator=auto' in line for line in lines)
+    assert 'hush' not in ''.join(lines) + launch.printed()
+    for i in range(2):
+        assert launch.starts(i)[0]['environment']['NOTE'] == "my 'hush' 2"
+    if script == 'train_tpu.sh':
+        assert (launch.repository / '.remote-env').stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize('value', ['bad-name=hush', "NOTE='hush", '=hush', '(hush'])
+def test_variables_that_are_none_are_an_error_without_their_values(launch, value):
+    assert launch.run('hosts.sh', REMOTE_ENV=value) == 1
+    assert 'error: REMOTE_ENV has to be words NAME=VALUE' in launch.printed() and 'hush' not in launch.printed()
+    assert not launch.starts(0)
 
 
 def test_a_connection_that_is_lost(launch):
@@ -386,10 +413,11 @@ def test_arguments_that_are_refused_before_anything_starts(launch):
         ('train_local.sh', both, {'PYTHON': 'none/python'}, 'none/python is missing'),
         *(
             ('hosts.sh', both, {'HOSTS': h}, f'HOSTS={h} has to name hosts')
-            for h in ('', 'a b a', 'a -oProxyCommand=x')
+            for h in ('', 'a b a', 'a -oProxyCommand=x', '-x', 'me@-x', '-me@a', 'a;b', 'a "b"', "'a'", '$(id)', '@a')
         ),
         ('hosts.sh', both, {'PORT': 'x'}, 'PORT=x is no port.'),
         ('train_tpu.sh', both, {'ZONE': ''}, 'TPU_NAME and ZONE are needed'),
+        ('train_tpu.sh', both, {'TPU_NAME': '--command=x'}, 'TPU_NAME and ZONE are needed'),
     ):
         assert launch.start(script, *arguments, **env).wait(LIMIT_S) == 1
         assert launch.printed().startswith(f'error: {message}') and launch.printed().count('\n') == 1
