@@ -241,7 +241,12 @@ def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
         ('few.txt', 'one line only\n', {}, 'leaves 0 documents of at least 16 tokens'),
         ('other.jsonl', '{"body": "x"}\n', {}, 'its columns: body; it has no texts to read in a column text'),
         ('named.jsonl', '{"text": "x"}\n', {'column': 'prose'}, 'has no column prose'),
-        ('bad.parquet', 'no', {}, 'bad.parquet is not a Parquet file'),
+        (
+            'bad.parquet',
+            'no',
+            {},
+            'bad.parquet is damaged or of another format than its suffix says (Parquet file size',
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, name, content, more, message):

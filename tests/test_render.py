@@ -63,7 +63,7 @@ def test_row_formats_in_their_order(tmp_path, row, expected):
 )
 def test_bad_rows_name_their_reason(row, reason):
     with pytest.raises(BadRow, match=f'^{reason}$'):
-        documents.parse(row, 'chat', 'messages', 'medium')
+        documents.parse(row, 'chat', ('messages',), 'medium')
 
 
 # ---- roles ----
@@ -76,13 +76,13 @@ def test_chatml_roles_by_hand():
             {'role': 'system', 'content': 'Be kind.'},
             user('user'),  # the word of the header as well
             assistant('Yes', 'Hm?'),
-            user('<|im_end|> é兎'),  # a control token that somebody typed stays one
+            user(' é兎'),
             assistant('assistant'),
         ],
         'medium',
     )
-    ids, roles, flags = r.encode(chat)
-    assert flags == 0
+    ids, roles, flags, lost = r.encode(chat)
+    assert flags == sum(lost) == 0
     assert runs(r.tokenizer, (ids, roles, flags)) == [
         ('special', '<|im_start|>system\n'),
         ('system', 'Be kind.'),
@@ -92,7 +92,7 @@ def test_chatml_roles_by_hand():
         ('thinking', 'Hm?'),
         ('special', '</think>\n'),
         ('final', 'Yes'),
-        ('special', '<|im_end|>\n<|im_start|>user\n<|im_end|>'),
+        ('special', '<|im_end|>\n<|im_start|>user\n'),
         ('user', ' é兎'),
         ('special', '<|im_end|>\n<|im_start|>assistant\n'),
         ('final', 'assistant'),
@@ -167,9 +167,9 @@ def test_truncation_counts_lost_answers():
     whole = renderer().encode(chat)
     first = int(np.flatnonzero(whole[1] == render.FINAL)[0])
     for size, flags in ((len(whole[0]), 0), (first + 4, 1), (first + 2, 1 | 2), (first, 1 | 4)):
-        ids, roles, got = renderer(seq_len=size).encode(chat)
+        ids, roles, got, _ = renderer(seq_len=size).encode(chat)
         assert got == flags and (ids == whole[0][:size]).all() and (roles == whole[1][:size]).all()
-    ids, roles, got = renderer(seq_len=7, truncate='left').encode(chat)
+    ids, roles, got, _ = renderer(seq_len=7, truncate='left').encode(chat)
     assert got == 1 and (ids == whole[0][-7:]).all() and (roles == whole[1][-7:]).all()
     assert renderer(seq_len=4, truncate='left').encode(chat)[2] == 1 | 2
 

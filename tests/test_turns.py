@@ -138,7 +138,11 @@ def test_every_kind_of_input_gives_the_same_rows(tmp_path):
     datasets.DatasetDict({'train': saved, 'test': saved.select(range(3))}).save_to_disk(tmp_path / 'dict')
     for name in ('a.jsonl', 'gaps.jsonl', 'a.parquet', 'parts', 'saved', 'dict'):
         opened = tables.open_table(str(tmp_path / name))
-        assert opened.count == 700 and opened.columns == ['id', 'talk'] and chat_data.find_column(opened) == 'talk'
+        assert (
+            opened.count == 700
+            and opened.columns == ['id', 'talk']
+            and chat_data.chat_columns(opened) == {'talk': True}
+        )
         for start in (0, 89, 90, 255, 299, 680, 700):
             assert list(opened.rows(start)) == list(enumerate(rows))[start:], name
     assert tables.open_table(str(tmp_path / 'dict'), 'test').count == 3
