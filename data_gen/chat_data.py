@@ -48,7 +48,15 @@ def messages_of(value) -> list[dict]:
         raise ValueError('no list of messages')
     if all(isinstance(turn, str) for turn in value):
         value = [{'role': ('user', 'assistant')[i % 2], 'content': turn} for i, turn in enumerate(value)]
-    return [_message(i, turn) for i, turn in enumerate(value)]
+    out = []
+    for i, turn in enumerate(value):
+        out.append(_message(i, turn))
+        if (
+            turn.get('channel') == 'final' and i and value[i - 1].get('channel') == 'analysis'
+        ):  # one answer in two parts
+            answer, analysis = out.pop(), out.pop()
+            out.append(analysis | {k: v for k, v in answer.items() if k != 'thinking'})
+    return out
 
 
 def _parsed(text: str):
@@ -84,8 +92,12 @@ def _message(i: int, turn) -> dict:
     if not isinstance(content, str):
         raise ValueError(f'message {i} has no text')
     content = clean(content)
-    if role == 'assistant' and not thinking:
-        thinking, content = split_thinking(content)
+    if role == 'assistant':
+        if turn.get('channel') == 'analysis':
+            thinking, content = content, ''
+        elif turn.get('channel') not in (None, '', 'final'):
+            raise ValueError(f'message {i} has a channel that is neither analysis nor final')
+        thinking, content = split_thinking(content, thinking)
     out = {'role': role, 'content': content}
     if role == 'tool':
         out |= {k: turn[k] for k in ('name', 'tool_call_id') if isinstance(turn.get(k), str)}
@@ -200,12 +212,17 @@ def inline_thinking(messages: list[dict]) -> list[dict]:
     ]
 
 
-def split_thinking(text: str) -> tuple[str | None, str]:
+def split_thinking(text: str, known: str | None = None) -> tuple[str | None, str]:
     """Returns (thinking or None, content) of an answer: the reverse of inline_thinking.
 
-    The thinking may stand in tags (an opening one in the prompt, a closing one cut off) or in the channels of Harmony,
+    known: its thinking that stands in a field, which comes before that of the text. The thinking may stand in tags (an opening one in the prompt, a closing one cut off) or in the channels of Harmony,
     with or without their control tokens. Raises ValueError where channels cannot be told apart.
     """
+    found, content = _split(text)
+    return '\n'.join(dict.fromkeys(t for t in (known, found) if t)) or None, content
+
+
+def _split(text: str) -> tuple[str | None, str]:
     if '<|channel|>' in text or '<|message|>' in text or BARE.match(text):
         return _split_channels(text)
     for opening, closing in TAGS:

@@ -156,7 +156,7 @@ def _one_a_line(head: str) -> bool:
             return False
         return _is_message(value) or (isinstance(value, str) and bool(others))
     if not others:
-        return not whole  # one object may hold the rows
+        return False  # one object may hold the rows
     try:
         return decode(head.lstrip())[1] <= len(first)
     except ValueError as e:  # the first line is torn, or the head ends within an object of many lines

@@ -137,8 +137,7 @@ def extract(message: dict) -> tuple[str | None, str]:
         thinking = chat_data.thinking_of(message)
         if not isinstance(content, str | None):
             raise TypeError
-        content = chat_data.clean(content or '')
-        return (thinking, content) if thinking else chat_data.split_thinking(content)
+        return chat_data.split_thinking(chat_data.clean(content or ''), thinking)
     except TypeError:
         raise Failed('content or thinking of the answer is no text') from None
     except ValueError as e:
