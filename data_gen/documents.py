@@ -56,7 +56,7 @@ def row_format(table: Table, column: str | None = None) -> tuple[str, tuple[str,
         return 'pair', (asked[0], answers[0])
     if set(chats) <= {'chosen', 'rejected'} and 'chosen' in chats:
         return 'chat', ('chosen',)
-    several = [*asked, *answers] if len(asked) + len(answers) > 2 and asked and answers else list(chats)
+    several = list(dict.fromkeys([*asked, *answers, *chats] if asked and answers else chats))
     if len(several) > 1:
         raise LensError(
             f'{table.name} has several columns of chats or answers ({shown(", ".join(several))}): name one, or a '

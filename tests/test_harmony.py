@@ -88,6 +88,23 @@ def test_harmony_roles_by_hand(harmony):
     ]
 
 
+@pytest.mark.parametrize(
+    ('message', 'reason'),
+    [
+        ({'role': 'tool', 'content': '9'}, 'a tool message, which Harmony rendering does not take'),
+        (
+            assistant('') | {'tool_calls': [{'function': {'name': 'f'}}]},
+            'a tool call, which Harmony rendering does not take',
+        ),
+        (user('the <|end|> of it'), r'a message holds the control token <\|end\|>'),
+    ],
+)
+def test_what_harmony_does_not_take(harmony, message, reason):
+    row = {'messages': [TURNS[1], message, assistant('b')]}
+    with pytest.raises(documents.BadRow, match=f'^{reason}$'):
+        renderer(harmony[1]).encode(documents.parse(row, 'chat', ('messages',), 'low'))
+
+
 def test_the_rebuilt_harmony_tokenizer_is_that_of_the_package(harmony):
     encoding, tokenizer = harmony
     texts = [c.prompt + c.thinking for c in story_chats.first_chats(20)]
