@@ -205,10 +205,10 @@ def native_thinking(template: str) -> bool:
 
 def inline_thinking(messages: list[dict]) -> list[dict]:
     """Returns the messages without `thinking`, which is in <think> tags and a newline before the content."""
-    tags = (f'<think>{m["thinking"]}</think>\n' if m.get('thinking') else '' for m in messages)
     return [
-        {k: v for k, v in m.items() if k != 'thinking'} | {'content': tag + m['content']}
-        for m, tag in zip(messages, tags, strict=True)
+        {k: v for k, v in m.items() if k != 'thinking'}
+        | ({'content': f'<think>{m["thinking"]}</think>\n{m["content"]}'} if m.get('thinking') else {})
+        for m in messages
     ]
 
 

@@ -90,6 +90,16 @@ def mark(message: int, part: int) -> str:
     return f'\ue000{message}-{part}\ue001'
 
 
+def as_sent(message: dict) -> dict:
+    """Returns a message with the arguments of its calls in JSON, as OpenAI's servers send them and some templates want."""
+    if 'tool_calls' not in message:
+        return message
+    functions = [c['function'] for c in message['tool_calls']]
+    texts = [a if isinstance(a := f['arguments'], str) else json.dumps(a, ensure_ascii=False) for f in functions]
+    calls = zip(message['tool_calls'], functions, texts, strict=True)
+    return message | {'tool_calls': [c | {'function': f | {'arguments': text}} for c, f, text in calls]}
+
+
 def align(rendered: str, skeleton: str, texts: dict[tuple[int, int], tuple[str, int]]) -> list[tuple[int, int, int]]:
     """Finds (start, end, role) of every text in `rendered`. skeleton: the same with marks. Raises BadRow.
 
@@ -220,15 +230,27 @@ class Renderer:
 
     def render(self, chat: Chat) -> tuple[str, list[tuple[int, int, int]], tuple[int, ...]]:
         """Returns the chat template's text of a chat, (start, end, role) of its parts, and Encoded.lost. Raises BadRow."""
-        rendered = self._apply(chat.messages, chat.effort, chat.tools)
-        calls = [m.get('tool_calls', []) for m in chat.messages]
-        shape = tuple((m['role'], bool(m['content']), 'thinking' in m) for m in chat.messages)
-        if any(calls) or chat.tools:
-            skeleton = self._marked(shape, chat.effort, calls, chat.tools)
-        else:
-            skeleton = self._skeleton(shape, chat.effort)
+        forms = [chat.messages]
+        if any('tool_calls' in m for m in chat.messages):
+            forms.append(list(map(as_sent, chat.messages)))
+        found, problem = [], None
+        for messages in forms:
+            try:
+                found.append(self._render(messages, chat.effort, chat.tools))
+            except BadRow as e:
+                problem = problem or e
+        if not found:
+            raise problem
+        return min(found, key=lambda f: sum(f[2]))
+
+    def _render(self, messages: list[dict], effort: str, tools: str) -> tuple:
+        rendered = self._apply(messages, effort, tools)
+        calls = [m.get('tool_calls', []) for m in messages]
+        shape = tuple((m['role'], bool(m['content']), 'thinking' in m) for m in messages)
+        called = any(calls) or tools
+        skeleton = self._marked(shape, effort, calls, tools) if called else self._skeleton(shape, effort)
         texts, kinds = {}, {}
-        for i, m in enumerate(chat.messages):
+        for i, m in enumerate(messages):
             parts = [(m['content'], ROLE_OF[m['role']], f'{m["role"]} messages')]
             parts += [(m.get('thinking', ''), THINKING, 'thinking')]
             parts += [(call['function']['name'], SPECIAL, 'tool calls') for call in calls[i]]
@@ -239,7 +261,7 @@ class Renderer:
         spans = align(rendered, skeleton, texts)
         shown_marks = {(int(i), int(k)) for i, k in MARK.findall(skeleton)}
         gone = [kind for mark, kind in kinds.items() if mark not in shown_marks]
-        if chat.tools and not re.search(r'\btools\b', self.template):
+        if tools and not re.search(r'\btools\b', self.template):
             gone.append('tools')
         return rendered, spans, tuple(map(gone.count, LOST))
 

@@ -114,7 +114,7 @@ def _splits(path: pathlib.Path, config: str | None) -> dict[str, list[pathlib.Pa
         try:
             found = datasets.load_dataset_builder(str(path), config, cache_dir=cache).config.data_files
         except Exception as e:  # the library raises dozens of kinds
-            raise LensError(f'{path} is no folder of data files ({shown(e).rstrip(".")}).') from None
+            raise LensError(f'{path} gives no data files ({shown(e).rstrip(".")}).') from None
     splits = {}
     for split, files in (found or {}).items():
         for file in map(pathlib.Path, files):

@@ -151,7 +151,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / 'link.jsonl').symlink_to('nowhere')
     for name, message in (
         ('pipe.jsonl', 'is no regular file and no folder'),
-        ('folder.jsonl', 'is no folder of data files'),
+        ('folder.jsonl', 'gives no data files'),
         ('link.jsonl', 'does not exist'),
         ('no.csv', 'does not exist'),
     ):

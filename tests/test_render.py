@@ -249,6 +249,16 @@ def test_calls_and_tools_are_rendered():
     ]
 
 
+def test_calls_are_given_as_a_template_wants_them():
+    template = (
+        '{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}'
+        "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    r = renderer(template=template)
+    encoded = r.encode(Chat(TOOL_CHAT.messages, 'low'))
+    assert ('special', '[assistant]depth {"river": 3}[tool]') in runs(r.tokenizer, encoded) and not sum(encoded.lost)
+
+
 @pytest.mark.parametrize('where', [0, 1, 2])
 def test_control_tokens_are_no_words(where):
     chat = [user('a'), assistant('b', 't'), user('c'), assistant('d')]
