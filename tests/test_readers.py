@@ -113,7 +113,7 @@ BAD = {
     'latin.jsonl': (LINES.encode('latin-1'), 'is no UTF-8 text: convert it'),
     'latin.txt': ('é\n'.encode('latin-1'), 'is no UTF-8 text: convert it'),
     'wide.txt': ('ab\n'.encode('utf-16-le'), 'is no UTF-8 text: convert it'),
-    'wide.jsonl': (LINES.encode('utf-16-le'), 'is no UTF-8 text: convert it'),
+    'wide.jsonl': ('{"text": "a"}\n'.encode('utf-16-le'), 'is no UTF-8 text: convert it'),
     'gzip.txt': (gzip.compress(b'a\n'), 'is no UTF-8 text: convert it'),
     'cut.jsonl.gz': (gzip.compress(LINES.encode())[:-20], 'is damaged or of another format than its suffix says'),
     'cut.jsonl.zst': (zstandard(LINES.encode())[:-20], 'is damaged or of another format than its suffix says'),
