@@ -2,8 +2,9 @@
 
 import re
 
-from data_gen.tables import Table
 from lens.errors import LensError
+
+from .tables import Table
 
 KNOWN_COLUMNS = ('messages', 'conversation', 'conversations', 'chat', 'dialog', 'dialogue', 'turns', 'prompt')
 ROLES = {'human': 'user', 'gpt': 'assistant', 'bot': 'assistant', 'model': 'assistant'}

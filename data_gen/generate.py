@@ -12,12 +12,12 @@ import hashlib
 import json
 import pathlib
 
-from data_gen import chat_data, requests, rollouts, servers, tables, turns
-from data_gen.options import command, need, option
-from data_gen.requests import LOCAL, Request
-from data_gen.servers import Answer, Failed
-from lens import hf
-from lens.errors import LensError
+from lens.errors import LensError, need_package
+
+from . import chat_data, requests, rollouts, servers, tables, turns
+from .options import command, need, option
+from .requests import LOCAL, Request
+from .servers import Answer, Failed
 
 ANSWERED = ('thinking_tokens', 'content_tokens')
 # what a resumed run may not change
@@ -108,6 +108,9 @@ def _servers(o: GenerateOptions) -> servers.Servers:
 def generate(options: GenerateOptions) -> str:
     """Runs to the end; returns one line that says where the result is. Raises LensError."""
     need(options, 'input_dataset', 'output_path')
+    need_package('aiohttp', 'datagen', 'Asking servers')
+    from lens import hf  # with JAX, which --help needs not
+
     table = tables.open_table(options.input_dataset, options.input_split)
     column = chat_data.find_column(table, options.input_column or None)
     planner = turns.Planner(hf.load_tokenizer(options.tokenizer or options.model), options)
@@ -134,5 +137,9 @@ def generate(options: GenerateOptions) -> str:
     return f'{folder / "dataset"} and {folder / "parquet"}: {counts}{again}'
 
 
-if __name__ == '__main__':
+def main() -> None:
     command(GenerateOptions, generate)
+
+
+if __name__ == '__main__':
+    main()
