@@ -120,23 +120,28 @@ def own_flags(values: flags.FlagValues) -> list[flags.Flag]:
     return sorted(found, key=lambda f: f.name == DEBUG.name)
 
 
-def _flag_lines(flag: flags.Flag) -> list[str]:
-    switch = flag.boolean and f'--[no]{flag.name}'
-    default = '' if flag.default in (None, '') or (switch and not flag.default) else f' [{flag.default}]'
-    text = textwrap.fill(f'{flag.help}{default}', WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
-    return [f'  {switch or f"--{flag.name}=…"}', text]
+def _flag_line(flag: flags.Flag) -> str:
+    name = f'[no]{flag.name}' if flag.boolean else flag.name
+    default = '' if flag.default in (None, '') or flag.default is False else f' [{flag.default}]'
+    return textwrap.fill(
+        f'--{name}: {flag.help}{default}',
+        WIDTH,
+        initial_indent='  ',
+        subsequent_indent='      ',
+        break_on_hyphens=False,
+    )
 
 
 def help_text(about: str, values: flags.FlagValues, argv: Sequence[str] = (), all_keys: str = KEYS) -> str:
     """Returns what --help prints: the first text of the module `about`, which is not imported for that, the flags, and
     the keys of --config=FILE of argv, or all that a recipe may have. Raises LensError where FILE does not load."""
     loaded = sys.modules.get(about)
-    text = loaded.__doc__ if loaded else ast.get_docstring(_tree(about))
+    text = (loaded.__doc__ if loaded else ast.get_docstring(_tree(about))) or ''
+    about = loaded.__spec__.name if loaded and loaded.__spec__ else about
     if about.startswith('lens.data_gen.'):  # where it is installed there is no other
         text = text.replace('python -m data_gen', 'python -m lens.data_gen')
-    lines = [(text or '').strip(), '', 'Flags, with [their defaults]:']
-    for flag in own_flags(values):
-        lines += _flag_lines(flag)
+    lines = [text.strip(), '', 'Flags, with [their defaults]:']
+    lines += map(_flag_line, own_flags(values))
     if 'config' in values:
         file = next((a.partition('=')[2] for a in argv if a.startswith('--config=')), '')
         lines += ['', f'Keys of {file or all_keys} and their values, PHASE for each of config.phases in its order:']

@@ -78,7 +78,12 @@ def problems(module: str, source: str) -> list[str]:
         if mine in KNOW_NO_MODEL and LEVEL[theirs] < LEVEL['files']:
             out.append(f'{module} imports {name}: it knows no model')
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ('nnx.jit', 'nnx.grad', 'nnx.scan'):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+            'nnx.jit',
+            'nnx.grad',
+            'nnx.scan',
+            'nnx.set_graph_mode',
+        ):
             out.append(f'{module} uses {ast.unparse(node)}: plain jax everywhere')
         runs_code = isinstance(node, ast.keyword) and node.arg in ('allow_pickle', 'trust_remote_code')
         if runs_code and getattr(node.value, 'value', None) is not False:
