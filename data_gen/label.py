@@ -270,7 +270,8 @@ def _instruction(path: str) -> str:
 def label(o: LabelOptions) -> str:
     """Runs to the end; the last line says where the result is. Raises LensError."""
     need(o, 'data', 'tokenizer', 'model')
-    need_package('aiohttp', 'datagen', 'Asking servers')
+    if not (o.dry_run or o.finish):
+        need_package('aiohttp', 'datagen', 'Asking servers')
     key = os.environ.get(o.api_key_env, '').strip() if o.api_key_env else None
     if o.api_key_env and not (key and key.isascii() and key.isprintable()) and not (o.dry_run or o.finish):
         raise LensError(f'--api_key_env={o.api_key_env}: this environment variable holds no API key.')

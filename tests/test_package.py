@@ -138,6 +138,16 @@ def test_a_shipped_recipe_is_found_from_any_folder(given, wanted, tmp_path, monk
     assert cli.find_config(given) == [x.replace('HOME', str(ROOT)) for x in wanted]
 
 
+def test_a_recipe_of_ones_own_starts_from_a_shipped_one_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = (
+        'from lens.configs import tiny\n\n\ndef get_config():\n    c = tiny.get_config("sft")\n    c.sft.steps = 2\n'
+    )
+    (tmp_path / 'mine.py').write_text(f'{source}    return c\n')
+    config = cli.load_config('mine.py')
+    assert (config.sft.steps, config.phases, config.layer) == (2, ('sft',), 3)
+
+
 @pytest.mark.parametrize('installed', [False, True])
 def test_where_relative_paths_are(installed, tmp_path, monkeypatch):
     package, here, root = tmp_path / 'site/lens', tmp_path / 'here', tmp_path / 'root'
