@@ -64,7 +64,8 @@ def find(path: str | os.PathLike, *roots: pathlib.Path) -> pathlib.Path:
     """Returns where a relative path is: from the current folder, else from each root, else, for configs/…, what ships
     with the package, which stands in it or, in a checkout, beside it. A path that is nowhere comes back as it is."""
     path, package = pathlib.Path(path), pathlib.Path(__file__).parent
-    shipped = [package, package.parent] if path.parts[:1] == ('configs',) else []
+    home = package if (package / 'configs').is_dir() else package.parent
+    shipped = [home] if path.parts[:1] == ('configs',) else []
     return next((p for p in (root / path for root in (pathlib.Path(), *roots, *shipped)) if p.exists()), path)
 
 

@@ -152,7 +152,14 @@ def test_a_recipe_of_ones_own_starts_from_a_shipped_one_in_any_folder(tmp_path, 
 def test_where_relative_paths_are(installed, tmp_path, monkeypatch):
     package, here, root = tmp_path / 'site/lens', tmp_path / 'here', tmp_path / 'root'
     shipped = package / 'configs' if installed else tmp_path / 'site/configs'
-    for folder in (shipped / 'subject', package / 'models', here / 'configs', root / 'data', tmp_path / 'site/data'):
+    for folder in (
+        shipped / 'subject',
+        package / 'models',
+        here / 'configs',
+        root / 'data',
+        tmp_path / 'site/data',
+        tmp_path / 'site/configs/theirs',
+    ):
         folder.mkdir(parents=True)
     monkeypatch.setattr(files, '__file__', str(package / 'files.py'))
     monkeypatch.chdir(here)
@@ -160,6 +167,7 @@ def test_where_relative_paths_are(installed, tmp_path, monkeypatch):
     assert files.find('configs/subject', root) == shipped / 'subject'
     assert files.find('data', root) == root / 'data'
     assert files.find(root / 'data') == root / 'data'
+    assert files.find('configs/theirs').is_absolute() is not installed  # then it is the folder of another package
     for nowhere in ('data', 'models', 'configs/none', 'openai/gpt-oss-20b'):  # packages beside lens are not its files
         assert files.find(nowhere) == pathlib.Path(nowhere)
 
