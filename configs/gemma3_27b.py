@@ -20,8 +20,7 @@ left out activations above 3e5, this one does not.
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:

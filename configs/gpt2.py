@@ -20,8 +20,7 @@ grpo 16 activations x 8 explanations = 128 rollouts. All blocks patched instead:
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:

@@ -26,8 +26,7 @@ batch of sft and a constant tau of 1 (original: 5 to 0.1).
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 RECIPES = base.RECIPES | {'gumbel': ('gumbel',), '120b': ('sft', 'grpo')}
 CHAT = (  # system, user, analysis

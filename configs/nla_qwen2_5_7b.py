@@ -27,8 +27,7 @@ bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 RECIPES = base.RECIPES | {'full': ('sft', 'grpo')}
 SYSTEM = '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n'

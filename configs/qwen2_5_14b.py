@@ -19,8 +19,7 @@ documents x 8 = 256 activations. This tokenizer has no <bos>, so the prompts beg
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:

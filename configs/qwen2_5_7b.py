@@ -15,8 +15,7 @@ phase 1.2 GB a copy.
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:

@@ -20,8 +20,7 @@ explanations = 128 rollouts.
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:

@@ -22,8 +22,7 @@ Small copies of decoder and encoder are trained in full; cheaper variants: --con
 """
 
 import ml_collections
-
-from configs import base
+from lens.configs import base
 
 RECIPES = base.RECIPES | {'grpo': ('sft', 'grpo'), 'gumbel': ('sft', 'gumbel'), 'nla': ('sft', 'grpo')}
 

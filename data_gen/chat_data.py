@@ -3,8 +3,9 @@
 import json
 import re
 
-from data_gen.tables import Table
 from lens.errors import LensError, shown
+
+from .tables import Table
 
 # columns of whole chats, the likelier first
 KNOWN_COLUMNS = ('messages', 'conversation', 'conversations', 'chat', 'dialog', 'dialogue', 'turns')

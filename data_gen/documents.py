@@ -4,9 +4,10 @@ import dataclasses
 import json
 import re
 
-from data_gen import chat_data
-from data_gen.tables import Table
 from lens.errors import LensError, shown
+
+from . import chat_data
+from .tables import Table
 
 EFFORTS = ('low', 'medium', 'high')
 EFFORT_LINE = re.compile(rf'\A\s*Reasoning: ({"|".join(EFFORTS)})[ \t]*(?:\n+|\Z)')

@@ -14,12 +14,12 @@ import json
 import pathlib
 import unicodedata
 
-from data_gen import documents, requests, rollouts, servers, tables, turns
-from data_gen.options import command, need, option
-from data_gen.requests import LOCAL, Request
-from data_gen.servers import Answer, Failed
-from lens import hf
-from lens.errors import LensError, shown
+from lens.errors import LensError, need_package, shown
+
+from . import documents, requests, rollouts, servers, tables, turns
+from .options import command, need, option
+from .requests import LOCAL, Request
+from .servers import Answer, Failed
 
 SHOWN_CHARS = 4000  # of the first answer and the first row
 ANSWERED = ('thinking_tokens', 'content_tokens')
@@ -120,6 +120,9 @@ def printable(json_text: str) -> str:
 def generate(options: GenerateOptions) -> str:
     """Runs to the end; returns one line that says where the result is. Raises LensError."""
     need(options, 'input_dataset', 'output_path')
+    need_package('aiohttp', 'datagen', 'Asking servers')
+    from lens import hf  # with JAX, which --help needs not
+
     table = tables.open_table(options.input_dataset, options.input_split)
     form = documents.row_format(table, options.input_column or None)
     if form[0] == 'text':
@@ -148,5 +151,9 @@ def generate(options: GenerateOptions) -> str:
     return f'{folder / "dataset"} and {folder / "parquet"}: {counts}{again}'
 
 
-if __name__ == '__main__':
+def main() -> None:
     command(GenerateOptions, generate)
+
+
+if __name__ == '__main__':
+    main()

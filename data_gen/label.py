@@ -22,13 +22,13 @@ import hashlib
 import itertools
 import pathlib
 
-from data_gen import chat_data, journal, label_files, label_prompts, requests
-from data_gen.ledger import Ledger
-from data_gen.options import command, need, option
-from data_gen.requests import LOCAL, Request
-from data_gen.servers import Answer, Failed, Servers
-from lens import hf
-from lens.errors import LensError
+from lens.errors import LensError, need_package
+
+from . import chat_data, journal, label_files, label_prompts, requests
+from .ledger import Ledger
+from .options import command, need, option
+from .requests import LOCAL, Request
+from .servers import Answer, Failed, Servers
 
 TEMPLATE_TOKENS = 256  # most that the chat template of a server adds to a prompt
 USELESS = 20  # answers and refusals without a single label, after which a command stops
@@ -83,6 +83,8 @@ class Labelling:
         if o.max_cost and not (o.price_in or o.price_out):
             raise LensError('--max_cost needs the prices: give --price_in and --price_out.')
         self.template = label_prompts.instruction(_instruction(o.instruction), o.explanation_len, o.words)
+        from lens import hf  # with JAX, which --help needs not
+
         self.tokenizer = hf.load_tokenizer(o.tokenizer)
         drawn = {'seed': o.seed, 'count': o.positions, 'min_position': o.min_position, 'rows': o.max_documents}
         self.parts = [label_prompts.open_part(o.data, n, self.tokenizer, **drawn) for n in names]
@@ -268,7 +270,10 @@ def _instruction(path: str) -> str:
 def label(o: LabelOptions) -> str:
     """Runs to the end; the last line says where the result is. Raises LensError."""
     need(o, 'data', 'tokenizer', 'model')
-    key = None if o.dry_run or o.finish else requests.api_key(o.api_key_env)
+    asks = not (o.dry_run or o.finish)
+    if asks:
+        need_package('aiohttp', 'datagen', 'Asking servers')
+    key = requests.api_key(o.api_key_env) if asks else None
     work = Labelling(o)
     if o.dry_run:
         return work.dry_run()
@@ -279,5 +284,9 @@ def label(o: LabelOptions) -> str:
         return work.write()
 
 
-if __name__ == '__main__':
+def main() -> None:
     command(LabelOptions, label)
+
+
+if __name__ == '__main__':
+    main()

@@ -11,10 +11,11 @@ import shutil
 
 import numpy as np
 
-from data_gen import arrays
-from data_gen.label_prompts import Part
-from data_gen.ledger import Ledger
 from lens.files import new_folder, write_json
+
+from . import arrays
+from .label_prompts import Part
+from .ledger import Ledger
 
 ROWS = 4096  # rows or labels that are encoded or copied together
 MADE = 'labels.json'  # beside the arrays: how they were made

@@ -12,12 +12,15 @@ import dataclasses
 import hashlib
 import random
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_gen import chat_data, turns
-from data_gen.servers import Failed
-from lens import data
+from . import chat_data, turns
+from .servers import Failed
+
+if TYPE_CHECKING:
+    from lens.data import Split
 from lens.errors import LensError
 
 INSTRUCTION = """Below stands the beginning of a text. A language model has read exactly this much and now predicts \
@@ -108,7 +111,7 @@ class Part:
     """A split and the positions [N, V] that its labels are for; -1: none, also in rows that get no label."""
 
     name: str
-    split: data.Split
+    split: 'Split'
     role: np.ndarray | None  # [N, S]; None: no chats
     role_names: dict[int, str]
     positions: np.ndarray
@@ -130,6 +133,8 @@ class Part:
 
 def open_part(path: str, name: str, tokenizer, *, seed: int, count: int, min_position: int, rows: int) -> Part:
     """Opens path/name and draws `count` positions in each of its first `rows` documents (0: all). Raises LensError."""
+    from lens import data  # with Grain, which --help needs not
+
     split = data.open_split(path, name, vocab_size=len(tokenizer))
     codes = split.meta.get('roles') or {}
     role = split.role if split.meta.get('template') else None

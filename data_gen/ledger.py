@@ -10,9 +10,10 @@ import pathlib
 
 import numpy as np
 
-from data_gen.journal import Journal
-from data_gen.label_prompts import Part
 from lens.errors import LensError, shown
+
+from .journal import Journal
+from .label_prompts import Part
 
 WITHOUT = 'without a label'
 

@@ -11,8 +11,6 @@ from lens.errors import LensError
 
 DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}  # others are texts
 
-flags.disclaim_key_flags()  # flags belong to the command that calls `command`, whose --help then shows them
-
 
 def option(default, text: str, minimum: float | None = None, maximum: float | None = None, choices=()):
     """Returns a field of the options of a command; `text`, the bounds and the choices are those of its flag."""
@@ -28,7 +26,8 @@ def need(options, *names: str) -> None:
 
 
 def command(options: type, act) -> None:
-    """Runs the command line and prints the text that act(options) returns; names may be written with dashes."""
+    """Runs the command line and prints the text that act(options) returns; names may be written with dashes. The module
+    of `options` says what --help prints first."""
     fields = dataclasses.fields(options)
     for f in fields:
         if f.metadata['choices']:
@@ -39,4 +38,4 @@ def command(options: type, act) -> None:
     sys.argv[1:] = [
         re.sub(r'^--?[a-z][a-z-]*', lambda m: '--' + m[0].lstrip('-').replace('-', '_'), a) for a in sys.argv[1:]
     ]
-    cli.run(lambda _: print(act(options(**{f.name: flags.FLAGS[f.name].value for f in fields}))))
+    cli.run(lambda _: print(act(options(**{f.name: flags.FLAGS[f.name].value for f in fields}))), options.__module__)

@@ -23,10 +23,11 @@ from collections import Counter
 
 import numpy as np
 
-from data_gen import arrays, documents, journal, render, shards, tables
-from data_gen.options import command, need, option
 from lens import files
 from lens.errors import LensError
+
+from . import arrays, documents, journal, render, shards, tables
+from .options import command, need, option
 
 FORMAT = 'lens-tokens/1'  # lens.data.FORMAT; that module loads more than a worker process needs
 SPLITS = ('train', 'validation')
@@ -249,5 +250,9 @@ def report(out: pathlib.Path, tokenizer) -> str:
     return '\n'.join(lines)
 
 
-if __name__ == '__main__':
+def main() -> None:
     command(PretokenizeOptions, pretokenize)
+
+
+if __name__ == '__main__':
+    main()

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_gen import chat_data
-from data_gen.documents import EFFORT_LINE, BadRow, Chat
 from lens.errors import LensError, shown
+
+from . import chat_data
+from .documents import EFFORT_LINE, BadRow, Chat
 
 ROLES = {'system': 0, 'user': 1, 'thinking': 2, 'final': 3, 'special': 4, 'text': 5}  # codes of role.npy
 SYSTEM, USER, THINKING, FINAL, SPECIAL, TEXT = ROLES.values()

@@ -16,10 +16,10 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from data_gen.journal import Journal
-from data_gen.servers import Answer, Failed, Servers, say
 from lens.errors import LensError, shown
-from lens.logger import clock
+
+from .journal import Journal
+from .servers import Answer, Failed, Servers, say
 
 PAUSE_S = 0.5  # after a request without an answer
 SYNC_EVERY_S = 0.5
@@ -85,6 +85,8 @@ class Display:
         self._bar.stop()
 
     def update(self, servers: Servers, last: bool = False) -> None:
+        from lens.logger import clock  # with JAX, which --help needs not
+
         work, done, now = self._work, self._work.journal.done(), time.monotonic()
         new = done - self._begun_with
         left = clock((work.total - done) * (now - self._began) / new) if new else '?'

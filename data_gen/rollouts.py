@@ -12,9 +12,10 @@ import shutil
 
 import numpy as np
 
-from data_gen import arrays, journal
 from lens.errors import LensError
 from lens.files import write_json
+
+from . import arrays, journal
 
 KINDS = ('data', 'rejected', 'failed', 'skipped')
 LENGTHS = ('original_prompt_tokens', 'prompt_tokens_with_system', 'thinking_tokens', 'content_tokens')

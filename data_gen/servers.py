@@ -20,11 +20,13 @@ import re
 import time
 import urllib.parse
 
-import aiohttp
-import yarl
-
-from data_gen import chat_data
 from lens.errors import LensError, shown
+
+from . import chat_data
+
+with contextlib.suppress(ImportError):  # of the extra [datagen]: what asks servers says so, and --help needs none
+    import aiohttp
+    import yarl
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
 ASK_AGAIN_S = 5.0  # for servers that were away

@@ -20,9 +20,10 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from data_gen import documents, render
-from data_gen.documents import BadRow
 from lens.errors import LensError
+
+from . import documents, render
+from .documents import BadRow
 
 ROWS = 1024  # of the input per shard
 SHARDS_PER_PROCESS = 4  # fewer are done sooner without the seconds that a process takes to start

@@ -9,8 +9,9 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 
-from data_gen import readers
 from lens.errors import LensError, shown
+
+from . import readers
 
 BATCH = 256  # rows that are in memory at a time
 LOOK = 100  # rows that tell what the columns hold

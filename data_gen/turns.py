@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from data_gen import chat_data
-from data_gen.servers import Answer, Failed
 from lens.errors import LensError
+
+from . import chat_data
+from .servers import Answer, Failed
 
 MARGIN = 16  # tokens that a prompt must leave below the target to be chosen
 BACK_OFFS = 8  # earlier assistant turns that are tried when the system line leaves no room

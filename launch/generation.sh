@@ -29,7 +29,7 @@ read_generation() {
   out=${out%/}
   tokenizer=$(option_value tokenizer "$@") python=${LENS_PYTHON:-$root/.venv/bin/python} working=''
   needs "$python"
-  generate=("$python" -m data_gen.generate --model="$model" --resume "$@")
+  generate=("$python" -m lens.data_gen.generate --model="$model" --resume "$@")
   read -r -a vllm_args <<<"${VLLM_ARGS-}"
 }
 
@@ -49,7 +49,7 @@ work() {
 pretokenize() {
   read -r -a options <<<"${PRETOKENIZE_ARGS-}"
   # --force: the rows may be more than those of an earlier run
-  work : "$python" -m data_gen.pretokenize --input="$out/dataset" --tokenizer="${tokenizer:-$model}" \
+  work : "$python" -m lens.data_gen.pretokenize --input="$out/dataset" --tokenizer="${tokenizer:-$model}" \
     --out="$out/tokens" --force "${options[@]}" ||
     die "The rows are in $out/dataset, but not as tokens: the same command tries again."
 }

@@ -1,7 +1,10 @@
 """lens: read the hidden states of language models as text."""
 
-from flax import nnx
-
-nnx.set_graph_mode(False)  # modules are plain pytrees; use jax.jit / grad / vmap / scan on them
+import os
 
 __version__ = '0.1.0'
+
+_here = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_here, 'configs')):
+    # A checkout has configs/ and data_gen/ beside this folder; there, too, they are lens.configs and lens.data_gen.
+    __path__ = [*__path__, os.path.dirname(_here)]

@@ -1,20 +1,31 @@
-"""How every command starts: flags, one clear sentence for what a user can mend, exit codes."""
+"""How every command starts: flags and --help, one clear sentence for what a user can mend, exit codes."""
 
+import ast
 import difflib
+import functools
+import importlib
+import importlib.util
 import os
+import pathlib
 import signal
 import sys
+import textwrap
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lens.errors import LensError
+from lens import files
+from lens.errors import LensError, shown
 
 BROKEN = 70  # EX_SOFTWARE of sysexits.h
 LEAVE_S = 4.0  # for an exit after an error: all processes of a run leave together if it is an error of all
+HELP = ('-h', '--h', '-help', '--help', '-helpshort', '--helpshort', '-?')
+KEYS = 'configs/base.py'  # every key of a recipe, with its meaning
+WIDTH = 100  # of the lines of --help
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
@@ -26,19 +37,37 @@ def flat_keys(config, prefix: str = '') -> list[str]:
     return out
 
 
+def find_config(argv: list[str]) -> list[str]:
+    """Returns the arguments with --config=FILE in one, FILE where files.find has it, also in what ships with lens."""
+    out = list(argv)
+    for i in [i for i, a in enumerate(argv[:-1]) if a in ('--config', '-config')][::-1]:
+        out[i : i + 2] = [f'--config={argv[i + 1]}']
+    for i, (name, equals, value) in enumerate(a.partition('=') for a in out):
+        if name.lstrip('-') == 'config' and equals:
+            file, colon, recipe = value.partition(':')
+            out[i] = f'--config={files.find(file)}{colon}{recipe}'
+    return out
+
+
+def load_config(file: str):
+    """Returns the ConfigDict of FILE or FILE:RECIPE. Raises LensError where it does not load."""
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=[])
+    try:
+        holder(['', f'--config={file}'])
+        flat_keys(holder.config)  # a file that is not there raises where it is looked at
+        return holder.config
+    except Exception as e:  # whatever the file itself raises
+        raise LensError(f'--config={file} does not load: {str(e).splitlines()[-1].strip()}') from e
+
+
 def check_config(argv: list[str]) -> None:
     """Refuses a --config file that does not load, and overrides of keys that it does not have: it names the nearest
     one of the whole file, for `--config.steps` sft.steps. Raises LensError."""
     file = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), None)
     if file is None:
         return
-    holder = flags.FlagValues()
-    config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=[])
-    try:
-        holder(['', f'--config={file}'])
-        known = flat_keys(holder.config)
-    except Exception as e:  # whatever the file itself raises
-        raise LensError(f'--config={file} does not load: {str(e).splitlines()[-1].strip()}') from e
+    known = flat_keys(load_config(file))
     for name in (a.split('=', 1)[0].removeprefix('--config.') for a in argv if a.startswith('--config.')):
         if name not in known:
             short = {k.rpartition('.')[2]: k for k in reversed(known)}
@@ -48,12 +77,106 @@ def check_config(argv: list[str]) -> None:
             raise LensError(f'config.{name} is not a key of {file}{hint}.')
 
 
-def _parse(argv: list[str]) -> list[str]:
+def meanings(source: str) -> dict[str, str]:
+    """Returns what the comments of a recipe say: dotted key -> the comment on the line that sets it in get_config; keys
+    that other functions set are those of a block for each phase, PHASE.key."""
+    lines, out = source.splitlines(), {}
+    for function in (f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)):
+        place = '' if function.name == 'get_config' else 'PHASE.'
+        for node in (x for x in ast.walk(function) if isinstance(x, ast.Assign)):
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+            if isinstance(node.targets[0], ast.Attribute) and rest.startswith('#'):
+                out.setdefault(place + ast.unparse(node.targets[0]).partition('.')[2], rest.lstrip('# '))
+    return out
+
+
+def key_lines(file: str, all_keys: str = KEYS) -> list[str]:
+    """Returns a line for every key of a recipe, value and meaning; of blocks of phases the values in the order of phases.
+
+    all_keys: the file whose comments say what keys mean. Raises LensError where the recipe does not load.
+    """
+    config = load_config(file)
+    meant = meanings(files.find(all_keys).read_text('utf-8'))
+    meaning = (
+        meant | meanings(pathlib.Path(file.partition(':')[0]).read_text('utf-8')) | meant
+    )  # and the order of `meant`
+    keys, values = flat_keys(config), {}
+    blocks = [k.removesuffix('.objective') for k in keys if k.endswith('.objective')]
+    running = [*config.get('phases', ())]
+    for key in sorted(keys, key=lambda k: [*running, k.partition('.')[0]].index(k.partition('.')[0])):
+        block, _, name = key.partition('.')
+        if block not in blocks or block in running:
+            value = functools.reduce(lambda c, k: c[k], key.split('.'), config)
+            values.setdefault(f'PHASE.{name}' if block in blocks else key, {})[shown(repr(value), 40)] = None
+    order = {key: i for i, key in enumerate(meaning)}
+    found = sorted(values, key=lambda k: (k.startswith('PHASE.'), order.get(k, len(order))))
+    return [f'  --config.{k}={" | ".join(values[k])}  # {meaning.get(k, "")}' for k in found]
+
+
+def own_flags(values: flags.FlagValues) -> list[flags.Flag]:
+    """Returns the flags of a command in the order in which it defines them, --debug last, without those of absl."""
+    of_modules = values.flags_by_module_dict().items()
+    found = [f for module, of_one in of_modules if not module.startswith('absl.') for f in of_one]
+    return sorted(found, key=lambda f: f.name == DEBUG.name)
+
+
+def _flag_line(flag: flags.Flag) -> str:
+    name = f'[no]{flag.name}' if flag.boolean else flag.name
+    default = '' if flag.default in (None, '') or flag.default is False else f' [{flag.default}]'
+    return textwrap.fill(
+        f'--{name}: {flag.help}{default}',
+        WIDTH,
+        initial_indent='  ',
+        subsequent_indent='      ',
+        break_on_hyphens=False,
+    )
+
+
+def help_text(about: str, values: flags.FlagValues, argv: Sequence[str] = (), all_keys: str = KEYS) -> str:
+    """Returns what --help prints: the first text of the module `about`, which is not imported for that, the flags, and
+    the keys of --config=FILE of argv, or all that a recipe may have. Raises LensError where FILE does not load."""
+    loaded = sys.modules.get(about)
+    text = (loaded.__doc__ if loaded else ast.get_docstring(_tree(about))) or ''
+    about = loaded.__spec__.name if loaded and loaded.__spec__ else about
+    if about.startswith('lens.data_gen.'):  # where it is installed there is no other
+        text = text.replace('python -m data_gen', 'python -m lens.data_gen')
+    lines = [text.strip(), '', 'Flags, with [their defaults]:']
+    lines += map(_flag_line, own_flags(values))
+    if 'config' in values:
+        file = next((a.partition('=')[2] for a in argv if a.startswith('--config=')), '')
+        lines += ['', f'Keys of {file or all_keys} and their values, PHASE for each of config.phases in its order:']
+        lines += key_lines(file or str(files.find(all_keys)), all_keys)
+    return '\n'.join([*lines, '', '--helpfull names the flags of libraries too.'])
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(pathlib.Path(importlib.util.find_spec(module).origin).read_text('utf-8'))
+
+
+def _parse(argv: list[str], about: str, all_keys: str) -> list[str]:
     try:
+        argv[1:] = find_config(argv[1:])  # in sys.argv, where config_flags looks for overrides
+        if set(argv) & set(HELP):
+            try:
+                print(help_text(about, flags.FLAGS, argv, all_keys), flush=True)
+            except BrokenPipeError:  # as after `| head`
+                _write_no_more()
+            sys.exit(0)
         check_config(argv[1:])
-        return flags.FLAGS(argv)
+        left = flags.FLAGS(argv)
+        if left[1:]:
+            raise LensError(f'{left[1]} is no flag of this command: flags are --NAME=VALUE, and --help lists them.')
+        return left
+    except flags.UnrecognizedFlagError as e:
+        near = difflib.get_close_matches(e.flagname, [f.name for f in own_flags(flags.FLAGS)], n=1, cutoff=0.5)
+        hint = f'the nearest is --{near[0]}' if near else '--help lists them'
+        sys.exit(f'error: --{e.flagname} is no flag of this command; {hint}.')
     except (LensError, flags.Error) as e:
         sys.exit(f'error: {" ".join(str(e).split())}')
+
+
+def _write_no_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _leave(code: int) -> NoReturn:
@@ -67,16 +190,24 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def run(main) -> None:
+def start(module: str, *values: flags.FlagHolder, all_keys: str = KEYS) -> None:
+    """Runs main(*values) of a module, which is imported after the flags are parsed, as `run` says."""
+    run(lambda _: importlib.import_module(module).main(*(v.value for v in values)), module, all_keys)
+
+
+def run(main: Callable, about: str = '__main__', all_keys: str = KEYS) -> None:
     """Runs `main(argv)` by absl: a LensError or a failure of the disk prints its sentence and exits with code 1,
-    anything else its traceback and exits with BROKEN, after which launch/restart.sh starts a run again."""
+    anything else its traceback and exits with BROKEN, after which launch/restart.sh starts a run again.
+
+    about: the module whose first text --help prints. all_keys: the recipe whose keys it lists without --config.
+    """
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
         try:
             return main(argv)
         except BrokenPipeError:  # nobody reads the output any more, as after `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _write_no_more()
             _leave(128 + signal.SIGPIPE)
         except (LensError, OSError) as e:
             if DEBUG.value:
@@ -87,4 +218,4 @@ def run(main) -> None:
             traceback.print_exc()
             _leave(BROKEN)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, about=about, all_keys=all_keys))

@@ -5,6 +5,11 @@ python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again
 A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS: a new one needs no more.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from lens import commands
+
+    commands.evaluate()
+
 import dataclasses
 import functools
 import pathlib
@@ -14,9 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from lens import cli, data, files, metrics, report, sampling, sharding
+from lens import data, files, metrics, report, sampling, sharding
 from lens.checkpoint import reopen
 from lens.config import Run
 from lens.errors import LensError
@@ -273,9 +277,9 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
     report.write_report(workdir)
 
 
-def main(_):
-    workdir = pathlib.Path(WORKDIR.value)
-    again = reopen(workdir, STEP.value)
+def main(workdir: str, step: str) -> None:
+    workdir = pathlib.Path(workdir)
+    again = reopen(workdir, step)
     with jax.set_mesh(again.run.mesh):
         result = Evaluator(again.run).full(again.params)
     result.figures.update(figure_after_sft(workdir, again.run))
@@ -287,12 +291,3 @@ def main(_):
         f'{result.activations} activations of {result.documents} held-out documents, step {again.step}. '
         f'Figures: {workdir}/evaluation.json  Report: {workdir}/report.html'
     )
-
-
-if __name__ == '__main__':
-    WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run of lens.main.')
-    STEP = flags.DEFINE_string(
-        'step', 'newest', 'Which checkpoint: newest, best (highest held-out FVE), or its number.'
-    )
-    flags.mark_flag_as_required('workdir')
-    cli.run(main)

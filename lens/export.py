@@ -6,6 +6,11 @@ Layout: lens/lens_folder.py; the card: lens/card.md.jinja; its PyTorch program: 
 evaluation start from such a folder with --config.init_from=DIR.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from lens import commands
+
+    commands.export()
+
 import importlib.resources
 import pathlib
 import shlex
@@ -13,9 +18,8 @@ import time
 
 import jax
 import jinja2
-from absl import flags
 
-from lens import cli, files, hf, lens_folder, logger
+from lens import files, hf, lens_folder, logger
 from lens.checkpoint import reopen
 from lens.config import Run
 from lens.errors import LensError
@@ -100,17 +104,6 @@ def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest') -> No
         write_folder(out, again.params, again.run, again.config, again.step, _summary(workdir, again.step))
 
 
-def main(_):
-    out = pathlib.Path(OUT.value)
-    export(pathlib.Path(WORKDIR.value), out, STEP.value)
+def main(workdir: str, step: str, out: str) -> None:
+    export(pathlib.Path(workdir), pathlib.Path(out), step)
     print(f'Exported to {out}: how to use it, with its figures, is in {out}/README.md')
-
-
-if __name__ == '__main__':
-    WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of a run of lens.main.')
-    STEP = flags.DEFINE_string(
-        'step', 'newest', 'Which checkpoint: newest, best (highest held-out FVE), or its number.'
-    )
-    OUT = flags.DEFINE_string('out', None, 'New folder for the lens.')
-    flags.mark_flags_as_required(['workdir', 'out'])
-    cli.run(main)

@@ -60,6 +60,15 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
     return list(rows.values())
 
 
+def find(path: str | os.PathLike, *roots: pathlib.Path) -> pathlib.Path:
+    """Returns where a relative path is: from the current folder, else from each root, else, for configs/…, what ships
+    with the package, which stands in it or, in a checkout, beside it. A path that is nowhere comes back as it is."""
+    path, package = pathlib.Path(path), pathlib.Path(__file__).parent
+    home = package if (package / 'configs').is_dir() else package.parent
+    shipped = [home] if path.parts[:1] == ('configs',) else []
+    return next((p for p in (root / path for root in (pathlib.Path(), *roots, *shipped)) if p.exists()), path)
+
+
 def take_lock(file, message: str) -> None:
     """Locks an open file until it is closed. Raises LensError with `message` where another process has it locked.
 

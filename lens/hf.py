@@ -48,8 +48,8 @@ CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinit
 
 def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
     """Finds `path`, or downloads the Hub repository of that name, its tensors only with `weights`. Raises LensError."""
-    if pathlib.Path(path).is_dir():
-        return pathlib.Path(path)
+    if (found := files.find(path)).is_dir():
+        return found
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)) or str(path).startswith('.'):
         raise LensError(f'{path} does not exist: give a directory in Hugging Face layout, or a Hub id.')
     import huggingface_hub  # half a second that local models do not need

@@ -1,32 +1,45 @@
 """Trains a lens: python -m lens.main --config=configs/tiny.py --workdir=runs/tiny"""
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from lens import commands
+
+    commands.train()
+
 import os
 import pathlib
 
 import jax
-from absl import flags
-from ml_collections import config_flags
 
-from lens import cli, distributed
+from lens import distributed
 from lens.train import Stopped, train
 
 HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')
 CACHE = '~/.cache/lens/xla'  # programs that this machine has compiled before; JAX_COMPILATION_CACHE_DIR moves it
 
 
-def main(_):
+def main(
+    config,
+    workdir: str,
+    profile: str,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    plan: bool,
+    device_gb: float,
+    debug: bool,
+) -> int | None:
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         jax.config.update('jax_compilation_cache_dir', os.path.expanduser(CACHE))
-    if cli.DEBUG.value:
+    if debug:
         jax.config.update('jax_debug_nans', True)
-    if PLAN.value:
+    if plan:
         from lens.tools import plan  # a command of its own that shares the flags of this one
 
-        return plan.run(CONFIG.value, DEVICE_GB.value)
-    workdir = pathlib.Path(WORKDIR.value)
-    distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        return plan.run(config, device_gb)
+    workdir = pathlib.Path(workdir)
+    distributed.initialize(coordinator, num_processes, process_id)
     try:
-        summary = train(CONFIG.value, workdir, PROFILE.value)
+        summary = train(config, workdir, profile)
     except Stopped as e:
         summary = None
         if distributed.is_first():
@@ -34,29 +47,3 @@ def main(_):
     if summary:
         print('  '.join(f'{k} {summary[k]:.3f}' for k in HEADLINE if k in summary))
         print(f'Done in {summary["wall_s"]:.0f} s. Figures: {workdir}/summary.json  Report: {workdir}/report.html')
-
-
-if __name__ == '__main__':
-    CONFIG = config_flags.DEFINE_config_file(
-        'config', None, 'Recipe, e.g. configs/tiny.py; override keys with --config.a.b=value.'
-    )
-    WORKDIR = flags.DEFINE_string(
-        'workdir', None, 'Folder of this run: checkpoints, metrics, summary, report. Continues if it exists.'
-    )
-    PROFILE = flags.DEFINE_string('profile', '', 'START:COUNT, steps of this process: trace them in WORKDIR/profile.')
-    COORDINATOR = flags.DEFINE_string(
-        'coordinator', None, 'HOST:PORT of process 0 of several; "auto": JAX finds all of it out (TPU pods).'
-    )
-    NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes of this run, with --coordinator.')
-    PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.')
-    PLAN = flags.DEFINE_bool(
-        'plan',
-        False,
-        'Print what each device would need, and what helps where it does not fit (exit code 1); no training.',
-    )
-    DEVICE_GB = flags.DEFINE_float('device_gb', 80.0, 'Memory of one device in 1e9 bytes, for --plan.', lower_bound=0.0)
-    flags.mark_flag_as_required('config')
-    flags.register_validator(
-        'workdir', lambda x: x is not None or PLAN.value, 'Flag --workdir must have a value other than None.'
-    )
-    cli.run(main)

@@ -7,6 +7,11 @@ page holds no script, asks for nothing from outside, and escapes every text from
 report.html beside this module; charts are inline SVG.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from lens import commands
+
+    commands.report()
+
 import contextlib
 import json
 import math
@@ -16,9 +21,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-from absl import flags
 
-from lens import charts, cli, files
+from lens import charts, files
 from lens.charts import Series, Stretch
 from lens.errors import LensError
 
@@ -201,10 +205,5 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     return out
 
 
-def main(_):
-    print(f'Report: {write_report(pathlib.Path(WORKDIR.value))}')
-
-
-if __name__ == '__main__':
-    WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-    cli.run(main)
+def main(workdir: str) -> None:
+    print(f'Report: {write_report(pathlib.Path(workdir))}')

@@ -6,38 +6,20 @@
 Arrays that are there already with the same settings are kept. The layout is that of lens/data.py.
 """
 
-from absl import flags
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from . import commands
 
-from data_gen.storyworld import world
-from lens import cli
+    commands.storyworld()
 
-FLAGS = flags.FLAGS
-HELP = {
-    'train': 'Training stories.',
-    'validation': 'Validation stories.',
-    'seed': 'Which world.',
-    'positions': 'Labelled positions per story.',
-    'seq_len': 'Tokens per row, BOS included.',
-}
+from . import world
 
 
-def main(_):
-    if FLAGS.train_tokenizer:
-        tokenizer = world.train_tokenizer(FLAGS.train_tokenizer)
-        print(f'Tokenizer with {len(tokenizer)} entries: {FLAGS.train_tokenizer}')
+def main(train_tokenizer: str | None, out: str, tokenizer: str, *settings: int) -> None:
+    if train_tokenizer:
+        trained = world.train_tokenizer(train_tokenizer)
+        print(f'Tokenizer with {len(trained)} entries: {train_tokenizer}')
         return
-    s = world.Settings(*(FLAGS[name].value for name in world.Settings._fields))
+    s = world.Settings(*settings)
     print(f'Storyworld: {s.train} training and {s.validation} validation stories, seed {s.seed} ...', flush=True)
-    written = world.write_arrays(FLAGS.out, FLAGS.tokenizer, s)
-    print(
-        f'Arrays written: {FLAGS.out}' if written else f'Nothing to do, these settings are there already: {FLAGS.out}'
-    )
-
-
-if __name__ == '__main__':
-    flags.DEFINE_string('train_tokenizer', None, 'Train the tokenizer into this folder, then stop.')
-    flags.DEFINE_string('out', 'data/storyworld', 'Folder for the arrays.')
-    flags.DEFINE_string('tokenizer', 'configs/tiny_subject', 'Folder with tokenizer.json.')
-    for name, text in HELP.items():
-        flags.DEFINE_integer(name, world.Settings._field_defaults[name], text)
-    cli.run(main)
+    written = world.write_arrays(out, tokenizer, s)
+    print(f'Arrays written: {out}' if written else f'Nothing to do, these settings are there already: {out}')

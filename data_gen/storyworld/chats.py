@@ -4,15 +4,19 @@ Every row is {"messages": [user, assistant]}: the beginning of a story with a qu
 thinking. `tiny_chat` fits its models on such chats; this file has stories that they have not seen.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from . import commands
+
+    commands.chats()
+
 import itertools
 import pathlib
 import re
 from typing import NamedTuple
 
-from absl import flags
+from lens import files
 
-from data_gen.storyworld import world
-from lens import cli, files
+from . import world
 
 SENTENCES = 6  # of a story
 QUESTIONS = {  # question -> fields that the story must tell, thinking, answer
@@ -71,17 +75,8 @@ def row(chat: StoryChat) -> dict:
     return {'messages': [{'role': 'user', 'content': chat.prompt}, answer]}
 
 
-def main(_):
-    path = pathlib.Path(flags.FLAGS.out)
-    chats = held_out(flags.FLAGS.rows, flags.FLAGS.seed)
+def main(out: str, rows: int, seed: int) -> None:
+    path, chats = pathlib.Path(out), held_out(rows, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_jsonl(path, map(row, chats))
     print(f'{len(chats)} chats: {path}')
-
-
-if __name__ == '__main__':
-    flags.DEFINE_string('out', None, 'File of JSON lines.')
-    flags.DEFINE_integer('rows', 64, 'Chats.', lower_bound=1)
-    flags.DEFINE_integer('seed', 0, 'Of the stories.', lower_bound=0)
-    flags.mark_flags_as_required(['out'])
-    cli.run(main)

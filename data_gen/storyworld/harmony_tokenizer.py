@@ -4,13 +4,16 @@ The vocabulary (o200k and the Harmony control tokens, 201088 rows with those tha
 package oss-harmony, which holds it; nothing is downloaded. 27 MB: made where it is needed, never committed.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from . import commands
+
+    commands.harmony_tokenizer()
+
 import os
 
-from absl import flags
-
-from data_gen.storyworld import tokenizer
-from lens import cli
 from lens.errors import LensError
+
+from . import tokenizer
 
 VOCAB_SIZE = 201088  # rows of the model's tables; ids from 200019 on have no name in the tokenizer
 PLAIN, NAMED = 199998, 200019  # first control token; first id without a name
@@ -97,12 +100,6 @@ def build(directory: str | os.PathLike) -> None:
     tokenizer.save(bpe, directory, CHAT_TEMPLATE.strip(), pad=PAD, bos=BOS, eos=EOS)
 
 
-def main(_):
-    build(flags.FLAGS.out)
-    print(f'Tokenizer of gpt-oss: {flags.FLAGS.out}')
-
-
-if __name__ == '__main__':
-    flags.DEFINE_string('out', None, 'Folder for tokenizer.json, tokenizer_config.json and chat_template.jinja.')
-    flags.mark_flags_as_required(['out'])
-    cli.run(main)
+def main(out: str) -> None:
+    build(out)
+    print(f'Tokenizer of gpt-oss: {out}')

@@ -5,6 +5,11 @@ look-ahead loss makes one block's output predict the fact words of the next toke
 something to read. Its head is thrown away.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from . import commands
+
+    commands.pretrain()
+
 import functools
 import pathlib
 import time
@@ -14,11 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
-from lens import cli, data, files, hf, logger, losses, sharding
+from lens import data, files, hf, logger, losses, sharding
 from lens.checkpoint import Checkpoints, Keep
 from lens.errors import LensError
 from lens.models.norm import unit_rms
@@ -215,13 +218,5 @@ class Pretrainer:
         return {k: round(float(np.mean([p[k] for p in parts])), 4) for k in parts[0]}
 
 
-def main(_):
-    workdir = pathlib.Path(WORKDIR.value)
-    print(f'Held out: {Pretrainer(CONFIG.value).run(workdir)}\nModel: {workdir}/model')
-
-
-if __name__ == '__main__':
-    CONFIG = config_flags.DEFINE_config_file('config', None, 'Pretraining recipe, e.g. configs/tiny_subject.py.')
-    WORKDIR = flags.DEFINE_string('workdir', None, 'Where the checkpoints and the model are written.')
-    flags.mark_flags_as_required(['config', 'workdir'])
-    cli.run(main)
+def main(config, workdir: str) -> None:
+    print(f'Held out: {Pretrainer(config).run(pathlib.Path(workdir))}\nModel: {workdir}/model')

@@ -7,15 +7,19 @@ from the activation, at positions where the text has established it. Exit code 0
 reaches --floor and, with --baseline, the language-model loss is within --max_cost of the baseline's.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from . import commands
+
+    commands.probe()
+
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
-from lens import cli, data, hf, losses
+from lens import data, hf, losses
 from lens.errors import LensError
 from lens.models import subject
 
@@ -84,36 +88,26 @@ def lm_loss(model, split: data.Split) -> float:
     return float(total / count)
 
 
-def main(_):
-    model = hf.load_model(MODEL.value)
-    c = model.config
-    if not 0 <= LAYER.value < c.n_layers:
-        raise LensError(f'--layer={LAYER.value} is not a block of the subject (0..{c.n_layers - 1}).')
-    train, validation = (data.open_split(DATA.value, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
+def main(model: str, baseline: str | None, data_folder: str, layer: int, floor: float, max_cost: float) -> None:
+    subject_model = hf.load_model(model)
+    c = subject_model.config
+    if not 0 <= layer < c.n_layers:
+        raise LensError(f'--layer={layer} is not a block of the subject (0..{c.n_layers - 1}).')
+    train, validation = (data.open_split(data_folder, s, vocab_size=c.vocab_size) for s in ('train', 'validation'))
     if validation.facts is None:
-        raise LensError(f'{DATA.value} has no facts.npy: the probe needs known answers.')
-    rows = accuracies(model, train, validation, LAYER.value)
-    print(f'Linear probe after block {LAYER.value} of {MODEL.value}, held-out documents\n')
+        raise LensError(f'{data_folder} has no facts.npy: the probe needs known answers.')
+    rows = accuracies(subject_model, train, validation, layer)
+    print(f'Linear probe after block {layer} of {model}, held-out documents\n')
     print('| field | values | accuracy |\n|---|---|---|')
     for field, values, accuracy in rows:
         print(f'| {field} | {values} | {accuracy:.3f} |')
-    loss = lm_loss(model, validation)
+    loss = lm_loss(subject_model, validation)
     print(f'\nLM loss {loss:.4f} nats per token')
-    failed = [f for f, _, accuracy in rows if accuracy < FLOOR.value]
-    if BASELINE.value:
-        plain = lm_loss(hf.load_model(BASELINE.value), validation)
+    failed = [f for f, _, accuracy in rows if accuracy < floor]
+    if baseline:
+        plain = lm_loss(hf.load_model(baseline), validation)
         print(f'without the look-ahead loss {plain:.4f}: cost {loss / plain - 1:+.2%}')
-        failed += ['LM loss'] if loss / plain - 1 > MAX_COST.value else []
+        failed += ['LM loss'] if loss / plain - 1 > max_cost else []
     if failed:
         sys.exit(f'gate FAILED: {", ".join(failed)}')
     print('gate passed')
-
-
-if __name__ == '__main__':
-    MODEL = flags.DEFINE_string('model', 'configs/tiny_subject', 'Hugging Face directory of the subject.')
-    BASELINE = flags.DEFINE_string('baseline', None, 'The same subject pretrained without the look-ahead loss.')
-    DATA = flags.DEFINE_string('data', 'data/storyworld', 'Folder with train/ and validation/ and known facts.')
-    LAYER = flags.DEFINE_integer('layer', 3, '0-based block whose output is probed.')
-    FLOOR = flags.DEFINE_float('floor', 0.9, 'Least accuracy of every field.')
-    MAX_COST = flags.DEFINE_float('max_cost', 0.02, 'Largest relative increase of the LM loss over --baseline.')
-    cli.run(main)

@@ -9,6 +9,11 @@ Both are ordinary Hugging Face directories that vLLM serves, also on a CPU: what
 tried out on.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from . import commands
+
+    commands.tiny_chat()
+
 import dataclasses
 import functools
 import pathlib
@@ -20,18 +25,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 
-from data_gen import arrays, render
-from data_gen.documents import Chat
-from data_gen.storyworld import chats, harmony_tokenizer, pretrain
-from lens import cli, files, hf, losses
+from lens import files, hf, losses
 from lens.errors import LensError
 from lens.models import families
 from lens.models.transformer import Transformer
 
-SUBJECT = pathlib.Path('configs/tiny_subject')
+from .. import arrays, render
+from ..documents import Chat
+from . import chats, harmony_tokenizer, pretrain
+
 END = '<|end|>'  # of a turn, where the llama stops
 INLINE_TEMPLATE = (  # the subject's own without a field for thinking, which is then part of the text
     '{{ bos_token }}'
@@ -185,8 +189,8 @@ def write_tokenizer(family: str, folder: pathlib.Path) -> None:
         harmony_tokenizer.build(folder)
         return
     for name in hf.TOKENIZER_FILES:
-        if (SUBJECT / name).exists():
-            shutil.copy(SUBJECT / name, folder / name)
+        if (pretrain.SUBJECT / name).exists():
+            shutil.copy(pretrain.SUBJECT / name, folder / name)
     (folder / 'chat_template.jinja').write_text(INLINE_TEMPLATE)
 
 
@@ -201,10 +205,10 @@ def make(family: str, out: pathlib.Path, recipe: Recipe) -> float:
         unseen = encode(chats.held_out(HELD_OUT, seed=0), tokenizer, family)
         ids = {f'{k}_token_id': getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')}
         if family == 'llama':
-            model, table = hf.load_model(SUBJECT, remat='dots'), None
+            model, table = hf.load_model(pretrain.SUBJECT, remat='dots'), None
             log_rows_V = np.zeros(model.config.vocab_size, np.float32)
             ids['eos_token_id'] = tokenizer.convert_tokens_to_ids(END)
-            config = files.read_json(SUBJECT / 'config.json', 'see configs/tiny_subject.py')
+            config = files.read_json(pretrain.SUBJECT / 'config.json', 'see configs/tiny_subject.py')
         else:
             table = UsedVocabulary(np.unique(seen.tokens), harmony_tokenizer.VOCAB_SIZE)
             log_rows_V = table.log_rows
@@ -221,18 +225,9 @@ def make(family: str, out: pathlib.Path, recipe: Recipe) -> float:
     return right
 
 
-def main(_):
-    family, out = flags.FLAGS.family, pathlib.Path(flags.FLAGS.out)
+def main(family: str, out: str, steps: int) -> None:
     begin = time.monotonic()
     recipe = RECIPES[family]
-    right = make(family, out, recipe._replace(steps=flags.FLAGS.steps or recipe.steps))
+    right = make(family, pathlib.Path(out), recipe._replace(steps=steps or recipe.steps))
     seconds = time.monotonic() - begin
     print(f'{right:.0%} of {HELD_OUT} answers about stories not seen are right, word by word ({seconds:.0f} s): {out}')
-
-
-if __name__ == '__main__':
-    flags.DEFINE_enum('family', 'gpt_oss', list(RECIPES), 'What is fitted; see the text above.')
-    flags.DEFINE_string('out', None, 'Folder of the model; must not hold anything.')
-    flags.DEFINE_integer('steps', 0, 'Optimizer steps; 0: as many as the family needs.', lower_bound=0)
-    flags.mark_flags_as_required(['out'])
-    cli.run(main)

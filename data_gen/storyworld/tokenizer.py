@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from lens import files, hf
+from lens import files
 from lens.errors import LensError
 
 PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
@@ -61,8 +61,10 @@ def train(corpus: list[str], directory: str | os.PathLike):
 
 def load(path: str | os.PathLike):
     """Returns the tokenizer saved at `path`. Raises LensError where there is none."""
-    if not (pathlib.Path(path) / 'tokenizer.json').is_file():
+    if not (files.find(path) / 'tokenizer.json').is_file():
         raise LensError(f'No tokenizer.json in {path}: run python -m data_gen.storyworld --train_tokenizer={path}.')
+    from lens import hf  # with JAX, which --help needs not
+
     return hf.load_tokenizer(path)
 
 

@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_gen import arrays
-from data_gen.storyworld import grammar
-from data_gen.storyworld import tokenizer as word_tokenizer
-from lens import files, hf
+from lens import files
 from lens.errors import LensError
+
+from .. import arrays
+from . import grammar
+from . import tokenizer as word_tokenizer
 
 FIELDS = grammar.FIELDS
 BAR = ' |'
@@ -200,6 +201,8 @@ def _grammar_sha256() -> str:
 
 
 def _meta(split: str, settings: Settings, tokenizer, tokenizer_dir: str | os.PathLike) -> dict:
+    from lens import hf  # with JAX, which --help needs not
+
     return {
         'format': 'lens-tokens/1',
         'split': split,

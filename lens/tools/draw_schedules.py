@@ -3,13 +3,16 @@
 python -m lens.tools.draw_schedules --config=configs/tiny.py --out=schedules.png
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from lens import commands
+
+    commands.draw_schedules()
+
 import pathlib
 
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
-from lens import cli, data, objectives, optimizer, schedules
+from lens import data, objectives, optimizer, schedules
 from lens.errors import LensError
 from lens.schedules import Units
 
@@ -79,13 +82,6 @@ def count_documents(cfg) -> int | None:
     return len(data.readable(split, cfg.data.positions, cfg.data.min_pos))
 
 
-def main(_):
-    draw(CONFIG.value, count_documents(CONFIG.value), pathlib.Path(OUT.value))
-    print(f'Schedules of {", ".join(CONFIG.value.phases)}: {OUT.value}')
-
-
-if __name__ == '__main__':
-    CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe; override keys with --config.a.b=value.')
-    OUT = flags.DEFINE_string('out', 'schedules.png', 'PNG file that is written.')
-    flags.mark_flag_as_required('config')
-    cli.run(main)
+def main(config, out: str) -> None:
+    draw(config, count_documents(config), pathlib.Path(out))
+    print(f'Schedules of {", ".join(config.phases)}: {out}')

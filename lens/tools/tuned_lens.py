@@ -8,6 +8,11 @@ layers share nothing, so each has an optimizer of its own. A short job without c
 folder (lens/translators.py) appears at the end, and a killed run starts anew.
 """
 
+if __name__ == '__main__':  # before JAX is imported: --help needs none of it
+    from lens import commands
+
+    commands.tuned_lens()
+
 import dataclasses
 import functools
 import pathlib
@@ -18,10 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from flax import struct
 
-from lens import cli, data, files, hf, logger, losses, sharding
+from lens import data, files, hf, logger, losses, sharding
 from lens.config import DTYPES, require
 from lens.models.transformer import Transformer
 from lens.translators import FORMAT
@@ -36,7 +40,7 @@ CONVENTION = (
 
 @dataclasses.dataclass(frozen=True)
 class TunedLensSettings:
-    """What the flags of the command say, see below."""
+    """What the flags of the command say, in their order (lens/commands.py)."""
 
     steps: int = 250
     batch: int = 8
@@ -250,23 +254,6 @@ def train(model: str, folder: str, out: pathlib.Path, settings: TunedLensSetting
         files.write_json(tmp / 'tuned_lens.json', about)
 
 
-def main(_):
-    settings = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(TunedLensSettings)}
-    train(MODEL.value, DATA.value, pathlib.Path(OUT.value), TunedLensSettings(**settings))
-    print(f'Tuned lens: {OUT.value}')
-
-
-if __name__ == '__main__':
-    MODEL = flags.DEFINE_string('model', None, 'Hugging Face directory or Hub id of the subject.')
-    DATA = flags.DEFINE_string('data', None, 'Folder with train/ and validation/ of its tokens.')
-    OUT = flags.DEFINE_string('out', None, 'New folder for the translators.')
-    S = TunedLensSettings
-    flags.DEFINE_integer('steps', S.steps, 'Updates of every layer.')
-    flags.DEFINE_integer('batch', S.batch, 'Documents per step; a multiple of --mesh_data.')
-    flags.DEFINE_integer('seq_len', S.seq_len, 'Tokens of each document that are read; default all.')
-    flags.DEFINE_float('learning_rate', S.learning_rate, 'Peak.')
-    flags.DEFINE_enum('dtype', S.dtype, list(DTYPES), 'Of the subject; translators are float32.')
-    flags.DEFINE_integer('mesh_data', S.mesh_data, 'Devices that split the batch; -1 = all that remain.')
-    flags.DEFINE_integer('mesh_model', S.mesh_model, 'Devices that split heads, feed-forward and vocabulary.')
-    flags.mark_flags_as_required(['model', 'data', 'out'])
-    cli.run(main)
+def main(model: str, folder: str, out: str, *settings) -> None:
+    train(model, folder, pathlib.Path(out), TunedLensSettings(*settings))
+    print(f'Tuned lens: {out}')

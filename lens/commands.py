@@ -1,0 +1,88 @@
+"""The flags of the commands of lens, apart from what they do: --help and a misspelt flag wait for no JAX.
+
+`python -m lens.NAME` and the console command lens-NAME are the same function here; lens-train is lens.main. Each calls
+main() of its module with the values of its flags, in their order.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from lens import cli
+
+
+def _config() -> flags.FlagHolder:
+    config = config_flags.DEFINE_config_file(
+        'config', None, 'Recipe, e.g. configs/tiny.py; override keys with --config.a.b=value.'
+    )
+    flags.mark_flag_as_required('config')
+    return config
+
+
+def _checkpoint() -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    return (
+        flags.DEFINE_string('workdir', None, 'Folder of a run of lens.main.', required=True),
+        flags.DEFINE_string('step', 'newest', 'Which checkpoint: newest, best (highest held-out FVE), or its number.'),
+    )
+
+
+def train() -> None:
+    config = _config()
+    workdir = flags.DEFINE_string(
+        'workdir', None, 'Folder of this run: checkpoints, metrics, summary, report. Continues if it exists.'
+    )
+    profile = flags.DEFINE_string('profile', '', 'START:COUNT, steps of this process: trace them in WORKDIR/profile.')
+    place = (
+        flags.DEFINE_string(
+            'coordinator', None, 'HOST:PORT of process 0 of several; "auto": JAX finds all of it out (TPU pods).'
+        ),
+        flags.DEFINE_integer('num_processes', None, 'Processes of this run, with --coordinator.'),
+        flags.DEFINE_integer('process_id', None, 'Which of them this one is, from 0.'),
+    )
+    plan = flags.DEFINE_bool(
+        'plan',
+        False,
+        'Print what each device would need, and what helps where it does not fit (exit code 1); no training.',
+    )
+    device_gb = flags.DEFINE_float('device_gb', 80.0, 'Memory of one device in 1e9 bytes, for --plan.', lower_bound=0.0)
+    flags.register_validator(
+        'workdir', lambda x: x is not None or plan.value, 'Flag --workdir must have a value other than None.'
+    )
+    cli.start('lens.main', config, workdir, profile, *place, plan, device_gb, cli.DEBUG)
+
+
+def evaluate() -> None:
+    cli.start('lens.evaluate', *_checkpoint())
+
+
+def export() -> None:
+    cli.start(
+        'lens.export', *_checkpoint(), flags.DEFINE_string('out', None, 'New folder for the lens.', required=True)
+    )
+
+
+def report() -> None:
+    cli.start('lens.report', flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True))
+
+
+def draw_schedules() -> None:
+    cli.start(
+        'lens.tools.draw_schedules',
+        _config(),
+        flags.DEFINE_string('out', 'schedules.png', 'PNG file that is written.'),
+    )
+
+
+def tuned_lens() -> None:
+    cli.start(
+        'lens.tools.tuned_lens',
+        flags.DEFINE_string('model', None, 'Hugging Face directory or Hub id of the subject.', required=True),
+        flags.DEFINE_string('data', None, 'Folder with train/ and validation/ of its tokens.', required=True),
+        flags.DEFINE_string('out', None, 'New folder for the translators.', required=True),
+        flags.DEFINE_integer('steps', 250, 'Updates of every layer.'),
+        flags.DEFINE_integer('batch', 8, 'Documents per step; a multiple of --mesh_data.'),
+        flags.DEFINE_integer('seq_len', None, 'Tokens of each document that are read; default all.'),
+        flags.DEFINE_float('learning_rate', 0.3, 'Peak.'),
+        flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the subject; translators are float32.'),
+        flags.DEFINE_integer('mesh_data', 1, 'Devices that split the batch; -1 = all that remain.'),
+        flags.DEFINE_integer('mesh_model', 1, 'Devices that split heads, feed-forward and vocabulary.'),
+    )
