@@ -45,7 +45,7 @@ supervise() {
     done
     if ((${#running[@]})); then signal_all KILL; fi
     for group in "${groups[@]}"; do stop_group "$group" 0; done
-    if all_codes "0${asked:+|138|143}"; then return; fi # 138, 143: the signal came before or after lens.main handles it
+    if all_codes "0${asked:+|138|143}"; then return; fi # 138, 143: it came before the first step or after the last
     [ -z "$asked" ] || die 'Ended without saving; the same command goes on from the last checkpoint.'
     # 70, 134: what the end of a process does to its peers
     if all_codes "0|70|134|$user_error" && [[ "$codes " = *" $user_error "* ]]; then

@@ -6,6 +6,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from lens.models.lens import Lens
 T = TypeVar('T')
 # What Orbax and the libraries under it raise for files that cannot be read or written.
 FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # said in the middle of what TensorStore says
 SHOWN = 3  # differing leaves in a message
 TEXT_BYTES = 200  # of a cause that another process tells
 # What may differ between a run and its continuation: how often, where; never what is computed.
@@ -127,11 +129,12 @@ class Checkpoints:
         """Returns whether a step with this held-out FVE is to be saved for it."""
         return fve is not None and self._best > 0 and fve > max(self._fve.values(), default=-np.inf)
 
-    def save(self, step: int, state, info: dict, fve: float | None = None) -> None:
+    def save(self, step: int, state, info: dict, fve: float | None = None, needed: bool = False) -> None:
         """Writes in the background; the arrays may be donated as soon as this returns.
 
         info: JSON values stored beside (data iterator, config). fve: held-out, where this step was evaluated.
         A full disk or another failure of the files costs this checkpoint alone: a warning, the ones before stay.
+        needed: the run ends with this checkpoint; waits until it is complete. Raises LensError where it is lost.
         """
         self.wait()
         if step in self.steps:
@@ -142,26 +145,29 @@ class Checkpoints:
         try:
             self._ckpt.save_checkpointables_async(step, {'state': leaves}, metrics=metrics, custom_metadata=info)
         except FILE_ERRORS as e:
-            self._lost(e)
+            self._lost(e, needed)
+        if needed:
+            self.wait(needed)
 
-    def wait(self) -> None:
-        """Waits until what is being written is complete, or has failed."""
+    def wait(self, needed: bool = False) -> None:
+        """Waits until what is being written is complete, or has failed. needed: as in `save`."""
         try:
             self._ckpt.wait()
         except FILE_ERRORS as e:
-            self._lost(e)
+            self._lost(e, needed)
         self._writing = None
 
-    def _lost(self, e: Exception) -> None:
-        """Warns of a checkpoint that could not be written and removes what there is of it."""
+    def _lost(self, e: Exception, needed: bool) -> None:
+        """Tells of a checkpoint that could not be written and removes what there is of it."""
         step, self._writing = self._writing, None
         self.clean()
         self._ckpt.reload()
         last = 'none' if self.latest_step is None else f'step {self.latest_step}'
-        self._say(
-            f'warning: the checkpoint of step {step} could not be written to {self.directory} ({_first_line(e)}); training '
-            f'goes on, the last good one is {last}: free some disk.'
-        )
+        reason = next((text for text in map(os.strerror, DISK_ERRORS) if text in str(e)), _first_line(e))
+        what = f'the checkpoint of step {step} could not be written to {self.directory} ({reason}'
+        if needed:
+            raise LensError(f'{what}), the last good one is {last}: free some disk, the same command goes on.') from e
+        self._say(f'warning: {what}); training goes on, the last good one is {last}: free some disk.')
 
     def clean(self) -> None:
         """Removes what killed or failed writes have left. Not while another process writes there."""
@@ -294,6 +300,25 @@ def _of_all(text: str) -> list[str]:
         return [text]
     mine = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b'\0'), np.uint8)
     return [bytes(row).rstrip(b'\0').decode(errors='replace') for row in multihost_utils.process_allgather(mine)]
+
+
+def size(tree) -> int:
+    """Returns the bytes of all leaves, which may be abstract."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def check_disk(workdir: pathlib.Path, needed: int, say: Callable[[str], None]) -> None:
+    """Raises LensError where the disk has no room for a checkpoint of `needed` bytes; tells where it has none for a
+    second one, since the next is complete before the last goes."""
+    disk = shutil.disk_usage(workdir)
+    if not disk.total:  # unknown
+        return
+    what = f'a checkpoint takes {needed / 1e9:.3g} GB, the disk of {workdir} has {disk.free / 1e9:.3g} GB left'
+    if disk.free < needed:
+        raise LensError(f'{what}: free some, or choose a --workdir on another one.')
+    begun = any(p.name.isdigit() for p in workdir.glob('checkpoints/*'))
+    if disk.free < 2 * needed and not begun:
+        say(f'warning: {what}, and each is complete before the one before it goes: free some.')
 
 
 def identity(cfg, run: Run) -> dict:

@@ -1,10 +1,14 @@
-"""How every command starts: flags and --help, one clear sentence for what a user can mend, exit codes."""
+"""How every command starts: flags and --help, one clear sentence for what a user can mend, exit codes, output that
+nobody reads."""
 
 import ast
+import contextlib
 import difflib
 import functools
 import importlib
 import importlib.util
+import io
+import logging as std_logging
 import os
 import pathlib
 import signal
@@ -157,10 +161,7 @@ def _parse(argv: list[str], about: str, all_keys: str) -> list[str]:
     try:
         argv[1:] = find_config(argv[1:])  # in sys.argv, where config_flags looks for overrides
         if set(argv) & set(HELP):
-            try:
-                print(help_text(about, flags.FLAGS, argv, all_keys), flush=True)
-            except BrokenPipeError:  # as after `| head`
-                _write_no_more()
+            print(help_text(about, flags.FLAGS, argv, all_keys), flush=True)
             sys.exit(0)
         check_config(argv[1:])
         left = flags.FLAGS(argv)
@@ -173,10 +174,6 @@ def _parse(argv: list[str], about: str, all_keys: str) -> list[str]:
         sys.exit(f'error: --{e.flagname} is no flag of this command; {hint}.')
     except (LensError, flags.Error) as e:
         sys.exit(f'error: {" ".join(str(e).split())}')
-
-
-def _write_no_more() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _leave(code: int) -> NoReturn:
@@ -195,27 +192,69 @@ def start(module: str, *values: flags.FlagHolder, all_keys: str = KEYS) -> None:
     run(lambda _: importlib.import_module(module).main(*(v.value for v in values)), module, all_keys)
 
 
+class _Output(io.FileIO):
+    """A standard stream that outlives its reader, its terminal and a full disk: what nobody takes is dropped."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _outlive_readers() -> None:
+    """Lets no print fail: also a command that says what it does writes its files to the end."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # `>&-`: no file of the run may become its output
+        pass
+    os.close(number)
+    for number, name in enumerate(('stdout', 'stderr'), 1):
+        if getattr(sys, name) is not getattr(sys, f'__{name}__'):
+            continue  # somebody reads it in this process
+        old = getattr(sys, name) or io.TextIOWrapper(io.BytesIO(), encoding='utf-8')
+        with contextlib.suppress(OSError):
+            old.flush()
+        raw = _Output(number, 'w', closefd=False)
+        how = {'line_buffering': old.line_buffering, 'write_through': old.write_through}
+        buffer = raw if old.write_through else io.BufferedWriter(raw)
+        setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, 'backslashreplace', **how))
+
+
+def sentence(e: Exception) -> str:
+    """Returns what a user can mend, '' where it is a fault of the program."""
+    if isinstance(e, LensError | OSError):
+        return str(e)
+    if any(f.filename.endswith('jax/_src/xla_bridge.py') for f in traceback.extract_tb(e.__traceback__)):
+        asked = f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}'
+        return f'JAX finds no device ({asked}; {shown(e) or "no plugin"}): install JAX for it, or choose another one.'
+    if isinstance(e, MemoryError) or (type(e).__name__ == 'JaxRuntimeError' and 'RESOURCE_EXHAUSTED' in str(e)):
+        return f'The memory is not enough ({shown(e)}): python -m lens.main --plan with the same flags says what helps.'
+    return ''
+
+
 def run(main: Callable, about: str = '__main__', all_keys: str = KEYS) -> None:
-    """Runs `main(argv)` by absl: a LensError or a failure of the disk prints its sentence and exits with code 1,
-    anything else its traceback and exits with BROKEN, after which launch/restart.sh starts a run again.
+    """Runs `main(argv)` by absl: a LensError, a failure of the disk, a device or memory that is not there prints its
+    sentence and exits with code 1, anything else its traceback and exits with BROKEN, after which launch/restart.sh
+    starts a run again.
 
     about: the module whose first text --help prints. all_keys: the recipe whose keys it lists without --config.
     """
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
+        # and one that fails by a dozen tracebacks, where lens.checkpoint says a sentence
+        std_logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
         try:
             return main(argv)
-        except BrokenPipeError:  # nobody reads the output any more, as after `| head`
-            _write_no_more()
-            _leave(128 + signal.SIGPIPE)
-        except (LensError, OSError) as e:
-            if DEBUG.value:
+        except KeyboardInterrupt:
+            print('Stopped by Ctrl-C.', file=sys.stderr)
+            _leave(128 + signal.SIGINT)
+        except Exception as e:
+            said = sentence(e)
+            if DEBUG.value or not said:
                 traceback.print_exc()
-            print(f'error: {e}', file=sys.stderr)
-            _leave(1)
-        except Exception:
-            traceback.print_exc()
-            _leave(BROKEN)
+            if said:
+                print(f'error: {said}', file=sys.stderr)
+            _leave(1 if said else BROKEN)
 
+    _outlive_readers()
     app.run(guarded, flags_parser=functools.partial(_parse, about=about, all_keys=all_keys))

@@ -1,4 +1,4 @@
-"""Several processes: how they find each other, and how they agree to stop.
+"""Several processes: how they find each other, and which of them speaks for all.
 
 A process is told by the flags --coordinator, --num_processes and --process_id; without them JAX asks Slurm or Open MPI
 where these have started several; else the process is alone. --coordinator=auto leaves everything to JAX (TPU pods).
@@ -6,12 +6,10 @@ where these have started several; else the process is alone. --coordinator=auto 
 
 import os
 import re
-import signal
 import socket
 from collections.abc import Mapping
 
 import jax
-from jax.experimental import multihost_utils
 
 from lens.errors import LensError
 
@@ -71,43 +69,3 @@ def check_flags(coordinator: str, count: int | None, index: int | None) -> bool:
 def is_first() -> bool:
     """Returns whether this process writes the files of the run and speaks for it."""
     return jax.process_index() == 0
-
-
-class Stop:
-    """Within it signals do not end the process: `asked` tells, in all processes after the same step. A second Ctrl-C
-    ends it at once.
-
-    JAX spreads a SIGTERM that reaches one process of several, and takes the signal for itself then.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-    OF_TERMINALS = (signal.SIGHUP, signal.SIGINT)  # nohup and a shell's `&` ignore them, and mean it
-
-    name = ''  # of the signal that has come
-
-    def __enter__(self):
-        self._several = jax.process_count() > 1
-        mine = self.SIGNALS[self._several :] + self.OF_TERMINALS
-        self._before = {s: signal.getsignal(s) for s in mine}
-        for s, before in self._before.items():
-            if s in self.SIGNALS or before != signal.SIG_IGN:
-                signal.signal(s, self._note)
-        return self
-
-    def __exit__(self, *exc):
-        for s, before in self._before.items():  # a second signal must not end a process that has just saved
-            signal.signal(s, signal.SIG_IGN if self.name and s in self.SIGNALS else before)
-
-    def _note(self, number, frame):
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    def asked(self, step: int) -> bool:
-        """Returns whether to stop after `step`. Call it once for each step."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
-            self.name = 'SIGTERM'
-        return bool(self.name)

@@ -14,10 +14,15 @@ from lens.errors import LensError, shown
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that appears whole."""
+    """Writes a file that appears whole. Raises OSError, which names the file."""
     tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(text)
+        os.replace(tmp, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        raise OSError(e.errno, e.strerror, str(path)) from e  # a write tells no name
 
 
 def write_json(path: pathlib.Path, value) -> None:

@@ -165,6 +165,7 @@ class Logger(contextlib.ExitStack):
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task('', total=run.steps, text='')
         self._pending: tuple | None = None
+        self._checked: set[int] = set()  # steps whose full held-out figures are written
         self._lines = self._tensorboard = self._wandb = None
 
     def open(self, step: int, collapse: dict | None) -> None:
@@ -178,6 +179,7 @@ class Logger(contextlib.ExitStack):
         self._bar.start()
         self.callback(self._bar.stop)
         if is_first():
+            self._checked = {r['step'] for r in rows if r.get('full') and r['step'] <= step}
             self._lines = Lines(path, [r for r in rows if r['step'] <= step], self.say)
             self.callback(self._lines.close)
             self._open_services()
@@ -265,8 +267,9 @@ class Logger(contextlib.ExitStack):
             self.say(f'{phase.name:5} {step:6}/{self.run.steps}  {text}')
 
     def held_out(self, phase: Phase, step: int, values: Mapping[str, float], full: bool) -> None:
-        """Writes the held-out figures and says some of them."""
-        self.write(step, phase, 'eval', {'full': full} | values)
+        """Writes the held-out figures, if they are not there, and says some of them."""
+        if step not in self._checked:
+            self.write(step, phase, 'eval', {'full': full} | values)
         said = (f'{k} {values[k]:.3f}' for k in SAID if k in values)
         self.say(f'held out at step {step}: {"  ".join(said)}')
 

@@ -29,6 +29,7 @@ from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.models.decoder import Decoder
 from lens.models.lens import Lens, parameter_count
+from lens.signals import Stop
 
 
 class State(struct.PyTreeNode):
@@ -95,18 +96,19 @@ class Stopped(Exception):
     """A signal ended the run before its end; its state is saved. The message says at which step."""
 
 
-def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
+def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = None) -> dict:
     """Runs or continues a run to its end; returns the summary ({} but on the first process).
 
-    profile: the window of --profile, START:COUNT. Raises Stopped after a signal, LensError for what a user can mend.
+    profile: the window of --profile, START:COUNT. stop: what hears signals, if they are to be heard. Raises Stopped after
+    a signal, LensError for what a user can mend.
     """
+    stop = stop or Stop()
     began = time.monotonic()
     run = config.plan(cfg)
     config.check_batches(cfg, run.mesh)
     here = checkpoint.identity(cfg, run)
     with (
         jax.set_mesh(run.mesh),
-        distributed.Stop() as stop,
         logger.Logger(cfg, run, workdir, began) as log,
         contextlib.closing(logger.Profile(profile, workdir, log.say)) as window,
     ):
@@ -115,8 +117,12 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
             jax.eval_shape(phase.tx.init, abstract)  # refuses a table that leaves a parameter out
         if not checkpoint.has_begun(here, workdir):
             checkpoint.check_start(cfg, abstract, run.base)
-        run = config.load(cfg, run)
         workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / 'checkpoints' / str(run.steps)).exists():
+            states = [abstract_state(abstract, p, run.mesh) for p in run.phases or (None,)]
+            checkpoint.check_disk(workdir, max(map(checkpoint.size, states)), log.say)
+        log.say(f'Reading the weights of {cfg.subject.path} ({checkpoint.size(run.base) / 1e9:.2f} GB)')
+        run = config.load(cfg, run)
         always = [s for p in run.phases for s in range(p.start + 1, p.end + 1) if fires(p.every.keep, s)]
         with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, always, log.say) as checkpoints:
             found = checkpoints.resume(here, lambda step: abstract_state(abstract, run.phase_of(step), run.mesh))
@@ -132,10 +138,10 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
             sizes = {s: parameter_count(getattr(state.params, s)) for s in optimizer.SIDES}
             log.say(logger.announce(cfg, run, sizes, parameter_count(run.base), step))
 
-            def save(step: int, state: State, batches=None, fve: float | None = None) -> None:
+            def save(step: int, state: State, batches=None, fve: float | None = None, needed: bool = False) -> None:
                 info = here | {'collapse': log.watch.get_state()} | ({'data': batches.get_state()} if batches else {})
                 with log.part('checkpoint'):
-                    checkpoints.save(step, state, info, fve)
+                    checkpoints.save(step, state, info, fve, needed)
 
             for phase in [p for p in run.phases if step < p.end]:
                 if step == phase.start:
@@ -154,15 +160,19 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
                     if compiles:
                         with log.part('step'):
                             log.settle(pause=True)
+                        compiling = time.monotonic()
+                        log.say(f'Compiling the steps of {phase.name} on rows of {width} tokens')
                     with log.part('compile' if compiles else 'step'):
                         if compiles:
                             programs = trace(phase, state, run.base, batch, key)
                             work[width] = sum(flops.bound_by_compute(x.jaxpr, run.base.config) for x in programs)
                         state, out = micro_step(phase, state, run.base, batch, key, phase.knobs(step - phase.start - 1))
+                        stop.begin()
                         log.sent(phase, step, out, work[width])
                         if compiles:
                             log.settle()
-                    stopping, fve = stop.asked(step), None
+                            log.say(f'The first one, with its compilation, took {time.monotonic() - compiling:.0f} s')
+                    stopping, values, fve = stop.asked(step), {}, None
                     evaluates = fires(every.evaluate, step) or last
                     drifts = fires(every.drift, step)
                     saves = fires(every.save, step) or fires(every.keep, step) or last or stopping
@@ -172,25 +182,32 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
                     if evaluates:
                         with log.part('evaluation'):
                             if last:
-                                last_figures = evaluator.full(state.params)
-                                values, fve = last_figures.values(), last_figures.fve_quick
+                                full = functools.partial(evaluator.full, state.params)
+                                last_figures = stop.attempt(full) if step == run.steps else full()
+                                if last_figures:
+                                    values, fve = last_figures.values(), last_figures.fve_quick
+                                stopping = stopping or not last_figures
                             else:
                                 values = evaluator.quick(state.params)
                                 fve = values['fve']
-                        log.held_out(phase, step, values, full=last)
+                        if values:
+                            log.held_out(phase, step, values, full=last)
                     if drifts:
                         moved = sharding.fetch(optimizer.drift(state.params, initial()))
                         log.write(step, phase, 'drift', {k: float(v) for k, v in moved.items()})
                     if saves or checkpoints.is_best(fve):
-                        save(step, state, batches, fve)
+                        save(step, state, batches, fve, needed=stopping or step == run.steps)
                         log.write(step, phase, 'time', log.time())
                     if stopping:
                         raise Stopped(f'Stopped at step {step} of {run.steps} by {stop.name}')
             if not run.phases and checkpoints.latest_step is None:  # evaluation of an exported lens
-                save(0, state)
+                save(0, state, needed=True)
+            stop.saved()
             if last_figures is None:  # restarted after the last step
                 with log.part('evaluation'):
                     last_figures = evaluator.full(state.params)
+                if run.phases:
+                    log.held_out(run.phases[-1], step, last_figures.values(), full=True)
             return _finish(cfg, run, workdir, here['config'], last_figures, checkpoints, log)
 
 

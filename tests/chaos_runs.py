@@ -201,7 +201,7 @@ class Trial:
         return [p.name for p in self._checkpoints() if not p.name.isdigit()]
 
     def litter(self) -> list[str]:
-        return self.in_writing() + [p.name for p in self.workdir.glob('.*')]
+        return self.in_writing() + [p.name for p in self.workdir.glob('.*') if p.name != '.lock']
 
     def until(self, ready, what: str) -> None:
         """Waits. Raises Fault when the run ends before, or after LIMIT_S."""

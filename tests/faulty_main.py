@@ -13,7 +13,7 @@ import time
 
 import jax
 
-from lens import distributed
+from lens import distributed, signals
 from lens.errors import LensError
 
 STEP, SAVED = 5, 3
@@ -23,7 +23,7 @@ WORKDIR = pathlib.Path(os.environ['FAULTY_WORKDIR'])
 START = len(list(WORKDIR.glob('start-*')))
 
 
-class Stop(distributed.Stop):
+class Stop(signals.Stop):
     def asked(self, step: int) -> bool:
         if step == STEP and START in (1, 2):
             while not (WORKDIR / 'checkpoints' / str(SAVED)).exists():
@@ -44,7 +44,7 @@ if __name__ == '__main__':
     del sys.argv[0:2]
     if '--process_id=1' in sys.argv:
         (WORKDIR / f'start-{START}').touch()
-        JOIN, distributed.Stop = distributed.initialize, Stop
+        JOIN, signals.Stop = distributed.initialize, Stop
         if START == 0:
             distributed.initialize = meet_and_fail
     runpy.run_module('lens.main', run_name='__main__', alter_sys=True)

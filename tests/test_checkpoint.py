@@ -1,13 +1,16 @@
 """Checkpoints: which are kept, what happens to damaged ones, and when the disk is full."""
 
+import contextlib
 import resource
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens.checkpoint import Checkpoints, DamagedError, Keep
+from lens.checkpoint import Checkpoints, DamagedError, Keep, check_disk, size
 from lens.errors import LensError
 
 LIMIT = 20_000  # bytes of a file on the full disk; the state below needs more, Orbax's descriptions less
@@ -130,6 +133,46 @@ def test_a_full_disk_costs_one_checkpoint(folder, said):
         checkpoints.wait()
         assert checkpoints.latest_step == 5 and len(said) == 1
     assert not list(folder.glob('*tmp*'))
+
+
+def test_a_run_does_not_end_well_without_its_last_checkpoint(folder, said):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(folder, Keep(2), say=said.append) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+        try:
+            with pytest.raises(
+                LensError, match=r'of step 4 could not be written to .* \(File too large\).*step 3: free'
+            ) as e:
+                checkpoints.save(4, state_of(4), {}, None, True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert '\n' not in str(e.value) and not said and checkpoints.steps[-1] == 3
+        checkpoints.save(5, state_of(5), {}, None, True)
+        assert (folder / '5').is_dir(), 'complete when it returns'
+
+
+@pytest.mark.parametrize(
+    ('free', 'begun', 'said'),
+    [
+        (99, False, 'refused'),
+        (99, True, 'refused'),
+        (150, False, 'warned'),
+        (150, True, ''),
+        (200, False, ''),
+        (0, 0, ''),
+    ],
+)
+def test_the_disk_has_room_for_a_checkpoint(tmp_path, monkeypatch, free, begun, said):
+    """Free of 1000 bytes, of a disk that tells nothing in the last case."""
+    if begun:
+        (tmp_path / 'checkpoints/7').mkdir(parents=True)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: types.SimpleNamespace(total=1000 * bool(free), free=free))
+    state, heard = {'a': jax.ShapeDtypeStruct((5, 4), jnp.float32), 'b': jnp.zeros(10, jnp.bfloat16)}, []
+    with (
+        contextlib.nullcontext() if said != 'refused' else pytest.raises(LensError, match=f'the disk of {tmp_path} has')
+    ):
+        check_disk(tmp_path, size(state), heard.append)
+    assert [x.split(':')[0] for x in heard] == ['warning'] * (said == 'warned')
 
 
 def test_what_a_killed_write_left_is_removed(folder):

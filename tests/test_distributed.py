@@ -1,18 +1,29 @@
-"""How a process finds out who it is, and how it is stopped."""
+"""How a process finds out who it is, takes its folder, is stopped, and ends."""
 
+import ctypes
+import errno
+import fcntl
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import pytest
 from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
 
-from lens import distributed
-from lens.distributed import Stop, check_flags, initialize, tasks
+from lens import cli
+from lens.distributed import check_flags, initialize, tasks
 from lens.errors import LensError
+from lens.main import begin
+from lens.signals import OF_TERMINALS, SIGNALS, Stop
+
+LIMIT_S = 60
 
 STEP = {'SLURM_JOB_ID': '4097', 'SLURM_STEP_NODELIST': 'gpu[03-05,9],other', 'SLURM_STEP_NUM_NODES': '4'}
 MPI = {'OMPI_COMM_WORLD_SIZE': '6', 'OMPI_COMM_WORLD_RANK': '5', 'OMPI_COMM_WORLD_LOCAL_SIZE': '3'}
@@ -105,7 +116,7 @@ def test_a_port_that_is_in_use_is_named(host):
 
 @pytest.fixture
 def handlers():
-    before = {s: signal.getsignal(s) for s in Stop.SIGNALS + Stop.OF_TERMINALS}
+    before = {s: signal.getsignal(s) for s in SIGNALS + OF_TERMINALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -113,42 +124,207 @@ def handlers():
         signal.signal(s, handler)
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1', 'SIGHUP', 'SIGINT'])
-def test_signals_are_noted_and_ignored_after_they_were_heeded(handlers, name):
-    before = {s: signal.getsignal(s) for s in Stop.SIGNALS + Stop.OF_TERMINALS}
+@pytest.fixture
+def ended(handlers, monkeypatch):
+    """Exit codes of this process, which does not end."""
+    codes = queue.Queue()
+    monkeypatch.setattr(os, '_exit', codes.put)
+    return codes
+
+
+NAMES = ['SIGTERM', 'SIGUSR1', 'SIGHUP', 'SIGINT']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_signals_are_noted_and_ignored_after_they_were_heeded(ended, name):
+    before = {s: signal.getsignal(s) for s in SIGNALS + OF_TERMINALS}
     with Stop() as stop:
+        stop.begin()
         assert not stop.asked(1)
     assert {s: signal.getsignal(s) for s in before} == before
     with Stop() as stop:
+        stop.begin()
         os.kill(os.getpid(), signal.Signals[name])
         assert stop.asked(2) and stop.name == name
-        assert (signal.getsignal(signal.SIGINT) == signal.SIG_DFL) == (name == 'SIGINT'), 'the second one ends it'
     os.kill(os.getpid(), signal.SIGTERM)  # ends nothing
+    assert ended.empty()
 
 
-def test_what_nohup_ignores_stays_ignored(handlers):
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('saved', [False, True])
+def test_before_the_first_step_and_after_the_last_a_signal_ends_at_once(ended, capfd, name, saved):
+    with Stop() as stop:
+        if saved:
+            stop.begin()
+            stop.saved()
+        os.kill(os.getpid(), signal.Signals[name])
+        assert ended.get(timeout=LIMIT_S) == 128 + signal.Signals[name] and not stop.asked(1)
+    where = 'after the last step, whose weights are saved' if saved else 'before the first step'
+    assert f'Stopped by {name} {where}: the same command goes on' in capfd.readouterr().err
+
+
+def test_a_signal_is_heard_while_no_instruction_of_python_runs(ended):
+    """As in a compilation or in a step of minutes: here within a lock of C that the end of the process opens."""
+    libc, lock, codes = ctypes.CDLL(None), ctypes.create_string_buffer(64), []
+
+    def send():
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            codes.append(ended.get(timeout=LIMIT_S))
+        finally:
+            libc.pthread_mutex_unlock(lock)
+
+    with Stop():
+        libc.pthread_mutex_lock(lock)
+        thread = threading.Thread(target=send)
+        thread.start()
+        libc.pthread_mutex_lock(lock)
+        thread.join()
+    assert codes == [143]
+
+
+def test_a_second_ctrl_c_ends_a_training_at_once(ended, capfd):
+    with Stop() as stop:
+        stop.begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        while 'a second one ends it at once' not in capfd.readouterr().err:
+            time.sleep(0.01)
+        assert ended.empty()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended.get(timeout=LIMIT_S) == 130
+    assert 'Stopped by SIGINT at once: ' in capfd.readouterr().err
+
+
+def test_what_nohup_ignores_stays_ignored(ended):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
+        stop.begin()
         assert not stop.asked(1)
+    assert ended.empty()
 
 
-def test_of_several_processes_jax_is_told_by_sigterm(handlers, monkeypatch):
+def test_work_that_is_done_again_is_given_up_at_a_signal(ended):
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(LIMIT_S):
+            time.sleep(1)
+
+    with Stop() as stop:
+        stop.begin()
+        assert stop.attempt(lambda: 5) == 5 and not stop.asked(1)
+        assert stop.attempt(work) is None and stop.asked(2)
+        assert stop.attempt(lambda: pytest.fail('begun after the signal')) is None
+
+
+def test_of_several_processes_jax_is_told_by_sigterm(ended, monkeypatch):
     """It takes that signal for itself, which a handler of ours plays, and spreads it."""
     heard = []
-    signal.signal(signal.SIGTERM, lambda *_: heard.append('SIGTERM'))
-    monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    monkeypatch.setattr(distributed.multihost_utils, 'reached_preemption_sync_point', lambda step: step == 2)
+    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda step: step == 2)
     with Stop() as stop:
-        for s in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        signal.signal(signal.SIGTERM, lambda *_: heard.append('SIGTERM'))
+        for count, s in enumerate((signal.SIGUSR1, signal.SIGHUP, signal.SIGINT), 1):
             os.kill(os.getpid(), s)
+            while len(heard) < count:
+                time.sleep(0.01)
+        assert stop.attempt(lambda: 5) == 5, 'the others work on'
         assert not stop.asked(1) and stop.asked(2) and stop.name == 'SIGTERM'
-    assert heard == ['SIGTERM'] * 3
+    assert ended.empty()
 
 
-@pytest.mark.parametrize(('to', 'code'), [('| head -n 1', 141), ('>&-', 0)])
-def test_a_closed_output_is_no_error_of_its_own(to, code):
-    program = 'from lens import cli\ncli.run(lambda _: print(*range(99999), sep=chr(10)))'
-    run = ['bash', '-c', f'"$0" -c "$1" {to}; exit "${{PIPESTATUS[0]}}"', sys.executable, program]
+PROGRAM = """
+import contextlib, os, pathlib, sys
+from lens import cli
+def main(_):
+    kept = pathlib.Path(sys.argv[1]).open('w')
+    print(*range(99999), sep=chr(10))
+    print('late', file=sys.stderr)
+    with contextlib.suppress(OSError):
+        os.write(1, b'from a library')
+    kept.write('work')
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize('to', ['| head -n 1', '>&- 2>&-', '>/dev/full 2>/dev/full'])
+def test_an_output_that_nobody_takes_ends_no_work(tmp_path, to):
+    run = ['bash', '-c', f'"$0" -c "$1" "$2" {to}; exit "${{PIPESTATUS[0]}}"', sys.executable, PROGRAM, tmp_path / 'x']
     done = subprocess.run(run, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, '')
+    assert (done.returncode, done.stderr.replace('late\n', '')) == (0, '')
+    assert (tmp_path / 'x').read_text() == 'work'
+
+
+def raised(act) -> Exception:
+    with pytest.raises(Exception) as e:
+        act()
+    return e.value
+
+
+@pytest.mark.parametrize(
+    ('error', 'sentence'),
+    [
+        (LensError('a=1 is wrong.'), 'a=1 is wrong.'),
+        (MemoryError(), 'The memory is not enough'),
+        (
+            jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
+            'The memory is not enough (RESOURCE_EXHAUSTED',
+        ),
+        (raised(lambda: jax.devices('nosuch')), 'JAX finds no device (JAX_PLATFORMS='),
+        (ValueError('RESOURCE_EXHAUSTED'), ''),
+        (AssertionError(), ''),
+    ],
+)
+def test_what_a_user_can_mend_is_a_sentence(error, sentence):
+    said = cli.sentence(error)
+    assert said.startswith(sentence) and bool(said) == bool(sentence)
+
+
+# --- the folder of a run ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_told_which_process_holds_it(tmp_path, capsys):
+    with begin(f'{tmp_path}/w'):
+        assert capsys.readouterr().out == f'Planning the run in {tmp_path}/w\n'
+        message = (
+            rf'{tmp_path}/w is in use by process {os.getpid()} on \S+: wait for it, stop it, or choose another --wo'
+        )
+        with pytest.raises(LensError, match=message), begin(f'{tmp_path}/w'):
+            pass
+        (tmp_path / 'w/config.json').touch()
+    with begin(f'{tmp_path}/w'):
+        pass
+    assert sorted(p.name for p in (tmp_path / 'w').iterdir()) == ['.lock', 'config.json']
+
+
+def test_a_run_that_is_refused_leaves_no_folder_and_takes_none_away(tmp_path):
+    (tmp_path / 'old').mkdir()
+    for name in ('old', 'new'):
+        with pytest.raises(LensError, match='layer=9'), begin(f'{tmp_path}/{name}'):
+            raise LensError('layer=9')
+    assert [p.name for p in tmp_path.iterdir()] == ['old']
+
+
+def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, 'No locks available')))
+    with begin(f'{tmp_path}/w'):
+        (tmp_path / 'w/config.json').touch()
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('', "--workdir='' is no folder"),
+        (' ', "--workdir=' ' is no folder"),
+        ('a\0b', r"--workdir='a\\x00b' is no folder"),
+        ('{tmp}/file', r'--workdir=\S+/file cannot be written \(File exists\)'),
+        ('{tmp}/file/x', r'cannot be written \(Not a directory\)'),
+        ('{tmp}/' + 'x' * 300, r'cannot be written \(File name too long\)'),
+        ('/proc/nowhere', r'--workdir=/proc/nowhere cannot be written'),
+    ],
+)
+def test_a_workdir_that_is_none_is_refused(tmp_path, name, message):
+    (tmp_path / 'file').touch()
+    with pytest.raises(LensError, match=message), begin(name.replace('{tmp}', str(tmp_path))):
+        pass

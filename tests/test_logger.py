@@ -99,6 +99,28 @@ def test_a_full_disk_lets_lines_wait(tmp_path):
     assert said[2] == f'warning: {path} lacks the last 2 lines: the disk is full.'
 
 
+def test_a_small_file_on_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    files.write_json(tmp_path / 'a.json', {'old': 1})
+    with full_disk(5), pytest.raises(OSError, match=rf"File too large: '{tmp_path}/a\.json'"):
+        files.write_json(tmp_path / 'a.json', {'new': 2})
+    assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+    assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
+
+
+def test_figures_that_are_written_already_are_not_written_again(tmp_path, capsys):
+    """The last evaluation is done again by a process that goes on after the last step."""
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(line(50, kind='eval', full=False) + line(90, kind='eval', full=True) + line(100))
+    for _ in range(3):
+        with log_of(tmp_path, Time()) as log:
+            log.open(100, None)
+            for step in (90, 100):
+                log.held_out(log.run.phases[1], step, {'fve': 0.5}, full=True)
+        rows = [r['step'] for r in files.read_jsonl(path) if r['kind'] == 'eval']
+        assert rows == [50, 90, 100]
+        assert capsys.readouterr().out.count('held out at step') == 2
+
+
 def test_lines_that_wait_are_written_at_the_end(tmp_path):
     said = []
     lines = Lines(tmp_path / 'a.jsonl', [], said.append)

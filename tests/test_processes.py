@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from lens import distributed
+from lens import signals
 from lens.files import read_jsonl
 from lens.train import Stopped
 from tests import mesh_runs, small_run
@@ -100,7 +100,7 @@ def test_a_run_that_is_killed_fails_is_stopped_and_damaged_ends_as_an_undisturbe
     undisturbed = tmp_path / 'undisturbed'
     one = {}
     exec(RECIPE.format(world=str(world), steps=steps, devices=1), one)
-    monkeypatch.setattr(distributed.Stop, 'asked', lambda _, step: step == steps - 1)  # before the last evaluation
+    monkeypatch.setattr(signals.Stop, 'asked', lambda _, step: step == steps - 1)  # before the last evaluation
     with pytest.raises(Stopped):
         small_run.train(one['get_config'](), undisturbed)
     got, want = ([r for r in read_jsonl(w / 'metrics.jsonl') if r['kind'] == 'train'] for w in (workdir, undisturbed))

@@ -1,20 +1,25 @@
 """The loop as a user meets it: determinism, resume, refusals."""
 
+import errno
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from configs import base
-from lens import data, files, hf
+from lens import data, evaluate, files, hf
 from lens.checkpoint import Checkpoints, reopen
 from lens.errors import LensError
 from lens.files import read_jsonl
-from lens.train import train_step
+from lens.signals import Stop
+from lens.train import Stopped, train_step
 from tests.curves import curve
 from tests.small_run import config, figures, train
 
@@ -114,6 +119,40 @@ def test_resume_is_bit_identical(world, finished, tmp_path, monkeypatch, stop):
     assert final_parameters(tmp_path / 'w') == final_parameters(finished[0])
 
 
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the finished run without its last checkpoint and what follows."""
+    shutil.copytree(finished[0], tmp_path / 'w')
+    shutil.rmtree(tmp_path / 'w/checkpoints/8')
+    (tmp_path / 'w/summary.json').unlink()
+    return tmp_path / 'w'
+
+
+def test_a_run_that_is_stopped_in_its_last_evaluation_goes_on_there(world, finished, unfinished, monkeypatch):
+    full = evaluate.Evaluator.full
+
+    def interrupted(evaluator, lens):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return full(evaluator, lens)
+
+    with monkeypatch.context() as m, Stop() as stop, pytest.raises(Stopped, match='Stopped at step 8 of 8 by SIGUSR1'):
+        m.setattr(evaluate.Evaluator, 'full', interrupted)
+        train(config(world), unfinished, stop=stop)
+    assert not (unfinished / 'summary.json').exists()
+    assert figures(train(config(world), unfinished)) == figures(finished[1])
+    assert curve(unfinished) == curve(finished[0])
+
+
+def test_there_is_no_summary_without_its_weights(world, unfinished, monkeypatch):
+    def full(*args, **kw):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ocp.training.Checkpointer, 'save_checkpointables_async', full)
+    with pytest.raises(LensError, match=r'of step 8 could not be written to .*No space left.*last good one is step'):
+        train(config(world), unfinished)
+    assert not (unfinished / 'summary.json').exists()
+
+
 @pytest.mark.slow
 def test_resume_inside_an_accumulation_before_the_unfreezing(world, tmp_path, monkeypatch):
     """Mean gradient, sleeping moments and frozen rows come back; an epoch is a pass over the 60 documents."""
@@ -133,8 +172,6 @@ def test_resume_inside_an_accumulation_before_the_unfreezing(world, tmp_path, mo
 
 
 def final_parameters(workdir):
-    from orbax.checkpoint import v1 as ocp
-
     state = ocp.training.Checkpointer((workdir / 'checkpoints').absolute()).load_checkpointables(8)['state']
     return {k: np.asarray(v).tobytes() for k, v in state.items() if k.startswith('params')}
 
@@ -146,8 +183,6 @@ def test_a_finished_run_only_rewrites_its_summary(world, finished, tmp_path):
 
 def test_checkpoints_hold_no_base_weights(finished):
     """Only the trainable tree; the base of `tiny` is a trained copy, the frozen one is not stored."""
-    from orbax.checkpoint import v1 as ocp
-
     state = ocp.training.Checkpointer((finished[0] / 'checkpoints').absolute()).load_checkpointables(8)['state']
     assert {k.split('/')[1] for k in state if k.startswith('params')} == {'decoder', 'encoder'}
     assert {k.split('/')[0] for k in state} == {'step', 'params', 'opt'}
