@@ -219,7 +219,7 @@ def read_config(path: pathlib.Path) -> TransformerConfig:
     try:
         return families.from_hf(config)
     except LensError as e:
-        raise LensError(f'{_config_json(path)}: {e}.') from None
+        raise LensError(f'{_config_json(path)}: {e}') from None
 
 
 def ships_packed(path: pathlib.Path) -> bool:
@@ -320,7 +320,7 @@ def save_model(
     try:
         new = families.edited(start, model.config, jnp.dtype(dtype).name)
     except LensError as e:
-        raise LensError(f'{"config" if config else _config_json(source)}: {e}.') from None
+        raise LensError(f'{"config" if config else _config_json(source)}: {e}') from None
     ids = {k: new[k] for k in families.TOKEN_IDS if new.get(k) is not None}
     if source and (source / 'generation_config.json').exists():
         generation = _read_json(source / 'generation_config.json')
