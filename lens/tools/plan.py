@@ -232,7 +232,6 @@ def open_job(cfg) -> tuple[Workload, list[str]]:
     """Returns the job and what was assumed. A subject.path of a config.json alone has its prompts counted in words."""
     path, notes = pathlib.Path(cfg.subject.path), []
     if path.suffix == '.json':
-        tokenizer = WordTokenizer()
         notes.append(f'prompts are counted in words: {path} is no folder with a tokenizer')
     else:
         try:
@@ -242,8 +241,8 @@ def open_job(cfg) -> tuple[Workload, list[str]]:
                 f'subject.path={path} is no folder, and the Hub gave none: set --config.subject.path= to a folder with '
                 'config.json and tokenizer, or to a config.json file alone.'
             ) from e
-        tokenizer = hf.load_tokenizer(path)
     c, ships_packed = hf.read_config(path), hf.ships_packed(path)
+    tokenizer = WordTokenizer() if path.suffix == '.json' else hf.load_tokenizer(path)
     config.check_subject(cfg, c)
     require(
         ships_packed or not cfg.subject.packed,
