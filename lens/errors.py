@@ -16,9 +16,16 @@ class LensError(ValueError):
 def shown(text: object, most: int = SHOWN_CHARS) -> str:
     """Returns a text of others as it may stand in a message or on a terminal: one line, no control characters and none
     that change the direction of what follows, at most `most` characters."""
-    line = ' '.join(str(text)[: 4 * most].split())
-    line = ''.join('\ufffd' if unicodedata.category(c) in ('Cc', 'Cf', 'Cs') else c for c in line)
+    line = harmless(' '.join(str(text)[: 4 * most].split()))
     return line if len(line) <= most else line[: most - 2] + ' \u2026'
+
+
+def harmless(text: str, kept: str = '') -> str:
+    """Returns a text of others with U+FFFD in place of control characters, halves of characters and what is not seen but
+    changes how the rest is: all but `kept`."""
+    if text.isprintable():
+        return text
+    return ''.join('\ufffd' if unicodedata.category(c) in ('Cc', 'Cf', 'Cs') and c not in kept else c for c in text)
 
 
 def number(value, name: str, least: float | None = None, most: float | None = None, *, whole: bool = True):
