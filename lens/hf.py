@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -46,6 +47,7 @@ TOKENIZER_FILES = (
 # Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
 IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
 SHARD_BYTES = 5_000_000_000  # of one file that save_model writes
+OWN_TAGS = re.compile(r'{%-?\s*(end)?generation\s*-?%}')  # of transformers, in chat templates
 AGAIN = 'download or export it again'
 FLOATS = ('F64', 'F32', 'F16', 'BF16')  # what safetensors calls the types that weights may have
 # What weights of few bits have beside or in place of a weight: GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors.
@@ -57,10 +59,10 @@ CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinit
 
 def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
     """Finds `path`, or downloads the Hub repository of that name, its tensors only with `weights`. Raises LensError."""
-    if pathlib.Path(path).is_dir():
+    if os.path.isdir(path):
         return pathlib.Path(path)
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)) or str(path).startswith('.'):
-        raise LensError(f'{path} does not exist: give a directory in Hugging Face layout, or a Hub id.')
+        raise LensError(f'{shown(path)} does not exist: give a directory in Hugging Face layout, or a Hub id.')
     import huggingface_hub  # half a second that local models do not need
 
     wanted = ['config.json', 'generation_config.json', *TOKENIZER_FILES]
@@ -70,7 +72,7 @@ def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
         found = huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=unwanted)
     except Exception as e:  # the library raises many kinds, of its own and of its HTTP client
         raise LensError(
-            f'{path} is no local directory, and the Hugging Face Hub gave no model of that name ({_reason(e)}): '
+            f'{shown(path)} is no local directory, and the Hugging Face Hub gave no model of that name ({_reason(e)}): '
             'check the spelling and the connection, or give a local directory.'
         ) from None
     return pathlib.Path(found)
@@ -106,6 +108,7 @@ def load_tokenizer(path: PathLike):
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         number(tokenizer.model_max_length, 'model_max_length', 1, 10**31, whole=False)
+        _parse_templates(tokenizer.chat_template or {})
         if not tokenizer('a word', add_special_tokens=False)['input_ids']:
             raise ValueError('it makes no tokens of words')
     except BaseException as e:  # libraries raise what they like here, one of them a panic of its own
@@ -114,6 +117,18 @@ def load_tokenizer(path: PathLike):
         reason = 'it is code of its own, which is never run' if 'custom code' in str(e) else _reason(e)
         raise LensError(f'{_damaged(directory) or directory} gives no tokenizer ({reason}): {AGAIN}.') from None
     return tokenizer
+
+
+def _parse_templates(given: str | dict[str, str]) -> None:
+    """Raises ValueError where a chat template is none. They are rendered by transformers, in a sandbox of Jinja2."""
+    parser = jinja2.Environment(extensions=['jinja2.ext.loopcontrols'])
+    for template in given.values() if isinstance(given, dict) else [given]:
+        if not isinstance(template, str):
+            raise ValueError('a chat template is no text')
+        try:
+            parser.parse(OWN_TAGS.sub('', template))
+        except jinja2.TemplateSyntaxError as e:
+            raise ValueError(f'line {e.lineno} of a chat template: {e}') from None
 
 
 def _damaged(directory: pathlib.Path) -> pathlib.Path | None:
@@ -216,46 +231,12 @@ def _finite(x: np.ndarray) -> bool:
     return not jnp.issubdtype(x.dtype, jnp.floating) or all(np.isfinite(p).all() for p in pieces)
 
 
-def _shapes_on_disk(t: tensors.Tensor, c) -> dict[str, tuple[int, ...]]:
-    """Stored name, with {} for the layer -> shape: one tensor, two for packed experts."""
-    shape = tensors.hf_shape(t, c)
-    if not t.packed:
-        return {t.hf_name: shape}
-    blocks = *shape[:-1], shape[-1] // 32
-    return {t.hf_name + '_blocks': (*blocks, 16), t.hf_name + '_scales': blocks}
-
-
-def _prefix(directory: pathlib.Path, stored: dict, table) -> str:
-    """What a directory has before the names of the table: by its embedding, or, where the head is that, its norm."""
-    anchors = {t.path: t.hf_name for t in table if t.path in ('embedding', 'final_norm/scale')}
-    for anchor in anchors.values():
-        found = {n.removesuffix(anchor) for n in stored if n == anchor or n.endswith('.' + anchor)}
-        if len(found) == 1:
-            return found.pop()
-        if found:
-            break
-    raise LensError(f'{directory} holds {len(found)} tensors named {anchor}: one is needed.')
-
-
-def _names(directory: pathlib.Path, stored: dict[str, Stored], table, c) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name in the table of every wanted tensor -> (name in the file, shape that it must have)."""
-    prefix, names = _prefix(directory, stored, table), {}
-    heads = [n for n in stored if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
-    for t in table:
-        for name, shape in _shapes_on_disk(t, c).items():
-            for ours in [name.format(i) for i in range(c.n_layers if '{}' in name else 1)]:
-                # some writers of tied models store the one table as the head alone
-                as_head = t.path == 'head' or (t.path == 'embedding' and c.tied and prefix + ours not in stored)
-                names[ours] = heads[0] if as_head and heads else ours if t.path == 'head' else prefix + ours, shape
-    return names
-
-
 def _check(directory: pathlib.Path, stored: dict[str, Stored], table, c) -> dict[str, str]:
     """Name in the table of every wanted tensor -> name in the file. Raises LensError unless all fits."""
     bits = next((n for n in stored if QUANTISED.search(n)), None)
     if bits is not None:
         raise LensError(f'{stored[bits].file} holds {shown(bits)}, of quantised weights: {families.UNQUANTISED}.')
-    names = _names(directory, stored, table, c)
+    names = tensors.stored_names(directory, stored, table, c)
     wanted = {theirs for theirs, _ in names.values()}
     missing = sorted(wanted - stored.keys())
     extra = sorted(n for n in stored.keys() - wanted if not IGNORED.search(n))
@@ -307,7 +288,7 @@ def _load_leaf(read: Callable[[str, int], np.ndarray], t: tensors.Tensor, c, lea
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
     for i in range(c.n_layers):
         if t.packed:  # the expert axis is the first one on both sides
-            parts = (sharding.put(read(n, i), _in_stack(place, axes=1)) for n in _shapes_on_disk(t, c))
+            parts = (sharding.put(read(n, i), _in_stack(place, axes=1)) for n in tensors.shapes_on_disk(t, c))
             stack = _put_dequantised(stack, *parts, i, t=t, c=c)
         else:
             stack = _put_layer(stack, sharding.put(host(i), _in_stack(place)), i)

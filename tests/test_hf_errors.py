@@ -123,6 +123,13 @@ def test_directory_that_is_no_model(tmp_path):
     refused(tmp_path, f'{tmp_path}/config.json does not exist')
 
 
+@pytest.mark.parametrize('name', ['a\0b', '', 'x/' * 3000, '\x1b[2J\u202e', 'a' * 3000])
+def test_paths_that_are_none(name):
+    with pytest.raises(LensError) as error:
+        hf.load_model(name)
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
+
+
 @pytest.mark.parametrize('name', ['gtp2', 'nobody/no-such-model'])
 def test_hub_id_without_a_hub(name):
     """HF_HUB_OFFLINE is set in tests."""

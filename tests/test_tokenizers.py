@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 
+import jinja2
 import pytest
 
 from lens import hf
@@ -53,6 +54,9 @@ EDITS = [
     ('tokenizer_config.json', {'tokenizer_class': 5}, 'gives no tokenizer'),
     ('tokenizer_config.json', {'added_tokens_decoder': [1]}, 'gives no tokenizer'),
     ('tokenizer_config.json', {'auto_map': ['a.X']}, 'gives no tokenizer'),
+    ('tokenizer_config.json', {'chat_template': 5}, 'a chat template is no text'),
+    ('tokenizer_config.json', {'chat_template': 'x\n{% for'}, 'line 2 of a chat template'),
+    ('tokenizer_config.json', {'chat_template': [{'name': 'rag', 'template': '{{ a'}]}, 'line 1 of a chat template'),
     ('tokenizer.json', {'model': None}, 'gives no tokenizer'),
     ('tokenizer.json', {'added_tokens': [{'id': -5, 'content': 'x'}]}, '-5'),
     (
@@ -76,6 +80,17 @@ def test_whatever_the_libraries_raise_about_a_tokenizer_is_one_sentence(words, n
     refused_tokenizer(words, str(words), needle)
 
 
+def test_chat_templates_may_use_the_tags_of_transformers_and_need_no_default(words):
+    rag = '{% for m in messages %}{% break %}{%- generation -%}a{%endgeneration%}{% endfor %}'
+    templates = {'rag': rag, 'tool_use': ''}
+    change = {'chat_template': [{'name': k, 'template': x} for k, x in templates.items()]}
+    config = json.loads((words / 'tokenizer_config.json').read_text()) | change
+    (words / 'tokenizer_config.json').write_text(json.dumps(config))
+    tokenizer = hf.load_tokenizer(words)
+    assert tokenizer.chat_template == templates
+    assert tokenizer.apply_chat_template([{'role': 'user', 'content': 'a'}], chat_template='rag', tokenize=False) == ''
+
+
 @pytest.mark.parametrize('name', ['config.json', 'tokenizer_config.json'])
 def test_code_of_a_folder_is_neither_run_nor_asked_about(words, name, monkeypatch):
     monkeypatch.setattr('builtins.input', lambda *_: pytest.fail('it asks whether to run code'))
@@ -88,6 +103,16 @@ def test_code_of_a_folder_is_neither_run_nor_asked_about(words, name, monkeypatc
     except LensError as e:
         assert 'code of its own, which is never run' in str(e) and 'trust_remote_code' not in str(e)
     assert not (words / 'ran').exists()
+
+
+@pytest.mark.parametrize(
+    'template', ["{{ ''.__class__.__mro__ }}", '{{ messages.append(1) }}', '{% include "/etc/passwd" %}']
+)
+def test_chat_templates_reach_nothing_but_messages(words, template):
+    (words / 'chat_template.jinja').write_text(template)
+    tokenizer = hf.load_tokenizer(words)
+    with pytest.raises((jinja2.exceptions.SecurityError, TypeError)):  # the second: there is nothing to include from
+        tokenizer.apply_chat_template([{'role': 'user', 'content': 'a'}], tokenize=False)
 
 
 def test_a_pipe_in_place_of_a_tokenizer(words):
