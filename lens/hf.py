@@ -114,8 +114,10 @@ def load_tokenizer(path: PathLike):
     except BaseException as e:  # libraries raise what they like here, one of them a panic of its own
         if not isinstance(e, Exception) and type(e).__name__ != 'PanicException':
             raise
-        reason = 'it is code of its own, which is never run' if 'custom code' in str(e) else _reason(e)
-        raise LensError(f'{_damaged(directory) or directory} gives no tokenizer ({reason}): {AGAIN}.') from None
+        own = 'custom code' in str(e)
+        reason = 'it is code of its own, which is never run' if own else _reason(e)
+        remedy = 'give a directory with a tokenizer.json of a class that transformers has' if own else AGAIN
+        raise LensError(f'{_damaged(directory) or directory} gives no tokenizer ({reason}): {remedy}.') from None
     return tokenizer
 
 

@@ -323,6 +323,7 @@ WRONG += [
     ('llama', 'eos_token_id', [1, NAN]),
     ('llama', 'torch_dtype', 'foo', 'foo'),
     ('llama', 'dtype', 7),
+    ('llama', 'dtype', 'float8_e4m3fn', 'weights in bfloat16'),
     ('llama', 'num_attention_heads', 7, '7 heads'),
     ('llama', 'num_key_value_heads', 4, 'key-value'),
     ('llama', 'head_dim', 15),

@@ -114,9 +114,10 @@ def _not_quantised(config: dict) -> None:
         _refuse_unless(
             False, f'the weights are quantised by {shown(method, 40)}, which is not supported: {UNQUANTISED}'
         )
-    dtype = config.get('dtype') or config.get('torch_dtype') or DTYPES[0]
-    known = dtype.removeprefix('torch.') in DTYPES
-    _refuse_unless(known, f'dtype {shown(dtype, 40)!r} is not supported: {UNQUANTISED}')
+    for key in ('dtype', 'torch_dtype'):
+        dtype = config.get(key, DTYPES[0])
+        known = dtype.removeprefix('torch.') in DTYPES
+        _refuse_unless(known, f'{key}={shown(repr(dtype), 40)} is not supported: {UNQUANTISED}')
 
 
 def _rope(p: dict, theta: float, max_positions: int = 0) -> Rope:
