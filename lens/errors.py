@@ -4,6 +4,8 @@ import importlib.util
 import unicodedata
 
 SHOWN_CHARS = 300  # of a text of others in a message
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 1e30  # of a number that no bound says more about: below JAX's types
+LONGEST_TEXT = 100_000  # characters of a flag or key
 
 
 class LensError(ValueError):
@@ -17,6 +19,33 @@ def shown(text: object, most: int = SHOWN_CHARS) -> str:
     line = ' '.join(str(text)[: 4 * most].split())
     line = ''.join('\ufffd' if unicodedata.category(c) in ('Cc', 'Cf', 'Cs') else c for c in line)
     return line if len(line) <= most else line[: most - 2] + ' \u2026'
+
+
+def number(value, name: str, least: float | None = None, most: float | None = None, *, whole: bool = True):
+    """Returns `value` once it is known to be an int, or, where not `whole`, any finite number, in least..most. A bound
+    that is None is LARGEST_INT or LARGEST_FLOAT. Raises LensError, which begins with NAME=VALUE."""
+    largest = LARGEST_INT if whole else LARGEST_FLOAT
+    low, high = -largest if least is None else least, largest if most is None else most
+    long = isinstance(value, int) and value.bit_length() > 1000  # Python does not print them at any length
+    given = f'{name}={"an integer of many digits," if long else shown(repr(value))}'
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise LensError(f'{given} must be a {"whole number" if whole else "number"}.')
+    if not low <= value <= high:  # NaN is in no range
+        raise LensError(
+            f'{given} must be ' + (f'at least {low}.' if value < low and most is None else f'in {low}..{high}.')
+        )
+    return value
+
+
+def text(value, name: str) -> str:
+    """Returns `value` once it is known to be a text that files, terminals and tokenizers take. Raises LensError."""
+    if not isinstance(value, str):
+        raise LensError(f'{name}={shown(repr(value))} must be a text.')
+    if len(value) > LONGEST_TEXT:
+        raise LensError(f'{name} has {len(value)} characters, it must have at most {LONGEST_TEXT}.')
+    if '\0' in value or any('\ud800' <= c <= '\udfff' for c in value):
+        raise LensError(f'{name}={shown(repr(value))} must be Unicode without NUL and halves of characters.')
+    return value
 
 
 def need_package(name: str, extra: str, what: str) -> None:
