@@ -30,10 +30,9 @@ def number(value, name: str, least: float | None = None, most: float | None = No
     given = f'{name}={"an integer of many digits," if long else shown(repr(value))}'
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise LensError(f'{given} must be a {"whole number" if whole else "number"}.')
-    if not low <= value <= high:  # NaN is in no range
-        raise LensError(
-            f'{given} must be ' + (f'at least {low}.' if value < low and most is None else f'in {low}..{high}.')
-        )
+    if not low <= value <= high:
+        allowed = f'at least {low}' if value < low else f'at most {high}' if value > high else 'finite'
+        raise LensError(f'{given} must be {allowed}.')
     return value
 
 

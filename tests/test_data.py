@@ -123,7 +123,7 @@ def test_token_id_outside_the_vocabulary_names_the_row(folder, name, place, bad,
     x[place] = bad
     np.save(folder / f'{name}.npy', x)
     refused(folder, f'{folder}/{name}.npy row 6', f'0..{VOCAB - 1}')
-    monkeypatch.setattr(data, 'ROWS_PER_CHECK', 4)  # the row counts from the start of the file
+    monkeypatch.setattr(data, 'BYTES_PER_SCAN', 4 * x[0].nbytes)  # the row counts from the start of the file
     refused(folder, f'{folder}/{name}.npy row 6', f'0..{VOCAB - 1}')
 
 

@@ -270,7 +270,7 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'sft__steps': '5x'}, r"sft.steps='5x' is not a duration; accepted: 600, .*\"0.5e\""),
         ({'eval__every': '1.5s'}, r"eval.every='1.5s' is not a duration; accepted"),
         ({'grpo__tau': 'cosine 1'}, r"grpo.tau='cosine 1' is not a value; accepted: a number, .*\"cosine 1 0.1\""),
-        ({'sft__accumulate': 0}, r'sft.accumulate=0 is not a number of micro-batches'),
+        ({'sft__accumulate': 0}, r'sft.accumulate=0 must be at least 1'),
         ({'sft__grad_clip': 'much'}, r"sft.grad_clip='much' is neither a norm nor pairs"),
         ({'sft__table': (('^decoder/', 1.0, 0.0, 'd', '0'),)}, r'no row of the optimizer table covers encoder/'),
         ({'sft__table': (('.', 1.0),)}, r"sft.table: \('.', 1.0\) is not a row; accepted"),

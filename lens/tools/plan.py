@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lens import config, flops, hf, lens_init, response, sharding
+from lens import config, data, flops, hf, lens_init, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
@@ -250,7 +249,9 @@ def open_job(cfg) -> tuple[Workload, list[str]]:
         f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.',
     )
     rows = _rows(pathlib.Path(cfg.data.path) / 'train/tokens.npy', c.max_positions, notes)
-    return Workload(c, config.read_texts(cfg, tokenizer), *rows, ships_packed), notes
+    texts = config.read_texts(cfg, tokenizer, math.inf if isinstance(tokenizer, WordTokenizer) else c.vocab_size)
+    config.check_lengths(cfg, c, texts)
+    return Workload(c, texts, *rows, ships_packed), notes
 
 
 def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int, int]:
@@ -258,10 +259,7 @@ def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int
     if not file.exists():
         notes.append(f'rows of {min(SEQ_LEN, max_positions)} tokens and {DOCUMENTS} documents are assumed: no {file}')
         return min(SEQ_LEN, max_positions), DOCUMENTS
-    try:
-        documents, seq_len = np.load(file, mmap_mode='r', allow_pickle=False).shape
-    except (ValueError, EOFError):
-        raise LensError(f'{file} is no array of rows of tokens: make the data again.') from None
+    documents, seq_len = data.load(file, (None, None)).shape
     require(seq_len <= max_positions, f'{file} has {seq_len} tokens a row, the subject reads {max_positions}.')
     notes.append(f'rows of {seq_len} tokens, {documents} documents: {file}')
     return seq_len, documents
