@@ -179,11 +179,11 @@ def load(cfg, run: Run) -> Run:
 
 def read_texts(cfg, tokenizer, vocab_size: int) -> Texts:
     """Returns the prompts and tags of a configuration for a subject of `vocab_size` embeddings. Raises LensError."""
-    ids = response.reader(tokenizer, vocab_size)
+    ids, natural = response.reader(tokenizer, vocab_size), f'decoder.prompt with {SLOT_WORD!r} in its slot'
     return Texts(
         response.decoder_prompt(ids, cfg.decoder.prompt, cfg.decoder.marker),
         response.encoder_prompt(ids, cfg.encoder.prompt),
-        tuple(ids(cfg.decoder.prompt.replace(response.EMBED, SLOT_WORD), 'decoder.prompt')),
+        tuple(ids(cfg.decoder.prompt.replace(response.EMBED, SLOT_WORD), natural)),
         response.tags(ids, cfg.explanation_open, cfg.explanation_close),
     )
 
