@@ -352,7 +352,7 @@ def test_ids_that_the_subject_has_no_embeddings_for_are_refused(world, tmp_path)
     for size, message in (
         (colon, rf"decoder.prompt has the token ':', id {colon}, and the subject has embeddings 0..{colon - 1} alone"),
         (colon + 1, r"decoder.prompt with 'something' in its slot has the token '"),
-        (900, r'train/\w+.npy row \d+ holds token ids outside 0..899'),
+        (900, r'train/meta.json: filler_id=\d+ must be at most 899'),
     ):
         file.write_text(json.dumps(json.loads(file.read_text()) | {'vocab_size': size}))
         with pytest.raises(LensError, match=message):
