@@ -24,7 +24,7 @@ from lens.models.transformer import Transformer, TransformerConfig
 from lens.train import State, abstract_state, train_step
 
 GB = 1e9
-DEVICES = 8  # with mesh.data=-1
+DEVICES, MOST_DEVICES = 8, 2048  # with mesh.data=-1; that start within seconds
 MODEL_SIZES = (2, 4, 8)  # of mesh.model, tried where a configuration does not fit
 SEQ_LEN, DOCUMENTS = 4096, 100_000  # where the data is not there
 MARGIN = 0.1  # spare memory below which a plan warns
@@ -223,8 +223,10 @@ def pretend_devices(cfg) -> None:
     if m.data == -1:
         m.data = max(1, DEVICES // (m.model * m.replica))
         print(f'mesh.data=-1: {m.data} is taken, for {m.data * m.model * m.replica} devices')
+    n = m.data * m.model * m.replica
+    require(n <= MOST_DEVICES, f'the mesh has {n} devices, a plan can make {MOST_DEVICES}: plan a smaller mesh.data.')
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', max(1, m.data * m.model * m.replica))
+    jax.config.update('jax_num_cpu_devices', max(1, n))
 
 
 def open_job(cfg) -> tuple[Workload, list[str]]:
