@@ -139,6 +139,8 @@ def plan(cfg) -> Run:
     """Returns the run of a configuration, its base as shapes. Raises LensError for all that can be refused without
     weights, which may take minutes to read."""
     check_values(cfg)
+    for key, what in {'subject.path': 'a directory in Hugging Face layout', 'data.path': 'a folder of tokens'}.items():
+        require(get(cfg, key).strip() != '', f'{key} is empty: give {what}.')
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
     c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))
     tokenizer = hf.load_tokenizer(cfg.subject.path)

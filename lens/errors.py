@@ -36,12 +36,13 @@ def number(value, name: str, least: float | None = None, most: float | None = No
     return value
 
 
-def text(value, name: str) -> str:
-    """Returns `value` once it is known to be a text that files, terminals and tokenizers take. Raises LensError."""
+def text(value, name: str, most: int = LONGEST_TEXT) -> str:
+    """Returns `value` once it is known to be a text that files, terminals and tokenizers take, of at most `most`
+    characters. Raises LensError."""
     if not isinstance(value, str):
         raise LensError(f'{name}={shown(repr(value))} must be a text.')
-    if len(value) > LONGEST_TEXT:
-        raise LensError(f'{name} has {len(value)} characters, it must have at most {LONGEST_TEXT}.')
+    if len(value) > most:
+        raise LensError(f'{name} has {len(value)} characters, it must have at most {most}.')
     if '\0' in value or any('\ud800' <= c <= '\udfff' for c in value):
         raise LensError(f'{name}={shown(repr(value))} must be Unicode without NUL and halves of characters.')
     return value

@@ -5,13 +5,14 @@ Units and meanings are in configs/base.py. What a value must be beside others, t
 
 import difflib
 import functools
+import pathlib
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_collections
 
 from lens import cli, data, gumbel, losses, objectives, optimizer
-from lens.errors import LensError, number, shown, text
+from lens.errors import LONGEST_TEXT, LensError, number, shown, text
 from lens.models import injection, moe
 from lens.models.encoder import READOUTS
 from lens.models.transformer import REMAT_POLICIES
@@ -20,6 +21,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 TRAIN = ('maps', 'lora', 'full')
 MOST_DEVICES = 1 << 16  # of one axis of the mesh
 MOST_UPDATES = 64  # every one is compiled
+LONGEST_PATH = 4096  # of Linux
 LEAST_SCALE = 1e-6  # of a factor that must not be zero
 
 
@@ -37,25 +39,25 @@ class Real(NamedTuple):
     most: float | None = None
 
 
-# A key holds a Whole, a Real, a bool, a str, one of some texts, several texts (tuple), a regex, or (object) numbers and
+# A key holds a Whole, a Real, a bool, a str, a path, one of some texts, several texts (tuple), a regex, or (object) numbers and
 # texts in a notation that its reader checks.
 REGEX = 'regex'
 KEYS = {
     'seed': Whole(0),
-    'subject.path': str,
+    'subject.path': pathlib.Path,
     'subject.dtype': DTYPES,
     'subject.remat': REMAT_POLICIES,
     'subject.experts': moe.IMPLEMENTATIONS,
     'subject.packed': bool,
     'layer': Whole(),
-    'data.path': str,
+    'data.path': pathlib.Path,
     'data.min_pos': Whole(0),
     'data.positions': data.POSITIONS,
     'explanation_len': Whole(1),
     'explanation_open': str,
     'explanation_close': str,
     'position_vectors': bool,
-    'tuned_lens': str,
+    'tuned_lens': pathlib.Path,
     'decoder.prompt': str,
     'decoder.injection': str,
     'decoder.norm': Real(0),
@@ -75,7 +77,7 @@ KEYS = {
     'lora.rank': Whole(1),
     'lora.alpha': Real(LEAST_SCALE),
     'lora.rs': bool,
-    'init_from': str,
+    'init_from': pathlib.Path,
     'phases': tuple,
     'mesh.data': Whole(-1, MOST_DEVICES),
     'mesh.model': Whole(1, MOST_DEVICES),
@@ -157,8 +159,8 @@ def _check(value, kind, key: str) -> None:
     elif kind is bool:
         if not isinstance(value, bool):
             raise LensError(f'{key}={shown(repr(value))} must be True or False.')
-    elif kind is str:
-        text(value, key)
+    elif kind in (str, pathlib.Path):
+        text(value, key, LONGEST_PATH if kind is pathlib.Path else LONGEST_TEXT)
     elif kind is REGEX:
         optimizer.regex(value, key)
     elif kind is tuple:

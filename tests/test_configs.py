@@ -192,8 +192,9 @@ def test_the_table_of_keys_has_the_keys_and_types_of_base():
     assert keys_of.KEYS.keys() == {k for k in keys(c) if k.partition('.')[0] not in phases}
     assert keys_of.PHASE_KEYS.keys() == PHASE_KEYS
     for key, kind in keys_of.KEYS.items():
-        numbers = {keys_of.Whole: int, keys_of.Real: float}
-        want = kind if isinstance(kind, type) else numbers.get(type(kind), str)  # choices are texts
+        types = {keys_of.Whole: int, keys_of.Real: float, bool: bool, tuple: tuple, object: object}
+        want = types.get(kind if isinstance(kind, type) else type(kind), str)  # choices and paths are texts
+        want = str if isinstance(kind, tuple) and want is tuple else want
         assert isinstance(keys_of.get(c, key), want), key
 
 
@@ -244,6 +245,7 @@ WRONG = [
     ('eval.every', {1}, 'eval.every=.* must be a number'),
     ('checkpoint.keep', 0.5, 'checkpoint.keep=0.5 must be a whole number'),
     ('subject.path', 'a\0b', r"subject.path='a\\x00b' must be Unicode without NUL"),
+    ('data.path', 'a' * 5000, 'data.path has 5000 characters, it must have at most 4096'),
     ('subject.path', 5, 'subject.path=5 must be a text'),
     ('subject.dtype', ['float32'], r"subject.dtype=\['float32'\] must be a text"),
     ('subject.dtype', 'int8', "subject.dtype='int8' is not one of float32, bfloat16"),

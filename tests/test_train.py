@@ -297,6 +297,8 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'subject__path': '/nowhere'}, r'/nowhere does not exist'),
         ({'data__path': '/nowhere'}, r'/nowhere/train/meta.json does not exist'),
         ({'subject__dtype': 'int8'}, r"subject.dtype='int8' is not one of float32, bfloat16"),
+        ({'subject__path': ''}, r'subject.path is empty: give a directory in Hugging Face layout'),
+        ({'data__path': ' '}, r'data.path is empty: give a folder of tokens'),
         ({'seed': -1}, r'seed=-1 must be at least 0'),
         ({'sft__steps': 10**12}, r'sft.steps=1000000000000 is longer than 2147483647 micro-steps'),
         ({'sft__steps': 2**31 - 2}, r'sft.steps, grpo.steps make more than 2147483647 micro-steps'),
