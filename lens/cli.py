@@ -55,25 +55,29 @@ def check_config(argv: list[str]) -> None:
             raise LensError(f'config.{name} is not a key of {file}{hint}.')
 
 
-def check_flags(values: flags.FlagValues) -> None:
-    """Refuses numbers that are not finite or that no command can mean, and texts that are no Unicode, in any flag.
-    Raises LensError."""
-    for name in values:
-        value = values[name].value
-        for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, float):
-                number(x, f'--{name}', whole=False)
-            elif isinstance(x, int) and not isinstance(x, bool):
-                number(x, f'--{name}', -MOST_COUNT, MOST_COUNT)
-            elif isinstance(x, str):
-                text(x, f'--{name}')
+def check_value(value, name: str) -> None:
+    """Refuses numbers that are not finite or that no command can mean, and texts that are no Unicode, also in lists and
+    configurations. Raises LensError."""
+    if isinstance(value, ml_collections.ConfigDict):
+        for key, x in value.items():
+            check_value(x, f'{name}.{key}')
+    elif isinstance(value, list | tuple):
+        for x in value:
+            check_value(x, name)
+    elif isinstance(value, float):
+        number(value, name, whole=False)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number(value, name, -MOST_COUNT, MOST_COUNT)
+    elif isinstance(value, str):
+        text(value, name)
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
         check_config(argv[1:])
         rest = flags.FLAGS(argv)
-        check_flags(flags.FLAGS)
+        for name in flags.FLAGS:
+            check_value(flags.FLAGS[name].value, f'--{name}')
         return rest
     except (LensError, flags.Error) as e:
         sys.exit(f'error: {" ".join(str(e).split())}')
@@ -101,7 +105,7 @@ def run(main) -> None:
         except BrokenPipeError:  # nobody reads the output any more, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             _leave(128 + signal.SIGPIPE)
-        except (LensError, OSError) as e:
+        except (LensError, OSError, MemoryError) as e:
             if DEBUG.value:
                 traceback.print_exc()
             print(f'error: {e}', file=sys.stderr)

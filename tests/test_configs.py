@@ -337,11 +337,25 @@ def test_no_flag_takes_a_number_or_text_that_cannot_be_meant(word, message):
     flags.DEFINE_multi_integer('counts', [1], '', flag_values=values)
     flags.DEFINE_string('place', None, '', flag_values=values)
     flags.DEFINE_list('places', [], '', flag_values=values)
+
+    def check():
+        for name in values:
+            cli.check_value(values[name].value, f'--{name}')
+
     values(['command', '--share=1e-3', '--count=9007199254740992', '--place=\u00e9'])
-    cli.check_flags(values)
+    check()
     values(['command', word])
     with pytest.raises(LensError, match=message):
-        cli.check_flags(values)
+        check()
+
+
+def test_values_inside_a_configuration_of_any_command():
+    c = ml_collections.ConfigDict({'a': {'b': (1, [2.5, 'x'])}, 'yes': True, 'none': None})
+    cli.check_value(c, '--config')
+    for value in (math.nan, 2**80, '\0'):
+        c.a.b = (1, [value])
+        with pytest.raises(LensError, match=r'--config.a.b=.* must be'):
+            cli.check_value(c, '--config')
 
 
 @pytest.mark.parametrize('form', ['--config={}', '-config={}'])
