@@ -56,9 +56,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.group = 8  # grpo: explanations per activation
     p.mean_of = 1  # grpo: explanations whose reconstructions are averaged; they share reward and advantage
     p.advantage = 'grpo'  # grpo | rloo | dr_grpo
-    p.updates = (
-        1  # grpo: optimizer steps on the same explanations, at most 64; above 1 the probability ratio is clipped
-    )
+    p.updates = 1  # grpo: optimizer steps on the same texts, at most 64; above 1 the probability ratio is clipped
     p.clip = 0.2  # grpo: that ratio stays in 1 - clip .. 1 + clip
     p.form = 'two_pass'  # gumbel: full (exact gradient, through the sampling) | two_pass (teacher forced)
     p.tau = free(1.0)  # V, gumbel: temperature of the relaxed tokens, at least 0.1

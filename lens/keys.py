@@ -39,8 +39,8 @@ class Real(NamedTuple):
     most: float | None = None
 
 
-# A key holds a Whole, a Real, a bool, a str, a path, one of some texts, several texts (tuple), a regex, or (object) numbers and
-# texts in a notation that its reader checks.
+# A key holds a Whole, a Real, a bool, a str, a path, one of some texts, several texts (tuple), a regex, or (object)
+# numbers and texts in a notation that its reader checks.
 REGEX = 'regex'
 KEYS = {
     'seed': Whole(0),
