@@ -2,19 +2,22 @@
 
 import difflib
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from typing import NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lens.errors import LensError
+from lens.errors import LensError, number, shown, text
 
 BROKEN = 70  # EX_SOFTWARE of sysexits.h
 LEAVE_S = 4.0  # for an exit after an error: all processes of a run leave together if it is an error of all
+MOST_COUNT = 2**53  # of a flag
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
@@ -29,16 +32,20 @@ def flat_keys(config, prefix: str = '') -> list[str]:
 def check_config(argv: list[str]) -> None:
     """Refuses a --config file that does not load, and overrides of keys that it does not have: it names the nearest
     one of the whole file, for `--config.steps` sft.steps. Raises LensError."""
-    file = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), None)
-    if file is None:
+    found = re.search(r'(?:^|\0)--?config[=\0]([^\0]*)', '\0'.join(argv))
+    if found is None:
         return
+    file = found[1]
     holder = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=[])
     try:
         holder(['', f'--config={file}'])
+        if not isinstance(holder.config, ml_collections.ConfigDict):
+            raise TypeError(f'get_config returns {type(holder.config).__name__}, it must return a ConfigDict')
         known = flat_keys(holder.config)
-    except Exception as e:  # whatever the file itself raises
-        raise LensError(f'--config={file} does not load: {str(e).splitlines()[-1].strip()}') from e
+    except (Exception, SystemExit) as e:  # whatever the file itself raises
+        last = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        raise LensError(f'--config={shown(file)} does not load: {shown(last)}') from e
     for name in (a.split('=', 1)[0].removeprefix('--config.') for a in argv if a.startswith('--config.')):
         if name not in known:
             short = {k.rpartition('.')[2]: k for k in reversed(known)}
@@ -48,10 +55,30 @@ def check_config(argv: list[str]) -> None:
             raise LensError(f'config.{name} is not a key of {file}{hint}.')
 
 
+def check_value(value, name: str) -> None:
+    """Refuses numbers that are not finite or that no command can mean, and texts that are no Unicode, also in lists and
+    configurations. Raises LensError."""
+    if isinstance(value, ml_collections.ConfigDict):
+        for key, x in value.items():
+            check_value(x, f'{name}.{key}')
+    elif isinstance(value, list | tuple):
+        for x in value:
+            check_value(x, name)
+    elif isinstance(value, float):
+        number(value, name, whole=False)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number(value, name, -MOST_COUNT, MOST_COUNT)
+    elif isinstance(value, str):
+        text(value, name)
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         check_config(argv[1:])
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        for name in flags.FLAGS:
+            check_value(flags.FLAGS[name].value, f'--{name}')
+        return rest
     except (LensError, flags.Error) as e:
         sys.exit(f'error: {" ".join(str(e).split())}')
 
@@ -78,7 +105,7 @@ def run(main) -> None:
         except BrokenPipeError:  # nobody reads the output any more, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             _leave(128 + signal.SIGPIPE)
-        except (LensError, OSError) as e:
+        except (LensError, OSError, MemoryError) as e:
             if DEBUG.value:
                 traceback.print_exc()
             print(f'error: {e}', file=sys.stderr)

@@ -37,19 +37,19 @@ def number(value, name: str, least: float | None = None, most: float | None = No
     given = f'{name}={"an integer of many digits," if long else shown(repr(value))}'
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise LensError(f'{given} must be a {"whole number" if whole else "number"}.')
-    if not low <= value <= high:  # NaN is in no range
-        raise LensError(
-            f'{given} must be ' + (f'at least {low}.' if value < low and most is None else f'in {low}..{high}.')
-        )
+    if not low <= value <= high:
+        allowed = f'at least {low}' if value < low else f'at most {high}' if value > high else 'finite'
+        raise LensError(f'{given} must be {allowed}.')
     return value
 
 
-def text(value, name: str) -> str:
-    """Returns `value` once it is known to be a text that files, terminals and tokenizers take. Raises LensError."""
+def text(value, name: str, most: int = LONGEST_TEXT) -> str:
+    """Returns `value` once it is known to be a text that files, terminals and tokenizers take, of at most `most`
+    characters. Raises LensError."""
     if not isinstance(value, str):
         raise LensError(f'{name}={shown(repr(value))} must be a text.')
-    if len(value) > LONGEST_TEXT:
-        raise LensError(f'{name} has {len(value)} characters, it must have at most {LONGEST_TEXT}.')
+    if len(value) > most:
+        raise LensError(f'{name} has {len(value)} characters, it must have at most {most}.')
     if '\0' in value or any('\ud800' <= c <= '\udfff' for c in value):
         raise LensError(f'{name}={shown(repr(value))} must be Unicode without NUL and halves of characters.')
     return value

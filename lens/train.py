@@ -92,7 +92,11 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
             checkpoint.check_start(cfg, abstract, run.base)
         run = config.load(cfg, run)
         workdir.mkdir(parents=True, exist_ok=True)
-        always = [s for p in run.phases for s in range(p.start + 1, p.end + 1) if fires(p.every.keep, s)]
+
+        def always(step: int) -> bool:
+            phase = run.phase_of(step)
+            return phase is not None and fires(phase.every.keep, step)
+
         with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, always, log.say) as checkpoints:
             found = checkpoints.resume(here, lambda step: abstract_state(abstract, run.phase_of(step), run.mesh))
             state, info = found or (init_state(checkpoint.initial_lens(cfg, run), None, run.mesh), {})

@@ -9,7 +9,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from lens import cli, data, objectives, optimizer, schedules
+from lens import cli, data, keys, objectives, optimizer, schedules
 from lens.errors import LensError
 from lens.schedules import Units
 
@@ -80,6 +80,7 @@ def count_documents(cfg) -> int | None:
 
 
 def main(_):
+    keys.check(CONFIG.value)
     draw(CONFIG.value, count_documents(CONFIG.value), pathlib.Path(OUT.value))
     print(f'Schedules of {", ".join(CONFIG.value.phases)}: {OUT.value}')
 
