@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 
-from data_gen import chat_data, requests, rollouts, servers, tables, turns
+from data_gen import documents, requests, rollouts, servers, tables, turns
 from data_gen.options import command, need, option
 from data_gen.requests import LOCAL, Request
 from data_gen.servers import Answer, Failed
@@ -27,9 +27,9 @@ COMPARED += ('max_completion_tokens', 'temperature', 'top_p')
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    input_dataset: str = option('', 'Hub id, save_to_disk folder, .jsonl or .parquet file, folder of Parquet files.')
+    input_dataset: str = option('', 'File, folder or Hub id of the chats, as data_gen.pretokenize reads them.')
     input_split: str = option('train', 'Split of the input.')
-    input_column: str = option('', 'Column with lists of {role, content}; found where not given.')
+    input_column: str = option('', 'Column of chats, or QUESTION,ANSWER; found where not given.')
     output_path: str = option('', 'Folder for the JSON lines, the data set and stats.json.')
     server_urls: str = option('', f'Servers, separated by commas; {LOCAL} where no registry is given either.')
     server_registry: str = option('', 'Text file with one URL per line, read again while running.')
@@ -55,11 +55,11 @@ class Generation:
 
     unit = 'rows'
 
-    def __init__(self, options: GenerateOptions, table, column: str, journal: rollouts.Rows, planner: turns.Planner):
+    def __init__(self, options: GenerateOptions, table, form: tuple, journal: rollouts.Rows, planner: turns.Planner):
         self.options, self.journal, self.total = options, journal, journal.rows
-        self._planner, self._plans, self._shown = planner, self._all_plans(table, column), set()
+        self._planner, self._plans, self._shown = planner, self._all_plans(table, form), set()
 
-    def _all_plans(self, table, column: str):
+    def _all_plans(self, table, form: tuple):
         """The plans of the unfinished rows; None for a row that has none, which is noted."""
         left = self.journal.unfinished()
         for index, row in table.rows(int(left[0])) if len(left) else ():
@@ -67,8 +67,8 @@ class Generation:
                 return
             if not self.journal.finished(index):
                 try:
-                    yield self._planner.plan(index, (row or {}).get(column))
-                except turns.Skip as e:
+                    yield self._planner.plan(index, documents.messages(row, *form))
+                except (turns.Skip, ValueError) as e:
                     self.journal.append('skipped', {'index': index, 'reason': str(e)})
                     yield None
 
@@ -109,12 +109,14 @@ def generate(options: GenerateOptions) -> str:
     """Runs to the end; returns one line that says where the result is. Raises LensError."""
     need(options, 'input_dataset', 'output_path')
     table = tables.open_table(options.input_dataset, options.input_split)
-    column = chat_data.find_column(table, options.input_column or None)
+    form = documents.row_format(table, options.input_column or None)
+    if form[0] == 'text':
+        raise LensError(f'{table.name} holds texts (in {form[1][0]}) and no chats: name a column of them.')
     planner = turns.Planner(hf.load_tokenizer(options.tokenizer or options.model), options)
     rows = min(table.count, options.max_samples or table.count)
     first = json.dumps(next(table.rows(0))[1], sort_keys=True, default=str)
     settings = {k: getattr(options, k) for k in COMPARED}
-    settings |= {'input_column': column, 'first_row_sha256': hashlib.sha256(first.encode()).hexdigest()}
+    settings |= {'input_column': ','.join(form[1]), 'first_row_sha256': hashlib.sha256(first.encode()).hexdigest()}
     partial = pathlib.Path(options.partial_jsonl) if options.partial_jsonl else None
     folder = pathlib.Path(options.output_path)
     journal = rollouts.Rows(folder, partial, rows, settings, options.resume)
@@ -122,7 +124,7 @@ def generate(options: GenerateOptions) -> str:
         if not partial and journal.paths['data'] != folder / 'data.jsonl':
             print(f'Continuing {journal.paths["data"]}, which {folder / "settings.json"} names')
         if len(journal.unfinished()):
-            work = Generation(options, table, column, journal, planner)
+            work = Generation(options, table, form, journal, planner)
             requests.Engine(work, _servers(options), options.max_concurrency).run()
         journal.open()
         counts = ', '.join(f'{n} {"done" if k == "data" else k}' for k, n in journal.counts.items())

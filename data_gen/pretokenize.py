@@ -1,11 +1,13 @@
 """Chats or texts to arrays: python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=MODEL_DIR --out=data/mine
 
---input is a .jsonl or .parquet file, a text file (a document per line), a folder that `datasets` saved, or
-the name of a data set on the Hub. What a row holds is found in this order: question and answer;
-user_content and assistant_content; a column of chats (messages); a column `text`; --column names one.
-Chats go through the chat template of the tokenizer, gpt-oss chats through Harmony with their thinking.
+--input is a file (JSON lines or an array, CSV, Parquet, .txt with a document per line; also packed, as .jsonl.gz), a
+folder of such files or one that `datasets` saved, or the name of a data set on the Hub. What a row holds is found in
+this order: question and answer; user_content and assistant_content; a column of chats (messages); a prompt and its
+completion, chosen, response or output; a column `text`; --column names one, or a question and its answer.
+Chats go through the chat template of the tokenizer, gpt-oss chats through Harmony with their thinking. A chat with
+control tokens among its words is left out; what a template leaves out of the others is counted.
 
-Written per split: tokens.npy, lengths.npy, doc_id.npy (row number in the input), role.npy (int8 per token;
+Written per split: tokens.npy (as wide as the longest document), lengths.npy, doc_id.npy (row number in the input), role.npy (int8 per token;
 names and codes in meta.json) and meta.json. Documents are cut at --seq_len tokens; those with fewer than
 --min_tokens, repetitions and rows that are no document are left out and counted. The split is by
 document. A killed command goes on from its finished shards; existing output is kept unless --force.
@@ -39,7 +41,7 @@ class PretokenizeOptions:
     out: str = option('', 'Folder for train/ and validation/.')
     split: str = option('train', 'Split that is read of a data set that has splits.')
     dataset_config: str | None = option(None, 'Configuration of a Hub data set.')
-    column: str | None = option(None, 'Column of chats or texts, where several are there.')
+    column: str | None = option(None, 'Column of chats or texts, or QUESTION,ANSWER, where several are there.')
     validation_input: str | None = option(None, 'File, folder or Hub id that is held out, in place of a cut.')
     validation_split: str | None = option(None, 'Its split that is held out, in place of a cut.')
     validation_fraction: float = option(0.05, 'Share of held-out documents.', 0, 1)
@@ -128,6 +130,8 @@ def open_tables(o: PretokenizeOptions) -> list[tables.Table]:
 def pretokenize(o: PretokenizeOptions) -> str:
     """Writes out/train and out/validation; returns what they hold, in a few lines. Raises LensError."""
     need(o, 'input', 'tokenizer', 'out')
+    if not 0 <= o.validation_fraction <= 1:  # neither is NaN
+        raise LensError(f'--validation_fraction={o.validation_fraction} must be a number from 0 to 1.')
     if kept := existing(o):
         return kept
     from lens import hf  # with it comes what only this process needs
@@ -174,14 +178,15 @@ def finish(o: PretokenizeOptions, folder: pathlib.Path, paths, sources: list, fo
         for path in flat:
             path.unlink()
         raise LensError(
-            f'{o.input} leaves {sum(sizes)} documents of at least {o.min_tokens} tokens, too few to split '
-            f'(left out: {reasons or "none"}).'
+            f'{o.input} leaves {sum(sizes)} documents of at least {o.min_tokens} tokens in its {shown_format(formats[0])}, '
+            f'too few to split (left out: {reasons or "none"}).'
         )
     out, total, dropped = pathlib.Path(o.out), sum(t.count for t in sources), dict(sorted(dropped.items()))
-    journal.check_folder(out, sum(sizes) * o.seq_len * 5)
+    journal.check_folder(out, sum(sizes) * int(rows['lengths'][part >= 0].max()) * 5)
     rows['doc_id'] = rows['row'] + np.where(held_out, sources[0].count, 0)
     source = {'file': pathlib.Path(o.input).name, 'rows': total, 'format': [form for form, _ in formats]}
-    meta = meta | {'source': source | {'dropped': dropped, 'settings': shown_settings(o)}}
+    source |= {'columns': [columns for _, columns in formats], 'dropped': dropped} | lost_parts(rows['lost'][part >= 0])
+    meta = meta | {'source': source | {'settings': shown_settings(o)}}
     new, bar = folder / 'out', shards.progress('Writing', sum(sizes))
     shutil.rmtree(new, ignore_errors=True)
     for i, name in enumerate(SPLITS):
@@ -190,13 +195,26 @@ def finish(o: PretokenizeOptions, folder: pathlib.Path, paths, sources: list, fo
     arrays.replace_folder(new, out)
     shutil.rmtree(folder)
     left_out = ', '.join(f'{n} {k}' for k, n in dropped.items()) or 'none'
-    return f'{sizes[0]} train, {sizes[1]} validation documents of {total} rows (left out: {left_out}): {out}'
+    read = shown_format(formats[0])
+    return f'{sizes[0]} train, {sizes[1]} validation documents of {total} rows, {read} (left out: {left_out}): {out}'
+
+
+def shown_format(form: tuple[str, tuple[str, ...]]) -> str:
+    """Returns what of a row was read, in words."""
+    return f'{"texts" if form[0] == "text" else "chats"} ({" and ".join(form[1])})'
+
+
+def lost_parts(lost_NxK: np.ndarray) -> dict[str, dict[str, int]]:
+    """Returns what the chat template left out of the kept documents: parts of each kind, and documents that lost some."""
+    parts, documents = (x.sum(0).tolist() for x in (lost_NxK, lost_NxK > 0))
+    counted = {'lost': parts, 'lost_documents': documents}
+    return {key: {name: n for name, n in zip(render.LOST, ns, strict=True) if n} for key, ns in counted.items()}
 
 
 def write_split(folder: pathlib.Path, paths, rows: dict[str, np.ndarray], keep_N: np.ndarray, meta: dict, bar) -> None:
     """Writes the arrays of the kept rows, and meta.json with the counts that follow from them."""
     folder.mkdir(parents=True)
-    width, roles = meta['seq_len'], meta['roles']
+    width, roles = int(rows['lengths'][keep_N].max()), meta['roles']
     totals = arrays.merge(paths, rows['shard'], keep_N, folder, width, meta['pad_id'], len(roles), bar.update)
     for name in ('lengths', 'doc_id'):
         np.save(folder / f'{name}.npy', rows[name][keep_N])
@@ -214,7 +232,8 @@ def report(out: pathlib.Path, tokenizer) -> str:
     runs = np.split(np.arange(n), np.flatnonzero(np.diff(roles[:n])) + 1)
     text = ''.join(f'[{names[int(roles[r[0]])]}] {tokenizer.decode(ids[r])}\n' for r in runs)
     lines = [f'First document:\n{text[:EXAMPLE_CHARS]}{" …" if len(text) > EXAMPLE_CHARS else ""}']
-    cut, touched, lost = (sum(m[k] for m in metas) for k in render.FLAGS)
+    cut, touched, lost, unanswered = (sum(m[k] for m in metas) for k in render.FLAGS)
+    source = metas[0]['source']
     if cut:
         lines.append(f'{cut} documents were cut at {metas[0]["seq_len"]} tokens.')
     if touched + lost:
@@ -222,6 +241,11 @@ def report(out: pathlib.Path, tokenizer) -> str:
             f'Warning: {lost} documents lost their final assistant message to that and {touched} a part of it: '
             'raise --seq_len, or keep the end with --truncate=left.'
         )
+    if source['lost']:
+        parts = ', '.join(f'{n} {k} in {source["lost_documents"][k]} documents' for k, n in source['lost'].items())
+        lines.append(f'Warning: the chat template leaves out {parts}.')
+    if unanswered:
+        lines.append(f'Warning: {unanswered} chats do not end with an answer; --column names where it is.')
     return '\n'.join(lines)
 
 

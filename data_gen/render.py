@@ -9,24 +9,27 @@ token belongs to the text that holds its first character that is no white space.
 import datetime
 import functools
 import hashlib
+import json
 import re
+from typing import NamedTuple
 
 import numpy as np
 
 from data_gen import chat_data
 from data_gen.documents import EFFORT_LINE, BadRow, Chat
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
 ROLES = {'system': 0, 'user': 1, 'thinking': 2, 'final': 3, 'special': 4, 'text': 5}  # codes of role.npy
 SYSTEM, USER, THINKING, FINAL, SPECIAL, TEXT = ROLES.values()
 ROLE_OF = {'system': SYSTEM, 'developer': SYSTEM, 'user': USER, 'tool': USER, 'assistant': FINAL}
 DATE = '2025-06-28'  # what templates print for the current date
 # Flags of a document; final: the text of its last answer, of which truncation took a part or all.
-FLAGS = {'truncated': 1, 'final_cut': 2, 'final_lost': 4}
-TRUNCATED, FINAL_CUT, FINAL_LOST = FLAGS.values()
+FLAGS = {'truncated': 1, 'final_cut': 2, 'final_lost': 4, 'unanswered': 8}
+TRUNCATED, FINAL_CUT, FINAL_LOST, UNANSWERED = FLAGS.values()
+LOST = ('thinking', 'tool calls', 'tools', *(f'{role} messages' for role in ROLE_OF))  # what a template may leave out
 CHARS_PER_TOKEN = 64  # a text is cut at so many characters for each token that is kept, before it is tokenised
 WHITE = np.isin(np.arange(0x3002), [ord(c) for c in ' \t\n\r\x0b\x0c\x85\xa0\u3000'])  # by character code
-MARK = re.compile('\ue000(\\d+)\ue001')
+MARK = re.compile('\ue000(\\d+)-(\\d+)\ue001')
 START, CHANNEL, MESSAGE, END, RETURN = CONTROLS = ('<|start|>', '<|channel|>', '<|message|>', '<|end|>', '<|return|>')
 HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
 Knowledge cutoff: 2024-06
@@ -35,6 +38,15 @@ Current date: {date}
 Reasoning: {effort}
 
 # Valid channels: analysis, commentary, final. Channel must be included for every message."""
+
+
+class Encoded(NamedTuple):
+    """ids int32 [n] and roles int8 [n] of a document, its flags, and how many parts of each kind of LOST it lost."""
+
+    ids: np.ndarray
+    roles: np.ndarray
+    flags: int = 0
+    lost: tuple[int, ...] = (0,) * len(LOST)
 
 
 def has_harmony(tokenizer) -> bool:
@@ -68,19 +80,26 @@ def harmony_pieces(chat: Chat, date: str) -> list[tuple[str, int | None]]:
                 add('assistant', m['content'], FINAL, 'final', RETURN if i == len(chat.messages) - 1 else END)
         else:
             raise BadRow('a tool message, which Harmony rendering does not take')
+        if 'tool_calls' in m:
+            raise BadRow('a tool call, which Harmony rendering does not take')
     return out
 
 
-def align(rendered: str, skeleton: str, texts: dict[int, tuple[str, int]]) -> list[tuple[int, int, int]]:
+def mark(message: int, part: int) -> str:
+    """Returns what stands for a part of a message; part: 0 the content, 1 the thinking, from 2 on the calls."""
+    return f'\ue000{message}-{part}\ue001'
+
+
+def align(rendered: str, skeleton: str, texts: dict[tuple[int, int], tuple[str, int]]) -> list[tuple[int, int, int]]:
     """Finds (start, end, role) of every text in `rendered`. skeleton: the same with marks. Raises BadRow.
 
-    texts: number of the mark -> (text, role). The template may have stripped a text of white space.
+    texts: (message, part) of the mark -> (text, role). The template may have stripped a text of white space.
     """
     parts = MARK.split(skeleton)
     at, out = len(parts[0]), []
     ok = rendered.startswith(parts[0])
-    for number, literal in zip(parts[1::2], parts[2::2], strict=True):
-        text, role = texts[int(number)]
+    for i, k, literal in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        text, role = texts[int(i), int(k)]
         for form in (text, text.strip(), text.strip('\n'), text.lstrip(), text.rstrip(), text.lstrip('\n')):
             end = at + len(form)
             if rendered.startswith(form, at) and rendered.startswith(literal, end):
@@ -131,12 +150,10 @@ class Renderer:
         if chats:
             self.kind = 'harmony' if has_harmony(tokenizer) else 'chat_template'
         if self.kind == 'chat_template':
-            if not tokenizer.chat_template:
-                raise LensError(
-                    'The tokenizer has no chat template, which chats need: use the directory of a chat model.'
-                )
-            self.template, self.dates = pin_date(tokenizer.get_chat_template(), date)
-            self.native = chat_data.native_thinking(tokenizer)
+            self.own_template = chat_data.chat_template(tokenizer)
+            self.template, self.dates = pin_date(self.own_template, date)
+            self.native = chat_data.native_thinking(self.template)
+        self.controls = chat_data.control_tokens(tokenizer)
         special = chat_data.special_ids(tokenizer)
         self.special = np.zeros(max(len(tokenizer), *special, 0) + 1, bool)
         self.special[special] = True
@@ -147,26 +164,30 @@ class Renderer:
 
     def template_sha256(self) -> str:
         """Returns a fingerprint of how chats become text."""
-        template = HARMONY_SYSTEM if self.kind == 'harmony' else self.tokenizer.get_chat_template()
+        template = HARMONY_SYSTEM if self.kind == 'harmony' else self.own_template
         return hashlib.sha256(f'{template}{self.date}'.encode()).hexdigest()
 
-    def encode(self, document: Chat | str) -> tuple[np.ndarray, np.ndarray, int]:
-        """Returns (ids int32 [n], roles int8 [n], flags), n <= seq_len. Raises BadRow."""
+    def encode(self, document: Chat | str) -> Encoded:
+        """Returns a document of at most seq_len tokens. Raises BadRow, also for a control token among the words."""
         if isinstance(document, str):
             return self._text(document)
-        return self._harmony(document) if self.kind == 'harmony' else self._templated(document)
+        if token := chat_data.find_control(document.messages, self.controls):
+            raise BadRow(f'a message holds the control token {shown(token, 40)}')
+        encoded = self._harmony(document) if self.kind == 'harmony' else self._templated(document)
+        unanswered = document.messages[-1]['role'] != 'assistant'
+        return encoded._replace(flags=encoded.flags | UNANSWERED * unanswered)
 
-    def _text(self, text: str) -> tuple:
+    def _text(self, text: str) -> Encoded:
         cap = self.seq_len * CHARS_PER_TOKEN
         text = text[:cap] if self.truncate == 'right' else text[-cap:]
         ids = np.array(self.tokenizer(text, return_attention_mask=False)['input_ids'], np.int32)
         return self._cut(ids, np.full(len(ids), TEXT, np.int8), self.prefix, self.suffix)
 
-    def _cut(self, ids: np.ndarray, roles: np.ndarray, prefix=(), suffix=()) -> tuple:
+    def _cut(self, ids: np.ndarray, roles: np.ndarray, prefix=(), suffix=()) -> Encoded:
         n, size = len(ids), self.seq_len
         roles[self.special[ids]] = SPECIAL
         if n <= size:
-            return ids, roles, 0
+            return Encoded(ids, roles)
         if self.truncate == 'right':
             keep = np.r_[0 : size - len(suffix), n - len(suffix) : n]
         else:
@@ -177,9 +198,9 @@ class Renderer:
             run = np.arange(final[np.flatnonzero(np.diff(final, prepend=-2) > 1)[-1]], final[-1] + 1)
             left = np.isin(run, keep).sum()
             flags |= FINAL_LOST if left == 0 else FINAL_CUT if left < len(run) else 0
-        return ids[keep], roles[keep], flags
+        return Encoded(ids[keep], roles[keep], flags)
 
-    def _harmony(self, chat: Chat) -> tuple:
+    def _harmony(self, chat: Chat) -> Encoded:
         pieces = harmony_pieces(chat, self.date)
         texts = [text for text, role in pieces if role is not None]
         plain = {'add_special_tokens': False, 'split_special_tokens': True, 'return_attention_mask': False}
@@ -187,40 +208,64 @@ class Renderer:
         control = self.tokenizer.convert_tokens_to_ids
         ids = [[control(text)] if role is None else next(encoded) for text, role in pieces]
         codes = [SPECIAL if role is None else role for _, role in pieces]
-        return self._cut(np.concatenate(ids).astype(np.int32), np.repeat(codes, list(map(len, ids))).astype(np.int8))
+        cut = self._cut(np.concatenate(ids).astype(np.int32), np.repeat(codes, list(map(len, ids))).astype(np.int8))
+        return cut._replace(lost=tuple(int(name == 'tools' and bool(chat.tools)) for name in LOST))
 
-    def _templated(self, chat: Chat) -> tuple:
-        text, spans = self.render(chat)
+    def _templated(self, chat: Chat) -> Encoded:
+        text, spans, lost = self.render(chat)
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         offsets_Nx2 = np.array(encoded.offsets, np.int64).reshape(-1, 2)
-        return self._cut(np.array(encoded.ids, np.int32), token_roles(text, spans, offsets_Nx2))
+        cut = self._cut(np.array(encoded.ids, np.int32), token_roles(text, spans, offsets_Nx2))
+        return cut._replace(lost=lost)
 
-    def render(self, chat: Chat) -> tuple[str, list[tuple[int, int, int]]]:
-        """Returns the chat template's text of a chat and the (start, end, role) of its parts. Raises BadRow."""
-        texts, shape = {}, []
+    def render(self, chat: Chat) -> tuple[str, list[tuple[int, int, int]], tuple[int, ...]]:
+        """Returns the chat template's text of a chat, (start, end, role) of its parts, and Encoded.lost. Raises BadRow."""
+        rendered = self._apply(chat.messages, chat.effort, chat.tools)
+        calls = [m.get('tool_calls', []) for m in chat.messages]
+        shape = tuple((m['role'], bool(m['content']), 'thinking' in m) for m in chat.messages)
+        if any(calls) or chat.tools:
+            skeleton = self._marked(shape, chat.effort, calls, chat.tools)
+        else:
+            skeleton = self._skeleton(shape, chat.effort)
+        texts, kinds = {}, {}
         for i, m in enumerate(chat.messages):
-            texts |= {2 * i: (m['content'], ROLE_OF[m['role']]), 2 * i + 1: (m.get('thinking', ''), THINKING)}
-            shape.append((m['role'], bool(m['content']), 'thinking' in m))
-        rendered = self._apply(chat.messages, chat.effort)
-        return rendered, align(rendered, self._skeleton(tuple(shape), chat.effort), texts)
+            parts = [(m['content'], ROLE_OF[m['role']], f'{m["role"]} messages')]
+            parts += [(m.get('thinking', ''), THINKING, 'thinking')]
+            parts += [(call['function']['name'], SPECIAL, 'tool calls') for call in calls[i]]
+            for k, (text, role, kind) in enumerate(parts):
+                texts[i, k] = text, role
+                if text:
+                    kinds[i, k] = kind
+        spans = align(rendered, skeleton, texts)
+        shown_marks = {(int(i), int(k)) for i, k in MARK.findall(skeleton)}
+        gone = [kind for mark, kind in kinds.items() if mark not in shown_marks]
+        if chat.tools and not re.search(r'\btools\b', self.template):
+            gone.append('tools')
+        return rendered, spans, tuple(map(gone.count, LOST))
 
-    def _apply(self, messages: list[dict], effort: str) -> str:
+    def _apply(self, messages: list[dict], effort: str, tools: str = '') -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages if self.native else chat_data.inline_thinking(messages),
+                tools=json.loads(tools) if tools else None,
                 chat_template=self.template,
                 tokenize=False,
                 reasoning_effort=effort,
                 **self.dates,
             )
         except Exception as e:  # a template raises what it likes
-            raise BadRow(f'the chat template refuses it: {(str(e).splitlines() or ["?"])[0][:100]}') from None
+            raise BadRow(f'the chat template refuses it: {shown((str(e).splitlines() or ["?"])[0], 100)}') from None
+
+    def _marked(self, shape: tuple, effort: str, calls: list[list[dict]], tools: str) -> str:
+        """The rendering of chats of one shape, with marks in place of their texts and of the names that they call."""
+        messages = []
+        for i, (role, content, thinking) in enumerate(shape):
+            message = {'role': role, 'content': mark(i, 0) if content else ''}
+            message |= {'thinking': mark(i, 1)} if thinking else {}
+            called = [c | {'function': c['function'] | {'name': mark(i, k)}} for k, c in enumerate(calls[i], 2)]
+            messages.append(message | ({'tool_calls': called} if called else {}))
+        return self._apply(messages, effort, tools)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (one renderer per process)
     def _skeleton(self, shape: tuple, effort: str) -> str:
-        """The rendering of chats of one shape, with marks in place of their texts."""
-        messages = []
-        for i, (role, content, thinking) in enumerate(shape):
-            message = {'role': role, 'content': f'\ue000{2 * i}\ue001' if content else ''}
-            messages.append(message | ({'thinking': f'\ue000{2 * i + 1}\ue001'} if thinking else {}))
-        return self._apply(messages, effort)
+        return self._marked(shape, effort, [[]] * len(shape), '')

@@ -27,7 +27,7 @@ from lens.errors import LensError
 ROWS = 1024  # of the input per shard
 SHARDS_PER_PROCESS = 4  # fewer are done sooner without the seconds that a process takes to start
 PROGRESS_S = (0.5, 20.0)  # seconds between two updates on a terminal, elsewhere
-ROW_FIELDS = ('lengths', 'row', 'flags', 'digest')  # of every document of a shard
+ROW_FIELDS = ('lengths', 'row', 'flags', 'lost', 'digest')  # of every document of a shard
 
 
 def progress(what: str, total: int, done: int = 0) -> tqdm:
@@ -38,8 +38,8 @@ def progress(what: str, total: int, done: int = 0) -> tqdm:
 
 
 def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:
-    """Writes a shard. kept: (row number, ids int32 [n], role codes int8 [n], flags). counts: the fate of the others."""
-    numbers, ids, roles, flags = zip(*kept, strict=True) if kept else ((), (), (), ())
+    """Writes a shard. kept: (row number, fields of render.Encoded). counts: the fate of the others."""
+    numbers, ids, roles, flags, lost = zip(*kept, strict=True) if kept else [()] * 5
     with path.with_suffix('.part').open('wb') as f:
         np.savez(
             f,
@@ -48,6 +48,7 @@ def write_shard(path: pathlib.Path, kept: list[tuple], counts: dict) -> None:
             lengths=np.array(list(map(len, ids)), np.int32),
             row=np.array(numbers, np.int64),
             flags=np.array(flags, np.int8),
+            lost=np.array(lost, np.int32).reshape(-1, len(render.LOST)),
             digest=np.array([hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in ids], 'S16'),
             counts=np.array(json.dumps(counts)),
         )
@@ -71,7 +72,7 @@ def read_rows(paths: list[pathlib.Path]) -> tuple[dict[str, np.ndarray], list[di
 class Worker:
     """Turns rows into shards; there is one in each process.
 
-    formats: (format, column) of each table, of documents.row_format. effort: reasoning effort where a row names none.
+    formats: (format, columns) of each table, of documents.row_format. effort: reasoning effort where a row names none.
     """
 
     here = None
@@ -85,10 +86,10 @@ class Worker:
         for index, row in rows:
             try:
                 document = documents.parse(row, *self.formats[number], self.effort)
-                ids, roles, flags = self.renderer.encode(document)
-                if len(ids) < self.min_tokens:
+                encoded = self.renderer.encode(document)
+                if len(encoded.ids) < self.min_tokens:
                     raise BadRow('short')
-                kept.append((index, ids, roles, flags))
+                kept.append((index, *encoded))
             except BadRow as e:
                 dropped[str(e)] += 1
         write_shard(path, kept, {'dropped': dropped})

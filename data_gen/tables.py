@@ -1,18 +1,20 @@
-"""Reading data sets: Hub id, save_to_disk directory, Parquet, JSON lines, lines of text."""
+"""Rows of data sets: a file, a folder of files, what `datasets` saved, a name on the Hub."""
 
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import pathlib
+import re
+import tempfile
 from collections.abc import Callable, Iterator
 
-from lens.errors import LensError
+from data_gen import readers
+from lens.errors import LensError, shown
 
 BATCH = 256  # rows that are in memory at a time
-JSON_SUFFIXES = ('.jsonl', '.json', '.ndjson')
 LOOK = 100  # rows that tell what the columns hold
+SHARD = re.compile(r'(.+)-\d{5}-of-\d{5}\.')  # how the Hub names the files of a split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,40 +36,13 @@ class Table:
         return [row or {} for _, row in itertools.islice(self.rows(0), n)]
 
 
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
-    """Empty lines are no rows."""
-    with path.open('rb') as f:
-        yield from (line for line in f if not line.isspace())
-
-
-def _read_lines(path: pathlib.Path, start: int):
-    """Rows of a file of JSON objects, or of texts, one per line."""
-    for index, line in itertools.islice(enumerate(_lines(path)), start, None):
-        if path.suffix not in JSON_SUFFIXES:
-            yield index, {'text': line.decode('utf-8', 'replace').rstrip('\r\n')}
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-            row = None
-        yield index, row if isinstance(row, dict) else None
-
-
-def _read_parquet(paths: list[pathlib.Path], start: int):
-    import pyarrow.parquet
-
-    index = 0
-    for path in paths:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if index + rows <= start:
-                    index += rows
-                    continue
-                for batch in file.iter_batches(BATCH, row_groups=[group]):
-                    if index + batch.num_rows > start:
-                        yield from ((i, r) for i, r in enumerate(batch.to_pylist(), index) if i >= start)
-                    index += batch.num_rows
+def _read_files(paths: list[pathlib.Path], counts: list[int], start: int):
+    begin = 0
+    for path, count in zip(paths, counts, strict=True):
+        if begin + count > start:
+            skip = max(start - begin, 0)
+            yield from enumerate(readers.rows(path, skip), begin + skip)
+        begin += count
 
 
 def _read_dataset(dataset, start: int):
@@ -75,25 +50,12 @@ def _read_dataset(dataset, start: int):
         yield from enumerate(dataset[at : at + BATCH].to_pylist(), at)
 
 
-def _line_table(path: pathlib.Path) -> Table:
-    read = functools.partial(_read_lines, path)
-    columns = {k: None for _, row in itertools.islice(read(0), LOOK) for k in row or ()}
-    return Table(str(path), list(columns), sum(1 for _ in _lines(path)), _sizes_and_times([path]), read)
-
-
-def _parquet_table(name: str, paths: list[pathlib.Path]) -> Table:
-    """One or several files, in the order of their names."""
-    import pyarrow
-    import pyarrow.parquet
-
-    metas = []
-    for path in paths:
-        try:
-            metas.append(pyarrow.parquet.read_metadata(path))
-        except (pyarrow.ArrowException, OSError) as e:
-            raise LensError(f'{path} is not a Parquet file ({_first_line(e)}).') from None
-    columns, count = metas[0].schema.to_arrow_schema().names, sum(m.num_rows for m in metas)
-    return Table(name, columns, count, _sizes_and_times(paths), functools.partial(_read_parquet, paths))
+def _file_table(name: str, paths: list[pathlib.Path]) -> Table:
+    """One or several files, in the order given."""
+    identity = [[x.st_size, x.st_mtime_ns] for x in map(os.stat, paths)]
+    counts = [readers.count(path) for path in paths]
+    columns = dict.fromkeys(c for path in paths for c in readers.columns(path, LOOK))
+    return Table(name, list(columns), sum(counts), identity, functools.partial(_read_files, paths, counts))
 
 
 def _dataset_table(name: str, dataset) -> Table:
@@ -105,38 +67,61 @@ def _dataset_table(name: str, dataset) -> Table:
 def open_table(source: str, split: str = 'train', config: str | None = None) -> Table:
     """Opens `source`: a file, a folder, or a Hub id. Raises LensError, also where it has no rows."""
     path = pathlib.Path(source)
-    if path.suffix == '.parquet' and path.is_file():
-        table = _parquet_table(source, [path])
-    elif path.is_file():
-        table = _line_table(path)
-    elif path.is_dir():
-        table = _open_folder(path, split)
-    elif path.suffix in (*JSON_SUFFIXES, '.parquet', '.txt') or path.is_absolute() or source.count('/') > 1:
-        raise LensError(f'{source} does not exist: give a file, a folder or the name of a data set on the Hub.')
-    else:
-        table = _dataset_table(source, _from_hub(source, split, config))
+    try:
+        if path.is_file():
+            _pick_split(source, {'train': None}, split)
+            table = _file_table(source, [path])
+        elif path.is_dir():
+            table = _open_folder(path, split, config)
+        elif path.exists():
+            raise LensError(f'{source} is no regular file and no folder: rows are read twice, so give a file.')
+        elif any(readers.suffixes(path.name)) or path.is_absolute() or source.count('/') > 1:
+            raise LensError(f'{source} does not exist: give a file, a folder or the name of a data set on the Hub.')
+        else:
+            table = _dataset_table(source, _from_hub(source, split, config))
+    except OSError as e:
+        raise LensError(f'{source} cannot be read ({e.strerror or shown(e)}).') from None
     if not table.count:
         raise LensError(f'{source} is empty: it has no rows.')
     return table
 
 
-def _open_folder(path: pathlib.Path, split: str):
-    if (path / 'dataset_dict.json').is_file() or (path / 'state.json').is_file():
-        import datasets
+def _pick_split(name, splits: dict, split: str):
+    if split not in splits:
+        raise LensError(f'{name} has no split {split}; its splits: {", ".join(map(str, splits))}.')
+    return splits[split]
 
+
+def _open_folder(path: pathlib.Path, split: str, config: str | None) -> Table:
+    import datasets
+
+    if not ((path / 'dataset_dict.json').is_file() or (path / 'state.json').is_file()):
+        return _file_table(str(path), _pick_split(path, _splits(path, config), split))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        raise LensError(f'{path} is not a whole saved data set ({shown(e)}).') from None
+    if not isinstance(loaded, datasets.DatasetDict):
+        loaded = {str(loaded.split or 'train'): loaded}
+    return _dataset_table(str(path), _pick_split(path, loaded, split))
+
+
+def _splits(path: pathlib.Path, config: str | None) -> dict[str, list[pathlib.Path]]:
+    """Split -> files of a folder, by its README.md or the names, as `datasets` finds them. Raises LensError."""
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
         try:
-            loaded = datasets.load_from_disk(str(path))
-        except (ValueError, OSError, KeyError, TypeError) as e:
-            raise LensError(f'{path} is not a whole saved data set ({_first_line(e)}).') from None
-        if isinstance(loaded, datasets.DatasetDict):
-            if split not in loaded:
-                raise LensError(f'{path} has no split {split}; its splits: {", ".join(loaded)}.')
-            loaded = loaded[split]
-        return _dataset_table(str(path), loaded)
-    files = sorted(path.glob(f'{split}*.parquet')) or sorted(path.glob('*.parquet'))
-    if not files:
-        raise LensError(f'{path} holds neither a saved data set (state.json, dataset_dict.json) nor Parquet files.')
-    return _parquet_table(str(path), files)
+            found = datasets.load_dataset_builder(str(path), config, cache_dir=cache).config.data_files
+        except Exception as e:  # the library raises dozens of kinds
+            raise LensError(f'{path} is no folder of data files ({shown(e).rstrip(".")}).') from None
+    splits = {}
+    for split, files in (found or {}).items():
+        for file in map(pathlib.Path, files):
+            # a NamedSplit was guessed from a word in the name, which takes train_gen-00000-of-00001 for train
+            shard = SHARD.match(file.name) if isinstance(split, datasets.NamedSplit) else None
+            splits.setdefault(shard[1] if shard else str(split), []).append(file)
+    return splits
 
 
 def _from_hub(name: str, split: str, config: str | None):
@@ -157,13 +142,5 @@ def _from_hub(name: str, split: str, config: str | None):
         raise
     except Exception as e:  # the libraries below raise dozens of kinds
         raise LensError(
-            f'{name} is no file or folder, and the Hub gives no such data set and split ({_first_line(e)}).'
+            f'{name} is no file or folder, and the Hub gives no such data set and split ({shown(e).rstrip(".")}).'
         ) from None
-
-
-def _sizes_and_times(paths: list[pathlib.Path]) -> list:
-    return [[x.st_size, x.st_mtime_ns] for x in map(os.stat, paths)]
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.')

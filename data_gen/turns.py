@@ -31,15 +31,15 @@ class Planner:
 
     def __init__(self, tokenizer, options):
         self.tokenizer, self.options = tokenizer, options
-        self.native = chat_data.native_thinking(tokenizer)
+        self.template = chat_data.chat_template(tokenizer, options.tokenizer or options.model)
+        self.native = chat_data.native_thinking(self.template)
+        self.controls = chat_data.control_tokens(tokenizer)
         level = options.reasoning_level
         self.system = options.system_prompt or (f'Reasoning: {level}' if level else None)
         self._check_template()
 
     def _check_template(self) -> None:
         name = self.options.tokenizer or self.options.model
-        if not self.tokenizer.chat_template:
-            raise LensError(f'The tokenizer of {name} has no chat template: give one that has by --tokenizer.')
         try:
             self.count(self.request([{'role': 'user', 'content': 'Hello'}]))
         except Skip as e:
@@ -62,7 +62,8 @@ class Planner:
 
     def count(self, messages: list[dict]) -> int:
         try:
-            return len(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            how = {'chat_template': self.template, 'add_generation_prompt': True, 'return_dict': False}
+            return len(self.tokenizer.apply_chat_template(messages, **how))
         except ImportError as e:
             raise LensError(f'Chat templates need a package: {" ".join(str(e).split())}.') from None
         except Exception as e:  # whatever a template raises about these messages
@@ -79,6 +80,12 @@ class Planner:
         places = [i for i, role in enumerate(roles) if role == 'assistant' and 'user' in roles[:i]]
         if not places:
             raise Skip('no assistant turn after a user turn')
+        called = next((i for i, m in enumerate(turns) if m['role'] == 'tool' or 'tool_calls' in m), len(turns))
+        places = [i for i in places if i <= called]
+        if not places:
+            raise Skip('no assistant turn before the first tool call, which is not sent')
+        if token := chat_data.find_control(turns[: places[-1]], self.controls):
+            raise Skip(f'a message holds the control token {token}')
         lengths = {}
         for i in places:
             lengths[i] = self.count(self.sendable(turns[:i]))
@@ -100,6 +107,9 @@ class Planner:
     def record(self, plan: Plan, answer: Answer) -> dict:
         """Returns the line of data.jsonl. Raises Failed where the answer is empty or malformed."""
         thinking, content = extract(answer.message)
+        said = [{'content': content, 'thinking': thinking}]
+        if token := chat_data.find_control(said, self.controls) or chat_data.find_control(said, chat_data.CONTROL):
+            raise Failed(f'the answer holds the control token {token}')
         if not thinking and not content:
             raise Failed('the answer is empty')
         message = {'role': 'assistant', 'content': content}
@@ -123,8 +133,12 @@ class Planner:
 def extract(message: dict) -> tuple[str | None, str]:
     """Returns (thinking or None, content) of the message of an answer. Raises Failed."""
     content = message.get('content')
-    fields = [message.get(k) for k in ('thinking', 'reasoning_content', 'reasoning')]
-    if not all(isinstance(v, str | None) for v in (content, *fields)):
-        raise Failed('content or thinking of the answer is no text')
-    content, thinking = chat_data.clean(content or ''), next((chat_data.clean(v) for v in fields if v), None)
-    return (thinking, content) if thinking else chat_data.split_thinking(content)
+    try:
+        thinking = chat_data.thinking_of(message)
+        if not isinstance(content, str | None):
+            raise TypeError
+        return chat_data.split_thinking(chat_data.clean(content or ''), thinking)
+    except TypeError:
+        raise Failed('content or thinking of the answer is no text') from None
+    except ValueError as e:
+        raise Failed(f'the answer has {e}') from None

@@ -35,7 +35,7 @@ def renderer(tokenizer=None, seq_len=4096, truncate='right', chats=True, **more)
 
 def runs(tokenizer, encoded):
     """[(role, text)] of what encode gives, neighbours of one role joined."""
-    ids, roles, _ = encoded
+    ids, roles, *_ = encoded
     cuts = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(roles)) + 1)
     return [(NAMES[int(roles[c[0]])], tokenizer.decode(ids[c])) for c in cuts]
 

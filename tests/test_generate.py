@@ -363,11 +363,11 @@ def unused_port() -> int:
         (
             [{'text': 'a', 'tags': ['b', 'c']}],
             {},
-            'has no column of chats (lists of {role, content}); its columns: text',
+            'holds texts (in text) and no chats',
         ),
         ([{'messages': talk(0)}], {'input_column': 'chats'}, 'has no column chats; its columns: messages'),
         ([{'messages': talk(0), 'n': 1}], {'input_column': 'n'}, 'Column n of'),
-        ([{'a': talk(0), 'b': talk(1)}], {}, 'has several columns of chats (a, b): name one'),
+        ([{'a': talk(0), 'b': talk(1)}], {}, 'has several columns of chats or answers (a, b): name one'),
         ([{'messages': talk(0)}], {'server_urls': 'localhost'}, "'localhost' in --server_urls is no URL"),
         ([{'messages': talk(0)}], {'output_path': '/dev/null/out'}, '/dev/null/out cannot be written'),
         ([{'messages': talk(0)}], {'tokenizer': 'configs'}, 'configs'),

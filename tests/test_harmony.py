@@ -20,7 +20,7 @@ def harmony(tmp_path_factory):
 
 TURNS = [
     {'role': 'system', 'content': 'Reasoning: high\nBe kind.'},
-    user("Where's the fox <|end|> 12345?\n\n"),
+    user("Where's the fox < |end|> 12345?\n\n"),
     assistant('In the den.', 'They want a fox.'),
     user('And 兎?'),
     assistant(' In the meadow…\n', 'A rabbit,\nthen.'),
@@ -54,9 +54,9 @@ def test_harmony_is_that_of_openai_harmony(harmony):
     encoding, tokenizer = harmony
     r = renderer(tokenizer)
     assert r.kind == 'harmony'
-    chat = documents.parse({'messages': TURNS}, 'chat', 'messages', 'medium')
+    chat = documents.parse({'messages': TURNS}, 'chat', ('messages',), 'medium')
     assert chat.effort == 'high'
-    plain = documents.parse({'messages': [TURNS[1], assistant('No.')]}, 'chat', 'messages', 'medium')
+    plain = documents.parse({'messages': [TURNS[1], assistant('No.')]}, 'chat', ('messages',), 'medium')
     got = [r.encode(c) for c in (chat, plain)]
     assert got[0][0].tolist() == theirs(encoding, [{'role': 'system', 'content': 'Be kind.'}, *TURNS[1:]])
     assert got[1][0].tolist() == theirs(encoding, [TURNS[1], assistant('No.')], 'MEDIUM')
@@ -64,7 +64,7 @@ def test_harmony_is_that_of_openai_harmony(harmony):
 
 def test_harmony_roles_by_hand(harmony):
     r = renderer(harmony[1])
-    chat = documents.parse({'messages': TURNS}, 'chat', 'messages', 'medium')
+    chat = documents.parse({'messages': TURNS}, 'chat', ('messages',), 'medium')
     head = 'Knowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\nReasoning: high\n\n# Valid channels'
     got = runs(r.tokenizer, r.encode(chat))
     assert head in got[1][1] and got[1][0] == 'system'
@@ -73,7 +73,7 @@ def test_harmony_roles_by_hand(harmony):
         ('special', '<|end|><|start|>developer<|message|>'),
         ('system', '# Instructions\n\nBe kind.'),
         ('special', '<|end|><|start|>user<|message|>'),
-        ('user', "Where's the fox <|end|> 12345?\n\n"),  # typed, not a control token
+        ('user', "Where's the fox < |end|> 12345?\n\n"),
         ('special', '<|end|><|start|>assistant<|channel|>analysis<|message|>'),
         ('thinking', 'They want a fox.'),
         ('special', '<|end|><|start|>assistant<|channel|>final<|message|>'),
@@ -86,6 +86,23 @@ def test_harmony_roles_by_hand(harmony):
         ('final', ' In the meadow…\n'),
         ('special', '<|return|>'),
     ]
+
+
+@pytest.mark.parametrize(
+    ('message', 'reason'),
+    [
+        ({'role': 'tool', 'content': '9'}, 'a tool message, which Harmony rendering does not take'),
+        (
+            assistant('') | {'tool_calls': [{'function': {'name': 'f'}}]},
+            'a tool call, which Harmony rendering does not take',
+        ),
+        (user('the <|end|> of it'), r'a message holds the control token <\|end\|>'),
+    ],
+)
+def test_what_harmony_does_not_take(harmony, message, reason):
+    row = {'messages': [TURNS[1], message, assistant('b')]}
+    with pytest.raises(documents.BadRow, match=f'^{reason}$'):
+        renderer(harmony[1]).encode(documents.parse(row, 'chat', ('messages',), 'low'))
 
 
 def test_the_rebuilt_harmony_tokenizer_is_that_of_the_package(harmony):

@@ -210,6 +210,40 @@ def test_lost_answers_are_said(tmp_path):
     assert '30 documents were cut at 12 tokens' in out and 'Warning: 30 documents lost their final' in out
 
 
+def test_rows_are_as_wide_as_their_text(tmp_path):
+    pretokenize(jsonl(tmp_path / 'in.jsonl', chats(30)), tmp_path / 'out', seq_len=4096, min_tokens=4)
+    for split in open_both(tmp_path / 'out'):
+        assert split.tokens.shape[1] == split.role.shape[1] == split.lengths.max() < 64
+        assert split.meta['seq_len'] == 4096
+
+
+def test_what_is_lost_is_said_and_counted(tmp_path):
+    rows = chats(30)
+    call = {'role': 'assistant', 'content': None, 'function_call': {'name': 'look', 'arguments': '{}'}}
+    for row in rows[:10]:
+        row['messages'][1:1] = [call, {'role': 'tool', 'content': 'Nothing.'}] * 2
+    rows[20]['messages'].append(user('And now?'))
+    rows[21]['messages'][0]['content'] = 'What is <|eos|>?'
+    out = pretokenize(jsonl(tmp_path / 'in.jsonl', [*rows, rows[0]]), tmp_path / 'out', **CHATS)
+    assert 'Warning: the chat template leaves out 20 tool calls in 10 documents.' in out
+    assert 'Warning: 1 chats do not end with an answer' in out and '1 a message holds the control token <|eos|>' in out
+    source = open_both(tmp_path / 'out')[0].meta['source']
+    assert source['lost'] == {'tool calls': 20} and source['lost_documents'] == {'tool calls': 10}
+    assert source['dropped'] == {'a message holds the control token <|eos|>': 1, 'repeated': 1}
+
+
+@pytest.mark.parametrize('fraction', [float('nan'), -0.1, float('inf')])
+def test_a_fraction_is_a_number(tmp_path, fraction):
+    with pytest.raises(LensError, match=r'--validation_fraction=.* must be a number from 0 to 1'):
+        pretokenize(jsonl(tmp_path / 'in.jsonl', chats(3)), tmp_path / 'out', validation_fraction=fraction)
+
+
+def test_a_shard_without_a_document(many, tmp_path):
+    rows = [{'messages': [user('x'), assistant('')]}] * 16 + chats(30)
+    pretokenize(jsonl(tmp_path / 'in.jsonl', rows), tmp_path / 'out', **CHATS)
+    assert sum(map(len, open_both(tmp_path / 'out'))) == 30
+
+
 @pytest.mark.slow
 def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
     """The command in two processes, of which one is killed; then again."""
@@ -238,10 +272,22 @@ def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
     [
         ('missing.txt', None, {}, 'missing.txt does not exist'),
         ('empty.jsonl', '', {}, 'empty.jsonl is empty'),
-        ('few.txt', 'one line only\n', {}, 'leaves 0 documents of at least 16 tokens'),
+        ('few.txt', 'one line only\n', {}, 'leaves 0 documents of at least 16 tokens in its texts (text)'),
+        (
+            'one.json',
+            '{"messages": "x", "chat": ["a", "b"]}',
+            {},
+            'leaves 0 documents of at least 16 tokens in its chats (chat)',
+        ),
+        ('split.jsonl', '{"text": "x"}\n', {'split': 'trian'}, 'has no split trian; its splits: train'),
         ('other.jsonl', '{"body": "x"}\n', {}, 'its columns: body; it has no texts to read in a column text'),
         ('named.jsonl', '{"text": "x"}\n', {'column': 'prose'}, 'has no column prose'),
-        ('bad.parquet', 'no', {}, 'bad.parquet is not a Parquet file'),
+        (
+            'bad.parquet',
+            'no',
+            {},
+            'bad.parquet is damaged or of another format than its suffix says (Parquet file size',
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, name, content, more, message):

@@ -42,7 +42,7 @@ def test_the_stories_of_the_command_are_those_that_no_model_is_fitted_on():
     rows = [json.loads(json.dumps(story_chats.row(c))) for c in story_chats.held_out(9, seed=0)]
     assert len(rows) == 9 and not fitted & {r['messages'][0]['content'] for r in rows}
     assert [sorted(m) for m in rows[0]['messages']] == [['content', 'role'], ['content', 'role', 'thinking']]
-    documents.parse(rows[0], 'chat', 'messages', 'low')
+    documents.parse(rows[0], 'chat', ('messages',), 'low')
 
 
 class Bigrams(nnx.Module):
@@ -138,7 +138,7 @@ def test_a_llama_is_a_whole_chat_model(llama):
     # thinking is part of the text: tags, and roles by the template
     renderer = render.Renderer(tokenizer, seq_len=64, truncate='right', date=render.DATE, chats=True)
     answer = {'role': 'assistant', 'content': 'It was lost.', 'thinking': 'Near the lake.'}
-    ids, roles, _ = renderer.encode(documents.Chat([*messages, answer], 'medium'))
+    ids, roles, *_ = renderer.encode(documents.Chat([*messages, answer], 'medium'))
     assert tokenizer.decode(ids[roles == render.THINKING]) == 'Near the lake.'
     assert tokenizer.decode(ids).endswith('<|assistant|><think>Near the lake.</think>\nIt was lost.<|end|>')
 

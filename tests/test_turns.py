@@ -92,6 +92,8 @@ def test_what_is_sent(tokenizer):
         ([{'role': 'assistant', 'content': 'Hi'}], 'no assistant turn after a user turn'),
         ([{'role': 'user', 'content': None}], 'message 0 has no text'),
         ([{'role': 'robot', 'content': 'Hi'}], "message 0 has the role 'robot'"),
+        ([{'role': 'tool', 'content': '9'}, *talk(0)], 'no assistant turn before the first tool call'),
+        ([{'role': 'user', 'content': 'a <|eos|>'}, *talk(0)], 'a message holds the control token <|eos|>'),
     ],
 )
 def test_rows_without_a_turn_are_skipped(tokenizer, value, reason):
@@ -114,10 +116,59 @@ def test_rows_without_a_turn_are_skipped(tokenizer, value, reason):
         ({'content': '<think></think>\nc'}, (None, 'c')),
         ({'content': 'c', 'thinking': ''}, (None, 'c')),
         ({'content': 'a\ud800'}, (None, 'a?')),
+        ({'content': '<thinking>t</thinking>c'}, ('t', 'c')),
+        (
+            {'content': 'Tags such as <think>t</think> are words here'},
+            (None, 'Tags such as <think>t</think> are words here'),
+        ),
+        ({'content': '<|begin_of_thought|>t<|end_of_thought|>\n<|begin_of_solution|>c<|end_of_solution|>'}, ('t', 'c')),
+        ({'content': 'c', 'reasoning_details': [{'type': 'reasoning.text', 'text': 't'}]}, ('t', 'c')),
+        ({'content': '<think>u</think>c', 'reasoning': 't'}, ('t\nu', 'c')),
+        ({'content': '<think>t</think>c', 'reasoning': 't'}, ('t', 'c')),
+        (
+            {'content': '<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>c'},
+            ('t', 'c'),
+        ),
+        ({'content': '<|channel|>final<|message|>c<|return|>'}, (None, 'c')),
+        ({'content': '<|channel|>analysis<|message|>cut off'}, ('cut off', '')),
+        ({'content': 'analysisIt asks.assistantfinalc'}, ('It asks.', 'c')),
+        ({'content': 'analysiswe see.assistantanalysisand so.assistantfinalc'}, ('we see.\nand so.', 'c')),
+        ({'content': 'assistantfinalc'}, (None, 'c')),
+        ({'content': 'analysis of the final: c'}, (None, 'analysis of the final: c')),
+        ({'content': 'analysis: c'}, (None, 'analysis: c')),
     ],
 )
 def test_thinking_is_found(message, expected):
     assert turns.extract(message) == expected
+    if message['content'] is not None:
+        (row,) = chat_data.messages_of([{'role': 'assistant', **message}])
+        assert (row.get('thinking'), row['content']) == expected
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '<|channel|>analysis<|message|>t<|end|>c',
+        'c <|channel|>final<|message|>d',
+        '<|channel|>commentary to=functions.f<|message|>{}<|call|>',
+        'the <|message|> token',
+        'analysisIt asks and is cut off',
+        '<|channel|>final<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b',
+    ],
+)
+def test_channels_that_cannot_be_told_apart_are_refused(content):
+    with pytest.raises(servers.Failed, match='channels of Harmony'):
+        turns.extract({'content': content})
+    with pytest.raises(ValueError, match='channels of Harmony'):
+        chat_data.messages_of([{'role': 'assistant', 'content': content}])
+
+
+@pytest.mark.parametrize('token', ['<|pad|>', '<|im_end|>', '<end_of_turn>'])
+def test_an_answer_with_control_tokens_is_refused(tokenizer, token):
+    some, value = planner(tokenizer), talk(0)
+    answer = servers.Answer({'content': f'Deep.{token}'}, 'stop', 1, '', None)
+    with pytest.raises(servers.Failed, match=re.escape(f'the answer holds the control token {token}')):
+        some.record(some.plan(0, value), answer)
 
 
 # --- input ----------------------------------------------------------------------------------------------------
@@ -138,7 +189,11 @@ def test_every_kind_of_input_gives_the_same_rows(tmp_path):
     datasets.DatasetDict({'train': saved, 'test': saved.select(range(3))}).save_to_disk(tmp_path / 'dict')
     for name in ('a.jsonl', 'gaps.jsonl', 'a.parquet', 'parts', 'saved', 'dict'):
         opened = tables.open_table(str(tmp_path / name))
-        assert opened.count == 700 and opened.columns == ['id', 'talk'] and chat_data.find_column(opened) == 'talk'
+        assert (
+            opened.count == 700
+            and opened.columns == ['id', 'talk']
+            and chat_data.chat_columns(opened) == {'talk': True}
+        )
         for start in (0, 89, 90, 255, 299, 680, 700):
             assert list(opened.rows(start)) == list(enumerate(rows))[start:], name
     assert tables.open_table(str(tmp_path / 'dict'), 'test').count == 3
@@ -150,11 +205,32 @@ def test_messages_of_other_shapes():
         ['a', 'b'],
         [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}],
         {'role': ['user', 'assistant'], 'content': ['a', 'b']},
+        [{'role': 'User', 'content': 'a'}, {'role': 'BOT', 'content': 'b'}],
+        json.dumps(plain),
+        [{'role': None, 'content': None, 'from': 'human', 'value': 'a'}, plain[1] | {'from': None, 'value': None}],
         [{'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]}, plain[1] | {'thinking': None, 'extra': 1}],
     ]
     assert all(chat_data.messages_of(s) == plain for s in shapes)
     thought = chat_data.messages_of([plain[0], plain[1] | {'reasoning_content': 't'}])
     assert thought[1] == {'role': 'assistant', 'content': 'b', 'thinking': 't'}
+    channels = [{'role': 'assistant', 'channel': c, 'content': x} for c, x in (('analysis', 't'), ('final', 'b'))]
+    assert chat_data.messages_of([plain[0], *channels]) == thought
+
+
+@pytest.mark.parametrize(
+    'calling',
+    [
+        {'from': 'function_call', 'value': '{"name": "f", "arguments": {"n": 3}}'},
+        {'role': 'assistant', 'content': None, 'function_call': {'name': 'f', 'arguments': '{"n": 3}'}},
+        {'role': 'assistant', 'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': '{"n": 3}'}}]},
+    ],
+)
+@pytest.mark.parametrize('result', [{'from': 'observation', 'value': '9'}, {'role': 'tool', 'content': '9'}])
+def test_calls_of_other_shapes(calling, result):
+    call = {'type': 'function', 'function': {'name': 'f', 'arguments': {'n': 3}}}
+    got = chat_data.messages_of([calling, result])
+    assert got == [{'role': 'assistant', 'content': '', 'tool_calls': [call]}, {'role': 'tool', 'content': '9'}]
+    assert chat_data.messages_of(got) == got
 
 
 @pytest.mark.parametrize('field', ['content', 'thinking', 'reasoning', 'reasoning_content'])

@@ -113,9 +113,9 @@ def encode(questions: list[chats.StoryChat], tokenizer, family: str) -> Encoded:
         renderer = render.Renderer(tokenizer, seq_len=SEQ_LEN, truncate='right', date=date, chats=True)
         some = enumerate(questions[i :: len(DATES)])
         encoded += [renderer.encode(Chat(messages(c, LEVELS[k % len(LEVELS)], family), 'medium')) for k, c in some]
-    lengths = np.array([len(ids) for ids, _, _ in encoded], np.int32)
-    starts = np.array([np.flatnonzero(roles == render.USER)[-1] + 1 for _, roles, _ in encoded], np.int32)
-    tokens = arrays.pad(np.concatenate([ids for ids, _, _ in encoded]), lengths, int(lengths.max()), 0)
+    lengths = np.array([len(e.ids) for e in encoded], np.int32)
+    starts = np.array([np.flatnonzero(e.roles == render.USER)[-1] + 1 for e in encoded], np.int32)
+    tokens = arrays.pad(np.concatenate([e.ids for e in encoded]), lengths, int(lengths.max()), 0)
     return Encoded(tokens, lengths, starts)
 
 
