@@ -12,7 +12,7 @@ import transformers
 
 from lens import hf
 from lens.errors import LensError
-from lens.models import families
+from lens.models import families, rope
 from tests import hf_models
 from tests.hf_models import FULL, SLIDING
 
@@ -194,6 +194,16 @@ def test_null_turns_off_a_cap_or_window_and_is_any_other_key_left_out():
     assert families.from_hf(config | {'sliding_window': None}) == dataclasses.replace(whole, windows=(0,) * 6)
     left_out = {k: x for k, x in config.items() if k != 'query_pre_attn_scalar'}
     assert families.from_hf(config | {'query_pre_attn_scalar': None}) == families.from_hf(left_out)
+
+
+def test_yarn_whose_original_length_is_left_out_has_that_of_the_model():
+    yarn = {k: x for k, x in hf_models.YARN_ROPE.items() if k != 'original_max_position_embeddings'}
+    for family, given in (('llama', yarn), ('gemma3_text', {FULL: yarn, SLIDING: None})):
+        config = hf_models.FAMILIES[family][1] | {'model_type': family, 'rope_parameters': given}
+        c = families.from_hf(config)
+        assert families.from_hf(families.edited(config, c, 'float32')) == c
+        assert c.ropes[0].original_length == c.max_positions
+        assert np.isfinite(rope.inverse_frequencies(c.ropes[0], c.head_dim)).all()
 
 
 def test_the_config_of_another_kind_of_model_is_refused(pair, tmp_path):

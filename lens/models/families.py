@@ -208,7 +208,10 @@ def _gemma3(config: dict) -> dict:
     p = config.get('rope_parameters') or {}
     full, local = p.get('full_attention') or config.get('rope_scaling') or {}, p.get('sliding_attention') or {}
     return _gemma(config | {'rope_parameters': full}) | {
-        'ropes': (_rope(full, config['rope_theta']), _rope(local, config['rope_local_base_freq'])),
+        'ropes': tuple(
+            _rope(p, config[theta], config['max_position_embeddings'])
+            for p, theta in ((full, 'rope_theta'), (local, 'rope_local_base_freq'))
+        ),
         'layer_rope': tuple(int(w > 0) for w in windows),
         'windows': windows,
         'qk_norm': True,
@@ -368,7 +371,7 @@ def edited(config: dict, c: TransformerConfig, dtype: str) -> dict:
 
 def _older_ropes(p: dict) -> dict:
     """What transformers 4 and other programs read in place of rope_parameters; without it they take the usual theta."""
-    full, local = p.get('full_attention', p), p.get('sliding_attention', {})
+    full, local = p.get('full_attention') or p, p.get('sliding_attention') or {}
     out = {'rope_theta': full.get('rope_theta'), 'rope_local_base_freq': local.get('rope_theta')}
     if full.get('rope_type', 'default') != 'default':
         out['rope_scaling'] = {k: x for k, x in full.items() if k != 'rope_theta'}
