@@ -1,4 +1,5 @@
-"""Every key once, with its unit and meaning. Other files start from get_config() and change values."""
+"""Every key once, with its unit and meaning. Other files start from get_config() and change values; what values each
+may have: lens/keys.py."""
 
 import ml_collections
 
@@ -43,7 +44,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.steps = free(1000)  # D, micro-steps: one batch each; an epoch is one pass over the training documents
     p.accumulate = 1  # micro-steps whose mean gradient makes one optimizer step
     p.documents = 8  # documents per micro-step; a multiple of mesh.data
-    p.vectors = 4  # activations read per document
+    p.vectors = 4  # activations read per document; at most its row has tokens
     p.learning_rate_decoder = free('cosine 1e-3 1e-4 warmup 20s')  # V
     p.learning_rate_encoder = free('cosine 1e-3 1e-4 warmup 20s')  # V
     p.table = table()  # which parameters train and how
@@ -55,7 +56,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.group = 8  # grpo: explanations per activation
     p.mean_of = 1  # grpo: explanations whose reconstructions are averaged; they share reward and advantage
     p.advantage = 'grpo'  # grpo | rloo | dr_grpo
-    p.updates = 1  # grpo: optimizer steps on the same explanations; above 1 the probability ratio is clipped
+    p.updates = 1  # grpo: optimizer steps on the same texts, at most 64; above 1 the probability ratio is clipped
     p.clip = 0.2  # grpo: that ratio stays in 1 - clip .. 1 + clip
     p.form = 'two_pass'  # gumbel: full (exact gradient, through the sampling) | two_pass (teacher forced)
     p.tau = free(1.0)  # V, gumbel: temperature of the relaxed tokens, at least 0.1
@@ -70,7 +71,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
 
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
-    c.seed = 0  # of weights, batches, positions and samples
+    c.seed = 0  # of weights, batches, positions and samples; 0 or more
 
     c.subject = ml_collections.ConfigDict()
     c.subject.path = ''  # Hugging Face directory (config.json, safetensors, tokenizer)
@@ -112,7 +113,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.lora = ml_collections.ConfigDict()
     c.lora.pattern = 'q|k|v|o'  # regex over block matrices: q k v o gate up down
-    c.lora.rank = 16  # columns of A, rows of B
+    c.lora.rank = 16  # columns of A, rows of B; at most the width of the subject
     c.lora.alpha = 16.0  # scale alpha / rank
     c.lora.rs = False  # rank-stabilised: scale alpha / sqrt(rank)
 
@@ -132,7 +133,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval = ml_collections.ConfigDict()
     c.eval.every = free('200s')  # D; quick held-out figures; 0 = only at the end of a phase
     c.eval.quick_documents = 64  # documents of the quick figures
-    c.eval.documents = 300  # documents at the end of a phase
+    c.eval.documents = 300  # most documents at the end of a phase; all where there are fewer
     c.eval.vectors = 4  # activations per document
     c.eval.batch = 250  # activations per evaluation step
     c.eval.samples = 10  # explanations shown in the report

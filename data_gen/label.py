@@ -48,7 +48,7 @@ class LabelOptions:
     positions: int = option(10, 'Positions of each document.', 1)
     min_position: int = option(50, 'First position that may be sampled.', 0)
     seed: int = option(42, 'Of the positions.', 0)
-    explanation_len: int = option(16, 'Tokens of an explanation, as in the training configuration.', 1)
+    explanation_len: int = option(16, 'Tokens of an explanation, as in the training configuration.', 1, 1 << 16)
     words: int = option(0, 'Words that the instruction allows; 0: what fits into --explanation_len.', 0)
     instruction: str = option('', 'File with another instruction; it holds {text} and may hold {words}.')
     server_urls: str = option(LOCAL, 'Servers, separated by commas.')

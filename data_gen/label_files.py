@@ -52,7 +52,7 @@ def _explanations(part: Part, labels: Labels, filler: int) -> tuple[np.ndarray, 
 
 def _write_split(folder: pathlib.Path, part: Part, keep_N: np.ndarray, labels: Labels, meta: dict) -> dict:
     """positions.npy, explanations.npy, meta.json and labels.json of the kept documents; returns the counts of labels."""
-    filler = int(meta.get('pad_id') or 0)  # follows a label shorter than T tokens, and fills slots without one
+    filler = meta.get('pad_id') or 0  # follows a label shorter than T tokens, and fills slots without one
     explanations, counts = _explanations(part, labels, filler)
     np.save(folder / 'explanations.npy', explanations[keep_N])
     np.save(

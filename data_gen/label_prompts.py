@@ -95,7 +95,8 @@ def parse(message: dict, finish_reason: str | None) -> str:
 def corpus_of(meta: dict) -> str:
     """Returns CORPUS:SPLIT of the input that a data folder was made of."""
     source = meta.get('source') or {}
-    settings = source.get('settings') or {}
+    settings = source.get('settings')
+    settings = settings if isinstance(settings, dict) else {}
     corpus = settings.get('input') or source.get('file') or source.get('generator') or 'documents'
     return f'{corpus}:{settings.get("split") or "train"}'
 
@@ -136,6 +137,8 @@ def open_part(path: str, name: str, tokenizer, *, seed: int, count: int, min_pos
     from lens import data  # with Grain, which --help needs not
 
     split = data.open_split(path, name, vocab_size=len(tokenizer))
+    if count > split.tokens.shape[1]:
+        raise LensError(f'--positions={count}, but the rows of {split.directory} have {split.tokens.shape[1]} tokens.')
     codes = split.meta.get('roles') or {}
     role = split.role if split.meta.get('template') else None
     special_I = np.isin(np.arange(len(tokenizer)), chat_data.special_ids(tokenizer))

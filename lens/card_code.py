@@ -9,12 +9,13 @@ with open(f'{FOLDER}/lens.json') as file:
     spec = json.load(file)
 SUBJECT = spec['subject']  # a name on the Hugging Face Hub, or a folder: set it to where that folder is from here
 lens = load_file(f'{FOLDER}/lens.safetensors')
-tokenizer = AutoTokenizer.from_pretrained(f'{FOLDER}/decoder')
+tokenizer = AutoTokenizer.from_pretrained(f'{FOLDER}/decoder', trust_remote_code=False)
 
 
 def load(path):
     # eager attention is the one that has every family's soft-caps and sinks
-    return AutoModelForCausalLM.from_pretrained(path, dtype='auto', attn_implementation='eager')
+    how = {'dtype': 'auto', 'attn_implementation': 'eager'}
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **how)
 
 
 subject, decoder, encoder = load(SUBJECT), load(f'{FOLDER}/decoder'), load(f'{FOLDER}/encoder')

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from lens import config, data, distributed, files, lens_init, sharding
+from lens import config, data, distributed, files, keys, lens_init, sharding
 from lens.config import Run
 from lens.errors import LensError
 from lens.models import injection
@@ -42,7 +42,7 @@ PLACES = (
     *(f'decoder.{k}' for k in ('train', 'injection', 'marker')),
     *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'current_token')),
 )
-ANOTHER_VERSION = 'it is of another version; train again'
+ANOTHER_VERSION = 'it is of another version or damaged; train again'
 
 
 class DamagedError(LensError):
@@ -82,17 +82,33 @@ class Keep(NamedTuple):
     best: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Always(ocp.training.preservation_policies.PreservationPolicy):
+    """Keeps the checkpoints of the steps for which `keeps` holds: no list of them, a run may have 2^31."""
+
+    keeps: Callable[[int], bool]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [self.keeps(c.step) for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving waits for writes. All processes make every call.
 
-    keep: a Keep, or a block of a configuration with its keys. always: steps whose checkpoints stay.
+    keep: a Keep, or a block of a configuration with its keys. always: whether the checkpoint of a step stays.
     say: receives sentences for the user about what went wrong and was survived.
     """
 
-    def __init__(self, directory: pathlib.Path, keep, always: Sequence[int] = (), say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep,
+        always: Callable[[int], bool] | None = None,
+        say: Callable[[str], None] = print,
+    ):
         self.directory, self._say, self._writing, self._best = directory.absolute(), say, None, keep.best
         p = ocp.training.preservation_policies
-        policies = [p.LatestN(keep.keep), *([p.CustomSteps(always)] if always else [])]
+        policies = [p.LatestN(keep.keep), *([Always(always)] if always else [])]
         if keep.best:
             best = p.BestN(get_metric_fn=lambda m: m['fve'], n=keep.best, keep_checkpoints_without_metrics=False)
             policies.append(best)
@@ -410,12 +426,13 @@ def reopen(workdir: pathlib.Path, step: str = 'newest', data: int = -1) -> Reope
     step: as in `weights`. data: devices that split a batch, -1 for all that the model does not take. Raises LensError.
     """
     stored = _config_of(workdir)
-    cfg = ml_collections.ConfigDict(stored)
     try:
-        cfg.mesh.update(data=data, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
-        run = config.load(cfg, config.plan(cfg))
-    except (AttributeError, KeyError) as e:
-        raise LensError(f'{workdir}/config.json lacks a key ({e}): {ANOTHER_VERSION}.') from e
+        cfg = ml_collections.ConfigDict(stored)
+        keys.check(cfg)
+    except (ValueError, TypeError) as e:
+        raise LensError(f'{workdir}/config.json cannot be used ({str(e).rstrip(".")}): {ANOTHER_VERSION}.') from e
+    cfg.mesh.update(data=data, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
+    run = config.load(cfg, config.plan(cfg))
     with jax.set_mesh(run.mesh):
         like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
         return Reopened(stored, run, *weights(workdir, like, step))

@@ -19,17 +19,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lens import files
-from lens.errors import LensError, shown
+from lens.errors import LensError, number, shown, text
 
 BROKEN = 70  # EX_SOFTWARE of sysexits.h
 LEAVE_S = 4.0  # for an exit after an error: all processes of a run leave together if it is an error of all
 HELP = ('-h', '--h', '-help', '--help', '-helpshort', '--helpshort', '-?')
 KEYS = 'configs/base.py'  # every key of a recipe, with its meaning
 WIDTH = 100  # of the lines of --help
+MOST_COUNT = 2**53  # of a flag
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
@@ -59,10 +61,12 @@ def load_config(file: str):
     config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=[])
     try:
         holder(['', f'--config={file}'])
-        flat_keys(holder.config)  # a file that is not there raises where it is looked at
+        if not isinstance(holder.config, ml_collections.ConfigDict):
+            raise TypeError(f'get_config returns {type(holder.config).__name__}, it must return a ConfigDict')
         return holder.config
-    except Exception as e:  # whatever the file itself raises
-        raise LensError(f'--config={file} does not load: {str(e).splitlines()[-1].strip()}') from e
+    except (Exception, SystemExit) as e:  # whatever the file itself raises
+        last = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        raise LensError(f'--config={shown(file)} does not load: {shown(last)}') from e
 
 
 def check_config(argv: list[str]) -> None:
@@ -157,6 +161,23 @@ def _tree(module: str) -> ast.Module:
     return ast.parse(pathlib.Path(importlib.util.find_spec(module).origin).read_text('utf-8'))
 
 
+def check_value(value, name: str) -> None:
+    """Refuses numbers that are not finite or that no command can mean, and texts that are no Unicode, also in lists and
+    configurations. Raises LensError."""
+    if isinstance(value, ml_collections.ConfigDict):
+        for key, x in value.items():
+            check_value(x, f'{name}.{key}')
+    elif isinstance(value, list | tuple):
+        for x in value:
+            check_value(x, name)
+    elif isinstance(value, float):
+        number(value, name, whole=False)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number(value, name, -MOST_COUNT, MOST_COUNT)
+    elif isinstance(value, str):
+        text(value, name)
+
+
 def _parse(argv: list[str], about: str, all_keys: str) -> list[str]:
     try:
         argv[1:] = find_config(argv[1:])  # in sys.argv, where config_flags looks for overrides
@@ -165,6 +186,8 @@ def _parse(argv: list[str], about: str, all_keys: str) -> list[str]:
             sys.exit(0)
         check_config(argv[1:])
         left = flags.FLAGS(argv)
+        for name in flags.FLAGS:
+            check_value(flags.FLAGS[name].value, f'--{name}')
         if left[1:]:
             raise LensError(f'{left[1]} is no flag of this command: flags are --NAME=VALUE, and --help lists them.')
         return left

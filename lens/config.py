@@ -10,49 +10,17 @@ import math
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lens import data, gumbel, hf, losses, objectives, optimizer, response, schedules, sharding
-from lens.errors import LensError
-from lens.models import injection, moe
-from lens.models.encoder import READOUTS
-from lens.models.transformer import REMAT_POLICIES, Transformer, TransformerConfig
+from lens import data, hf, keys, objectives, optimizer, response, schedules, sharding
+from lens.errors import LensError, need_package
+from lens.keys import DTYPES, choice, get
+from lens.models import injection
+from lens.models.transformer import Transformer, TransformerConfig
 from lens.schedules import Schedule, Units
 
-TRAIN_CHOICES = ('maps', 'lora', 'full')
 INITS = ('identity', 'scale', 'tuned_lens')
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-CHOICES = {
-    'data.positions': data.POSITIONS,
-    'subject.dtype': DTYPES,
-    'subject.remat': REMAT_POLICIES,
-    'subject.experts': moe.IMPLEMENTATIONS,
-    'encoder.readout': READOUTS,
-    'encoder.error': objectives.ERRORS,
-    'health.collapse': ('off', 'warn', 'stop'),
-    'decoder.train': TRAIN_CHOICES,
-    'encoder.train': TRAIN_CHOICES,
-}
-PHASE_CHOICES = {
-    'objective': objectives.OBJECTIVES,
-    'advantage': losses.ADVANTAGES,
-    'kl_to': objectives.REFERENCES,
-    'form': gumbel.FORMS,
-}
-LEAST = {  # key -> its least value
-    'explanation_len': 1,
-    'lora.rank': 1,
-    'mesh.model': 1,
-    'mesh.replica': 1,
-    'eval.quick_documents': 1,
-    'eval.documents': 2,  # controls pair documents
-    'eval.vectors': 1,
-    'eval.batch': 1,
-    'checkpoint.keep': 1,
-    'checkpoint.best': 0,
-    'data.min_pos': 0,
-}
+MOST_TEXTS = 1 << 20  # that one micro-step reads or draws
 INTERVALS = {  # of Intervals, its key
     'evaluate': 'eval.every',
     'save': 'checkpoint.every',
@@ -177,30 +145,26 @@ def require(ok: bool, message: str) -> None:
         raise LensError(message)
 
 
-def _choice(value, choices, key: str) -> None:
-    require(value in choices, f'{key}={value!r} is not one of {", ".join(choices)}.')
-
-
-def get(cfg, key: str):
-    """Returns the value of a dotted key."""
-    return functools.reduce(lambda block, name: block[name], key.split('.'), cfg)
-
-
 def plan(cfg) -> Run:
     """Returns the run of a configuration, its base as shapes. Raises LensError for all that can be refused without
     weights, which may take minutes to read."""
     check_values(cfg)
+    for key, what in {'subject.path': 'a directory in Hugging Face layout', 'data.path': 'a folder of tokens'}.items():
+        require(get(cfg, key).strip() != '', f'{key} is empty: give {what}.')
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
     c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))
     tokenizer = hf.load_tokenizer(cfg.subject.path)
     check_subject(cfg, c)
-    texts = read_texts(cfg, tokenizer)
+    texts = read_texts(cfg, tokenizer, c.vocab_size)
     check_lengths(cfg, c, texts)
-    train, validation = _open_data(cfg, c, texts.tags)
     what = 'name at least one phase, e.g. sft, or give init_from to evaluate an exported lens'
     require(len(cfg.phases) > 0 or bool(cfg.init_from), f'phases is empty: {what}.')
     for name in cfg.phases:
         check_phase(cfg, name)
+    make_phases(cfg, texts, 1)  # refuses what is written wrongly before data are read, which may take minutes
+    train, validation = _open_data(cfg, c, texts.tags)
+    check_held_out(cfg, validation)
+    for name in cfg.phases:
         check_documents(cfg, name, train, texts.tags)
     return Run(
         mesh=mesh,
@@ -225,14 +189,14 @@ def load(cfg, run: Run) -> Run:
     return dataclasses.replace(run, base=hf.load_model(cfg.subject.path, mesh=run.mesh, **how, **placed))
 
 
-def read_texts(cfg, tokenizer) -> Texts:
-    """Returns the prompts and tags of a configuration. Raises LensError."""
-    natural = tokenizer(cfg.decoder.prompt.replace(response.EMBED, SLOT_WORD), add_special_tokens=False)['input_ids']
+def read_texts(cfg, tokenizer, vocab_size: int) -> Texts:
+    """Returns the prompts and tags of a configuration for a subject of `vocab_size` embeddings. Raises LensError."""
+    ids, natural = response.reader(tokenizer, vocab_size), f'decoder.prompt with {SLOT_WORD!r} in its slot'
     return Texts(
-        response.decoder_prompt(tokenizer, cfg.decoder.prompt, cfg.decoder.marker),
-        response.encoder_prompt(tokenizer, cfg.encoder.prompt),
-        tuple(natural),
-        response.tags(tokenizer, cfg.explanation_open, cfg.explanation_close),
+        response.decoder_prompt(ids, cfg.decoder.prompt, cfg.decoder.marker),
+        response.encoder_prompt(ids, cfg.encoder.prompt),
+        tuple(ids(cfg.decoder.prompt.replace(response.EMBED, SLOT_WORD), natural)),
+        response.tags(ids, cfg.explanation_open, cfg.explanation_close),
     )
 
 
@@ -254,8 +218,7 @@ def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Spl
     def split_of(split: data.Split) -> data.Split:
         n = split.tokens.shape[1]
         require(n <= c.max_positions, f'{split.directory} has {n} tokens a row, the subject reads {c.max_positions}.')
-        filler = split.meta.get('filler_id', split.meta.get('pad_id') or 0)
-        respond = functools.partial(response.respond, tags=tags, filler=filler, length=cfg.explanation_len)
+        respond = functools.partial(response.respond, tags=tags, filler=split.filler, length=cfg.explanation_len)
         split = data.readable(split, cfg.data.positions, cfg.data.min_pos)
         return dataclasses.replace(split, respond=respond)
 
@@ -318,11 +281,11 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Te
 
 def check_values(cfg) -> None:
     """Raises LensError for values that are impossible with any subject and any data."""
-    for key, least in LEAST.items():
-        value = get(cfg, key)
-        require(value >= least, f'{key}={value} must be at least {least}.')
-    for key, choices in CHOICES.items():
-        _choice(get(cfg, key), choices, key)
+    keys.check(cfg)
+    if cfg.log.tensorboard:
+        need_package('tensorboardX', 'tensorboard', 'log.tensorboard=True')
+    if cfg.log.wandb_project:
+        need_package('wandb', 'wandb', f'log.wandb_project={cfg.log.wandb_project}')
     there = cfg.subject.experts != 'tokamax' or importlib.util.find_spec('tokamax') is not None
     require(there, 'subject.experts=tokamax needs the package tokamax: pip install tokamax, or use ragged.')
     trained = cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)
@@ -334,6 +297,9 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     """Raises LensError for values that are impossible with this subject."""
     last, out = c.n_layers - 1, cfg.encoder.output_layer
     require(0 <= cfg.layer <= last, f'layer={cfg.layer} is not a block of the subject, which has blocks 0..{last}.')
+    most, both = c.d_model, (cfg.decoder.train, cfg.encoder.train)
+    fits = 'lora' not in both or cfg.lora.rank <= most
+    require(fits, f'lora.rank={cfg.lora.rank} is above the width of the subject, {most}: lower it, or use train=full.')
     wanted = f'0..{last}, or -1 for layer'
     require(-1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject ({wanted}).')
     injection.of_config(cfg.decoder, c)
@@ -342,7 +308,7 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     if cfg.init_from:
         return
     for key in ('decoder.init', 'encoder.init'):
-        _choice(get(cfg, key), INITS, key)
+        choice(get(cfg, key), INITS, key)
     init, readout = cfg.encoder.init, cfg.encoder.readout
     missing = readout == 'none' and init != 'identity'
     require(not missing, f'encoder.init={init} starts a map that encoder.readout=none does not have: use identity.')
@@ -357,6 +323,8 @@ def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
         total, most = tokens + 1 + cfg.explanation_len, c.max_positions  # 1: the slot, or the token that was read
         what = f'{side}.prompt and explanation_len={cfg.explanation_len}'
         require(total <= most, f'{what} make {total} tokens, the subject reads {most}.')
+    n, around = cfg.explanation_len, len(texts.tags.opening) + len(texts.tags.closing)
+    require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')
 
 
 def check_batches(cfg, mesh) -> None:
@@ -370,14 +338,13 @@ def check_phase(cfg, name: str) -> None:
     exists = name in cfg and 'objective' in cfg[name]
     require(exists, f'phases names {name!r}, but there is no phase block of that name.')
     p = cfg[name]
-    for key, choices in PHASE_CHOICES.items():
-        _choice(p[key], choices, f'{name}.{key}')
-    for key in ('group', 'mean_of', 'updates', 'clip', 'vectors', 'documents'):
-        require(p[key] > 0, f'{name}.{key}={p[key]} must be positive.')
     reads = objectives.OBJECTIVES[p.objective].reads
     alone = 'group' in reads and p.group < 2
     require(not alone, f'{name}.group={p.group} must be at least 2: advantages compare the group.')
     require(p.documents * p.vectors >= 2, f'{name}: one activation has no variance; raise documents or vectors.')
+    texts = p.documents * p.vectors * (p.group * p.mean_of if 'group' in reads else 1)
+    factors = 'documents x vectors' + ' x group x mean_of' * ('group' in reads)
+    require(texts <= MOST_TEXTS, f'{name}: {factors} make {texts} texts in a micro-step, more than {MOST_TEXTS}.')
     both = p.updates > 1 and p.accumulate > 1
     require(not both, f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.')
     require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
@@ -396,6 +363,7 @@ def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> N
     require(
         len(train) >= p.documents, f'{name}.documents={p.documents}, but {where} holds only {len(train)} documents.'
     )
+    _check_vectors(p.vectors, f'{name}.vectors', train)
     if objectives.OBJECTIVES[p.objective].samples:
         return
     need = f'the {p.objective} objective of {name} needs given explanations'
@@ -403,6 +371,22 @@ def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> N
     row, need = data.first_unlabelled(train, cfg.data.min_pos), f'{name} needs one in each document'
     from_ = f'from data.min_pos={cfg.data.min_pos} on'
     require(row is None, f'{where}/positions.npy row {row} has no labelled position {from_}: {need}.')
-    n, have, around = cfg.explanation_len, train.explanations.shape[2], len(tags.opening) + len(tags.closing)
+    n, have = cfg.explanation_len, train.explanations.shape[2]
     require(have == n or bool(tags), f'explanation_len={n}, but the given explanations in {where} have {have} tokens.')
-    require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')
+
+
+def check_held_out(cfg, validation: data.Split) -> None:
+    """Raises LensError where the held-out documents do not allow the figures that end a phase."""
+    where, e = validation.directory, cfg.eval
+    _check_vectors(e.vectors, 'eval.vectors', validation)
+    read, counts = np.unique(validation.doc_id[validation.read_rows[: e.documents]], return_counts=True)
+    require(len(read) > 1, f'{where} holds one document: controls need at least 2.')
+    often, half = counts.max(), 'more than half of the documents that are evaluated'
+    require(2 * often <= counts.sum(), f'{where}/doc_id.npy: {read[counts.argmax()]} is the id of {half}, {often}.')
+    quick = e.quick_documents * e.vectors
+    require(quick >= 2, 'eval.quick_documents x eval.vectors is one activation, which has no variance: raise one.')
+
+
+def _check_vectors(vectors: int, key: str, split: data.Split) -> None:
+    width = split.tokens.shape[1]
+    require(vectors <= width, f'{key}={vectors}, but the rows of {split.directory} have {width} tokens.')

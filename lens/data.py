@@ -24,13 +24,12 @@ import grain
 import numpy as np
 
 from lens import files
-from lens.errors import LensError
+from lens.errors import LensError, number, shown, text
 
 FORMAT = 'lens-tokens/1'
 MAKE = 'make the data, or set data.path to a folder that has it'  # what to do about a damaged file
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
-ROWS_PER_CHECK = 65536
-BYTES_PER_SCAN = 1 << 24  # of role.npy
+BYTES_PER_SCAN = 1 << 20  # of an array that is read once
 MOST_WIDTHS, TEXT_SHARE = 8, 0.85  # of the batches of a split: no more widths than give this share of text in them
 GRID = 128  # a width is a multiple of so many parts of the longest text, and of 16
 # What data.positions may be -> the roles of the positions that are read.
@@ -68,6 +67,11 @@ class Split:
         return np.arange(len(self.tokens)) if self.rows is None else self.rows
 
     @property
+    def filler(self) -> int:
+        """Returns the token id that follows the words of a given explanation."""
+        return next((self.meta[k] for k in ('filler_id', 'pad_id') if self.meta.get(k) is not None), 0)
+
+    @property
     def left_out(self) -> int:
         """Returns how many documents have no position that may be read."""
         return len(self.tokens) - len(self)
@@ -82,69 +86,110 @@ class Split:
         return int(self.widths[np.searchsorted(self.widths, np.max(lengths))])
 
 
-def _load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarray | None:
-    """A memory-mapped array whose shape matches `shape` (None = any length)."""
+def load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarray | None:
+    """Opens a memory-mapped .npy array of integers whose shape matches `shape` (None = any length), None where an
+    `optional` one is not there. Raises DataError."""
     if optional and not path.exists():
         return None
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f'{path} {"is no file" if path.exists() else "does not exist"}: {MAKE}.')
     try:
-        x = np.load(path, mmap_mode='r', allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f'{path} does not exist: {MAKE}.') from None
-    except (ValueError, EOFError, OSError):
+        x = np.lib.format.open_memmap(path, mode='r')
+    except Exception:  # a damaged header may hold any expression
         raise DataError(f'{path} is truncated or not a .npy array of numbers: make the data again.') from None
     if x.dtype.kind not in 'iu':
         raise DataError(f'{path} holds {x.dtype}, expected integers: make the data again.')
     if x.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
         raise DataError(f'{path} has shape {x.shape}, expected {shape} (None = any): make the data again.')
+    if 0 in x.shape:
+        raise DataError(f'{path} has shape {x.shape} and so holds no documents: make the data again.')
     return x
+
+
+def _as(x: np.ndarray, dtype, low: int, high: int, path: pathlib.Path) -> np.ndarray:
+    """Returns a small array as `dtype` of this machine once all of it is in low..high."""
+    if x.min() < low or x.max() > high:
+        raise DataError(f'{path} holds values outside {low}..{high}: make the data again.')
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def open_split(path: str, split: str, *, vocab_size: int) -> Split:
     """Opens and checks `path`/`split`. Raises DataError; reads every token id once (about 1 GB/s)."""
     d = pathlib.Path(path) / split
     meta = files.read_json(d / 'meta.json', MAKE, DataError)
-    if meta.get('format') != FORMAT:
-        raise DataError(f'{d}/meta.json has format {meta.get("format")!r}, expected {FORMAT!r}.')
-    tokens = _load(d / 'tokens.npy', (None, None))
+    fields = _check_meta(meta, d / 'meta.json', vocab_size)
+    tokens = load(d / 'tokens.npy', (None, None))
     n, s = tokens.shape
-    if n == 0:
-        raise DataError(f'{d}/tokens.npy holds no documents.')
-    positions = _load(d / 'positions.npy', (n, None), optional=True)
+    lengths = _as(load(d / 'lengths.npy', (n,)), np.int32, 1, s, d / 'lengths.npy')
+    whole = np.iinfo(np.int64)
+    positions = load(d / 'positions.npy', (n, None), optional=True)
     labelled = positions is not None
-    facts = meta.get('facts') or []
     out = Split(
         directory=d,
         meta=meta,
         tokens=tokens,
-        lengths=_load(d / 'lengths.npy', (n,)),
-        doc_id=_load(d / 'doc_id.npy', (n,)),
+        lengths=lengths,
+        doc_id=_as(load(d / 'doc_id.npy', (n,)), np.int64, whole.min, whole.max, d / 'doc_id.npy'),
         positions=positions,
-        explanations=_load(d / 'explanations.npy', (n, positions.shape[1], None)) if labelled else None,
-        facts=_load(d / 'facts.npy', (n, s, len(facts))) if facts else None,
-        role=_load(d / 'role.npy', (n, s), optional=True),
+        explanations=load(d / 'explanations.npy', (n, positions.shape[1], None)) if labelled else None,
+        facts=load(d / 'facts.npy', (n, s, len(fields))) if fields else None,
+        role=load(d / 'role.npy', (n, s), optional=True),
     )
-    for name in ('tokens', 'explanations') if labelled else ('tokens',):
-        _check_ids(getattr(out, name), d / f'{name}.npy', vocab_size)
-    if out.lengths.min() < 1 or out.lengths.max() > s:
-        raise DataError(f'{d}/lengths.npy holds values outside 1..{s}: make the data again.')
+    what = f'token ids outside 0..{vocab_size - 1}, the vocabulary of the subject: pretokenize with its tokenizer'
+    _check_rows(tokens, d / 'tokens.npy', 0, vocab_size, what)
     if labelled:
-        beyond = (out.positions >= out.lengths[:, None]).any(1)
-        if beyond.any():
-            raise DataError(
-                f'{d}/positions.npy row {np.argmax(beyond)} holds positions beyond the text: make the data again.'
-            )
+        _check_rows(out.explanations, d / 'explanations.npy', 0, vocab_size, what)
+        what = 'positions beyond the text: make the data again'
+        _check_rows(positions, d / 'positions.npy', -1, lengths[:, None], what)  # -1: no position
+    if fields:
+        what = 'values that are not in the facts of meta.json: make the data again'
+        _check_rows(out.facts, d / 'facts.npy', -1, [len(f['values']) for f in fields], what)
     return out
 
 
-def _check_ids(ids: np.ndarray, path: pathlib.Path, vocab_size: int) -> None:
-    for i in range(0, len(ids), ROWS_PER_CHECK):
-        chunk = ids[i : i + ROWS_PER_CHECK]
-        if chunk.min() < 0 or chunk.max() >= vocab_size:
-            wrong = ((chunk < 0) | (chunk >= vocab_size)).reshape(len(chunk), -1).any(1)
-            raise DataError(
-                f'{path} row {i + np.argmax(wrong)} holds token ids outside 0..{vocab_size - 1}, the vocabulary of the '
-                'subject: pretokenize with the tokenizer of this subject.'
-            )
+def _check_meta(meta: dict, path: pathlib.Path, vocab_size: int) -> list[dict]:
+    """Returns the facts of a meta.json. Raises DataError where it is not as the head of this file says."""
+    if meta.get('format') != FORMAT:
+        raise DataError(f'{path} has format {shown(repr(meta.get("format")))}, expected {FORMAT!r}.')
+    for key in ('roles', 'source'):
+        if not isinstance(meta.get(key) or {}, dict):
+            raise DataError(f'{path}: {key} is no JSON object: make the data again.')
+    try:
+        for key in ('pad_id', 'filler_id'):
+            if meta.get(key) is not None:
+                number(meta[key], key, 0, vocab_size - 1)
+        codes = [number(code, f'roles[{shown(name)}]', -128, 127) for name, code in (meta.get('roles') or {}).items()]
+        if len(set(codes)) < len(codes):
+            raise LensError('roles has one code for two names.')
+        return _fields(meta.get('facts') or [], vocab_size)
+    except LensError as e:
+        raise DataError(f'{path}: {str(e).rstrip(".")}: make the data again.') from None
+
+
+def _fields(facts, vocab_size: int) -> list[dict]:
+    """Returns the fields of known facts: a name, texts as values, as many token ids. Raises LensError."""
+    form = 'facts is no list of {"field": text, "values": texts, "token_ids": as many ids}'
+    for field in facts if isinstance(facts, list) else [None]:
+        lists = [field.get(k) for k in ('values', 'token_ids')] if isinstance(field, dict) else []
+        if not lists or not all(isinstance(x, list) for x in lists) or len({*map(len, lists)}) > 1:
+            raise LensError(f'{form}.')
+        name = text(field.get('field'), 'facts: field')
+        for value, token in zip(*lists, strict=True):
+            text(value, f'facts[{shown(name)}]: value')
+            number(token, f'facts[{shown(name)}]: token id of {shown(value)}', 0, vocab_size - 1)
+    return facts
+
+
+def _check_rows(x: np.ndarray, path: pathlib.Path, low: int, below, what: str) -> None:
+    """Raises DataError for the first row that holds a value outside low..below-1. below: an int, an int for each place
+    of the last axis, or for each row [N, 1]."""
+    below, size = np.asarray(below), max(BYTES_PER_SCAN // x[0].nbytes, 1)
+    for i in range(0, len(x), size):
+        rows = slice(i, i + size)
+        wrong = (x[rows] < low) | (x[rows] >= (below[rows] if below.ndim == 2 else below))
+        if wrong.any():
+            row = i + int(np.argmax(wrong.reshape(len(wrong), -1).any(1)))
+            raise DataError(f'{path} row {row} holds {what}.')
 
 
 def _digests(split: Split):
@@ -173,8 +218,8 @@ def check_disjoint(train: Split, validation: Split) -> None:
     if len(both):
         raise DataError(f'{train.directory} and {validation.directory} share {len(both)} document ids, e.g. {both[0]}.')
     seen = set(_digests(validation))
-    for i, text in enumerate(_digests(train)):
-        if text in seen:
+    for i, digest in enumerate(_digests(train)):
+        if digest in seen:
             raise DataError(f'{train.directory}/tokens.npy row {i} is also a text of {validation.directory}.')
 
 
@@ -200,8 +245,8 @@ def readable(split: Split, positions: str, min_pos: int) -> Split:
     none are left out. Reads role.npy once. Raises DataError if it is not there or no document is left."""
     if positions == 'any':
         return split
-    d, names = split.directory, split.meta.get('roles')
-    if split.role is None or not isinstance(names, dict) or not set(POSITIONS[positions]) <= names.keys():
+    d, names = split.directory, split.meta.get('roles') or {}
+    if split.role is None or not set(POSITIONS[positions]) <= names.keys():
         raise DataError(
             f'{d} has no roles of its tokens (role.npy, and their names in meta.json), which '
             f'data.positions={positions!r} needs: pretokenize chats again, or use data.positions=any.'

@@ -23,7 +23,6 @@ import numpy as np
 from lens import data, files, metrics, report, sampling, sharding
 from lens.checkpoint import reopen
 from lens.config import Run
-from lens.errors import LensError
 from lens.metrics import FIGURES, Collected, Figure, meaning
 from lens.models.decoder import without_position
 from lens.models.encoder import encode
@@ -169,9 +168,8 @@ class Evaluator:
             del self.held['explanations']  # only read as a control, in the format of this run
         self.quick_documents = min(self.settings.quick_documents, self.documents)
         shards = sharding.row_count(run.mesh)
-        self.rows = -(-max(self.settings.batch // self.vectors, 1) // shards) * shards  # documents per batch
-        if len(np.unique(self.held['doc_id'])) == 1:
-            raise LensError(f'{run.validation.directory} holds one document: controls need at least 2.')
+        most = min(max(self.settings.batch // self.vectors, 1), self.documents)
+        self.rows = -(-most // shards) * shards  # documents per batch
 
     def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
         """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""

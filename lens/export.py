@@ -13,38 +13,74 @@ if __name__ == '__main__':  # before JAX is imported: --help needs none of it
 
 import importlib.resources
 import pathlib
+import re
 import shlex
 import time
 
 import jax
 import jinja2
+from markupsafe import Markup
 
 from lens import files, hf, lens_folder, logger
 from lens.checkpoint import reopen
 from lens.config import Run
-from lens.errors import LensError
+from lens.errors import LensError, shown
 from lens.metrics import FIGURES, meaning
 from lens.models.lens import Lens
 
 # Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
 KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'
+REMEDY = 'evaluate the run again'
+SPECIAL = re.compile(r'[\\`*_\[\]<>#|~&!$]')  # in Markdown
+
+
+def _ticks(text: str, least: int) -> str:
+    """More backticks than the text has one after another."""
+    return '`' * max(least, 1 + max(map(len, re.findall('`+', text)), default=0))
+
+
+def _plain(x: object) -> Markup:
+    """A value as Markdown that shows it and does nothing else."""
+    return x if isinstance(x, Markup) else Markup(SPECIAL.sub(r'\\\g<0>', shown(x)))
+
+
+def _code(x: object) -> Markup:
+    text = shown(x, 1000)
+    pad = ' ' if text.startswith('`') or text.endswith('`') else ''
+    return Markup(f'{_ticks(text, 1)}{pad}{text}{pad}{_ticks(text, 1)}' if text else '(empty)')
+
+
+def _fenced(text: str, language: str) -> Markup:
+    return Markup(f'{_ticks(text, 3)}{language}\n{text.rstrip()}\n{_ticks(text, 3)}')
+
+
 CARDS = jinja2.Environment(
     loader=jinja2.PackageLoader('lens', ''),
+    autoescape=True,  # by _plain: what it returns is escaped already
+    finalize=_plain,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     keep_trailing_newline=True,
 )
-CARDS.filters['code'] = lambda text: f'``{text}``' if '`' in text else f'`{text}`'
+CARDS.filters |= {'code': _code, 'fenced': _fenced}
+
+
+def _quoted(text: str) -> str:
+    """A word of a shell, what a page would not show as an escape of bash."""
+    if text.replace('\n', '').isprintable():
+        return shlex.quote(text)
+    return "$'" + ''.join(c if c.isprintable() and c not in "\\'" else f'\\U{ord(c):08x}' for c in text) + "'"
 
 
 def command(spec: dict) -> str:
-    """Makes the command that opens this lens again; --config.phases and a --workdir are the user's."""
+    """Makes the command that opens this lens, in DIR, again."""
     flat = []
     for key in [*KEYS.split(), *(['lora'] if spec['lora'] else [])]:
         values = spec['config'][key]
         flat += [(f'{key}.{k}', v) for k, v in values.items()] if isinstance(values, dict) else [(key, values)]
-    overrides = [shlex.quote(f'--config.{k}={v}') for k, v in flat]
-    return ' \\\n    '.join(['python -m lens.main --config=configs/base.py', *overrides])
+    overrides = [_quoted(f'--config.{k}={v}') for k, v in flat]
+    last = "--config.init_from=DIR --config.phases='()' --workdir=runs/again"
+    return ' \\\n    '.join(['python -m lens.main --config=configs/base.py', *overrides, last])
 
 
 def card(spec: dict, summary: dict) -> str:
@@ -91,7 +127,9 @@ def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: in
 def _summary(workdir: pathlib.Path, step: int) -> dict:
     """summary.json if it is about this checkpoint."""
     file = workdir / 'summary.json'
-    summary = files.read_json(file, 'evaluate the run again') if file.exists() else {}
+    summary = files.read_json(file, REMEDY) if file.exists() else {}
+    if bad := [k for k in FIGURES if not isinstance(summary.get(k, 0.0), int | float)]:
+        raise LensError(f'{file} is damaged: {bad[0]} is no number: {REMEDY}.')
     return summary if summary.get('steps') == step else {}
 
 

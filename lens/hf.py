@@ -9,15 +9,18 @@ Loads safetensors and JSON only; nothing in a directory is executed.
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -25,11 +28,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from lens import files, sharding
-from lens.errors import LensError
+from lens.errors import LensError, need_package, number, shown
 from lens.models import families, mxfp4, tensors
 from lens.models.transformer import Transformer, TransformerConfig
 
 PathLike = str | os.PathLike
+SENTENCEPIECE = b'\n'  # how its files begin; others of the name tokenizer.model are text
 # The first one that a directory has is its fingerprint.
 VOCABULARY_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
 TOKENIZER_FILES = (
@@ -43,6 +47,13 @@ TOKENIZER_FILES = (
 # Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
 IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
 SHARD_BYTES = 5_000_000_000  # of one file that save_model writes
+OWN_TAGS = re.compile(r'{%-?\s*(end)?generation\s*-?%}')  # of transformers, in chat templates
+AGAIN = 'download or export it again'
+FLOATS = ('F64', 'F32', 'F16', 'BF16')  # what safetensors calls the types that weights may have
+# What weights of few bits have beside or in place of a weight: GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors.
+QUANTISED = re.compile(
+    r'\.(qweight|qzeros|g_idx|scales|SCB|absmax|quant_map|weight_(packed|shape|scale(_inv)?|format))$'
+)
 CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinity
 
 
@@ -51,7 +62,7 @@ def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
     if (found := files.find(path)).is_dir():
         return found
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)) or str(path).startswith('.'):
-        raise LensError(f'{path} does not exist: give a directory in Hugging Face layout, or a Hub id.')
+        raise LensError(f'{shown(path)} does not exist: give a directory in Hugging Face layout, or a Hub id.')
     import huggingface_hub  # half a second that local models do not need
 
     wanted = ['config.json', 'generation_config.json', *TOKENIZER_FILES]
@@ -60,17 +71,24 @@ def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
     try:
         found = huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=unwanted)
     except Exception as e:  # the library raises many kinds, of its own and of its HTTP client
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise LensError(
-            f'{path} is no local directory, and the Hugging Face Hub gave no model of that name ({reason}): '
+            f'{shown(path)} is no local directory, and the Hugging Face Hub gave no model of that name ({_reason(e)}): '
             'check the spelling and the connection, or give a local directory.'
         ) from None
     return pathlib.Path(found)
 
 
+def _reason(e: BaseException) -> str:
+    """What a library said, as it may stand in a sentence."""
+    return shown(str(e).strip() or type(e).__name__, 200)
+
+
 def tokenizer_sha256(directory: PathLike) -> str:
     """Fingerprints the tokenizer of a directory; data folders carry that of theirs."""
     directory = local_directory(directory, weights=False)
+    odd = [n for n in ('config.json', *TOKENIZER_FILES) if (directory / n).exists() and not (directory / n).is_file()]
+    if odd:  # opening a pipe would wait
+        raise LensError(f'{directory}/{odd[0]} is no file: give a directory that holds the tokenizer.')
     file = next((directory / n for n in VOCABULARY_FILES if (directory / n).exists()), None)
     if file is None:
         raise LensError(f'{directory}/tokenizer.json does not exist: give a directory that holds the tokenizer.')
@@ -78,48 +96,133 @@ def tokenizer_sha256(directory: PathLike) -> str:
 
 
 def load_tokenizer(path: PathLike):
-    """Loads the tokenizer of a local directory or a Hub id."""
+    """Loads the tokenizer of a local directory or a Hub id, and tries it. Raises LensError, whatever is wrong with it."""
     from transformers import AutoTokenizer  # a second of import that model loading does not need
 
     directory = local_directory(path, weights=False)
     tokenizer_sha256(directory)  # refuses a directory without one
-    return AutoTokenizer.from_pretrained(directory)
+    vocabulary = directory / 'tokenizer.model'
+    alone = not any((directory / n).exists() for n in VOCABULARY_FILES if n != vocabulary.name)
+    if alone and vocabulary.read_bytes().startswith(SENTENCEPIECE):
+        need_package('sentencepiece', 'sentencepiece', f'{vocabulary}, without a tokenizer.json beside it,')
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        number(tokenizer.model_max_length, 'model_max_length', 1, 10**31, whole=False)
+        _parse_templates(tokenizer.chat_template or {})
+        if not tokenizer('a word', add_special_tokens=False)['input_ids']:
+            raise ValueError('it makes no tokens of words')
+    except BaseException as e:  # libraries raise what they like here, one of them a panic of its own
+        if not isinstance(e, Exception) and type(e).__name__ != 'PanicException':
+            raise
+        own = 'custom code' in str(e)
+        reason = 'it is code of its own, which is never run' if own else _reason(e)
+        remedy = 'give a directory with a tokenizer.json of a class that transformers has' if own else AGAIN
+        raise LensError(f'{_damaged(directory) or directory} gives no tokenizer ({reason}): {remedy}.') from None
+    return tokenizer
+
+
+def _parse_templates(given: str | dict[str, str]) -> None:
+    """Raises ValueError where a chat template is none. They are rendered by transformers, in a sandbox of Jinja2."""
+    parser = jinja2.Environment(extensions=['jinja2.ext.loopcontrols'])
+    for template in given.values() if isinstance(given, dict) else [given]:
+        if not isinstance(template, str):
+            raise ValueError('a chat template is no text')
+        try:
+            parser.parse(OWN_TAGS.sub('', template))
+        except jinja2.TemplateSyntaxError as e:
+            raise ValueError(f'line {e.lineno} of a chat template: {e}') from None
+
+
+def _damaged(directory: pathlib.Path) -> pathlib.Path | None:
+    """The first file beside a tokenizer that should hold a JSON object and does not."""
+    for path in (directory / n for n in ('config.json', *TOKENIZER_FILES) if n.endswith('.json')):
+        try:
+            if path.exists() and not isinstance(json.loads(path.read_text()), dict):
+                return path
+        except (OSError, ValueError, RecursionError):
+            return path
+    return None
 
 
 def _read_json(path: pathlib.Path) -> dict:
     return files.read_json(path, 'give a complete directory in Hugging Face layout')
 
 
-def _headers(directory: pathlib.Path) -> dict[str, tuple[pathlib.Path, tuple[int, ...]]]:
-    """Stored name -> (file, shape) of all tensors of a directory. Raises LensError."""
-    index, weight_map = directory / 'model.safetensors.index.json', {}
-    if index.exists():
-        if not isinstance(weight_map := _read_json(index).get('weight_map'), dict):
-            raise LensError(f'{index} has no weight_map: download or export the model again.')
-    elif not (directory / 'model.safetensors').exists():
-        raise LensError(f'{directory}/model.safetensors does not exist: the directory needs safetensors weights.')
-    stored = {}
+class Stored(NamedTuple):
+    """A tensor on disk; dtype: as safetensors calls it."""
+
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _shards(directory: pathlib.Path) -> dict[str, str]:
+    """Stored name -> file, as the index promises; {} for one file. Raises LensError.
+
+    Like transformers, model.safetensors alone is read where there is one.
+    """
+    single, index = directory / 'model.safetensors', directory / 'model.safetensors.index.json'
+    if single.exists():
+        if index.exists():
+            print(f'{single} is read; {index.name} beside it is not.', flush=True)
+        return {}
+    if not index.exists():
+        if other := sorted(p.name for kind in ('*.bin', '*.pt', '*.pth', '*.gguf') for p in directory.glob(kind)):
+            raise LensError(
+                f'{single} does not exist, and {shown(other[0])} is of a format that is not read (pickles may run code): '
+                'where you trust it, convert it to safetensors with from_pretrained and save_pretrained of transformers.'
+            )
+        raise LensError(f'{single} does not exist: the directory needs safetensors weights.')
+    weight_map = _read_json(index).get('weight_map')
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LensError(f'{index} has no weight_map: {AGAIN}.')
+    for file in weight_map.values():
+        # by its name: in the cache of the Hub, files are links to elsewhere
+        parts = pathlib.PurePath(file).parts if isinstance(file, str) else ()
+        if not parts or not file.isprintable() or '..' in parts or file.startswith('/') or parts[-1] == '.':
+            raise LensError(
+                f'{index} names {shown(repr(file), 80)}, which is no file of the directory: download it again.'
+            )
+    return weight_map
+
+
+def _headers(directory: pathlib.Path) -> dict[str, Stored]:
+    """Stored name -> tensor, of all tensors of a directory. Raises LensError."""
+    weight_map, stored = _shards(directory), {}
     for path in sorted({directory / file for file in weight_map.values() or ['model.safetensors']}):
         try:
-            with safetensors.safe_open(path, framework='numpy') as f:
-                stored |= {name: (path, tuple(f.get_slice(name).get_shape())) for name in f.keys()}  # noqa: SIM118
+            with _opened(path) as f:
+                slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+                stored |= {n: Stored(path, tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()}
         except (OSError, safetensors.SafetensorError) as e:
-            raise LensError(f'{path} cannot be read ({e}): download or export the model again.') from None
+            raise LensError(f'{path} cannot be read ({_reason(e)}): {AGAIN}.') from None
     for name, file in weight_map.items():
-        if name not in stored or stored[name][0] != directory / file:
-            raise LensError(f'{directory}/{file} lacks {name}, which the index promises.')
+        if name not in stored or stored[name].file != directory / file:
+            raise LensError(f'{directory}/{file} lacks {shown(name)}, which the index promises.')
     return stored
+
+
+def _opened(path: pathlib.Path):
+    if path.exists() and not path.is_file():  # opening a pipe would wait
+        raise OSError('it is no file')
+    return safetensors.safe_open(path, framework='numpy')
+
+
+def _check_dtype(file: pathlib.Path, name: str, dtype: str) -> None:
+    if dtype not in (('U8',) if name.endswith(('_blocks', '_scales')) else FLOATS):
+        raise LensError(f'{file}: {shown(name)} has dtype {dtype}, which is not supported: {families.UNQUANTISED}.')
 
 
 def _read(file: pathlib.Path, name: str) -> np.ndarray:
     """One tensor on the host. The file is opened for each, so that no mapped page outlives it."""
     try:
-        with safetensors.safe_open(file, framework='numpy') as f:
+        with _opened(file) as f:
+            _check_dtype(file, name, f.get_slice(name).get_dtype())
             x = f.get_tensor(name)
-    except (OSError, TypeError, safetensors.SafetensorError) as e:
-        raise LensError(f'{file}: {name} cannot be read ({e}): download or export the model again.') from None
+    except (OSError, safetensors.SafetensorError) as e:
+        raise LensError(f'{file}: {shown(name)} cannot be read ({_reason(e)}): {AGAIN}.') from None
     if not _finite(x) or (name.endswith('_scales') and (x == 255).any()):  # 255 is the NaN of MXFP4's scales
-        raise LensError(f'{file}: {name} holds values that are not finite.')
+        raise LensError(f'{file}: {shown(name)} holds values that are not finite: {AGAIN}.')
     return x
 
 
@@ -130,43 +233,28 @@ def _finite(x: np.ndarray) -> bool:
     return not jnp.issubdtype(x.dtype, jnp.floating) or all(np.isfinite(p).all() for p in pieces)
 
 
-def _shapes_on_disk(t: tensors.Tensor, c) -> dict[str, tuple[int, ...]]:
-    """Stored name, with {} for the layer -> shape: one tensor, two for packed experts."""
-    shape = tensors.hf_shape(t, c)
-    if not t.packed:
-        return {t.hf_name: shape}
-    blocks = *shape[:-1], shape[-1] // 32
-    return {t.hf_name + '_blocks': (*blocks, 16), t.hf_name + '_scales': blocks}
-
-
-def _check(directory: pathlib.Path, stored: dict, table, c) -> dict[str, str]:
+def _check(directory: pathlib.Path, stored: dict[str, Stored], table, c) -> dict[str, str]:
     """Name in the table of every wanted tensor -> name in the file. Raises LensError unless all fits."""
-    embedding = next(t.hf_name for t in table if t.path == 'embedding')
-    prefixes = {n.removesuffix(embedding) for n in stored if n == embedding or n.endswith('.' + embedding)}
-    if len(prefixes) != 1:
-        raise LensError(f'{directory} holds {len(prefixes)} tensors named {embedding}: one is needed.')
-    prefix = prefixes.pop()
-    heads = [n for n in stored if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
-    names, misshapen = {}, []
-    for t in table:
-        for name, shape in _shapes_on_disk(t, c).items():
-            for ours in [name.format(i) for i in range(c.n_layers if '{}' in name else 1)]:
-                theirs = names[ours] = (heads or [ours])[0] if t.path == 'head' else prefix + ours
-                file, have = stored.get(theirs, (None, shape))
-                if have != shape:
-                    misshapen.append(f'{file}: {theirs} has shape {have}, config.json says {shape}.')
-    wanted = set(names.values())
+    bits = next((n for n in stored if QUANTISED.search(n)), None)
+    if bits is not None:
+        raise LensError(f'{stored[bits].file} holds {shown(bits)}, of quantised weights: {families.UNQUANTISED}.')
+    names = tensors.stored_names(directory, stored, table, c)
+    wanted = {theirs for theirs, _ in names.values()}
     missing = sorted(wanted - stored.keys())
     extra = sorted(n for n in stored.keys() - wanted if not IGNORED.search(n))
-    if c.tied and extra and extra == heads:
-        head, rows = (_read(stored[n][0], n) for n in (heads[0], prefix + embedding))
-        extra = [] if np.array_equal(head, rows) else extra  # some writers store the one table twice
+    if c.tied and not missing and len(extra) == 1 and extra[0].endswith('lm_head.weight'):  # others store it twice
+        rows = names[next(t.hf_name for t in table if t.path == 'embedding')][0]
+        head, rows = (_read(stored[n].file, n) for n in (extra[0], rows))
+        extra = [] if np.array_equal(head, rows) else extra
     if missing or extra:
-        what = f'lacks {missing[0]}' if missing else f'holds an unexpected {extra[0]}'
+        what = f'lacks {shown(missing[0])}' if missing else f'holds an unexpected {shown(extra[0])}'
         raise LensError(f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra).')
-    if misshapen:
-        raise LensError(misshapen[0])
-    return names
+    for theirs, shape in names.values():
+        file, have, dtype = stored[theirs]
+        if have != shape:
+            raise LensError(f'{file}: {shown(theirs)} has shape {have}, config.json says {shape}.')
+        _check_dtype(file, theirs, dtype)
+    return {ours: theirs for ours, (theirs, _) in names.items()}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -202,7 +290,7 @@ def _load_leaf(read: Callable[[str, int], np.ndarray], t: tensors.Tensor, c, lea
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=place)
     for i in range(c.n_layers):
         if t.packed:  # the expert axis is the first one on both sides
-            parts = (sharding.put(read(n, i), _in_stack(place, axes=1)) for n in _shapes_on_disk(t, c))
+            parts = (sharding.put(read(n, i), _in_stack(place, axes=1)) for n in tensors.shapes_on_disk(t, c))
             stack = _put_dequantised(stack, *parts, i, t=t, c=c)
         else:
             stack = _put_layer(stack, sharding.put(host(i), _in_stack(place)), i)
@@ -219,7 +307,7 @@ def read_config(path: pathlib.Path) -> TransformerConfig:
     try:
         return families.from_hf(config)
     except LensError as e:
-        raise LensError(f'{_config_json(path)}: {e}.') from None
+        raise LensError(f'{_config_json(path)}: {e}') from None
 
 
 def ships_packed(path: pathlib.Path) -> bool:
@@ -260,7 +348,7 @@ def load_model(
 
     def read(name, layer):
         theirs = names[name.format(layer)]
-        return _read(stored[theirs][0], theirs)
+        return _read(stored[theirs].file, theirs)
 
     return jax.tree_util.tree_map_with_path(lambda kp, x: _load_leaf(read, rows[sharding.path(kp)], c, x), abstract)
 
@@ -320,7 +408,7 @@ def save_model(
     try:
         new = families.edited(start, model.config, jnp.dtype(dtype).name)
     except LensError as e:
-        raise LensError(f'{"config" if config else _config_json(source)}: {e}.') from None
+        raise LensError(f'{"config" if config else _config_json(source)}: {e}') from None
     ids = {k: new[k] for k in families.TOKEN_IDS if new.get(k) is not None}
     if source and (source / 'generation_config.json').exists():
         generation = _read_json(source / 'generation_config.json')
@@ -335,11 +423,13 @@ def save_model(
 
 
 def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of one safetensors file. Raises LensError."""
+    """Reads all tensors of one safetensors file, which are finite floats. Raises LensError."""
     try:
-        return safetensors.numpy.load_file(file)
+        with _opened(file) as f:
+            names = list(f.keys())
     except (OSError, safetensors.SafetensorError) as e:
-        raise LensError(f'{file} cannot be read ({e}): export or download it again.') from None
+        raise LensError(f'{file} cannot be read ({_reason(e)}): {AGAIN}.') from None
+    return {name: _read(file, name) for name in names}
 
 
 def write_tensors(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

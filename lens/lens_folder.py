@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lens import files, hf, sharding
-from lens.errors import LensError
+from lens.errors import LensError, shown
 from lens.models import lora
 from lens.models.decoder import Decoder
 from lens.models.encoder import Encoder
@@ -153,18 +153,16 @@ def check(directory: pathlib.Path, like: Lens) -> dict[str, np.ndarray]:
     here = settings(like)
     differing = {k: stored.get(k) for k, v in here.items() if stored.get(k) != v}
     if differing:
-        theirs, ours = (', '.join(f'{k}={d[k]}' for k in differing) for d in (differing, here))
+        theirs, ours = (shown(', '.join(f'{k}={d[k]}' for k in differing)) for d in (differing, here))
         raise LensError(f'{directory} holds a lens with {theirs}, this configuration says {ours}: use its keys.')
     wanted, have = ({name: x.shape for name, x in tree.items()} for tree in (_small(like), small))
     for name in sorted(wanted.keys() | have.keys()):
         if wanted.get(name) != have.get(name):
             theirs, ours = (f'shape {d[name]}' if name in d else 'none' for d in (have, wanted))
             raise LensError(
-                f'{directory}/lens.safetensors holds {name}: {theirs}, this configuration needs {ours}: use the subject, '
-                'the prompts and the lora.* keys that it was trained with.'
+                f'{directory}/lens.safetensors holds {shown(name)}: {theirs}, this configuration needs {ours}: use the '
+                'subject, the prompts and the lora.* keys that it was trained with.'
             )
-        if not np.isfinite(small[name]).all():
-            raise LensError(f'{directory}/lens.safetensors: {name} holds values that are not finite.')
     return small
 
 

@@ -25,7 +25,7 @@ from lens import data, files, flops, sharding
 from lens.collapse import Collapse
 from lens.config import Phase, Run, fires
 from lens.distributed import is_first
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
 PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
 SAID = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')  # said of every held-out check
@@ -287,11 +287,11 @@ class Profile:
     """
 
     def __init__(self, window: str, workdir: pathlib.Path, say: Callable[[str], None]):
-        match = re.fullmatch(r'([1-9]\d*):([1-9]\d*)', window or '1:1', re.ASCII)
+        match = re.fullmatch(r'([1-9]\d{0,8}):([1-9]\d{0,8})', window or '1:1', re.ASCII)
         if not match:
             raise LensError(
-                f'--profile={window} is not START:COUNT: give two whole numbers from 1 on, e.g. --profile=10:5 for the '
-                'steps 10 to 14 of this process.'
+                f'--profile={shown(window)} is not START:COUNT: give two whole numbers from 1 on, e.g. --profile=10:5 for '
+                'the steps 10 to 14 of this process.'
             )
         start, count = int(match[1]), int(match[2])
         self._window = range(start, start + count) if window and is_first() else range(0)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from lens import schedules, sharding
-from lens.errors import LensError
+from lens.errors import LensError, number, shown, text
 from lens.schedules import Schedule, Units
 
 SIDES = ('decoder', 'encoder')
@@ -39,40 +39,50 @@ class Row:
     unfreeze: int = 0
 
 
+def regex(pattern, key: str) -> str:
+    """Returns a regular expression once it is known to be one. Raises LensError naming `key`."""
+    try:
+        re.compile(text(pattern, key))
+    except (re.error, OverflowError, RecursionError) as e:
+        raise LensError(f'{key}={shown(repr(pattern))} is not a regular expression: {shown(e)}.') from None
+    return pattern
+
+
 def parse_table(table, clock: Units, key: str) -> tuple[Row, ...]:
     """Returns the rows of a table of a configuration (tuples or lists). Raises LensError naming `key`."""
 
     def row(entry) -> Row:
-        entry = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
-        try:
-            pattern, multiplier, *rest = entry
-            re.compile(pattern)
-            if multiplier is None and not rest:
-                return Row(pattern, None)
-            weight_decay, clip, unfreeze = rest
-            multiplier, weight_decay = float(multiplier), float(weight_decay)
-        except (ValueError, TypeError, re.error) as e:
-            raise LensError(f'{key}: {entry!r} is not a row; accepted: {ROW_FORM}.') from e
-        if multiplier < 0 or weight_decay < 0:
-            raise LensError(f'{key}: {entry!r} has a negative multiplier or weight decay.')
-        first = schedules.duration(unfreeze, clock, f'{key}: {pattern}')
-        return Row(pattern, None) if first is None else Row(pattern, multiplier, weight_decay, str(clip), first)
+        fields = tuple(entry) if isinstance(entry, tuple | list) else ()
+        if len(fields) != 5 and (len(fields) != 2 or fields[1] is not None):
+            raise LensError(f'{key}: {shown(repr(entry))} is not a row; accepted: {ROW_FORM}.')
+        pattern = regex(fields[0], f'{key}: regex')
+        if fields[1] is None:
+            return Row(pattern, None)
+        _, multiplier, weight_decay, clip, unfreeze = fields
+        where = f'{key}: {shown(pattern)}'
+        number(multiplier, f'{where}: multiplier', 0, whole=False)
+        number(weight_decay, f'{where}: weight decay', 0, whole=False)
+        first = schedules.duration(unfreeze, clock, where)
+        clip = text(clip, f'{where}: clip group')
+        return (
+            Row(pattern, None) if first is None else Row(pattern, float(multiplier), float(weight_decay), clip, first)
+        )
 
+    if not isinstance(table, tuple | list):
+        raise LensError(f'{key}={shown(repr(table))} holds no rows; accepted: {ROW_FORM}.')
     return tuple(row(entry) for entry in table)
 
 
 def parse_clip(value, key: str, table: tuple[Row, ...]) -> dict[str, float]:
     """Returns the global norm of every clip group of the table, from one norm or pairs. Raises LensError."""
     groups = dict.fromkeys(row.clip for row in table if row.multiplier is not None)
-    try:
-        pairs = isinstance(value, (tuple, list))
-        norms = {str(k): float(v) for k, v in value} if pairs else dict.fromkeys(groups, float(value))
-    except (TypeError, ValueError) as e:
-        raise LensError(
-            f"{key}={value!r} is neither a norm nor pairs of a clip group and its norm, (('decoder', 0.05), …)."
-        ) from e
+    pairs = value if isinstance(value, tuple | list) else [(k, value) for k in groups]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs) or isinstance(value, str):
+        form = "neither a norm nor pairs of a clip group and its norm, (('decoder', 0.05), …)"
+        raise LensError(f'{key}={shown(repr(value))} is {form}.')
+    norms = {text(k, key): float(number(v, f'{key} of {shown(k)}', whole=False)) for k, v in pairs}
     if not min(norms.values(), default=1) > 0:
-        raise LensError(f'{key}={value!r} must be positive; 1e9 clips nothing.')
+        raise LensError(f'{key}={shown(repr(value))} must be positive; 1e9 clips nothing.')
     if unknown := ', '.join(norms.keys() - groups.keys()):
         raise LensError(f'{key} names {unknown}, which is no clip group of the table: it has {", ".join(groups)}.')
     if missing := [g for g in groups if g not in norms]:

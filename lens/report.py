@@ -3,7 +3,7 @@
     python -m lens.report --workdir=runs/tiny
 
 Reads config.json and metrics.jsonl and, as far as the run got, evaluation.json, samples.jsonl and summary.json. The
-page holds no script, asks for nothing from outside, and escapes every text from a file. Its wording and style are in
+page holds no script, asks for nothing from outside, escapes every text from a file, and isolates its direction. Its wording and style are in
 report.html beside this module; charts are inline SVG.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from lens import charts, files
 from lens.charts import Series, Stretch
-from lens.errors import LensError
+from lens.errors import LensError, harmless
 
 SAMPLES = 10
 BEFORE, AFTER = 60, 40  # tokens shown around the read position
@@ -53,6 +53,15 @@ def _blame(path: pathlib.Path):
         raise LensError(f'{path} is damaged: it has no key {e}.') from None
     except (ValueError, TypeError, AttributeError) as e:
         raise LensError(f'{path} is damaged: {e}.') from None
+
+
+def _clean(x: Any) -> Any:
+    """Returns what a file holds with harmless texts, in which lines may break and letters join."""
+    if isinstance(x, dict):
+        return {_clean(k): _clean(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_clean(v) for v in x]
+    return harmless(x, '\n\t\u200c\u200d') if isinstance(x, str) else x
 
 
 def _number(x: Any) -> float | None:
@@ -108,11 +117,12 @@ def _checked_sample(sample: dict) -> dict:
 
 def load(workdir: pathlib.Path) -> RunFiles:
     """Reads and checks the files of a run. Raises LensError where one is missing or damaged."""
-    config, metrics = files.read_json(workdir / 'config.json', REMEDY), files.read_jsonl(workdir / 'metrics.jsonl')
+    config = _clean(files.read_json(workdir / 'config.json', REMEDY))
+    metrics = _clean(files.read_jsonl(workdir / 'metrics.jsonl'))
     if not (workdir / 'metrics.jsonl').exists():
         raise LensError(f'{workdir}/metrics.jsonl does not exist: {REMEDY}.')
     paths = workdir / 'evaluation.json', workdir / 'summary.json'
-    evaluation, summary = (files.read_json(p, 'evaluate the run again') if p.exists() else {} for p in paths)
+    evaluation, summary = (_clean(files.read_json(p, 'evaluate the run again')) if p.exists() else {} for p in paths)
     with _blame(workdir / 'metrics.jsonl'):
         if any(_number(record['step']) is None for record in metrics):
             raise ValueError('a step is not a number')
@@ -120,7 +130,7 @@ def load(workdir: pathlib.Path) -> RunFiles:
         figures = {name: _checked_figure(f) for name, f in (evaluation['figures'] if evaluation else {}).items()}
         evaluation['facts'] = [{'field': row['field'], **row} for row in evaluation.get('facts') or []]
     with _blame(workdir / 'samples.jsonl'):
-        samples = [_checked_sample(sample) for sample in files.read_jsonl(workdir / 'samples.jsonl')]
+        samples = [_checked_sample(sample) for sample in _clean(files.read_jsonl(workdir / 'samples.jsonl'))]
     return RunFiles(config, metrics, evaluation, figures, samples, summary)
 
 
@@ -201,7 +211,7 @@ def _page(run: RunFiles) -> str:
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes workdir/report.html at once and returns its path. Raises LensError."""
     page, out = _page(load(workdir)), workdir / 'report.html'
-    files.write_text(out, page.encode('utf-8', 'replace').decode())  # a token may be half a character
+    files.write_text(out, page)
     return out
 
 

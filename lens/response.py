@@ -3,13 +3,15 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
+Ids = Callable[[str, str], list[int]]  # of `reader`
 EMBED, TEXT = '<embed>', '<text>'
 # What a special token looks like in a prompt; other tags are ordinary text.
 SPECIAL_LITERAL = r'<\|[^|<>]+\|>|</?s>|<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn)>|\[[A-Z]+\]'
@@ -94,50 +96,63 @@ def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndar
     return np.apply_along_axis(response, -1, labels)
 
 
-def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)['input_ids']
+def reader(tokenizer, vocab_size: int) -> Ids:
+    """Returns ids(text, key), the token ids of a text of the configuration, all of which the subject has: JAX would
+    read another row for the others. It raises LensError, which names the key and the token."""
+
+    def ids(text: str, key: str) -> list[int]:
+        out = tokenizer(text, add_special_tokens=False)['input_ids']
+        if beyond := [i for i in out if i >= vocab_size]:
+            token = shown(repr(tokenizer.decode(beyond[:1])), 40)
+            raise LensError(
+                f'{key} has the token {token}, id {beyond[0]}, and the subject has embeddings 0..{vocab_size - 1} alone: '
+                'write a token that the model has, or give the tokenizer of this model.'
+            )
+        return out
+
+    return ids
 
 
-def _prompt_ids(tokenizer, text: str, key: str) -> list[int]:
+def _prompt_ids(ids: Ids, text: str, key: str) -> list[int]:
     """Token ids of a part of a prompt, in which special tokens are written out and must be one token each."""
     for literal in re.findall(SPECIAL_LITERAL, text):
-        if len(_ids(tokenizer, literal)) != 1:
+        if len(ids(literal, key)) != 1:
             raise LensError(f'{key} holds {literal}, which is no token of the subject: write one that it has.')
-    return _ids(tokenizer, text)
+    return ids(text, key)
 
 
-def encoder_prompt(tokenizer, text: str) -> tuple[list[int], list[int]]:
+def encoder_prompt(ids: Ids, text: str) -> tuple[list[int], list[int]]:
     """Tokenises what is before and after the words, at the last <text> (before, it is a tag). Raises LensError."""
     if TEXT not in text:
-        raise LensError(f'encoder.prompt={text!r} must contain {TEXT}.')
-    return tuple(_prompt_ids(tokenizer, part, 'encoder.prompt') for part in text.rsplit(TEXT, 1))
+        raise LensError(f'encoder.prompt={shown(repr(text))} must contain {TEXT}.')
+    return tuple(_prompt_ids(ids, part, 'encoder.prompt') for part in text.rsplit(TEXT, 1))
 
 
-def decoder_prompt(tokenizer, text: str, marker: str) -> Prompt:
+def decoder_prompt(ids: Ids, text: str, marker: str) -> Prompt:
     """Tokenises what is around the slots; with a marker, the whole text, as its readers do. Raises LensError."""
     key, count = 'decoder.prompt', text.count(EMBED)
     if not count:
-        raise LensError(f'{key}={text!r} must contain {EMBED}.')
-    parts = [_prompt_ids(tokenizer, part, key) for part in text.split(EMBED)]
-    token = _ids(tokenizer, marker) if marker else [0]
+        raise LensError(f'{key}={shown(repr(text))} must contain {EMBED}.')
+    parts = [_prompt_ids(ids, part, key) for part in text.split(EMBED)]
+    token = ids(marker, 'decoder.marker') if marker else [0]
     if len(token) != 1:
-        raise LensError(f'decoder.marker={marker!r} is {len(token)} tokens of the subject, it must be one.')
+        raise LensError(f'decoder.marker={shown(repr(marker))} is {len(token)} tokens of the subject, it must be one.')
     found = [n - 1 for n in itertools.accumulate(len(part) + 1 for part in parts[:-1])]
-    ids = sum(([0, *part] for part in parts[1:]), parts[0])
+    row = sum(([0, *part] for part in parts[1:]), parts[0])
     if marker:
-        ids = _ids(tokenizer, text.replace(EMBED, marker))
-        found = [i for i in range(1, len(ids) - 1) if ids[i] == token[0]]  # with neighbours
-        if not len(found) == count == ids.count(token[0]):
+        row = ids(text.replace(EMBED, marker), key)
+        found = [i for i in range(1, len(row) - 1) if row[i] == token[0]]  # with neighbours
+        if not len(found) == count == row.count(token[0]):
             raise LensError(
-                f'{key}={text!r} has {count} slots, but with decoder.marker={marker!r} in them its tokens have '
+                f'{key}={shown(repr(text))} has {count} slots, but with decoder.marker={marker!r} in them its tokens have '
                 f'{len(found)} inside: put text around each slot and take a marker that does not merge with it.'
             )
     first = found[0]
-    return Prompt(ids[:first], ids[first + 1 :], tuple(i - first - 1 for i in found[1:]), token[0])
+    return Prompt(row[:first], row[first + 1 :], tuple(i - first - 1 for i in found[1:]), token[0])
 
 
-def tags(tokenizer, opening: str, closing: str) -> Tags:
+def tags(ids: Ids, opening: str, closing: str) -> Tags:
     """Tokenises what an explanation stands between. Raises LensError."""
     if opening and not closing:
-        raise LensError(f'explanation_open={opening!r} needs an explanation_close.')
-    return Tags(tuple(_ids(tokenizer, opening)), tuple(_ids(tokenizer, closing)))
+        raise LensError(f'explanation_open={shown(repr(opening))} needs an explanation_close.')
+    return Tags(tuple(ids(opening, 'explanation_open')), tuple(ids(closing, 'explanation_close')))

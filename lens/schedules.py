@@ -15,13 +15,12 @@ of a step: no schedule compiles a program of its own. Drawn by lens/tools/draw_s
 
 import dataclasses
 import functools
-import math
 import re
 
 import numpy as np
 import optax
 
-from lens.errors import LensError
+from lens.errors import LARGEST_FLOAT, LARGEST_INT, LensError, shown
 
 WARMUP_START = 1e-7  # of the value that the warm-up leads to
 UNITS = {'': 1, 's': 1, 'steps': 1, 'os': 'accumulation', 'e': 'steps_per_epoch', 'epochs': 'steps_per_epoch'}
@@ -53,17 +52,20 @@ def duration(value, clock: Units, key: str) -> int | None:
     """Returns the micro-steps of a duration; 0 is off, None never. Raises LensError naming `key`."""
     if value is None:
         return None
-    found = re.fullmatch(r'(\d+)(s|steps|os|)|(\d+(?:\.\d+)?)(e|epochs)|(-1)', str(value).strip())
+    given = f'{key}={shown(repr(value))}'
+    found = re.fullmatch(r'([0-9]+)(s|steps|os|)|([0-9]+(?:\.[0-9]+)?)(e|epochs)|(-1)', str(value).strip())
     if isinstance(value, bool) or not found:
-        raise LensError(f'{key}={value!r} is not a duration; accepted: {DURATION_FORMS}.')
+        raise LensError(f'{given} is not a duration; accepted: {DURATION_FORMS}.')
     if found[5]:
         if clock.total is None:
-            raise LensError(f'{key}={value!r} has no phase to fill: give a length, e.g. "1000s" or "5e".')
+            raise LensError(f'{given} has no phase to fill: give a length, e.g. "1000s" or "5e".')
         return clock.total
     count, unit = float(found[1] or found[3]), UNITS[found[2] or found[4] or '']
     scale = getattr(clock, unit) if isinstance(unit, str) else unit
     if scale is None:
-        raise LensError(f'{key}={value!r} counts epochs, but the data is not known here: give steps, e.g. "1000s".')
+        raise LensError(f'{given} counts epochs, but the data is not known here: give steps, e.g. "1000s".')
+    if count * scale > LARGEST_INT:
+        raise LensError(f'{given} is longer than {LARGEST_INT} micro-steps.')
     return max(round(count * scale), 1) if count else 0
 
 
@@ -98,7 +100,7 @@ def parse(value, clock: Units, key: str) -> Schedule:
     """Returns the Schedule of a number or string in the notation. Raises LensError naming `key`."""
 
     def refuse(problem: str):
-        raise LensError(f'{key}={value!r} {problem}; accepted: {VALUE_FORMS}; durations: {DURATION_FORMS}.')
+        raise LensError(f'{key}={shown(repr(value))} {problem}; accepted: {VALUE_FORMS}; durations: {DURATION_FORMS}.')
 
     words = str(value).split()
     if isinstance(value, bool) or not words:
@@ -112,7 +114,7 @@ def parse(value, clock: Units, key: str) -> Schedule:
     clauses = {}
     for name, word in zip(words[1 + count :: 2], words[2 + count :: 2], strict=True):
         if name not in CLAUSES[kind] or name in clauses:
-            refuse(f'has a clause {name!r} that {kind} does not take, or takes once')
+            refuse(f'has a clause {shown(repr(name))} that {kind} does not take, or takes once')
         if (name, word) != ('over', '-1'):  # what remains, as without the clause
             clauses[name] = duration(word, clock, f'{key}: {name}')
     start, end = ends[0], ends[-1]
@@ -148,7 +150,7 @@ def _number(word: str) -> float | None:
         x = float(word)
     except ValueError:
         return None
-    return x if math.isfinite(x) else None
+    return x if abs(x) <= LARGEST_FLOAT else None  # NaN is not
 
 
 def clocks(cfg, documents: int | None) -> tuple[Units, ...]:
@@ -160,11 +162,11 @@ def clocks(cfg, documents: int | None) -> tuple[Units, ...]:
     out = []
     for name in cfg.phases:
         p = cfg[name]
-        if isinstance(p.accumulate, bool) or not isinstance(p.accumulate, int) or p.accumulate < 1:
-            raise LensError(f'{name}.accumulate={p.accumulate!r} is not a number of micro-batches, 1 or more.')
         clock = Units(p.accumulate, documents and -(-documents // p.documents))
         steps = duration(p.steps, clock, f'{name}.steps')
         if not steps:
             raise LensError(f'{name}.steps={p.steps} must be positive; drop the phase from phases instead.')
         out.append(dataclasses.replace(clock, total=-(-steps // p.accumulate) * p.accumulate))
+    if sum(clock.total for clock in out) > LARGEST_INT:
+        raise LensError(f'{", ".join(f"{n}.steps" for n in cfg.phases)} make more than {LARGEST_INT} micro-steps.')
     return tuple(out)

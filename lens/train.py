@@ -123,7 +123,11 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
             checkpoint.check_disk(workdir, max(map(checkpoint.size, states)), log.say)
         log.say(f'Reading the weights of {cfg.subject.path} ({checkpoint.size(run.base) / 1e9:.2f} GB)')
         run = config.load(cfg, run)
-        always = [s for p in run.phases for s in range(p.start + 1, p.end + 1) if fires(p.every.keep, s)]
+
+        def always(step: int) -> bool:
+            phase = run.phase_of(step)
+            return phase is not None and fires(phase.every.keep, step)
+
         with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, always, log.say) as checkpoints:
             found = checkpoints.resume(here, lambda step: abstract_state(abstract, run.phase_of(step), run.mesh))
             state, info = found or (init_state(checkpoint.initial_lens(cfg, run), None, run.mesh), {})

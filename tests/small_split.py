@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pytest
 
 from lens import data
 
@@ -58,6 +59,14 @@ def message_of(error) -> str:
     text = str(error.value)
     assert text.endswith('.') and '\n' not in text and '. ' not in text.replace('e.g. ', ''), text
     return text
+
+
+def refused(folder, *needles):
+    """Opening the split fails with a sentence that holds the needles."""
+    with pytest.raises(data.DataError) as error:
+        open_train(folder)
+    text = message_of(error)
+    assert [n for n in needles if n not in text] == [], text
 
 
 def batches(split, n=None, **more):

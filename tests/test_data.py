@@ -21,6 +21,7 @@ from tests.small_split import (
     held,
     message_of,
     open_train,
+    refused,
     row_of,
     same,
     write,
@@ -38,13 +39,6 @@ def split(tmp_path_factory):
     root = tmp_path_factory.mktemp('data')
     write(root, **arrays())
     return data.open_split(str(root), 'train', vocab_size=VOCAB)
-
-
-def refused(folder, *needles):
-    with pytest.raises(DataError) as error:
-        open_train(folder)
-    text = message_of(error)
-    assert [n for n in needles if n not in text] == [], text
 
 
 # ---- opening ----
@@ -124,7 +118,7 @@ def test_token_id_outside_the_vocabulary_names_the_row(folder, name, place, bad,
     x[place] = bad
     np.save(folder / f'{name}.npy', x)
     refused(folder, f'{folder}/{name}.npy row 6', f'0..{VOCAB - 1}')
-    monkeypatch.setattr(data, 'ROWS_PER_CHECK', 4)  # the row counts from the start of the file
+    monkeypatch.setattr(data, 'BYTES_PER_SCAN', 4 * x[0].nbytes)  # the row counts from the start of the file
     refused(folder, f'{folder}/{name}.npy row 6', f'0..{VOCAB - 1}')
 
 

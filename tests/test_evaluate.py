@@ -13,7 +13,6 @@ import pytest
 
 from data_gen.storyworld import world
 from lens import config, data, evaluate, hf, metrics, sampling, sharding
-from lens.errors import LensError
 from lens.evaluate import Evaluator, Text
 from lens.metrics import Figure
 from lens.models import subject
@@ -242,13 +241,6 @@ def test_meanings_say_what_a_figure_of_directions_is():
     assert evaluate.meaning('nmse', 'direction').startswith('mean of 2 - 2 cosine')
     assert evaluate.meaning('fve', 'nmse') in evaluate.meaning('fve', 'direction')
     assert evaluate.meaning('cosine', 'nmse') == evaluate.meaning('cosine', 'direction')
-
-
-def test_one_document_is_refused(split, placed, tmp_path):
-    mesh, base, _ = placed
-    one = dataclasses.replace(split, doc_id=np.full(len(split), 5))
-    with pytest.raises(LensError, match='holds one document: controls need at least 2'):
-        evaluator(one, base, mesh)
 
 
 def test_shipped_subject_is_what_the_design_asks_for():

@@ -7,10 +7,12 @@ import pathlib
 import re
 import shlex
 import shutil
+import subprocess
 import types
 
 import jax
 import jax.numpy as jnp
+import markdown_it
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from safetensors.numpy import load_file
 
 from lens import export, hf, lens_folder, lens_init, sampling, sharding
 from lens.config import Texts, load, plan
-from lens.errors import LensError
+from lens.errors import LensError, shown
 from lens.models import lora
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig, encode
@@ -341,6 +343,62 @@ def test_merging_adds_in_float32_and_keeps_the_dtype(base):
     np.testing.assert_array_equal(merged.blocks.mlp.up[...], half.blocks.mlp.up[...])
     with pytest.raises(ValueError, match='blocks/mlp/down have 2 blocks, the model has 3'):
         lora.merge(base, jax.tree.map(lambda x: x[:2], adapters))
+
+
+HOSTILE = (
+    '[a](http://b) **c** _d_ <b>e</b> &amp; $f$ ~~g~~',
+    '`',
+    '```\n# x',
+    '"; import os',
+    "'; rm -rf /",
+    '${HOME}',
+    '</script>',
+    '| a | b',
+    '\u202egnp',
+    '\x1b[2J',
+    'a\u200db',
+)
+
+
+def card_of(world, text):
+    """The card of a lens, every text of others in which is this one; its blocks and spans, as a Markdown parser reads them."""
+    cfg = json.loads(config(world, 'maps').to_json())
+    cfg['subject']['path'] = cfg['decoder']['prompt'] = text
+    sides = {
+        'decoder': {'injection': 'affine', 'patched_blocks': 1, 'shared_map': True, 'prompt': text},
+        'encoder': {'output_layer': 1, 'readout': text, 'prompt': text},
+    }
+    spec = dict.fromkeys(('subject', 'family', 'exported'), text) | dict.fromkeys(('d_model', 'layer', 'step'), 1)
+    spec |= {'explanation_len': 2, 'trained': dict.fromkeys(sides, 'maps'), 'config': cfg, 'lora': None} | sides
+    spec |= {'figures': {'fve': 0.5}, 'provenance': {'commit': text}}
+    card = export.card(spec, {'device': text, 'commit': text, 'command': text})
+    tokens = markdown_it.MarkdownIt('commonmark').enable('table').parse(card)
+    return card, tokens, [(t.type, t.tag, [c.type for c in t.children or ()]) for t in tokens]
+
+
+@pytest.mark.parametrize('text', HOSTILE)
+def test_the_card_shows_texts_and_nothing_of_them_takes_effect(world, text):
+    card, tokens, structure = card_of(world, text)
+    assert structure == card_of(world, 'x')[2]
+    assert all(c == '\n' or c.isprintable() for c in card), 'control characters and turned text stay out'
+    assert tokens[1].children[1].content == shown(text)
+    command = [t.content for t in tokens if t.type == 'fence'][1]
+    if text.replace('\n', '').isprintable():  # shlex knows no escapes of bash
+        assert f'--config.subject.path={text}' in shlex.split(command.replace('\\\n', ' '))
+
+
+def test_a_shell_gives_back_what_the_card_quotes():
+    words = ["it's", 'a\u202eb', '\x1b[2J\\', "\t'", 'a\nb', '${HOME}']
+    script = 'printf "%s\\0" ' + ' '.join(map(export._quoted, words))
+    said = subprocess.run(['bash', '-c', script], capture_output=True, env={'LC_ALL': 'C.UTF-8'}, check=True).stdout
+    assert said.decode().split('\0')[:-1] == words
+
+
+@pytest.mark.parametrize('value', ['0.5', None, [1], {}])
+def test_a_figure_that_is_no_number_is_named(tmp_path, value):
+    (tmp_path / 'summary.json').write_text(json.dumps({'steps': 5, 'fve': value}))
+    with pytest.raises(LensError, match=r'summary\.json is damaged: fve is no number: evaluate the run again'):
+        export._summary(tmp_path, 5)
 
 
 def test_a_failed_export_leaves_nothing(exports, world, tmp_path, monkeypatch):

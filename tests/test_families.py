@@ -12,7 +12,7 @@ import transformers
 
 from lens import hf
 from lens.errors import LensError
-from lens.models import families
+from lens.models import families, rope
 from tests import hf_models
 from tests.hf_models import FULL, SLIDING
 
@@ -196,6 +196,16 @@ def test_null_turns_off_a_cap_or_window_and_is_any_other_key_left_out():
     assert families.from_hf(config | {'query_pre_attn_scalar': None}) == families.from_hf(left_out)
 
 
+def test_yarn_whose_original_length_is_left_out_has_that_of_the_model():
+    yarn = {k: x for k, x in hf_models.YARN_ROPE.items() if k != 'original_max_position_embeddings'}
+    for family, given in (('llama', yarn), ('gemma3_text', {FULL: yarn, SLIDING: None})):
+        config = hf_models.FAMILIES[family][1] | {'model_type': family, 'rope_parameters': given}
+        c = families.from_hf(config)
+        assert families.from_hf(families.edited(config, c, 'float32')) == c
+        assert c.ropes[0].original_length == c.max_positions
+        assert np.isfinite(rope.inverse_frequencies(c.ropes[0], c.head_dim)).all()
+
+
 def test_the_config_of_another_kind_of_model_is_refused(pair, tmp_path):
     with pytest.raises(LensError, match=r'llama/config.json: it describes another model .*\(family, qk_norm diff'):
         hf.save_model(pair('qwen3').jax, tmp_path / 'copy', source=pair('llama').directory)
@@ -271,3 +281,89 @@ def test_packed_experts_are_saved_as_they_are(mxfp4, tmp_path):
     for name, x in theirs.items():
         np.testing.assert_array_equal(ours[name], x, err_msg=name)
     assert hf.ships_packed(tmp_path / 'copy')
+
+
+NAN, INFINITY = float('nan'), float('inf')
+NUMBERS = {
+    'llama': (
+        'vocab_size',
+        'hidden_size',
+        'num_hidden_layers',
+        'num_attention_heads',
+        'num_key_value_heads',
+        'head_dim',
+        'intermediate_size',
+        'max_position_embeddings',
+    ),
+    'gpt2': ('n_embd', 'n_layer', 'n_head', 'n_inner', 'n_positions'),
+    'gemma2': ('sliding_window',),
+    'gemma3_text': ('sliding_window_pattern',),
+    'gpt_oss': ('num_local_experts', 'num_experts_per_tok'),
+}
+SCALARS = {
+    'llama': ('rms_norm_eps', 'rope_theta'),
+    'gpt2': ('layer_norm_epsilon',),
+    'gemma2': ('query_pre_attn_scalar', 'attn_logit_softcapping', 'final_logit_softcapping'),
+    'gemma3_text': ('rope_local_base_freq',),
+}
+ABSURD = ('6', 10**12, -8, NAN, INFINITY, True, [6], {})
+WRONG = [(f, k, x) for f, keys in NUMBERS.items() for k in keys for x in (*ABSURD, 0, 6.0)]
+WRONG += [(f, k, x) for f, keys in SCALARS.items() for k in keys for x in (*ABSURD[:1], 1e300, *ABSURD[2:])]
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16}
+ROPES = [
+    (['yarn'], 'rope_parameters'),
+    ({'rope_type': ['yarn']}, 'rope_parameters.rope_type'),
+    ({'rope_type': 'yarn'}, "'factor'"),
+    ({'rope_type': 'linear', 'factor': None}, "'factor'"),
+    *[(YARN | {'factor': x}, 'rope_parameters.factor') for x in ('4', 0, -1, NAN, INFINITY, [])],
+    *[(YARN | {k: NAN}, k) for k in ('rope_theta', 'beta_fast', 'beta_slow', 'attention_factor')],
+    (YARN | {'original_max_position_embeddings': 'x'}, 'original_max_position_embeddings'),
+    (YARN | {'truncate': 'no'}, 'truncate'),
+    (hf_models.LLAMA3_ROPE | {'high_freq_factor': 1.0}, 'low_freq_factor'),
+    ({'full_attention': hf_models.PLAIN_ROPE}, 'by layer type'),
+]
+WRONG += [('llama', 'rope_parameters', x, needle) for x, needle in ROPES]
+WRONG += [
+    ('llama', 'model_type', ['llama']),
+    ('llama', 'model_type', 'x' * 10**6),
+    ('llama', 'tie_word_embeddings', 'true'),
+    ('llama', 'attention_bias', 'no'),
+    ('llama', 'hidden_act', ['silu']),
+    ('llama', 'eos_token_id', '2'),
+    ('llama', 'eos_token_id', [1, NAN]),
+    ('llama', 'torch_dtype', 'foo', 'foo'),
+    ('llama', 'dtype', 7),
+    ('llama', 'dtype', 'float8_e4m3fn', 'weights in bfloat16'),
+    ('llama', 'num_attention_heads', 7, '7 heads'),
+    ('llama', 'num_key_value_heads', 4, 'key-value'),
+    ('llama', 'head_dim', 15),
+    ('gpt2', 'n_head', 7, '7 heads'),
+    ('gemma2', 'layer_types', 'full_attention'),
+    ('gemma2', 'layer_types', [FULL, 'chunked_attention'] * 3, 'chunked_attention'),
+    ('gemma2', 'layer_types', [FULL, []] * 3),
+    ('gpt_oss', 'num_experts_per_tok', 6),
+    ('gemma3', 'text_config', ['a']),
+    ('gemma3', 'text_config', hf_models.GEMMA3 | {'num_hidden_layers': '6'}, 'text_config.num_hidden_layers'),
+    ('gemma3', 'quantization_config', {'quant_method': 'gptq'}, 'gptq'),
+    ('llama', 'quantization_config', 'fp8'),
+    ('llama', 'quantization_config', {'quant_method': ['fp8']}),
+    ('llama', 'quantization_config', {'quant_method': 'mxfp4'}, 'mxfp4'),
+    ('llama', 'quantization_config', {'load_in_4bit': True}, 'bitsandbytes'),
+    *[
+        ('llama', 'quantization_config', {'quant_method': m, 'bits': 4}, f'by {m}, which is not supported: give')
+        for m in ('fp8', 'gptq', 'awq', 'bitsandbytes', 'compressed-tensors')
+    ],
+]
+
+
+WRONG = [(*w, w[1])[:4] for w in WRONG]
+
+
+@pytest.mark.parametrize(('family', 'key', 'value', 'needle'), WRONG, ids=[f'{w[1]}-{n}' for n, w in enumerate(WRONG)])
+def test_a_value_that_a_key_of_config_json_cannot_have_is_one_sentence(family, key, value, needle):
+    config = hf_models.FAMILIES[family][1] | {'model_type': family}
+    families.from_hf(config)
+    with pytest.raises(LensError) as error:
+        families.from_hf(config | {key: value})
+    text = str(error.value)
+    assert needle in text and text.endswith('.') and '\n' not in text and len(text) < 300, text

@@ -1,13 +1,16 @@
 """lens.hf: what it refuses to load, and that save and load lose nothing."""
 
 import json
+import os
 import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from flax import nnx
 
 from lens import hf, sharding
@@ -31,6 +34,7 @@ CONFIG = TransformerConfig(
     ropes=(Rope(5000.0),),
 )
 K_PROJ = 'model.layers.1.self_attn.k_proj.weight'  # stored (12, 12); o_proj is (12, 24)
+EMBEDDING = 'model.embed_tokens.weight'
 O_PROJ = 'model.layers.1.self_attn.o_proj.weight'
 WEIGHTS = 'model.safetensors'
 
@@ -117,6 +121,13 @@ def test_missing_directory(tmp_path):
 
 def test_directory_that_is_no_model(tmp_path):
     refused(tmp_path, f'{tmp_path}/config.json does not exist')
+
+
+@pytest.mark.parametrize('name', ['a\0b', '', 'x/' * 3000, '\x1b[2J\u202e', 'a' * 3000])
+def test_paths_that_are_none(name):
+    with pytest.raises(LensError) as error:
+        hf.load_model(name)
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
 
 
 @pytest.mark.parametrize('name', ['gtp2', 'nobody/no-such-model'])
@@ -232,7 +243,49 @@ def test_truncated_file(folder, keep):
 def test_a_pickle_is_no_weights(folder):
     """Only safetensors counts: the file with the executable format is not even looked at."""
     (folder / WEIGHTS).rename(folder / 'pytorch_model.bin')
-    refused(folder, f'{folder}/{WEIGHTS} does not exist')
+    refused(folder, f'{folder}/{WEIGHTS} does not exist', 'pytorch_model.bin', 'may run code', 'to safetensors with')
+
+
+@pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'float8_e5m2', 'int8', 'uint8', 'bool', 'int32', 'complex64'])
+@pytest.mark.parametrize('name', [K_PROJ, 'lm_head.weight'])
+def test_weights_that_are_no_floats(folder, dtype, name, monkeypatch):
+    monkeypatch.setattr(hf, '_load_leaf', lambda *_: pytest.fail('it reads weights before it has checked all of them'))
+    edit_config(folder, tie_word_embeddings=name == 'lm_head.weight')
+    weights = tensors(folder)
+    write(folder, weights | {name: weights[name].astype(ml_dtypes.finfo(dtype).dtype if 'float8' in dtype else dtype)})
+    refused(folder, f'{folder}/{WEIGHTS}: {name} has dtype ', 'weights in bfloat16')
+
+
+@pytest.mark.parametrize('suffix', ['qweight', 'scales', 'weight_scale_inv', 'weight_packed', 'SCB', 'weight.absmax'])
+def test_quantised_weights_that_the_config_does_not_tell_of(folder, suffix):
+    name = f'model.layers.0.mlp.up_proj.{suffix}'
+    write(folder, tensors(folder) | {name: np.zeros(3, np.float32)})
+    refused(folder, f'{folder}/{WEIGHTS} holds {name}, of quantised weights: give a copy')
+
+
+def test_header_that_lies_or_pipe_in_place_of_weights(folder):
+    path, weights = folder / WEIGHTS, (folder / WEIGHTS).read_bytes()
+    for lie in (2**62, 10**8 - 1):
+        path.write_bytes(lie.to_bytes(8, 'little') + weights[8:])
+        refused(folder, f'{path} cannot be read')
+    path.unlink()
+    os.mkfifo(path)
+    refused(folder, f'{path} cannot be read', 'no file')
+
+
+def test_a_tied_table_that_is_stored_as_the_head_alone(folder):
+    edit_config(folder, tie_word_embeddings=True)
+    weights = tensors(folder)
+    head = weights.pop(EMBEDDING)
+    refused(folder, 'lm_head.weight')
+    write(folder, weights | {'lm_head.weight': head})
+    model = hf.load_model(folder)
+    assert model.head is None
+    np.testing.assert_array_equal(model.embedding[...], head)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    np.testing.assert_array_equal(theirs.get_input_embeddings().weight.detach(), head)
+    edit_config(folder, tie_word_embeddings=False)
+    refused(folder, f'lacks {EMBEDDING}')
 
 
 # ---- sharded ----
@@ -270,6 +323,36 @@ def edit_index(folder, name, file):
     index = json.loads(path.read_text())
     index['weight_map'][name] = file
     path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    'file', ['../x.safetensors', '/etc/passwd', 'a/../../x', '', '.', '..', 3, None, ['a'], 'a\0b']
+)
+def test_index_that_names_what_is_no_file_of_the_folder(folder, file):
+    shard(folder)
+    (folder.parent / 'x.safetensors').write_bytes((folder / shard_of(folder, K_PROJ)).read_bytes())
+    edit_index(folder, K_PROJ, file)
+    refused(folder, f'{folder}/model.safetensors.index.json names {file!r}', 'no file of the directory')
+
+
+def test_shards_that_are_links_as_in_the_cache_of_the_hub(saved, folder):
+    (folder.parent / 'blobs').mkdir()
+    for n, file in enumerate(set(shard(folder).values())):
+        (folder / file).rename(folder.parent / f'blobs/{n}')
+        (folder / file).symlink_to(f'../blobs/{n}')
+    assert_same_weights(hf.load_model(folder), hf.load_model(saved))
+
+
+def test_stale_index_beside_a_single_file(saved, folder, capsys):
+    """As transformers: the single file is the model."""
+    shard(folder)
+    for path in folder.glob('model-*'):
+        path.unlink()
+    shutil.copy(saved / WEIGHTS, folder)
+    assert_same_weights(hf.load_model(folder), hf.load_model(saved))
+    said = capsys.readouterr().out
+    assert said == f'{folder}/{WEIGHTS} is read; model.safetensors.index.json beside it is not.\n'
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == CONFIG.vocab_size
 
 
 def test_index_with_a_missing_or_extra_tensor(folder):

@@ -9,7 +9,9 @@ import pytest
 from data_gen import label_prompts, pretokenize
 from data_gen.storyworld import world as story_world
 from lens import hf
+from lens.errors import LensError
 from tests.chat_rows import assistant, jsonl, user
+from tests.small_split import VOCAB, S, arrays, write
 
 SUBJECT = 'configs/tiny_subject'
 TRAIN, FROM = 14, 50
@@ -133,3 +135,15 @@ def test_labels_are_found(content, expected):
 def test_answers_without_a_label_have_a_reason(message, finish, reason):
     with pytest.raises(label_prompts.BadAnswer, match=f'^{reason}$'):
         label_prompts.parse(message, finish)
+
+
+def test_more_positions_than_a_row_has_tokens_are_refused(tmp_path):
+    write(tmp_path, **arrays())
+    drawn = {'seed': 0, 'min_position': 3, 'rows': 0}
+    with pytest.raises(LensError, match=rf'--positions={10**9}, but the rows of .*/train have {S} tokens'):
+        label_prompts.open_part(str(tmp_path), 'train', range(VOCAB), count=10**9, **drawn)
+
+
+@pytest.mark.parametrize('source', [None, {}, {'settings': 'none'}, {'settings': None}, {'settings': [1]}])
+def test_data_that_do_not_say_where_they_are_from(source):
+    assert label_prompts.corpus_of({'source': source}) == 'documents:train'

@@ -227,20 +227,69 @@ def test_tables_of_configurations():
     )
 
 
-@pytest.mark.parametrize(
-    'row', ['x', ('a',), ('a', 1.0), ('a', 1.0, 0.0, 'g'), ('(', None), ('a', 'fast', 0.0, 'g', 0), (3, None), 5]
-)
-def test_bad_rows_name_the_key_and_the_form(row):
+ROW = ('a', 1.0, 0.0, 'g', 0)
+
+
+@pytest.mark.parametrize('row', ['x', ('a',), ('a', 1.0), ('a', 1.0, 0.0, 'g'), (*ROW, 1), 5, None])
+def test_rows_of_another_form_name_the_key_and_the_form(row):
     with pytest.raises(LensError, match=r'sft.table: .* is not a row; accepted: \(regex, multiplier') as e:
         parse_table((row,), Units(), 'sft.table')
     assert '\n' not in str(e.value)
 
 
-def test_bad_unfreeze_times_and_negative_numbers():
-    with pytest.raises(LensError, match=r"sft.table: a='soon' is not a duration; accepted"):
-        parse_table((('a', 1.0, 0.0, 'g', 'soon'),), Units(), 'sft.table')
-    with pytest.raises(LensError, match=r'sft.table: .* has a negative multiplier or weight decay'):
-        parse_table((('a', -1.0, 0.0, 'g', 0),), Units(), 'sft.table')
+@pytest.mark.parametrize('table', ['^decoder', 5, None, {'a': 1}])
+def test_a_table_that_holds_no_rows(table):
+    with pytest.raises(LensError, match=r'sft.table=.* holds no rows; accepted: \(regex, multiplier'):
+        parse_table(table, Units(), 'sft.table')
+
+
+@pytest.mark.parametrize(
+    ('place', 'value', 'message'),
+    [
+        (0, '(', r"sft.table: regex='\(' is not a regular expression: missing \)"),
+        (0, '(' * 99999, r'sft.table: regex=.* is not a regular expression'),
+        (0, 'a{99999999999}', r'is not a regular expression: the repetition number is too large'),
+        (0, 3, r'sft.table: regex=3 must be a text'),
+        (0, b'a', r'must be a text'),
+        (0, 'a\0', r'must be Unicode without NUL'),
+        (1, 'fast', r"sft.table: a: multiplier='fast' must be a number"),
+        (1, '1.0', r"multiplier='1.0' must be a number"),
+        (1, True, r'multiplier=True must be a number'),
+        (1, -1.0, r'sft.table: a: multiplier=-1.0 must be at least 0'),
+        (1, np.nan, r'multiplier=nan must be finite'),
+        (1, np.inf, r'multiplier=inf must be at most 1e\+30'),
+        (2, np.nan, r'sft.table: a: weight decay=nan must be finite'),
+        (2, -0.1, r'weight decay=-0.1 must be at least 0'),
+        (2, None, r'weight decay=None must be a number'),
+        (3, None, r'sft.table: a: clip group=None must be a text'),
+        (4, 'soon', r"sft.table: a='soon' is not a duration; accepted"),
+        (4, '9' * 400, r'sft.table: a=.* is longer than 2147483647 micro-steps'),
+    ],
+)
+def test_bad_values_of_a_row_are_named(place, value, message):
+    row = [*ROW[:place], value, *ROW[place + 1 :]]
+    with pytest.raises(LensError, match=message) as e:
+        parse_table((row,), Units(), 'sft.table')
+    assert '\n' not in str(e.value) and len(str(e.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        (np.nan, r'sft.grad_clip of .*=nan must be finite'),
+        (np.inf, r'sft.grad_clip of .*=inf must be at most'),
+        ('1.0', r"sft.grad_clip='1.0' is neither a norm nor pairs"),
+        (None, r'sft.grad_clip of .*=None must be a number'),
+        (-1, r'sft.grad_clip=-1 must be positive'),
+        ((('a', 1.0, 2.0),), r'is neither a norm nor pairs'),
+        ((5,), r'is neither a norm nor pairs'),
+        ((('small', np.nan),), r'sft.grad_clip of small=nan must be finite'),
+        (((5, 1.0),), r'sft.grad_clip=5 must be a text'),
+    ],
+)
+def test_bad_clip_norms_are_named(value, message):
+    with pytest.raises(LensError, match=message):
+        optimizer.parse_clip(value, 'sft.grad_clip', TABLE)
 
 
 def test_the_table_of_the_recipes_trains_everything_and_decays_matrices_alone():

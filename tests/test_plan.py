@@ -312,7 +312,7 @@ def unpacked(cfg, folder):
         (set_('sft.steps', 0), r'sft.steps=0 must be positive'),
         (set_('phases', ()), r'phases is empty'),
         (set_('decoder.prompt', 'nothing'), r"decoder.prompt='nothing' must contain <embed>"),
-        (broken_data, r'tokens.npy is no array of rows of tokens'),
+        (broken_data, r'tokens.npy is truncated or not a .npy array'),
         (unpacked, r'does not say that its experts are MXFP4'),
     ],
 )

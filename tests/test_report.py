@@ -219,8 +219,8 @@ def test_headline_with_and_without_facts(workdir):
     assert 'Facts' not in page_of(workdir)
 
 
-def test_everything_from_files_is_escaped(workdir):
-    evil = '<script>alert("1")</script>'
+def fill(workdir, evil):
+    """Writes files whose every text is this one."""
     words = {'tokens': [{'text': f' {evil}', 'status': 'wrong'}, {'text': evil, 'status': evil}], 'nmse': 0.1}
     write_lines(
         workdir / 'samples.jsonl',
@@ -254,9 +254,52 @@ def test_everything_from_files_is_escaped(workdir):
     (workdir / 'config.json').write_text(json.dumps({evil: evil}))
     names = ('subject', 'layer', 'config', 'command', 'device', 'versions', 'commit', 'seed')
     (workdir / 'summary.json').write_text(json.dumps(dict.fromkeys(names, evil)))
+
+
+def test_everything_from_files_is_escaped(workdir):
+    fill(workdir, '<script>alert("1")</script>')
     page = page_of(workdir)
     assert '<script' not in page and '"1"' not in page
     assert page.count('&lt;script&gt;') > 25
+
+
+class _Directions(html.parser.HTMLParser):
+    """Collects the elements around every text that has a Hebrew letter."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.around = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.open += [] if tag in ('meta', 'br') else [(tag, dict(attrs))]
+
+    def handle_endtag(self, tag):
+        self.open.pop()
+
+    def handle_data(self, data):
+        if 'א' in data:
+            self.around.append(list(self.open))
+
+
+def test_the_direction_of_texts_from_files_ends_with_them(workdir):
+    """Blocks and cells are isolated by every browser, what stands within a sentence by the page."""
+    fill(workdir, 'אב')
+    page, parser = page_of(workdir), _Directions()
+    parser.feed(page)
+    isolated = re.search(r'\n([^{\n]*) \{ unicode-bidi: isolate; \}', page)[1]
+    assert {'.story', '.words', '.facts span', '.missed', 'code'} <= set(isolated.split(', '))
+    alone = ('bdi', 'dd', 'td', 'th', 'pre', 'text', 'title', 'code', 'dt')
+    for around in parser.around:
+        blocks = [tag for tag, attrs in around if tag in alone or attrs.get('dir') == 'auto' or tag == 's']
+        assert blocks or ('dd', {'class': 'facts'}) in around or around[-1][0] == 'small', around
+    assert len(parser.around) > 25
+
+
+@pytest.mark.parametrize('evil', ['\u202egnp', '\x1b[2J', 'a\x00b', '\u2066x', '\ud800', '\u200b\U000e0041', '\x9b1m'])
+def test_control_characters_of_files_are_shown_as_such(workdir, evil):
+    fill(workdir, f'{evil}\n\u05d0\u200d')
+    page = page_of(workdir)
+    assert {c for c in page if not c.isprintable()} == {'\n', '\u200d'} and page.count('\ufffd') > 25
 
 
 def test_sample_marks_read_token_later_text_and_missed_facts(workdir):
@@ -290,7 +333,7 @@ def test_ten_samples_spread_over_the_file(workdir):
     write_lines(workdir / 'samples.jsonl', _samples(np.random.default_rng(1), 37))
     page = page_of(workdir)
     assert page.count('<article') == 10 and '10 of 37 samples' in page
-    assert 'Document 10000000,' in page and 'Document 10000036,' in page
+    assert 'Document <bdi>10000000</bdi>,' in page and 'Document <bdi>10000036</bdi>,' in page
 
 
 def test_curves_of_both_phases(workdir):

@@ -69,37 +69,68 @@ def letters(text, add_special_tokens=False):
     return {'input_ids': [['<|x|>', '[INST]', 'ab', 'm#'].index(p) if len(p) > 1 else ord(p) for p in parts]}
 
 
+IDS = response.reader(letters, 128)
+
+
 def test_prompts_around_slots_and_words():
-    assert response.decoder_prompt(letters, '<|x|>c<embed>d', '') == Prompt([0, ord('c')], [ord('d')])
-    assert response.decoder_prompt(letters, 'a<embed>bc<embed>d<embed>', '') == Prompt(
+    assert response.decoder_prompt(IDS, '<|x|>c<embed>d', '') == Prompt([0, ord('c')], [ord('d')])
+    assert response.decoder_prompt(IDS, 'a<embed>bc<embed>d<embed>', '') == Prompt(
         [ord('a')], [ord('b'), ord('c'), 0, ord('d'), 0], (2, 4)
     )
     # with a marker, tokens merge over the parts as in the whole text
-    assert response.decoder_prompt(letters, 'c<embed>ab<embed>d', '#') == Prompt(
+    assert response.decoder_prompt(IDS, 'c<embed>ab<embed>d', '#') == Prompt(
         [ord('c')], [2, ord('#'), ord('d')], (1,), ord('#')
     )
     # the last <text> is where the words are, the one before is a tag
-    assert response.encoder_prompt(letters, '[INST]<text><text>c') == ([1, *map(ord, '<text>')], [ord('c')])
-    assert response.tags(letters, 'ab', 'c') == Tags((2,), (ord('c'),)) and not response.tags(letters, '', '')
+    assert response.encoder_prompt(IDS, '[INST]<text><text>c') == ([1, *map(ord, '<text>')], [ord('c')])
+    assert response.tags(IDS, 'ab', 'c') == Tags((2,), (ord('c'),)) and not response.tags(IDS, '', '')
 
 
 @pytest.mark.parametrize(
     ('run', 'message'),
     [
-        (lambda: response.decoder_prompt(letters, 'abc', ''), r"decoder.prompt='abc' must contain <embed>"),
+        (lambda: response.decoder_prompt(IDS, 'abc', ''), r"decoder.prompt='abc' must contain <embed>"),
         (
-            lambda: response.decoder_prompt(letters, '<bos><embed>', ''),
+            lambda: response.decoder_prompt(IDS, '<bos><embed>', ''),
             r'decoder.prompt holds <bos>, which is no token',
         ),
-        (lambda: response.decoder_prompt(letters, 'a<embed>b', 'cd'), r"decoder.marker='cd' is 2 tokens of the subj"),
-        (lambda: response.decoder_prompt(letters, 'm<embed>b', '#'), r'has 1 slots, but .* its tokens have 0 inside'),
-        (lambda: response.decoder_prompt(letters, '<embed>b', '#'), r'put text around each slot and take a marker'),
-        (lambda: response.decoder_prompt(letters, 'b<embed>', '#'), r'has 1 slots, but .* its tokens have 0 inside'),
-        (lambda: response.encoder_prompt(letters, 'abc'), r"encoder.prompt='abc' must contain <text>"),
-        (lambda: response.encoder_prompt(letters, '<text></s>'), r'encoder.prompt holds </s>, which is no token'),
-        (lambda: response.tags(letters, 'ab', ''), r"explanation_open='ab' needs an explanation_close"),
+        (lambda: response.decoder_prompt(IDS, 'a<embed>b', 'cd'), r"decoder.marker='cd' is 2 tokens of the subj"),
+        (lambda: response.decoder_prompt(IDS, 'm<embed>b', '#'), r'has 1 slots, but .* its tokens have 0 inside'),
+        (lambda: response.decoder_prompt(IDS, '<embed>b', '#'), r'put text around each slot and take a marker'),
+        (lambda: response.decoder_prompt(IDS, 'b<embed>', '#'), r'has 1 slots, but .* its tokens have 0 inside'),
+        (lambda: response.encoder_prompt(IDS, 'abc'), r"encoder.prompt='abc' must contain <text>"),
+        (lambda: response.encoder_prompt(IDS, '<text></s>'), r'encoder.prompt holds </s>, which is no token'),
+        (lambda: response.tags(IDS, 'ab', ''), r"explanation_open='ab' needs an explanation_close"),
     ],
 )
 def test_texts_that_cannot_be_used_are_refused(run, message):
     with pytest.raises(LensError, match=message):
         run()
+
+
+class Letters:
+    """As `letters`, with what a tokenizer says of a token."""
+
+    __call__ = staticmethod(letters)
+
+    def decode(self, ids):
+        return ''.join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ('key', 'run'),
+    [
+        ('decoder.prompt', lambda ids: response.decoder_prompt(ids, 'a<embed>\u00e9b', '')),
+        ('decoder.prompt', lambda ids: response.decoder_prompt(ids, '\u00e9<embed>b', '#')),
+        ('decoder.marker', lambda ids: response.decoder_prompt(ids, 'a<embed>b', '\u00e9')),
+        ('encoder.prompt', lambda ids: response.encoder_prompt(ids, 'a<text>\u00e9')),
+        ('explanation_open', lambda ids: response.tags(ids, '\u00e9', 'b')),
+        ('explanation_close', lambda ids: response.tags(ids, 'a', '\u00e9')),
+    ],
+)
+def test_a_token_without_an_embedding_is_named_with_its_key(key, run):
+    """JAX would read the last row of the table for it."""
+    message = f"{key} has the token '\u00e9', id 233, and the subject has embeddings 0..232 alone"
+    with pytest.raises(LensError, match=message):
+        run(response.reader(Letters(), 233))
+    run(response.reader(Letters(), 234))

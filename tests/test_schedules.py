@@ -157,6 +157,15 @@ def test_what_is_zero_everywhere_is_off():
         ('cosine one 0', 'is not a value'),
         ('1 2', 'is not a value'),
         ('nan', 'is not a value'),
+        (np.nan, 'is not a value'),
+        (-np.inf, 'is not a value'),
+        ('1e400', 'is not a value'),
+        ('1e39', 'is not a value'),  # infinite in float32
+        ('-1e39', 'is not a value'),
+        (10**40, 'is not a value'),
+        ('linear 1 1e999', 'is not a value'),
+        ('cosine inf 1', 'is not a value'),
+        ('cosine 1 0' + ' x' * 99_998, 'has a clause'),
         ('cosine 1 0 warmup', 'is not a value'),
         ('cosine 1 0 power 2', "has a clause 'power' that cosine does not take"),
         ('constant 1 over 5s', "has a clause 'over'"),
@@ -166,7 +175,28 @@ def test_what_is_zero_everywhere_is_off():
 def test_bad_values_name_the_key_and_the_forms(value, problem):
     with pytest.raises(LensError, match=r'^grpo.tau=.*accepted: a number, "constant 1", "linear 1 0.1".*"0.5e"') as e:
         parse(value, CLOCK, 'grpo.tau')
-    assert problem in str(e.value) and '\n' not in str(e.value)
+    assert problem in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 1000
+
+
+@pytest.mark.parametrize('value', [10**12, str(2**31), '1' * 400, f'{10**12}e', '1073741824os', '200000000.5e'])
+def test_durations_beyond_the_counter_of_steps(value):
+    with pytest.raises(LensError, match=r'sft.steps=.* is longer than 2147483647 micro-steps') as e:
+        duration(value, CLOCK, 'sft.steps')
+    assert len(str(e.value)) < 400
+    assert duration(2**31 - 1, CLOCK, 'sft.steps') == 2**31 - 1
+
+
+def test_phases_that_are_longer_together_than_the_counter_of_steps():
+    c = base.get_config()
+    c.sft.steps = c.grpo.steps = 2**30
+    with pytest.raises(LensError, match=r'sft.steps, grpo.steps make more than 2147483647 micro-steps'):
+        schedules.clocks(c, None)
+
+
+def test_values_of_the_longest_phase_are_finite():
+    clock = Units(3, None, 2**31 - 1)
+    for text in ('cosine 1e30 -1e30 warmup 2147483647s', 'linear 1e30 -1e30 warmup 2000000000s after 2000000000s'):
+        assert np.isfinite(values(text, clock, np.array([0, 1, 2**31 - 2]))).all()
 
 
 def test_a_bad_duration_inside_a_value_names_its_clause():

@@ -1,5 +1,6 @@
 """The loop as a user meets it: determinism, resume, refusals."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,14 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
 from configs import base
-from lens import data, evaluate, files, hf
+from lens import data, errors, evaluate, files, hf
 from lens.checkpoint import Checkpoints, reopen
+from lens.config import check_held_out, check_values, plan
 from lens.errors import LensError
 from lens.files import read_jsonl
 from lens.signals import Stop
@@ -305,7 +308,7 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'sft__steps': '5x'}, r"sft.steps='5x' is not a duration; accepted: 600, .*\"0.5e\""),
         ({'eval__every': '1.5s'}, r"eval.every='1.5s' is not a duration; accepted"),
         ({'grpo__tau': 'cosine 1'}, r"grpo.tau='cosine 1' is not a value; accepted: a number, .*\"cosine 1 0.1\""),
-        ({'sft__accumulate': 0}, r'sft.accumulate=0 is not a number of micro-batches'),
+        ({'sft__accumulate': 0}, r'sft.accumulate=0 must be at least 1'),
         ({'sft__grad_clip': 'much'}, r"sft.grad_clip='much' is neither a norm nor pairs"),
         ({'sft__table': (('^decoder/', 1.0, 0.0, 'd', '0'),)}, r'no row of the optimizer table covers encoder/'),
         ({'sft__table': (('.', 1.0),)}, r"sft.table: \('.', 1.0\) is not a row; accepted"),
@@ -329,6 +332,30 @@ def test_non_finite_loss_stops_and_names_the_step(world, tmp_path):
         ({'subject__path': '/nowhere'}, r'/nowhere does not exist'),
         ({'data__path': '/nowhere'}, r'/nowhere/train/meta.json does not exist'),
         ({'subject__dtype': 'int8'}, r"subject.dtype='int8' is not one of float32, bfloat16"),
+        ({'subject__path': ''}, r'subject.path is empty: give a directory in Hugging Face layout'),
+        ({'data__path': ' '}, r'data.path is empty: give a folder of tokens'),
+        ({'seed': -1}, r'seed=-1 must be at least 0'),
+        ({'sft__steps': 10**12}, r'sft.steps=1000000000000 is longer than 2147483647 micro-steps'),
+        ({'sft__steps': 2**31 - 2}, r'sft.steps, grpo.steps make more than 2147483647 micro-steps'),
+        ({'sft__vectors': 10**6}, r'sft: documents x vectors make 4000000 texts in a micro-step, more than 1048576'),
+        ({'grpo__group': 10**9}, r'grpo: documents x vectors x group x mean_of make \d+ texts in a micro-step'),
+        ({'sft__vectors': 999}, r'sft.vectors=999, but the rows of .*/train have \d+ tokens'),
+        ({'eval__vectors': 10**9}, r'eval.vectors=1000000000, but the rows of .*/validation have \d+ tokens'),
+        ({'eval__quick_documents': 1, 'eval__vectors': 1}, r'eval.quick_documents x eval.vectors is one activation'),
+        (
+            {'lora__rank': 10**9, 'decoder__train': 'lora'},
+            r'lora.rank=1000000000 is above the width of the subject, 24',
+        ),
+        ({'lora__pattern': '('}, r"lora.pattern='\(' is not a regular expression"),
+        ({'explanation_len': 10**9}, r'explanation_len=1000000000 make \d+ tokens, the subject reads 128'),
+        ({'mesh__data': 10**9}, r'mesh.data=1000000000 must be at most 65536'),
+        ({'sft__grad_clip': np.nan}, r'sft.grad_clip=nan must be finite'),
+        ({'sft__learning_rate_decoder': '1e39'}, r"sft.learning_rate_decoder='1e39' is not a value"),
+        ({'decoder__prompt': '\ud800<embed>'}, r'decoder.prompt=.* halves of characters'),
+        (
+            {'explanation_len': 1, 'explanation_close': '<|end|>', 'phases': ('grpo',)},
+            r'explanation_len=1 leaves no room between tags of 1 tokens',
+        ),
     ],
 )
 def test_bad_configurations_are_refused_in_one_sentence_before_weights_are_read(
@@ -339,6 +366,75 @@ def test_bad_configurations_are_refused_in_one_sentence_before_weights_are_read(
         train(config(world, **change), tmp_path / 'w')
     assert '\n' not in str(e.value)
     assert not list(tmp_path.glob('w/*.json')), 'nothing half-written'
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'extra'), [('tensorboard', True, 'tensorboard'), ('wandb_project', 'lens', 'wandb')]
+)
+def test_packages_that_the_log_needs_are_there_before_anything_is_read(monkeypatch, key, value, extra):
+    monkeypatch.setattr(errors.importlib.util, 'find_spec', lambda name: None)
+    c = base.get_config()
+    check_values(c)
+    c.log[key] = value
+    with pytest.raises(LensError, match=rf"log.{key}=.* needs the package .*: pip install 'lens\[{extra}\]'"):
+        check_values(c)
+
+
+def test_ids_that_the_subject_has_no_embeddings_for_are_refused(world, tmp_path):
+    """A tokenizer with more tokens than the model has rows."""
+    shutil.copytree(world / 'subject', tmp_path / 'subject', ignore=shutil.ignore_patterns('*.safetensors'))
+    file = tmp_path / 'subject/config.json'
+    c = config(world, subject__path=str(file.parent))
+    colon = hf.load_tokenizer(file.parent)(':')['input_ids'][-1]
+    for size, message in (
+        (colon, rf"decoder.prompt has the token ':', id {colon}, and the subject has embeddings 0..{colon - 1} alone"),
+        (colon + 1, r"decoder.prompt with 'something' in its slot has the token '"),
+        (900, r'train/meta.json: filler_id=\d+ must be at most 899'),
+    ):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {'vocab_size': size}))
+        with pytest.raises(LensError, match=message):
+            plan(c)
+
+
+@pytest.mark.parametrize(
+    ('ids', 'message'),
+    [
+        ([5, 5, 5, 5], 'holds one document: controls need at least 2'),
+        ([5, 5, 5, 6], r'doc_id.npy: 5 is the id of more than half of the documents that are evaluated, 3'),
+        ([5, 5, 6, 7], None),
+        ([5, 6, 7, 8, 8, 8, 8], None),  # 4 are read
+    ],
+)
+def test_controls_need_other_documents(ids, message):
+    c = base.get_config()
+    c.eval.documents = 4
+    ids = np.array(ids)
+    split = SimpleNamespace(
+        directory='d/validation', doc_id=ids, read_rows=np.arange(len(ids)), tokens=np.zeros((len(ids), 9))
+    )
+    with pytest.raises(LensError, match=message) if message else contextlib.nullcontext():
+        check_held_out(c, split)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        (
+            'mesh',
+            'all',
+            r'config.json cannot be used \(the configuration lacks the key mesh.data: .*\): it is of another',
+        ),
+        ('layer', '1', r"config.json cannot be used \(layer='1' must be a whole number\): it is of another version or"),
+        ('a.b', 1, r'config.json cannot be used'),
+        ('seed', None, r'config.json cannot be used \(seed=None must be a whole number\)'),
+    ],
+)
+def test_a_stored_configuration_of_other_types_is_named(tmp_path, key, value, message):
+    stored = json.loads(base.get_config().to_json()) | {key: value}
+    (tmp_path / 'config.json').write_text(json.dumps(stored))
+    with pytest.raises(LensError, match=message) as e:
+        reopen(tmp_path)
+    assert '\n' not in str(e.value)
 
 
 def test_data_without_explanations_is_refused(world, tmp_path):

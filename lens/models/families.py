@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lens.errors import LensError
+from lens.errors import LensError, number, shown
 from lens.models import tensors
 from lens.models.rope import Rope
 from lens.models.tensors import Tensor
@@ -42,17 +42,89 @@ GPT2_KEYS = {
 }
 ROPES = ('default', 'linear', 'llama3', 'yarn')
 MLPS = {'silu': 'silu', 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu'}  # activation -> TransformerConfig.mlp
+LAYER_TYPES = ('sliding_attention', 'full_attention')
+DTYPES = ('float64', 'float32', 'float16', 'bfloat16', 'auto')
+UNQUANTISED = 'give a copy of the model with weights in bfloat16, float16 or float32'
+
+
+class Number(NamedTuple):
+    """The numbers that a key may have; its bounds lie far beyond every published model."""
+
+    least: float
+    most: float
+    whole: bool = True
+
+
+SIZE, COUNT, LENGTH, TOKEN = Number(1, 10**6), Number(1, 10**4), Number(1, 10**9), Number(-1, 10**9)
+POSITIVE = Number(1e-6, 1e12, whole=False)
+# What the keys of a config.json may hold, nested ones too; keys that are not here are not read.
+KINDS = {
+    **dict.fromkeys(('hidden_size', 'n_embd', 'intermediate_size', 'n_inner', 'head_dim'), SIZE),
+    **dict.fromkeys(('num_hidden_layers', 'n_layer', 'num_attention_heads', 'n_head', 'num_key_value_heads'), COUNT),
+    **dict.fromkeys(('num_local_experts', 'num_experts', 'num_experts_per_tok', 'experts_per_token'), COUNT),
+    **dict.fromkeys(('sliding_window_pattern', '_sliding_window_pattern'), COUNT),
+    **dict.fromkeys(('max_position_embeddings', 'n_positions', 'sliding_window'), LENGTH),
+    **dict.fromkeys(('original_max_position_embeddings', 'initial_context_length'), LENGTH),
+    'vocab_size': Number(1, 10**7),
+    'max_window_layers': Number(0, 10**4),
+    **dict.fromkeys(('rms_norm_eps', 'layer_norm_epsilon'), Number(0, 1, whole=False)),
+    **dict.fromkeys(('rope_theta', 'rope_local_base_freq'), Number(2, 1e15, whole=False)),
+    **dict.fromkeys(('low_freq_factor', 'high_freq_factor', 'beta_fast', 'beta_slow', 'attention_factor'), POSITIVE),
+    **dict.fromkeys(('query_pre_attn_scalar', 'attn_logit_softcapping', 'final_logit_softcapping'), POSITIVE),
+    'factor': Number(1, 1e6, whole=False),
+    **dict.fromkeys(TOKEN_IDS, TOKEN),
+    **dict.fromkeys(('tie_word_embeddings', 'attention_bias', 'mlp_bias', 'use_sliding_window', 'truncate'), bool),
+    **dict.fromkeys(('scale_attn_weights', 'scale_attn_by_inverse_layer_idx'), bool),
+    **dict.fromkeys(('model_type', 'rope_type', 'type', 'quant_method'), str),
+    **dict.fromkeys(('hidden_act', 'hidden_activation', 'activation_function', 'dtype', 'torch_dtype'), str),
+    **dict.fromkeys(('text_config', 'rope_parameters', 'rope_scaling', *LAYER_TYPES), dict),
+    **dict.fromkeys(('quantization_config', 'compression_config'), dict),
+    'layer_types': list,
+}
+NAMES = {bool: 'true or false', str: 'a text', dict: 'an object', list: 'a list'}
 
 
 def _refuse_unless(ok: bool, what: str) -> None:
     if not ok:
-        raise LensError(what)
+        raise LensError(f'{what}.')
+
+
+def _checked(config: dict, within: str = '') -> dict:
+    """A copy without the nulls that say nothing. Raises LensError for a known key with a value that it cannot have."""
+    out = {k: x for k, x in config.items() if x is not None or k in NULLABLE}
+    for key, x in out.items():
+        kind, name = KINDS.get(key, object), f'{within}{key}'
+        if isinstance(kind, Number):
+            for one in x if isinstance(x, list) and key in TOKEN_IDS else [x]:
+                number(one if one is not None else kind.least, name, kind.least, kind.most, whole=kind.whole)
+        else:
+            _refuse_unless(isinstance(x, kind), f'{name}={shown(repr(x), 60)} must be {NAMES.get(kind)}')
+        if kind is dict:
+            out[key] = _checked(x, f'{name}.')
+    return out
+
+
+def _not_quantised(config: dict) -> None:
+    """Raises LensError for weights in a format of few bits, but for gpt-oss's own MXFP4."""
+    for key in ('quantization_config', 'compression_config'):
+        said = config.get(key)
+        if not said or (said.get('quant_method') == 'mxfp4' and config['model_type'] == 'gpt_oss'):
+            continue
+        method = said.get('quant_method') or ('bitsandbytes' if any(k.startswith('load_in_') for k in said) else key)
+        _refuse_unless(
+            False, f'the weights are quantised by {shown(method, 40)}, which is not supported: {UNQUANTISED}'
+        )
+    for key in ('dtype', 'torch_dtype'):
+        dtype = config.get(key, DTYPES[0])
+        known = dtype.removeprefix('torch.') in DTYPES
+        _refuse_unless(known, f'{key}={shown(repr(dtype), 40)} is not supported: {UNQUANTISED}')
 
 
 def _rope(p: dict, theta: float, max_positions: int = 0) -> Rope:
     """One table from rope_parameters (or the older rope_scaling); theta: where p has none."""
     kind = p.get('rope_type', p.get('type', 'default'))
-    _refuse_unless(kind in ROPES, f'rope_type {kind!r} is not supported; supported: {", ".join(ROPES)}')
+    _refuse_unless(p.keys().isdisjoint(LAYER_TYPES), 'rotary tables by layer type are not supported')
+    _refuse_unless(kind in ROPES, f'rope_type {shown(repr(kind), 60)} is not supported; supported: {", ".join(ROPES)}')
     _refuse_unless(p.get('partial_rotary_factor', 1.0) == 1.0, 'partial_rotary_factor is not supported; supported: 1')
     _refuse_unless(not p.get('mscale'), 'rope mscale is not supported')
     theta = float(p.get('rope_theta') or theta)
@@ -61,6 +133,9 @@ def _rope(p: dict, theta: float, max_positions: int = 0) -> Rope:
     factor, own = float(p['factor']), {}
     if kind == 'llama3':
         own = {k: float(p[k]) for k in ('low_freq_factor', 'high_freq_factor')}
+        _refuse_unless(
+            own['low_freq_factor'] < own['high_freq_factor'], 'low_freq_factor is not below high_freq_factor'
+        )
     if kind == 'yarn':
         # sin and cos grow with the logarithm of the factor unless the file says otherwise
         attention = p.get('attention_factor') or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
@@ -72,16 +147,24 @@ def _rope(p: dict, theta: float, max_positions: int = 0) -> Rope:
 def _windows(config: dict, default_types: Callable[[int], bool]) -> tuple[int, ...]:
     """Window of every layer: layer_types where given, else the family's default (True = sliding)."""
     n, types = config['num_hidden_layers'], config.get('layer_types')
-    sliding = [t == 'sliding_attention' for t in types] if types else [default_types(i) for i in range(n)]
+    sliding = [t == LAYER_TYPES[0] for t in types] if types else [default_types(i) for i in range(n)]
     _refuse_unless(len(sliding) == n, f'layer_types has {len(sliding)} entries for {n} layers')
+    other = [t for t in types or () if t not in LAYER_TYPES]
+    _refuse_unless(not other, f'layer_types has {shown(other[:1], 60)}; supported: {", ".join(LAYER_TYPES)}')
     return tuple((config['sliding_window'] or 0) if s else 0 for s in sliding)
+
+
+def _per_head(width: int, heads: int) -> int:
+    _refuse_unless(width % heads == 0, f'a width of {width} cannot be split into {heads} heads')
+    return width // heads
 
 
 def _common(config: dict, activation: str = 'hidden_act') -> dict:
     """Fields that every family but GPT-2 names alike; activation: key of that of the MLP."""
     act, heads = config[activation], config['num_attention_heads']
-    _refuse_unless(act in MLPS, f'{activation} {act!r} is not supported; supported: {", ".join(MLPS)}')
-    sizes = {'num_key_value_heads': heads, 'head_dim': config['hidden_size'] // heads} | config
+    _refuse_unless(act in MLPS, f'{activation} {shown(repr(act), 60)} is not supported; supported: {", ".join(MLPS)}')
+    head_dim = config.get('head_dim') or _per_head(config['hidden_size'], heads)
+    sizes = {'num_key_value_heads': heads, 'head_dim': head_dim} | config
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
     return {
         **{field: sizes[key] for field, key in KEYS.items()},
@@ -125,7 +208,10 @@ def _gemma3(config: dict) -> dict:
     p = config.get('rope_parameters') or {}
     full, local = p.get('full_attention') or config.get('rope_scaling') or {}, p.get('sliding_attention') or {}
     return _gemma(config | {'rope_parameters': full}) | {
-        'ropes': (_rope(full, config['rope_theta']), _rope(local, config['rope_local_base_freq'])),
+        'ropes': tuple(
+            _rope(p, config[theta], config['max_position_embeddings'])
+            for p, theta in ((full, 'rope_theta'), (local, 'rope_local_base_freq'))
+        ),
         'layer_rope': tuple(int(w > 0) for w in windows),
         'windows': windows,
         'qk_norm': True,
@@ -148,14 +234,16 @@ def _gpt_oss(config: dict) -> dict:
 
 def _gpt2(config: dict) -> dict:
     act = config['activation_function']
-    _refuse_unless(act == 'gelu_new', f'activation_function {act!r} is not supported; supported: gelu_new')
+    _refuse_unless(
+        act == 'gelu_new', f'activation_function {shown(repr(act), 60)} is not supported; supported: gelu_new'
+    )
     for key, value in (('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
         _refuse_unless(config.get(key, value) == value, f'{key}={config.get(key)} is not supported')
     sizes = {'n_inner': 4 * config['n_embd']} | config
     return {
         **{field: sizes[key] for field, key in GPT2_KEYS.items()},
         'n_kv_heads': config['n_head'],
-        'head_dim': config['n_embd'] // config['n_head'],
+        'head_dim': _per_head(config['n_embd'], config['n_head']),
         'ropes': (),
         'norm': 'layer',
         **dict.fromkeys(('qkv_bias', 'o_bias', 'mlp_bias'), True),
@@ -229,7 +317,7 @@ def _text_model(config: dict) -> dict:
     """A copy; of the text model alone where it is nested in a multimodal one (Gemma-3)."""
     if config.get('model_type') != 'gemma3':
         return dict(config)
-    outer = {k: config[k] for k in TOKEN_IDS if k in config}
+    outer = {k: config[k] for k in (*TOKEN_IDS, 'quantization_config') if k in config}
     tied = {'tie_word_embeddings': config.get('tie_word_embeddings', True)}
     return tied | dict(config.get('text_config') or {}) | outer | {'model_type': 'gemma3_text'}
 
@@ -237,16 +325,22 @@ def _text_model(config: dict) -> dict:
 def from_hf(config: dict) -> TransformerConfig:
     """Reads a config.json; the text model where it is nested in a multimodal one.
 
-    Raises LensError, without a full stop: for what this version cannot run, for a key that must be there.
+    Raises LensError, which names no file: for what this version cannot run, for a key that must be there, for a value
+    that a key cannot have.
     """
-    config = _text_model(config)
+    config = _text_model(_checked(config))
     family = config.get('model_type')
-    _refuse_unless(family in FAMILIES, f'model_type {family!r} is not supported; supported: {", ".join(FAMILIES)}')
-    given = {k: x for k, x in config.items() if x is not None or k in NULLABLE}
+    known = f'model_type {shown(repr(family), 60)} is not supported; supported: {", ".join(FAMILIES)}'
+    _refuse_unless(family in FAMILIES, known)
+    _not_quantised(config)
     try:
-        return TransformerConfig(family, **FAMILIES[family].read(FAMILIES[family].defaults | given))
+        c = TransformerConfig(family, **FAMILIES[family].read(FAMILIES[family].defaults | config))
     except KeyError as e:
-        raise LensError(f'it has no key {e}') from None
+        raise LensError(f'it has no key {e}.') from None
+    _refuse_unless(c.n_heads % c.n_kv_heads == 0, f'{c.n_heads} heads cannot share {c.n_kv_heads} key-value heads')
+    _refuse_unless(not c.ropes or c.head_dim % 2 == 0, f'head_dim={c.head_dim} is odd: rotary positions turn pairs')
+    _refuse_unless(c.top_k <= c.n_experts, f'num_experts_per_tok={c.top_k} is more than the {c.n_experts} experts')
+    return c
 
 
 def edited(config: dict, c: TransformerConfig, dtype: str) -> dict:
@@ -254,8 +348,7 @@ def edited(config: dict, c: TransformerConfig, dtype: str) -> dict:
 
     Raises LensError where more differs than KEYS.
     """
-    out = _text_model(config)
-    theirs = from_hf(out)
+    theirs, out = from_hf(config), _text_model(config)
     keys = FAMILIES[theirs.family].keys
     out |= {key: getattr(c, k) for k, key in keys.items() if getattr(theirs, k) != getattr(c, k)}
     if out.get('layer_types'):
@@ -278,7 +371,7 @@ def edited(config: dict, c: TransformerConfig, dtype: str) -> dict:
 
 def _older_ropes(p: dict) -> dict:
     """What transformers 4 and other programs read in place of rope_parameters; without it they take the usual theta."""
-    full, local = p.get('full_attention', p), p.get('sliding_attention', {})
+    full, local = p.get('full_attention') or p, p.get('sliding_attention') or {}
     out = {'rope_theta': full.get('rope_theta'), 'rope_local_base_freq': local.get('rope_theta')}
     if full.get('rope_type', 'default') != 'default':
         out['rope_scaling'] = {k: x for k, x in full.items() if k != 'rope_theta'}

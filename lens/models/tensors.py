@@ -7,10 +7,12 @@ c and b the 32-blocks and bytes of MXFP4.
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
+from lens.errors import LensError
 from lens.models.transformer import TransformerConfig
 
 
@@ -162,3 +164,40 @@ def to_hf_layout(parts: list[np.ndarray], rows: list[Tensor], c: TransformerConf
         stored.append(x.reshape(hf_shape(t, c)))
     # p is the outermost letter of its stored axis, on which the parts follow one another
     return stored[0] if len(stored) == 1 else np.concatenate(stored, axis=-1)
+
+
+def shapes_on_disk(t: Tensor, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Names what is stored of a row: the name, with {} for the layer -> shape: one tensor, two for packed experts."""
+    shape = hf_shape(t, c)
+    if not t.packed:
+        return {t.hf_name: shape}
+    blocks = *shape[:-1], shape[-1] // 32
+    return {t.hf_name + '_blocks': (*blocks, 16), t.hf_name + '_scales': blocks}
+
+
+def _prefix(where, stored: Collection[str], table) -> str:
+    """What a checkpoint has before the names of the table: by its embedding, or, where the head is that, its norm."""
+    anchors = {t.path: t.hf_name for t in table if t.path in ('embedding', 'final_norm/scale')}
+    for anchor in anchors.values():
+        found = {n.removesuffix(anchor) for n in stored if n == anchor or n.endswith('.' + anchor)}
+        if len(found) == 1:
+            return found.pop()
+        if found:
+            break
+    raise LensError(f'{where} holds {len(found)} tensors named {anchor}: one is needed.')
+
+
+def stored_names(where, stored: Collection[str], table, c) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Finds every wanted tensor among the stored names: name in the table -> (stored name, shape that it must have).
+
+    Raises LensError, which names `where`, unless the names of the table stand behind one prefix.
+    """
+    prefix, names = _prefix(where, stored, table), {}
+    heads = [n for n in stored if n == 'lm_head.weight' or n.endswith('.lm_head.weight')]
+    for t in table:
+        for name, shape in shapes_on_disk(t, c).items():
+            for ours in [name.format(i) for i in range(c.n_layers if '{}' in name else 1)]:
+                # some writers of tied models store the one table as the head alone
+                as_head = t.path == 'head' or (t.path == 'embedding' and c.tied and prefix + ours not in stored)
+                names[ours] = heads[0] if as_head and heads else ours if t.path == 'head' else prefix + ours, shape
+    return names

@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from lens import data, objectives, optimizer, schedules
+from lens import data, keys, objectives, optimizer, schedules
 from lens.errors import LensError
 from lens.schedules import Units
 
@@ -83,5 +83,6 @@ def count_documents(cfg) -> int | None:
 
 
 def main(config, out: str) -> None:
+    keys.check(config)
     draw(config, count_documents(config), pathlib.Path(out))
     print(f'Schedules of {", ".join(config.phases)}: {out}')

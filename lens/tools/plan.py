@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lens import config, flops, hf, lens_init, response, sharding
+from lens import config, data, flops, hf, lens_init, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
@@ -26,7 +25,7 @@ from lens.models.transformer import Transformer, TransformerConfig
 from lens.train import State, abstract_state, trace
 
 GB = 1e9
-DEVICES = 8  # with mesh.data=-1
+DEVICES, MOST_DEVICES = 8, 2048  # with mesh.data=-1; that start within seconds
 MODEL_SIZES = (2, 4, 8)  # of mesh.model, tried where a configuration does not fit
 SEQ_LEN, DOCUMENTS = 4096, 100_000  # where the data is not there
 MARGIN = 0.1  # spare memory below which a plan warns
@@ -222,15 +221,16 @@ def pretend_devices(cfg) -> None:
     if m.data == -1:
         m.data = max(1, DEVICES // (m.model * m.replica))
         print(f'mesh.data=-1: {m.data} is taken, for {m.data * m.model * m.replica} devices')
+    n = m.data * m.model * m.replica
+    require(n <= MOST_DEVICES, f'the mesh has {n} devices, a plan can make {MOST_DEVICES}: plan a smaller mesh.data.')
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', max(1, m.data * m.model * m.replica))
+    jax.config.update('jax_num_cpu_devices', max(1, n))
 
 
 def open_job(cfg) -> tuple[Workload, list[str]]:
     """Returns the job and what was assumed. A subject.path of a config.json alone has its prompts counted in words."""
     path, notes = pathlib.Path(cfg.subject.path), []
     if path.suffix == '.json':
-        tokenizer = WordTokenizer()
         notes.append(f'prompts are counted in words: {path} is no folder with a tokenizer')
     else:
         try:
@@ -240,15 +240,17 @@ def open_job(cfg) -> tuple[Workload, list[str]]:
                 f'subject.path={path} is no folder, and the Hub gave none: set --config.subject.path= to a folder with '
                 'config.json and tokenizer, or to a config.json file alone.'
             ) from e
-        tokenizer = hf.load_tokenizer(path)
     c, ships_packed = hf.read_config(path), hf.ships_packed(path)
+    tokenizer = WordTokenizer() if path.suffix == '.json' else hf.load_tokenizer(path)
     config.check_subject(cfg, c)
     require(
         ships_packed or not cfg.subject.packed,
         f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.',
     )
     rows = _rows(pathlib.Path(cfg.data.path) / 'train/tokens.npy', c.max_positions, notes)
-    return Workload(c, config.read_texts(cfg, tokenizer), *rows, ships_packed), notes
+    texts = config.read_texts(cfg, tokenizer, math.inf if isinstance(tokenizer, WordTokenizer) else c.vocab_size)
+    config.check_lengths(cfg, c, texts)
+    return Workload(c, texts, *rows, ships_packed), notes
 
 
 def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int, int]:
@@ -256,10 +258,7 @@ def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int
     if not file.exists():
         notes.append(f'rows of {min(SEQ_LEN, max_positions)} tokens and {DOCUMENTS} documents are assumed: no {file}')
         return min(SEQ_LEN, max_positions), DOCUMENTS
-    try:
-        documents, seq_len = np.load(file, mmap_mode='r', allow_pickle=False).shape
-    except (ValueError, EOFError):
-        raise LensError(f'{file} is no array of rows of tokens: make the data again.') from None
+    documents, seq_len = data.load(file, (None, None)).shape
     require(seq_len <= max_positions, f'{file} has {seq_len} tokens a row, the subject reads {max_positions}.')
     notes.append(f'rows of {seq_len} tokens, {documents} documents: {file}')
     return seq_len, documents
