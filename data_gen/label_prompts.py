@@ -137,13 +137,11 @@ def open_part(path: str, name: str, tokenizer, *, seed: int, count: int, min_pos
     from lens import data  # with Grain, which --help needs not
 
     split = data.open_split(path, name, vocab_size=len(tokenizer))
-    if count > split.tokens.shape[1]:
-        raise LensError(f'--positions={count}, but the rows of {split.directory} have {split.tokens.shape[1]} tokens.')
     codes = split.meta.get('roles') or {}
     role = split.role if split.meta.get('template') else None
     special_I = np.isin(np.arange(len(tokenizer)), chat_data.special_ids(tokenizer))
     corpus = corpus_of(split.meta)
-    positions = np.full((len(split), count), -1, np.int32)
+    positions = np.full((len(split), min(count, split.tokens.shape[1])), -1, np.int32)
     for i in range(min(rows or len(split), len(split))):
         inside = slice(min_position, int(split.lengths[i]))
         usable = ~special_I[split.tokens[i, inside]]

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from data_gen import label_prompts, pretokenize
 from data_gen.storyworld import world as story_world
 from lens import hf
-from lens.errors import LensError
 from tests.chat_rows import assistant, jsonl, user
 from tests.small_split import VOCAB, S, arrays, write
 
@@ -137,11 +137,24 @@ def test_answers_without_a_label_have_a_reason(message, finish, reason):
         label_prompts.parse(message, finish)
 
 
-def test_more_positions_than_a_row_has_tokens_are_refused(tmp_path):
-    write(tmp_path, **arrays())
-    drawn = {'seed': 0, 'min_position': 3, 'rows': 0}
-    with pytest.raises(LensError, match=rf'--positions={10**9}, but the rows of .*/train have {S} tokens'):
-        label_prompts.open_part(str(tmp_path), 'train', range(VOCAB), count=10**9, **drawn)
+def test_no_place_is_kept_for_more_positions_than_a_row_has_tokens(tmp_path):
+    """Of any number of positions asked for."""
+    write(tmp_path, **{k: x for k, x in arrays().items() if k in ('tokens', 'lengths', 'doc_id', 'facts')})
+    few, many = (
+        label_prompts.open_part(str(tmp_path), 'train', Letters(), seed=0, count=n, min_position=3, rows=0).positions
+        for n in (S, 10**9)
+    )
+    np.testing.assert_array_equal(few, many)
+
+
+class Letters:
+    """A tokenizer without special tokens."""
+
+    all_special_ids = ()
+    added_tokens_decoder: ClassVar[dict] = {}
+
+    def __len__(self):
+        return VOCAB
 
 
 @pytest.mark.parametrize('source', [None, {}, {'settings': 'none'}, {'settings': None}, {'settings': [1]}])
