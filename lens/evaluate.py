@@ -262,8 +262,8 @@ def _facts_by_field(c: Collected) -> list[dict]:
 def figure_after_sft(workdir: pathlib.Path, run: Run) -> dict[str, dict]:
     """Returns {'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one."""
     ends = [p.end for p in run.phases if p.labelled]
-    rows = files.read_jsonl(workdir / 'metrics.jsonl')
-    found = [r['fve'] for r in rows if ends and r['kind'] == 'eval' and r['step'] == ends[-1]]
+    rows = files.read_metrics(workdir / 'metrics.jsonl')
+    found = [r['fve'] for r in rows if ends and 'fve' in r and r['kind'] == 'eval' and r['step'] == ends[-1]]
     return {'fve_sft': {'value': found[-1], 'ci95': None}} if found else {}
 
 

@@ -168,7 +168,7 @@ class Logger(contextlib.ExitStack):
         if collapse:
             self.watch.set_state(collapse)
         path = self.workdir / 'metrics.jsonl'
-        rows = files.read_jsonl(path) if is_first() else []
+        rows = files.read_metrics(path, self.say, keep=True) if is_first() else []
         self.clock.go_on(rows, step)
         self._bar.start()
         self.callback(self._bar.stop)
