@@ -6,6 +6,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import os
@@ -69,6 +71,11 @@ def _checksums(leaves: dict) -> dict:
     return jax.tree.map(lambda x: jnp.sum(bits(x), dtype=jnp.uint32), leaves)
 
 
+def _seal(info: dict) -> str:
+    """A digest of JSON values: a flipped bit in them may be JSON still."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
 
@@ -89,25 +96,32 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep, always: Sequence[int] = (), say: Callable[[str], None] = print):
         self.directory, self._say, self._writing, self._best = directory.absolute(), say, None, keep.best
+        self._keep, self._always = keep, always
+
+    @functools.cached_property
+    def _ckpt(self) -> ocp.training.Checkpointer:
+        """What writes. It reads what every checkpoint says of itself and fails at one that is damaged: those are moved
+        out of the way first. Reading needs none, and moves nothing."""
+        self._set_aside_damaged()
         p = ocp.training.preservation_policies
-        policies = [p.LatestN(keep.keep), *([p.CustomSteps(always)] if always else [])]
-        if keep.best:
-            best = p.BestN(get_metric_fn=lambda m: m['fve'], n=keep.best, keep_checkpoints_without_metrics=False)
+        policies = [p.LatestN(self._keep.keep), *([p.CustomSteps(self._always)] if self._always else [])]
+        if self._best:
+            best = p.BestN(get_metric_fn=lambda m: m['fve'], n=self._best, keep_checkpoints_without_metrics=False)
             policies.append(best)
-        policy = p.AnyPreservationPolicy(policies)
-        self._ckpt = ocp.training.Checkpointer(self.directory, preservation_policy=policy)
+        return ocp.training.Checkpointer(self.directory, preservation_policy=p.AnyPreservationPolicy(policies))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self.wait()
-        self._ckpt.close()
+        if '_ckpt' in vars(self):
+            self.wait()
+            self._ckpt.close()
 
     @property
     def steps(self) -> list[int]:
         """Returns those of the finished checkpoints, ascending."""
-        return sorted(c.step for c in self._ckpt.checkpoints if (self.directory / str(c.step)).exists())
+        return sorted(int(p.name) for p in self.directory.glob('*') if p.name.isdecimal())
 
     @property
     def latest_step(self) -> int | None:
@@ -115,8 +129,14 @@ class Checkpoints:
 
     @property
     def _fve(self) -> dict[int, float]:
-        """By step, of those that were evaluated."""
-        return {c.step: c.metrics['fve'] for c in self._ckpt.checkpoints if c.metrics}
+        """By step, of those that were evaluated, the one that is being written too."""
+        if '_ckpt' in vars(self):
+            return {c.step: c.metrics['fve'] for c in self._ckpt.checkpoints if c.metrics}
+        found = {}
+        for step in self.steps:
+            with contextlib.suppress(DamagedError):  # `newest` tells
+                found[step] = self.info(step)['fve']
+        return {step: fve for step, fve in found.items() if fve is not None}
 
     @property
     def best_step(self) -> int | None:
@@ -137,10 +157,12 @@ class Checkpoints:
         if step in self.steps:
             return
         metrics, leaves = None if fve is None else {'fve': fve}, _to_dict(state)
-        info = info | {'checksums': {k: int(v) for k, v in sharding.fetch(_checksums(leaves)).items()}}
+        info = info | {'checksums': {k: int(v) for k, v in sharding.fetch(_checksums(leaves)).items()}, 'fve': fve}
         self._writing = step
         try:
-            self._ckpt.save_checkpointables_async(step, {'state': leaves}, metrics=metrics, custom_metadata=info)
+            self._ckpt.save_checkpointables_async(
+                step, {'state': leaves}, metrics=metrics, custom_metadata=info | {'seal': _seal(info)}
+            )
         except FILE_ERRORS as e:
             self._lost(e)
 
@@ -211,25 +233,59 @@ class Checkpoints:
         return state, info
 
     def set_aside(self, after: int) -> None:
-        """Moves the checkpoints after a step out of the way: newer ones that are damaged."""
+        """Moves the checkpoints after a step out of the way: newer ones that are damaged. Not after a save."""
         for step in [s for s in self.steps if s > after]:
-            place = self.directory.with_name(f'{self.directory.name}-damaged')
-            if distributed.is_first():
-                place.mkdir(exist_ok=True)
-                shutil.rmtree(place / str(step), ignore_errors=True)
-                os.replace(self.directory / str(step), place / str(step))
-            self._say(f'warning: {self.directory}/{step} was moved to {place}.')
+            self._move(self.directory / str(step))
         multihost_utils.sync_global_devices('set_aside')
-        self._ckpt.reload()
+
+    def _move(self, path: pathlib.Path) -> None:
+        """Moves a checkpoint, or what is in one, to a folder beside all of them."""
+        place = self.directory.with_name(f'{self.directory.name}-damaged')
+        to = place / path.relative_to(self.directory)
+        if distributed.is_first():
+            shutil.rmtree(to, ignore_errors=True)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, to)
+        self._say(f'warning: {path} was moved to {to.parent}.')
+
+    def _set_aside_damaged(self) -> None:
+        """Moves what Orbax fails at or misjudges: checkpoints with a damaged description, damaged figures."""
+        names = ocp.path.step.standard_name_format()
+        for step in self.steps:
+            try:
+                info = self.info(step)
+                self._together(step, lambda step=step: names.find_step(self.directory, step).commit_timestamp)
+            except DamagedError as e:
+                self._say(f'warning: {e}')
+                self._move(self.directory / str(step))
+            else:
+                self._mend_figures(self.directory / str(step) / 'metrics', info['fve'])
+        multihost_utils.sync_global_devices('set_aside_damaged')
+
+    def _mend_figures(self, folder: pathlib.Path, fve: float | None) -> None:
+        """Writes again what Orbax ranks a checkpoint by, where it is not what was saved."""
+        try:
+            found = files.read_json(folder / 'metrics', '', keys={'fve': float})['fve'] if folder.exists() else None
+        except LensError:
+            found = 'damaged'
+        if found == fve:
+            return
+        self._say(f'warning: {folder} is damaged; what it said is known and written again.')
+        if distributed.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            if fve is not None:
+                folder.mkdir()
+                files.write_json(folder / 'metrics', {'fve': fve})
 
     def info(self, step: int) -> dict:
         """Returns what was given to save as `info`. Raises DamagedError, on all processes."""
 
         def read() -> dict:
-            info = self._ckpt.metadata(step).custom_metadata
-            if not info:  # what Orbax makes of an unreadable file
-                raise ValueError('its description is not valid JSON')
-            return dict(info)
+            file = self.directory / str(step) / '_CHECKPOINT_METADATA'
+            info = files.read_json(file, 'it is passed over', keys={'custom_metadata': dict})['custom_metadata']
+            if info.pop('seal', '') != _seal(info):
+                raise ValueError('its description is not what was written')
+            return info
 
         return self._together(step, read)
 
@@ -238,7 +294,7 @@ class Checkpoints:
         value, cause = None, None
         try:
             value = read()
-        except FILE_ERRORS as e:
+        except Exception as e:  # Orbax raises this very class, too
             cause = e
         for i, what in enumerate(_of_all(_first_line(cause) if cause else '')):
             if what:
@@ -263,7 +319,7 @@ class Checkpoints:
 
         def read() -> dict:
             with context:
-                return self._ckpt.load_checkpointables(step, {'state': abstract})['state']
+                return ocp.load_checkpointables(self.directory / str(step), {'state': abstract})['state']
 
         stored, loaded = self.info(step).get('checksums', {}), self._together(step, read)
         for k, found in sharding.fetch(_checksums(loaded)).items():
@@ -273,7 +329,7 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, abstract: dict) -> None:
         def read() -> dict:
-            stored = self._ckpt.checkpointables_metadata(step).metadata['state']
+            stored = ocp.metadata(self.directory / str(step), 'state').metadata
             return {k: tuple(x.shape) for k, x in stored.items()}
 
         have = self._together(step, read)
