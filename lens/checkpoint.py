@@ -1,7 +1,6 @@
-"""Checkpoints with Orbax: asynchronous, atomic, restored onto any mesh and process count; which run they are of.
+"""Checkpoints with Orbax: asynchronous, atomic, restored onto any mesh and process count.
 
-`Checkpoints` is the folder of one run; `identity` says what a checkpoint must share with the run that goes on from it;
-`reopen` opens a finished run, `initial_lens` what a new one starts from.
+`Checkpoints` is the folder of one run; `reopen` opens a finished run, `initial_lens` what a new one starts from.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from lens import config, data, distributed, files, lens_init, sharding
+from lens import config, distributed, files, lens_init, places, sharding
 from lens.config import Run
 from lens.errors import LensError
 from lens.models import injection
@@ -34,8 +33,6 @@ T = TypeVar('T')
 FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 SHOWN = 3  # differing leaves in a message
 TEXT_BYTES = 200  # of a cause that another process tells
-# What may differ between a run and its continuation: how often, where; never what is computed.
-FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
 # Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
 PLACES = (
     *('layer', 'position_vectors'),
@@ -219,7 +216,7 @@ class Checkpoints:
             info = self.info(step)
             if missing := here.keys() - info.keys():
                 raise self._damaged(step, f'it does not say its {min(missing)}')
-            check_identity(info, here, self.directory.parent)
+            places.check_identity(info, here, self.directory.parent)
             return self.restore(step, like(step)), info
 
         try:
@@ -230,6 +227,7 @@ class Checkpoints:
             return None
         step, (state, info) = found
         self.set_aside(after=step)
+        _ = self._ckpt  # here, where all processes are together
         return state, info
 
     def set_aside(self, after: int) -> None:
@@ -352,69 +350,35 @@ def _of_all(text: str) -> list[str]:
     return [bytes(row).rstrip(b'\0').decode(errors='replace') for row in multihost_utils.process_allgather(mine)]
 
 
-def identity(cfg, run: Run) -> dict:
-    """Returns what a checkpoint says of the run that it belongs to, JSON values."""
-    ends = [p.end for p in run.phases]  # epochs depend on the data as well
-    documents = {x.directory.name: data.fingerprint(x) for x in (run.train, run.validation)}
-    return {'config': json.loads(cfg.to_json()), 'phase_ends': ends, 'documents': documents}
-
-
-def has_begun(here: dict, workdir: pathlib.Path) -> bool:
+def has_begun(here: dict, workdir: pathlib.Path, say: Callable[[str], None]) -> bool:
     """Returns whether checkpoints are there to go on from, told without opening one.
 
     Raises LensError where config.json beside them is of another run, long before `resume` would find out.
     """
     if not any(p.name.isdigit() for p in workdir.glob('checkpoints/*')):
         return False
-    with contextlib.suppress(DamagedError):  # `resume` asks the checkpoints
-        check_identity(here | {'config': files.read_json(workdir / 'config.json', '', DamagedError)}, here, workdir)
+    try:
+        stored = files.read_json(workdir / 'config.json', 'the checkpoints tell what it said', DamagedError)
+        places.check_identity(here | {'config': stored}, here, workdir)
+    except DamagedError as e:  # `resume` asks the checkpoints
+        say(f'warning: {e}')
     return True
-
-
-def check_identity(theirs: dict, here: dict, workdir: pathlib.Path) -> None:
-    """Raises LensError where the identity of a run in `workdir` is not that of this run, `here`."""
-    if keys := differing(theirs['config'], here['config']):
-        raise LensError(
-            f'{workdir} holds a run with another configuration (differing keys: {", ".join(keys)}): '
-            'use that configuration or another --workdir.'
-        )
-    if theirs['phase_ends'] != here['phase_ends']:
-        raise LensError(
-            f'{workdir} holds a run whose phases end at steps {theirs["phase_ends"]}, now {here["phase_ends"]}: epochs are '
-            'counted on the training documents, so restore data.path or use another --workdir.'
-        )
-    if theirs['documents'] != here['documents']:
-        raise LensError(
-            f'{workdir} holds a run on other documents or labels than those that {here["config"]["data"]["path"]} has '
-            'now: restore data.path or use another --workdir.'
-        )
-
-
-def _flat(config: dict) -> dict:
-    """Values by dotted key."""
-    leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
-    return {jax.tree_util.keystr(kp, simple=True, separator='.'): x for kp, x in leaves}
-
-
-def differing(a: dict, b: dict) -> list[str]:
-    """Returns the dotted keys whose values differ, but for those in FREE_KEYS."""
-    a, b = _flat(a), _flat(b)
-    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and k.split('.')[0] not in FREE_KEYS)
 
 
 def _config_of(workdir: pathlib.Path) -> dict:
     return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
 
 
-def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[int, Lens]:
-    """Returns (step, weights alone) of a checkpoint of a workdir, in the structure and placement of `like`.
+def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[int, tuple[Lens, dict]]:
+    """Returns (step, (weights alone, info)) of a checkpoint of a workdir, in the structure and placement of `like`.
 
     step: newest | best (highest held-out FVE) | a number. Raises LensError.
     """
     with Checkpoints(workdir / 'checkpoints', Keep()) as checkpoints:
 
-        def read(step: int) -> Lens:
-            return checkpoints.restore(step, {'params': like})['params']
+        def read(step: int) -> tuple[Lens, dict]:
+            info = checkpoints.info(step)
+            return checkpoints.restore(step, {'params': like})['params'], info
 
         have = ', '.join(map(str, checkpoints.steps)) or 'none yet'
         found = checkpoints.newest(read) if step == 'newest' else None
@@ -427,29 +391,39 @@ def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[in
 
 
 class Reopened(NamedTuple):
-    """A workdir one of whose checkpoints has been restored. config: of the run, as stored."""
+    """A workdir one of whose checkpoints has been restored. config: of the run, as stored; subject: where it is."""
 
     config: dict
+    subject: str
     run: Run
     step: int
     params: Lens
 
 
-def reopen(workdir: pathlib.Path, step: str = 'newest', data: int = -1) -> Reopened:
+def reopen(
+    workdir: pathlib.Path, step: str = 'newest', data: int = -1, needs: Sequence[str] = ('validation',), **given: str
+) -> Reopened:
     """Returns the run of a workdir with the weights of a checkpoint, on the devices that are here.
 
-    step: as in `weights`. data: devices that split a batch, -1 for all that the model does not take. Raises LensError.
+    step: as in `weights`. data: devices that split a batch, -1 for all that the model does not take. needs: as in
+    config.plan. given: as in places.locate. Raises LensError, also where what is found is not what it was.
     """
     stored = _config_of(workdir)
-    cfg = ml_collections.ConfigDict(stored)
     try:
+        cfg = places.locate(ml_collections.ConfigDict(stored), workdir, **given)
         cfg.mesh.update(data=data, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
-        run = config.load(cfg, config.plan(cfg))
-    except (AttributeError, KeyError) as e:
-        raise LensError(f'{workdir}/config.json lacks a key ({e}): {ANOTHER_VERSION}.') from e
+        run = config.plan(cfg, needs)
+    except LensError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise LensError(f'{workdir}/config.json is of no run ({_first_line(e)}): {ANOTHER_VERSION}.') from e
+    run = config.load(cfg, run)
     with jax.set_mesh(run.mesh):
         like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
-        return Reopened(stored, run, *weights(workdir, like, step))
+        number, (params, info) = weights(workdir, like, step)
+    here = places.identity(cfg, run) | {'contents': places.contents(cfg, ('subject.path',))}
+    places.check_contents(info, here, workdir)
+    return Reopened(stored, cfg.subject.path, run, number, params)
 
 
 def _is_run(folder: str) -> bool:
@@ -469,7 +443,7 @@ def check_start(cfg, lens: Lens, base) -> None:
 
 def _places(stored: dict, workdir: str) -> dict:
     """The values of PLACES, and of the fields of the injection, by dotted key."""
-    flat = _flat(stored)
+    flat = places.flat(stored)
     if missing := [k for k in PLACES if k not in flat]:
         raise LensError(f'{workdir}/config.json lacks {missing[0]}: {ANOTHER_VERSION}.')
     if flat['encoder.output_layer'] == -1:
@@ -484,4 +458,4 @@ def initial_lens(cfg, run: Run) -> Lens:
     if not _is_run(cfg.init_from):
         return lens_init.init_lens(cfg, run)
     like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
-    return weights(pathlib.Path(cfg.init_from), like)[1]
+    return weights(pathlib.Path(cfg.init_from), like)[1][0]

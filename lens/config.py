@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +143,8 @@ class Run:
     tokenizer: object
     texts: Texts
     base: Transformer
-    train: data.Split
-    validation: data.Split
+    train: data.Split | None
+    validation: data.Split | None
     layer: int
     length: int
     min_pos: int
@@ -176,9 +176,12 @@ def get(cfg, key: str):
     return functools.reduce(lambda block, name: block[name], key.split('.'), cfg)
 
 
-def plan(cfg) -> Run:
+def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
     """Returns the run of a configuration, its base as shapes. Raises LensError for all that can be refused without
-    weights, which may take minutes to read."""
+    weights, which may take minutes to read.
+
+    needs: splits without which it is of no use; phases need both. A split that is not opened is None.
+    """
     check_values(cfg)
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
     c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))
@@ -186,12 +189,14 @@ def plan(cfg) -> Run:
     check_subject(cfg, c)
     texts = read_texts(cfg, tokenizer)
     check_lengths(cfg, c, texts)
-    train, validation = _open_data(cfg, c, texts.tags)
+    trains = bool(cfg.phases) and 'train' in needs
+    train, validation = _open_data(cfg, c, texts.tags, trains) if needs else (None, None)
     what = 'name at least one phase, e.g. sft, or give init_from to evaluate an exported lens'
     require(len(cfg.phases) > 0 or bool(cfg.init_from), f'phases is empty: {what}.')
     for name in cfg.phases:
         check_phase(cfg, name)
-        check_documents(cfg, name, train, texts.tags)
+        if trains:
+            check_documents(cfg, name, train, texts.tags)
     return Run(
         mesh=mesh,
         tokenizer=tokenizer,
@@ -205,7 +210,7 @@ def plan(cfg) -> Run:
         seed=cfg.seed,
         error=cfg.encoder.error,
         evaluation=EvalSettings(**{f.name: cfg.eval[f.name] for f in dataclasses.fields(EvalSettings)}),
-        phases=make_phases(cfg, texts, len(train)),
+        phases=make_phases(cfg, texts, len(train)) if trains else (),
     )
 
 
@@ -238,7 +243,7 @@ def _base_settings(cfg) -> tuple[dict, dict]:
     return how, {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
 
 
-def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Split, data.Split]:
+def _open_data(cfg, c: TransformerConfig, tags: response.Tags, trains: bool) -> tuple[data.Split | None, data.Split]:
     """The training and the validation split as the run reads them, given explanations as responses."""
 
     def split_of(split: data.Split) -> data.Split:
@@ -249,8 +254,8 @@ def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Spl
         split = data.readable(split, cfg.data.positions, cfg.data.min_pos)
         return dataclasses.replace(split, respond=respond)
 
-    splits = data.open_splits(cfg.data.path, c.vocab_size, cfg.subject.path, hf.tokenizer_sha256)
-    return tuple(map(split_of, splits))
+    splits = data.open_splits(cfg.data.path, c.vocab_size, cfg.subject.path, hf.tokenizer_sha256, train=trains)
+    return tuple(x and split_of(x) for x in splits)
 
 
 def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase, ...]:

@@ -24,7 +24,7 @@ from lens.metrics import FIGURES, Collected, Figure, meaning
 from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
-from lens.objectives import comparable, extract
+from lens.objectives import OBJECTIVES, comparable, extract
 from lens.response import NO_TAGS, Tags, find
 
 
@@ -259,11 +259,15 @@ def _facts_by_field(c: Collected) -> list[dict]:
     return rows
 
 
-def figure_after_sft(workdir: pathlib.Path, run: Run) -> dict[str, dict]:
-    """Returns {'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one."""
-    ends = [p.end for p in run.phases if p.labelled]
+def figure_after_sft(workdir: pathlib.Path, config: dict) -> dict[str, dict]:
+    """Returns {'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one.
+
+    config: of the run, as stored.
+    """
+    names = [name for name in config['phases'] if not OBJECTIVES[config[name]['objective']].samples]
     rows = files.read_metrics(workdir / 'metrics.jsonl')
-    found = [r['fve'] for r in rows if ends and 'fve' in r and r['kind'] == 'eval' and r['step'] == ends[-1]]
+    ends = [r for r in rows if r['kind'] == 'eval' and r.get('full') and 'fve' in r]
+    found = [r['fve'] for r in ends if r['phase'] in names[-1:]]
     return {'fve_sft': {'value': found[-1], 'ci95': None}} if found else {}
 
 
@@ -276,10 +280,10 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
 
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
-    again = reopen(workdir, STEP.value)
+    again = reopen(workdir, STEP.value, subject_path=SUBJECT.value, data_path=DATA.value)
     with jax.set_mesh(again.run.mesh):
         result = Evaluator(again.run).full(again.params)
-    result.figures.update(figure_after_sft(workdir, again.run))
+    result.figures.update(figure_after_sft(workdir, again.config))
     write_results(workdir, result, again.step)
     for name, figure in result.figures.items():
         interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''
@@ -295,5 +299,7 @@ if __name__ == '__main__':
     STEP = flags.DEFINE_string(
         'step', 'newest', 'Which checkpoint: newest, best (highest held-out FVE), or its number.'
     )
+    SUBJECT = flags.DEFINE_string('subject', '', 'Where the subject is now, if not where the run found it.')
+    DATA = flags.DEFINE_string('data', '', 'Where the data is now, if not there; its training split is not needed.')
     flags.mark_flag_as_required('workdir')
     cli.run(main)

@@ -63,7 +63,8 @@ def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise LensError(
             f'{path} is no local directory, and the Hugging Face Hub gave no model of that name ({reason}): '
-            'check the spelling and the connection, or give a local directory.'
+            'check the spelling and the connection, or give a local directory, which counts from the current folder, as '
+            '--config.subject.path, in lens.evaluate and lens.export as --subject.'
         ) from None
     return pathlib.Path(found)
 

@@ -360,11 +360,14 @@ def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) ->
         f'Subject {cfg.subject.path}: {c.family}, {c.n_layers} blocks, {base_size:,} parameters, read after block '
         f'{run.layer}',
         f'Trained: decoder {sizes["decoder"]:,}, encoder {sizes["encoder"]:,} parameters',
-        f'Data {cfg.data.path}: {len(run.train)} training and {len(run.validation)} held-out documents, no document in '
-        'both',
+        f'Data {cfg.data.path}: '
+        + (f'{len(run.train)} training and ' if run.train else '')
+        + f'{len(run.validation)} held-out documents'
+        + ', no document in both' * bool(run.train),
     ]
     if kind != 'any':
-        lines[-1] += f'; {run.train.left_out} and {run.validation.left_out} without {kind} tokens left out'
+        left_out = ' and '.join(str(x.left_out) for x in (run.train, run.validation) if x)
+        lines[-1] += f'; {left_out} without {kind} tokens left out'
     if mesh:
         processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
         lines.append(f'Devices: {mesh}{processes}')

@@ -16,6 +16,7 @@ from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.models.decoder import Decoder
 from lens.models.lens import Lens, parameter_count
+from lens.places import contents, identity, locate
 
 
 class State(struct.PyTreeNode):
@@ -75,10 +76,11 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
 
     profile: the window of --profile, START:COUNT. Raises Stopped after a signal, LensError for what a user can mend.
     """
-    began = time.monotonic()
+    began, given = time.monotonic(), cfg
+    cfg = locate(given, workdir)
     run = config.plan(cfg)
     config.check_batches(cfg, run.mesh)
-    here = checkpoint.identity(cfg, run)
+    here = identity(given, run)
     with (
         jax.set_mesh(run.mesh),
         distributed.Stop() as stop,
@@ -88,9 +90,10 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
         abstract = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
         for phase in run.phases:
             jax.eval_shape(phase.tx.init, abstract)  # refuses a table that leaves a parameter out
-        if not checkpoint.has_begun(here, workdir):
+        if not checkpoint.has_begun(here, workdir, log.say):
             checkpoint.check_start(cfg, abstract, run.base)
         run = config.load(cfg, run)
+        here |= {'contents': contents(cfg)}
         workdir.mkdir(parents=True, exist_ok=True)
         always = [s for p in run.phases for s in range(p.start + 1, p.end + 1) if fires(p.every.keep, s)]
         with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, always, log.say) as checkpoints:
@@ -186,7 +189,7 @@ def _finish(cfg, run: Run, workdir: pathlib.Path, stored: dict, result, checkpoi
     """Writes final figures, samples, summary and report; returns the summary."""
     if not distributed.is_first():
         return {}
-    result.figures.update(evaluate.figure_after_sft(workdir, run))
+    result.figures.update(evaluate.figure_after_sft(workdir, stored))
     summary = (
         result.values()
         | {
