@@ -366,7 +366,16 @@ def has_begun(here: dict, workdir: pathlib.Path, say: Callable[[str], None]) -> 
 
 
 def _config_of(workdir: pathlib.Path) -> dict:
-    return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
+    """What config.json says, or where it is damaged the newest checkpoint."""
+    try:
+        return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
+    except LensError as e:
+        checkpoints = Checkpoints(workdir / 'checkpoints', Keep())
+        found = checkpoints.newest(checkpoints.info)
+        if found is None:
+            raise
+        print(f'warning: {e} The configuration is that of checkpoint {found[0]}.')
+        return found[1]['config']
 
 
 def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[int, tuple[Lens, dict]]:

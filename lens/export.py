@@ -24,6 +24,8 @@ from lens.models.lens import Lens
 
 # Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
 KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'
+# What the card tells of summary.json besides figures.
+TOLD = {'steps': int, 'activations': int, 'documents': int, 'device': str, 'commit': str, 'command': str}
 CARDS = jinja2.Environment(
     loader=jinja2.PackageLoader('lens', ''),
     undefined=jinja2.StrictUndefined,
@@ -89,7 +91,8 @@ def write_folder(
 def _summary(workdir: pathlib.Path, step: int) -> dict:
     """summary.json if it is about this checkpoint."""
     file = workdir / 'summary.json'
-    summary = files.read_json(file, 'evaluate the run again') if file.exists() else {}
+    remedy = 'remove it, for a card without figures'
+    summary = files.read_json(file, remedy, keys=TOLD) if file.exists() else {}
     return summary if summary.get('steps') == step else {}
 
 

@@ -13,7 +13,7 @@ import jax
 
 from lens import data, files, hf
 from lens.config import Run, get
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
 FOLDERS = {  # key of a folder -> what a folder that is looked up elsewhere must hold
     'subject.path': 'config.json',
@@ -75,7 +75,7 @@ def check_identity(theirs: dict, here: dict, workdir: pathlib.Path) -> None:
     """Raises LensError where the identity of a run in `workdir` is not that of this run, `here`."""
     if keys := differing(theirs['config'], here['config']):
         raise LensError(
-            f'{workdir} holds a run with another configuration (differing keys: {", ".join(keys)}): '
+            f'{workdir} holds a run with another configuration (differing keys: {shown(", ".join(keys))}): '
             'use that configuration or another --workdir.'
         )
     check_contents(theirs, here, workdir)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -149,6 +150,25 @@ def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"a": 1}\n[2]\n')
     with pytest.raises(LensError, match='line 2 is no JSON object'):
         files.read_jsonl(tmp_path / 'a.jsonl')
+
+
+def test_find_looks_here_then_in_the_roots_then_in_what_ships(tmp_path, monkeypatch):
+    here, first, second = (tmp_path / name for name in ('here', 'first', 'second'))
+    for root in (here, first, second):
+        root.mkdir()
+    monkeypatch.chdir(here)
+    assert files.find('a/b', first, second) == 'a/b', 'what is nowhere stays, for the message'
+    assert files.find('', first) == ''
+    (second / 'a/b').mkdir(parents=True)
+    assert files.find('a/b', first, second) == str(second / 'a/b')
+    assert files.find('a/b', first, second, holds='config.json') == 'a/b'
+    (first / 'a/b').mkdir(parents=True)
+    (first / 'a/b/config.json').touch()
+    assert files.find('a/b', first, second) == files.find('a/b/', second, first, holds='config.json').rstrip('/')
+    assert files.find(str(tmp_path / 'gone'), first) == str(tmp_path / 'gone')
+    assert pathlib.Path(files.find('configs/tiny_subject', first, holds='config.json')).is_dir()
+    (here / 'a/b').mkdir(parents=True)
+    assert files.find('a/b/', first, second) == 'a/b/'
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

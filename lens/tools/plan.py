@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import config, flops, hf, lens_init, response, sharding
+from lens import config, flops, hf, lens_init, places, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
@@ -230,6 +230,7 @@ def pretend_devices(cfg) -> None:
 
 def open_job(cfg) -> tuple[Workload, list[str]]:
     """Returns the job and what was assumed. A subject.path of a config.json alone has its prompts counted in words."""
+    cfg = places.locate(cfg, pathlib.Path())
     path, notes = pathlib.Path(cfg.subject.path), []
     if path.suffix == '.json':
         tokenizer = WordTokenizer()
