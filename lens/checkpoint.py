@@ -32,6 +32,7 @@ T = TypeVar('T')
 # What Orbax and the libraries under it raise for files that cannot be read or written.
 FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 SHOWN = 3  # differing leaves in a message
+UNREAD = 'the checkpoint is passed over'
 TEXT_BYTES = 200  # of a cause that another process tells
 # Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
 PLACES = (
@@ -280,7 +281,7 @@ class Checkpoints:
 
         def read() -> dict:
             file = self.directory / str(step) / '_CHECKPOINT_METADATA'
-            info = files.read_json(file, 'it is passed over', keys={'custom_metadata': dict})['custom_metadata']
+            info = files.read_json(file, UNREAD, keys={'custom_metadata': dict})['custom_metadata']
             if info.pop('seal', '') != _seal(info):
                 raise ValueError('its description is not what was written')
             return info
@@ -327,6 +328,7 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, abstract: dict) -> None:
         def read() -> dict:
+            files.read_json(self.directory / str(step) / 'state/_METADATA', UNREAD)  # Orbax warns in lines of its own
             stored = ocp.metadata(self.directory / str(step), 'state').metadata
             return {k: tuple(x.shape) for k, x in stored.items()}
 

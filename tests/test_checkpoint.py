@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lens import places
 from lens.checkpoint import Checkpoints, DamagedError, Keep
 from lens.errors import LensError
 
@@ -180,7 +181,8 @@ def test_no_flipped_bit_of_a_description_is_believed(two_steps, tmp_path):
     assert damaged > (len(content) - start) / 5 * 0.9
 
 
-def test_when_none_can_be_read_it_says_so(folder, said):
+def test_when_none_can_be_read_it_says_so(folder, said, monkeypatch):
+    monkeypatch.setattr(places, 'check_identity', lambda *identities: None)
     for step in (1, 2, 3):
         largest_file(folder / str(step)).write_bytes(b'')
     with (

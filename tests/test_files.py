@@ -142,8 +142,11 @@ def test_damaged_lines_of_metrics_are_left_out_and_kept_beside(tmp_path, keep):
     assert len(said) == 1 and f'{len(bad) + 1} of its lines, from line 2 on' in said[0] and str(path) in said[0]
     beside = tmp_path / 'metrics.jsonl.damaged'
     assert beside.exists() == keep and (not keep or beside.read_bytes() == b''.join(x + b'\n' for x in [*bad, bad[0]]))
+    path.write_bytes(b'again\n')
+    assert files.read_metrics(path, said.append, keep) == [] and len(said) == 2
+    assert not keep or beside.read_bytes().endswith(bad[0] + b'\nagain\n'), 'what was kept before stays'
     files.write_jsonl(path, [ROW])
-    assert files.read_metrics(path, said.append, keep) == [ROW] and len(said) == 1
+    assert files.read_metrics(path, said.append, keep) == [ROW] and len(said) == 2
 
 
 def test_a_damaged_line_is_named(tmp_path):
