@@ -352,21 +352,6 @@ def _of_all(text: str) -> list[str]:
     return [bytes(row).rstrip(b'\0').decode(errors='replace') for row in multihost_utils.process_allgather(mine)]
 
 
-def has_begun(here: dict, workdir: pathlib.Path, say: Callable[[str], None]) -> bool:
-    """Returns whether checkpoints are there to go on from, told without opening one.
-
-    Raises LensError where config.json beside them is of another run, long before `resume` would find out.
-    """
-    if not any(p.name.isdigit() for p in workdir.glob('checkpoints/*')):
-        return False
-    try:
-        stored = files.read_json(workdir / 'config.json', 'the checkpoints tell what it said', DamagedError)
-        places.check_identity(here | {'config': stored}, here, workdir)
-    except DamagedError as e:  # `resume` asks the checkpoints
-        say(f'warning: {e}')
-    return True
-
-
 def _config_of(workdir: pathlib.Path) -> dict:
     """What config.json says, or where it is damaged the newest checkpoint."""
     try:

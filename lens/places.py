@@ -7,7 +7,7 @@ from what ships with this package (`files.find`). A run goes on where its folder
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -84,6 +84,22 @@ def check_identity(theirs: dict, here: dict, workdir: pathlib.Path) -> None:
             f'{workdir} holds a run whose phases end at steps {theirs["phase_ends"]}, now {here["phase_ends"]}: epochs are '
             'counted on the training documents, so restore data.path or use another --workdir.'
         )
+
+
+def has_begun(here: dict, workdir: pathlib.Path, say: Callable[[str], None]) -> bool:
+    """Returns whether checkpoints are there to go on from, told without opening one. say: hears of a damaged file.
+
+    Raises LensError where config.json beside them is of another run, long before the checkpoints are asked.
+    """
+    if not any(p.name.isdigit() for p in workdir.glob('checkpoints/*')):
+        return False
+    try:
+        stored = files.read_json(workdir / 'config.json', 'the checkpoints tell what it said')
+    except LensError as e:
+        say(f'warning: {e}')
+    else:
+        check_identity(here | {'config': stored}, here, workdir)
+    return True
 
 
 def check_contents(theirs: dict, here: dict, workdir: pathlib.Path) -> None:

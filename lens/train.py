@@ -16,7 +16,7 @@ from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.models.decoder import Decoder
 from lens.models.lens import Lens, parameter_count
-from lens.places import contents, identity, locate
+from lens.places import contents, has_begun, identity, locate
 
 
 class State(struct.PyTreeNode):
@@ -90,7 +90,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '') -> dict:
         abstract = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
         for phase in run.phases:
             jax.eval_shape(phase.tx.init, abstract)  # refuses a table that leaves a parameter out
-        if not checkpoint.has_begun(here, workdir, log.say):
+        if not has_begun(here, workdir, log.say):
             checkpoint.check_start(cfg, abstract, run.base)
         run = config.load(cfg, run)
         here |= {'contents': contents(cfg)}

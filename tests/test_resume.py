@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lens import places
-from lens.checkpoint import Checkpoints, Keep, has_begun, reopen
+from lens.checkpoint import Checkpoints, Keep, reopen
 from lens.errors import LensError
 from lens.files import read_jsonl
 from tests.curves import curve
@@ -113,7 +113,7 @@ def test_a_damaged_configuration_is_read_from_a_checkpoint(calm, tmp_path, capsy
     assert reopen(tmp_path / 'w', needs=()).config == json.loads((calm[0] / 'config.json').read_text())
     assert f'{tmp_path}/w/config.json' in (said := capsys.readouterr().out) and 'is that of checkpoint 8' in said
     cfg = {'config': json.loads((calm[0] / 'config.json').read_text())}
-    assert has_begun(cfg, tmp_path / 'w', print) and f'{tmp_path}/w/config.json' in capsys.readouterr().out
+    assert places.has_begun(cfg, tmp_path / 'w', print) and f'{tmp_path}/w/config.json' in capsys.readouterr().out
     shutil.rmtree(tmp_path / 'w/checkpoints')
     with pytest.raises(LensError, match=r'config.json .+: --workdir and init_from must be the folder of a run'):
         reopen(tmp_path / 'w')
