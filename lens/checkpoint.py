@@ -1,18 +1,19 @@
-"""Checkpoints with Orbax: asynchronous, atomic, restored onto any mesh and process count; which run they are of.
+"""Checkpoints with Orbax: asynchronous, atomic, restored onto any mesh and process count.
 
-`Checkpoints` is the folder of one run; `identity` says what a checkpoint must share with the run that goes on from it;
-`reopen` opens a finished run, `initial_lens` what a new one starts from.
+`Checkpoints` is the folder of one run; `reopen` opens a finished run, `initial_lens` what a new one starts from.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
+import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from lens import config, data, distributed, files, keys, lens_init, sharding
+from lens import config, distributed, files, keys, lens_init, places, sharding
 from lens.config import Run
 from lens.errors import LensError
 from lens.models import injection
@@ -33,9 +34,8 @@ T = TypeVar('T')
 FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # said in the middle of what TensorStore says
 SHOWN = 3  # differing leaves in a message
+UNREAD = 'the checkpoint is passed over'
 TEXT_BYTES = 200  # of a cause that another process tells
-# What may differ between a run and its continuation: how often, where; never what is computed.
-FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
 # Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
 PLACES = (
     *('layer', 'position_vectors'),
@@ -69,6 +69,11 @@ def _checksums(leaves: dict) -> dict:
         return jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
 
     return jax.tree.map(lambda x: jnp.sum(bits(x), dtype=jnp.uint32), leaves)
+
+
+def _seal(info: dict) -> str:
+    """A digest of JSON values: a flipped bit in them may be JSON still."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _first_line(e: Exception) -> str:
@@ -107,25 +112,32 @@ class Checkpoints:
         say: Callable[[str], None] = print,
     ):
         self.directory, self._say, self._writing, self._best = directory.absolute(), say, None, keep.best
+        self._keep, self._always = keep, always
+
+    @functools.cached_property
+    def _ckpt(self) -> ocp.training.Checkpointer:
+        """What writes. It reads what every checkpoint says of itself and fails at one that is damaged: those are moved
+        out of the way first. Reading needs none, and moves nothing."""
+        self._set_aside_damaged()
         p = ocp.training.preservation_policies
-        policies = [p.LatestN(keep.keep), *([Always(always)] if always else [])]
-        if keep.best:
-            best = p.BestN(get_metric_fn=lambda m: m['fve'], n=keep.best, keep_checkpoints_without_metrics=False)
+        policies = [p.LatestN(self._keep.keep), *([Always(self._always)] if self._always else [])]
+        if self._best:
+            best = p.BestN(get_metric_fn=lambda m: m['fve'], n=self._best, keep_checkpoints_without_metrics=False)
             policies.append(best)
-        policy = p.AnyPreservationPolicy(policies)
-        self._ckpt = ocp.training.Checkpointer(self.directory, preservation_policy=policy)
+        return ocp.training.Checkpointer(self.directory, preservation_policy=p.AnyPreservationPolicy(policies))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self.wait()
-        self._ckpt.close()
+        if '_ckpt' in vars(self):
+            self.wait()
+            self._ckpt.close()
 
     @property
     def steps(self) -> list[int]:
         """Returns those of the finished checkpoints, ascending."""
-        return sorted(c.step for c in self._ckpt.checkpoints if (self.directory / str(c.step)).exists())
+        return sorted(int(p.name) for p in self.directory.glob('*') if p.name.isdecimal())
 
     @property
     def latest_step(self) -> int | None:
@@ -133,8 +145,14 @@ class Checkpoints:
 
     @property
     def _fve(self) -> dict[int, float]:
-        """By step, of those that were evaluated."""
-        return {c.step: c.metrics['fve'] for c in self._ckpt.checkpoints if c.metrics}
+        """By step, of those that were evaluated, the one that is being written too."""
+        if '_ckpt' in vars(self):
+            return {c.step: c.metrics['fve'] for c in self._ckpt.checkpoints if c.metrics}
+        found = {}
+        for step in self.steps:
+            with contextlib.suppress(DamagedError):  # `newest` tells
+                found[step] = self.info(step)['fve']
+        return {step: fve for step, fve in found.items() if fve is not None}
 
     @property
     def best_step(self) -> int | None:
@@ -156,10 +174,12 @@ class Checkpoints:
         if step in self.steps:
             return
         metrics, leaves = None if fve is None else {'fve': fve}, _to_dict(state)
-        info = info | {'checksums': {k: int(v) for k, v in sharding.fetch(_checksums(leaves)).items()}}
+        info = info | {'checksums': {k: int(v) for k, v in sharding.fetch(_checksums(leaves)).items()}, 'fve': fve}
         self._writing = step
         try:
-            self._ckpt.save_checkpointables_async(step, {'state': leaves}, metrics=metrics, custom_metadata=info)
+            self._ckpt.save_checkpointables_async(
+                step, {'state': leaves}, metrics=metrics, custom_metadata=info | {'seal': _seal(info)}
+            )
         except FILE_ERRORS as e:
             self._lost(e, needed)
         if needed:
@@ -219,7 +239,7 @@ class Checkpoints:
             info = self.info(step)
             if missing := here.keys() - info.keys():
                 raise self._damaged(step, f'it does not say its {min(missing)}')
-            check_identity(info, here, self.directory.parent)
+            places.check_identity(info, here, self.directory.parent)
             return self.restore(step, like(step)), info
 
         try:
@@ -230,28 +250,63 @@ class Checkpoints:
             return None
         step, (state, info) = found
         self.set_aside(after=step)
+        _ = self._ckpt  # here, where all processes are together
         return state, info
 
     def set_aside(self, after: int) -> None:
-        """Moves the checkpoints after a step out of the way: newer ones that are damaged."""
+        """Moves the checkpoints after a step out of the way: newer ones that are damaged. Not after a save."""
         for step in [s for s in self.steps if s > after]:
-            place = self.directory.with_name(f'{self.directory.name}-damaged')
-            if distributed.is_first():
-                place.mkdir(exist_ok=True)
-                shutil.rmtree(place / str(step), ignore_errors=True)
-                os.replace(self.directory / str(step), place / str(step))
-            self._say(f'warning: {self.directory}/{step} was moved to {place}.')
+            self._move(self.directory / str(step))
         multihost_utils.sync_global_devices('set_aside')
-        self._ckpt.reload()
+
+    def _move(self, path: pathlib.Path) -> None:
+        """Moves a checkpoint, or what is in one, to a folder beside all of them."""
+        place = self.directory.with_name(f'{self.directory.name}-damaged')
+        to = place / path.relative_to(self.directory)
+        if distributed.is_first():
+            shutil.rmtree(to, ignore_errors=True)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, to)
+        self._say(f'warning: {path} was moved to {to.parent}.')
+
+    def _set_aside_damaged(self) -> None:
+        """Moves what Orbax fails at or misjudges: checkpoints with a damaged description, damaged figures."""
+        names = ocp.path.step.standard_name_format()
+        for step in self.steps:
+            try:
+                info = self.info(step)
+                self._together(step, lambda step=step: names.find_step(self.directory, step).commit_timestamp)
+            except DamagedError as e:
+                self._say(f'warning: {e}')
+                self._move(self.directory / str(step))
+            else:
+                self._mend_figures(self.directory / str(step) / 'metrics', info['fve'])
+        multihost_utils.sync_global_devices('set_aside_damaged')
+
+    def _mend_figures(self, folder: pathlib.Path, fve: float | None) -> None:
+        """Writes again what Orbax ranks a checkpoint by, where it is not what was saved."""
+        try:
+            found = files.read_json(folder / 'metrics', '', keys={'fve': float})['fve'] if folder.exists() else None
+        except LensError:
+            found = 'damaged'
+        if found == fve:
+            return
+        self._say(f'warning: {folder} is damaged; what it said is known and written again.')
+        if distributed.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            if fve is not None:
+                folder.mkdir()
+                files.write_json(folder / 'metrics', {'fve': fve})
 
     def info(self, step: int) -> dict:
         """Returns what was given to save as `info`. Raises DamagedError, on all processes."""
 
         def read() -> dict:
-            info = self._ckpt.metadata(step).custom_metadata
-            if not info:  # what Orbax makes of an unreadable file
-                raise ValueError('its description is not valid JSON')
-            return dict(info)
+            file = self.directory / str(step) / '_CHECKPOINT_METADATA'
+            info = files.read_json(file, UNREAD, keys={'custom_metadata': dict})['custom_metadata']
+            if info.pop('seal', '') != _seal(info):
+                raise ValueError('its description is not what was written')
+            return info
 
         return self._together(step, read)
 
@@ -260,7 +315,7 @@ class Checkpoints:
         value, cause = None, None
         try:
             value = read()
-        except FILE_ERRORS as e:
+        except Exception as e:  # Orbax raises this very class, too
             cause = e
         for i, what in enumerate(_of_all(_first_line(cause) if cause else '')):
             if what:
@@ -285,7 +340,7 @@ class Checkpoints:
 
         def read() -> dict:
             with context:
-                return self._ckpt.load_checkpointables(step, {'state': abstract})['state']
+                return ocp.load_checkpointables(self.directory / str(step), {'state': abstract})['state']
 
         stored, loaded = self.info(step).get('checksums', {}), self._together(step, read)
         for k, found in sharding.fetch(_checksums(loaded)).items():
@@ -295,7 +350,8 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, abstract: dict) -> None:
         def read() -> dict:
-            stored = self._ckpt.checkpointables_metadata(step).metadata['state']
+            files.read_json(self.directory / str(step) / 'state/_METADATA', UNREAD)  # Orbax warns in lines of its own
+            stored = ocp.metadata(self.directory / str(step), 'state').metadata
             return {k: tuple(x.shape) for k, x in stored.items()}
 
         have = self._together(step, read)
@@ -337,69 +393,29 @@ def check_disk(workdir: pathlib.Path, needed: int, say: Callable[[str], None]) -
         say(f'warning: {what}, and each is complete before the one before it goes: free some.')
 
 
-def identity(cfg, run: Run) -> dict:
-    """Returns what a checkpoint says of the run that it belongs to, JSON values."""
-    ends = [p.end for p in run.phases]  # epochs depend on the data as well
-    documents = {x.directory.name: data.fingerprint(x) for x in (run.train, run.validation)}
-    return {'config': json.loads(cfg.to_json()), 'phase_ends': ends, 'documents': documents}
-
-
-def has_begun(here: dict, workdir: pathlib.Path) -> bool:
-    """Returns whether checkpoints are there to go on from, told without opening one.
-
-    Raises LensError where config.json beside them is of another run, long before `resume` would find out.
-    """
-    if not any(p.name.isdigit() for p in workdir.glob('checkpoints/*')):
-        return False
-    with contextlib.suppress(DamagedError):  # `resume` asks the checkpoints
-        check_identity(here | {'config': files.read_json(workdir / 'config.json', '', DamagedError)}, here, workdir)
-    return True
-
-
-def check_identity(theirs: dict, here: dict, workdir: pathlib.Path) -> None:
-    """Raises LensError where the identity of a run in `workdir` is not that of this run, `here`."""
-    if keys := differing(theirs['config'], here['config']):
-        raise LensError(
-            f'{workdir} holds a run with another configuration (differing keys: {", ".join(keys)}): '
-            'use that configuration or another --workdir.'
-        )
-    if theirs['phase_ends'] != here['phase_ends']:
-        raise LensError(
-            f'{workdir} holds a run whose phases end at steps {theirs["phase_ends"]}, now {here["phase_ends"]}: epochs are '
-            'counted on the training documents, so restore data.path or use another --workdir.'
-        )
-    if theirs['documents'] != here['documents']:
-        raise LensError(
-            f'{workdir} holds a run on other documents or labels than those that {here["config"]["data"]["path"]} has '
-            'now: restore data.path or use another --workdir.'
-        )
-
-
-def _flat(config: dict) -> dict:
-    """Values by dotted key."""
-    leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
-    return {jax.tree_util.keystr(kp, simple=True, separator='.'): x for kp, x in leaves}
-
-
-def differing(a: dict, b: dict) -> list[str]:
-    """Returns the dotted keys whose values differ, but for those in FREE_KEYS."""
-    a, b = _flat(a), _flat(b)
-    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and k.split('.')[0] not in FREE_KEYS)
-
-
 def _config_of(workdir: pathlib.Path) -> dict:
-    return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
+    """What config.json says, or where it is damaged the newest checkpoint."""
+    try:
+        return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
+    except LensError as e:
+        checkpoints = Checkpoints(workdir / 'checkpoints', Keep())
+        found = checkpoints.newest(checkpoints.info)
+        if found is None:
+            raise
+        print(f'warning: {e} The configuration is that of checkpoint {found[0]}.')
+        return found[1]['config']
 
 
-def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[int, Lens]:
-    """Returns (step, weights alone) of a checkpoint of a workdir, in the structure and placement of `like`.
+def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[int, tuple[Lens, dict]]:
+    """Returns (step, (weights alone, info)) of a checkpoint of a workdir, in the structure and placement of `like`.
 
     step: newest | best (highest held-out FVE) | a number. Raises LensError.
     """
     with Checkpoints(workdir / 'checkpoints', Keep()) as checkpoints:
 
-        def read(step: int) -> Lens:
-            return checkpoints.restore(step, {'params': like})['params']
+        def read(step: int) -> tuple[Lens, dict]:
+            info = checkpoints.info(step)
+            return checkpoints.restore(step, {'params': like})['params'], info
 
         have = ', '.join(map(str, checkpoints.steps)) or 'none yet'
         found = checkpoints.newest(read) if step == 'newest' else None
@@ -412,18 +428,22 @@ def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[in
 
 
 class Reopened(NamedTuple):
-    """A workdir one of whose checkpoints has been restored. config: of the run, as stored."""
+    """A workdir one of whose checkpoints has been restored. config: of the run, as stored; subject: where it is."""
 
     config: dict
+    subject: str
     run: Run
     step: int
     params: Lens
 
 
-def reopen(workdir: pathlib.Path, step: str = 'newest', data: int = -1) -> Reopened:
+def reopen(
+    workdir: pathlib.Path, step: str = 'newest', data: int = -1, needs: Sequence[str] = ('validation',), **given: str
+) -> Reopened:
     """Returns the run of a workdir with the weights of a checkpoint, on the devices that are here.
 
-    step: as in `weights`. data: devices that split a batch, -1 for all that the model does not take. Raises LensError.
+    step: as in `weights`. data: devices that split a batch, -1 for all that the model does not take. needs: as in
+    config.plan. given: as in places.locate. Raises LensError, also where what is found is not what it was.
     """
     stored = _config_of(workdir)
     try:
@@ -431,11 +451,15 @@ def reopen(workdir: pathlib.Path, step: str = 'newest', data: int = -1) -> Reope
         keys.check(cfg)
     except (ValueError, TypeError) as e:
         raise LensError(f'{workdir}/config.json cannot be used ({str(e).rstrip(".")}): {ANOTHER_VERSION}.') from e
+    cfg = places.locate(cfg, workdir, **given)
     cfg.mesh.update(data=data, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
-    run = config.load(cfg, config.plan(cfg))
+    run = config.load(cfg, config.plan(cfg, needs))
     with jax.set_mesh(run.mesh):
         like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
-        return Reopened(stored, run, *weights(workdir, like, step))
+        number, (params, info) = weights(workdir, like, step)
+    here = places.identity(cfg, run) | {'contents': places.contents(cfg, ('subject.path',))}
+    places.check_contents(info, here, workdir)
+    return Reopened(stored, cfg.subject.path, run, number, params)
 
 
 def _is_run(folder: str) -> bool:
@@ -455,7 +479,7 @@ def check_start(cfg, lens: Lens, base) -> None:
 
 def _places(stored: dict, workdir: str) -> dict:
     """The values of PLACES, and of the fields of the injection, by dotted key."""
-    flat = _flat(stored)
+    flat = places.flat(stored)
     if missing := [k for k in PLACES if k not in flat]:
         raise LensError(f'{workdir}/config.json lacks {missing[0]}: {ANOTHER_VERSION}.')
     if flat['encoder.output_layer'] == -1:
@@ -470,4 +494,4 @@ def initial_lens(cfg, run: Run) -> Lens:
     if not _is_run(cfg.init_from):
         return lens_init.init_lens(cfg, run)
     like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
-    return weights(pathlib.Path(cfg.init_from), like)[1]
+    return weights(pathlib.Path(cfg.init_from), like)[1][0]

@@ -50,14 +50,18 @@ def train() -> None:
     cli.start('lens.main', config, workdir, profile, *place, plan, device_gb, cli.DEBUG)
 
 
+def _subject() -> flags.FlagHolder:
+    return flags.DEFINE_string('subject', '', 'Where the subject is now, if not where the run found it.')
+
+
 def evaluate() -> None:
-    cli.start('lens.evaluate', *_checkpoint())
+    data = 'Where the data is now, if not where the run found it; its training split is not needed.'
+    cli.start('lens.evaluate', *_checkpoint(), _subject(), flags.DEFINE_string('data', '', data))
 
 
 def export() -> None:
-    cli.start(
-        'lens.export', *_checkpoint(), flags.DEFINE_string('out', None, 'New folder for the lens.', required=True)
-    )
+    out = flags.DEFINE_string('out', None, 'New folder for the lens.', required=True)
+    cli.start('lens.export', *_checkpoint(), out, _subject())
 
 
 def report() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -121,8 +121,8 @@ class Run:
     tokenizer: object
     texts: Texts
     base: Transformer
-    train: data.Split
-    validation: data.Split
+    train: data.Split | None
+    validation: data.Split | None
     layer: int
     length: int
     min_pos: int
@@ -145,9 +145,12 @@ def require(ok: bool, message: str) -> None:
         raise LensError(message)
 
 
-def plan(cfg) -> Run:
+def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
     """Returns the run of a configuration, its base as shapes. Raises LensError for all that can be refused without
-    weights, which may take minutes to read."""
+    weights, which may take minutes to read.
+
+    needs: splits without which it is of no use; phases need both. A split that is not opened is None.
+    """
     check_values(cfg)
     for key, what in {'subject.path': 'a directory in Hugging Face layout', 'data.path': 'a folder of tokens'}.items():
         require(get(cfg, key).strip() != '', f'{key} is empty: give {what}.')
@@ -162,9 +165,11 @@ def plan(cfg) -> Run:
     for name in cfg.phases:
         check_phase(cfg, name)
     make_phases(cfg, texts, 1)  # refuses what is written wrongly before data are read, which may take minutes
-    train, validation = _open_data(cfg, c, texts.tags)
-    check_held_out(cfg, validation)
-    for name in cfg.phases:
+    trains = bool(cfg.phases) and 'train' in needs
+    train, validation = _open_data(cfg, c, texts.tags, trains) if needs else (None, None)
+    if validation is not None:
+        check_held_out(cfg, validation)
+    for name in cfg.phases if trains else ():
         check_documents(cfg, name, train, texts.tags)
     return Run(
         mesh=mesh,
@@ -179,7 +184,7 @@ def plan(cfg) -> Run:
         seed=cfg.seed,
         error=cfg.encoder.error,
         evaluation=EvalSettings(**{f.name: cfg.eval[f.name] for f in dataclasses.fields(EvalSettings)}),
-        phases=make_phases(cfg, texts, len(train)),
+        phases=make_phases(cfg, texts, len(train)) if trains else (),
     )
 
 
@@ -212,7 +217,7 @@ def _base_settings(cfg) -> tuple[dict, dict]:
     return how, {'dtype': DTYPES[cfg.subject.dtype], 'split_above': 0 if cfg.mesh.shard_base else math.inf}
 
 
-def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Split, data.Split]:
+def _open_data(cfg, c: TransformerConfig, tags: response.Tags, trains: bool) -> tuple[data.Split | None, data.Split]:
     """The training and the validation split as the run reads them, given explanations as responses."""
 
     def split_of(split: data.Split) -> data.Split:
@@ -222,8 +227,8 @@ def _open_data(cfg, c: TransformerConfig, tags: response.Tags) -> tuple[data.Spl
         split = data.readable(split, cfg.data.positions, cfg.data.min_pos)
         return dataclasses.replace(split, respond=respond)
 
-    splits = data.open_splits(cfg.data.path, c.vocab_size, cfg.subject.path, hf.tokenizer_sha256)
-    return tuple(map(split_of, splits))
+    splits = data.open_splits(cfg.data.path, c.vocab_size, cfg.subject.path, hf.tokenizer_sha256, train=trains)
+    return tuple(x and split_of(x) for x in splits)
 
 
 def make_phases(cfg, texts: Texts, documents: int | None = None) -> tuple[Phase, ...]:

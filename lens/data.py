@@ -27,11 +27,16 @@ from lens import files
 from lens.errors import LensError, number, shown, text
 
 FORMAT = 'lens-tokens/1'
-MAKE = 'make the data, or set data.path to a folder that has it'  # what to do about a damaged file
+# What to do about a damaged or missing file.
+MAKE = (
+    'make the data, or set data.path to a folder that has it (in lens.evaluate: --data), which counts from the current '
+    'folder'
+)
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
 BYTES_PER_SCAN = 1 << 20  # of an array that is read once
 MOST_WIDTHS, TEXT_SHARE = 8, 0.85  # of the batches of a split: no more widths than give this share of text in them
 GRID = 128  # a width is a multiple of so many parts of the longest text, and of 16
+DIGESTED_ROWS = 64  # whose texts a fingerprint tells apart
 # What data.positions may be -> the roles of the positions that are read.
 POSITIONS = {'any': (), 'assistant': ('thinking', 'final'), 'thinking': ('thinking',), 'final': ('final',)}
 
@@ -198,18 +203,23 @@ def _digests(split: Split):
         yield hashlib.blake2b(np.asarray(row[:n], np.int32).tobytes(), digest_size=16).digest()
 
 
-def open_splits(path: str, vocab_size: int, subject, tokenizer_sha256: Callable) -> tuple[Split, Split]:
+def open_splits(
+    path: str, vocab_size: int, subject, tokenizer_sha256: Callable, train: bool = True
+) -> tuple[Split | None, Split]:
     """Opens and checks `path`/train and `path`/validation: no text in both, made with the tokenizer of the subject
-    where they say with which. Raises DataError."""
-    train, validation = (open_split(path, x, vocab_size=vocab_size) for x in ('train', 'validation'))
-    for split in (train, validation):
+    where they say with which. train: without it the training split may be missing, None. Raises DataError."""
+    names = ('train', 'validation') if train or (pathlib.Path(path) / 'train').is_dir() else ('validation',)
+    splits = [open_split(path, x, vocab_size=vocab_size) for x in names]
+    for split in splits:
         made_with = split.meta.get('tokenizer_sha256')
         if made_with is not None and made_with != tokenizer_sha256(subject):
             raise DataError(
                 f'{split.directory} was made with another tokenizer than that of {subject}: pretokenize again.'
             )
-    check_disjoint(train, validation)
-    return train, validation
+    if len(splits) == 1:
+        return None, *splits
+    check_disjoint(*splits)
+    return tuple(splits)
 
 
 def check_disjoint(train: Split, validation: Split) -> None:
@@ -224,9 +234,10 @@ def check_disjoint(train: Split, validation: Split) -> None:
 
 
 def fingerprint(split: Split) -> str:
-    """Digests which documents the split holds and where they are labelled, in their order."""
-    digest = hashlib.sha256()
-    for x in (split.doc_id, split.lengths, split.positions):
+    """Digests which documents the split holds and where they are labelled, in their order, and some of their texts."""
+    digest, some = hashlib.sha256(), slice(None, None, max(len(split.tokens) // DIGESTED_ROWS, 1))
+    texts = (x if x is None else x[some] for x in (split.tokens, split.explanations))
+    for x in (split.doc_id, split.lengths, split.positions, *texts):
         digest.update(b'' if x is None else np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
 

@@ -27,7 +27,7 @@ from lens.metrics import FIGURES, Collected, Figure, meaning
 from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
-from lens.objectives import Rollout, comparable, read
+from lens.objectives import OBJECTIVES, Rollout, comparable, read
 from lens.response import NO_TAGS, Tags, find
 
 
@@ -260,11 +260,15 @@ def _facts_by_field(c: Collected) -> list[dict]:
     return rows
 
 
-def figure_after_sft(workdir: pathlib.Path, run: Run) -> dict[str, dict]:
-    """Returns {'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one."""
-    ends = [p.end for p in run.phases if p.labelled]
-    rows = files.read_jsonl(workdir / 'metrics.jsonl')
-    found = [r['fve'] for r in rows if ends and r['kind'] == 'eval' and r['step'] == ends[-1]]
+def figure_after_sft(workdir: pathlib.Path, config: dict) -> dict[str, dict]:
+    """Returns {'fve_sft': …} from metrics.jsonl: the evaluation at the end of the last SFT phase, if there is one.
+
+    config: of the run, as stored.
+    """
+    names = [name for name in config['phases'] if not OBJECTIVES[config[name]['objective']].samples]
+    rows = files.read_metrics(workdir / 'metrics.jsonl')
+    ends = [r for r in rows if r['kind'] == 'eval' and r.get('full') and 'fve' in r]
+    found = [r['fve'] for r in ends if r['phase'] in names[-1:]]
     return {'fve_sft': {'value': found[-1], 'ci95': None}} if found else {}
 
 
@@ -275,12 +279,12 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
     report.write_report(workdir)
 
 
-def main(workdir: str, step: str) -> None:
+def main(workdir: str, step: str, subject: str, data: str) -> None:
     workdir = pathlib.Path(workdir)
-    again = reopen(workdir, step)
+    again = reopen(workdir, step, subject_path=subject, data_path=data)
     with jax.set_mesh(again.run.mesh):
         result = Evaluator(again.run).full(again.params)
-    result.figures.update(figure_after_sft(workdir, again.run))
+    result.figures.update(figure_after_sft(workdir, again.config))
     write_results(workdir, result, again.step)
     for name, figure in result.figures.items():
         interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''

@@ -30,7 +30,8 @@ from lens.models.lens import Lens
 
 # Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
 KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'
-REMEDY = 'evaluate the run again'
+# What the card tells of summary.json besides figures.
+TOLD = {'steps': int, 'activations': int, 'documents': int, 'device': str, 'commit': str, 'command': str}
 SPECIAL = re.compile(r'[\\`*_\[\]<>#|~&!$]')  # in Markdown
 
 
@@ -94,10 +95,12 @@ def card(spec: dict, summary: dict) -> str:
     )
 
 
-def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: int, summary: dict) -> None:
+def write_folder(
+    out: pathlib.Path, lens: Lens, run: Run, config: dict, step: int, summary: dict, subject: str = ''
+) -> None:
     """Writes the whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh).
 
-    config: of the run; summary: its summary.json, {} where there is none.
+    config: of the run; summary: its summary.json, {} where there is none; subject: where it is, if not where config says.
     """
     ids = {'decoder': run.texts.decoder[:2], 'encoder': run.texts.encoder}
     prompts = {
@@ -110,7 +113,7 @@ def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: in
         'tags': {'opening': list(run.texts.tags.opening), 'closing': list(run.texts.tags.closing)},
         'lora': config['lora'] if 'lora' in (config['decoder']['train'], config['encoder']['train']) else None,
         'step': step,
-        'figures': {k: summary[k] for k in FIGURES if k in summary},
+        'figures': {k: summary[k] for k in FIGURES if isinstance(summary.get(k), int | float)},
         'exported': time.strftime('%Y-%m-%d', time.gmtime()),
         'provenance': logger.provenance(),
         'config': config,
@@ -121,27 +124,32 @@ def write_folder(out: pathlib.Path, lens: Lens, run: Run, config: dict, step: in
         for side in lens_folder.SIDES:
             model = lens_folder.model(lens, run.base, side)
             print(f'Writing {side}: {model.config.n_layers} blocks, {model.embedding.dtype}', flush=True)
-            hf.save_model(model, tmp / side, source=config['subject']['path'])
+            hf.save_model(model, tmp / side, source=subject or config['subject']['path'])
 
 
 def _summary(workdir: pathlib.Path, step: int) -> dict:
     """summary.json if it is about this checkpoint."""
     file = workdir / 'summary.json'
-    summary = files.read_json(file, REMEDY) if file.exists() else {}
+    remedy = 'remove it, for a card without figures'
+    summary = files.read_json(file, remedy, keys=TOLD) if file.exists() else {}
     if bad := [k for k in FIGURES if not isinstance(summary.get(k, 0.0), int | float)]:
-        raise LensError(f'{file} is damaged: {bad[0]} is no number: {REMEDY}.')
+        raise LensError(f'{file} is damaged: {bad[0]} is no number: {remedy}.')
     return summary if summary.get('steps') == step else {}
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest') -> None:
-    """Writes a checkpoint of a run, by `step` of reopen, to `out`. Raises LensError."""
+def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest', subject: str = '') -> None:
+    """Writes a checkpoint of a run, by `step` of reopen, to `out`; no data is needed. Raises LensError.
+
+    subject: where it is, if not where the run found it.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LensError(f'{out} holds something already: give an empty or a new folder as --out.')
-    again = reopen(workdir, step, data=1)  # there is no batch to split
+    again = reopen(workdir, step, data=1, needs=(), subject_path=subject)  # there is no batch to split
+    summary = _summary(workdir, again.step)
     with jax.set_mesh(again.run.mesh):
-        write_folder(out, again.params, again.run, again.config, again.step, _summary(workdir, again.step))
+        write_folder(out, again.params, again.run, again.config, again.step, summary, again.subject)
 
 
-def main(workdir: str, step: str, out: str) -> None:
-    export(pathlib.Path(workdir), pathlib.Path(out), step)
+def main(workdir: str, step: str, out: str, subject: str) -> None:
+    export(pathlib.Path(workdir), pathlib.Path(out), step, subject)
     print(f'Exported to {out}: how to use it, with its figures, is in {out}/README.md')

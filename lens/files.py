@@ -2,15 +2,26 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import socket
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 from lens.errors import LensError, shown
+
+MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a small JSON file
+MOST_DIGITS = 20  # of a whole number in it: 64 bits and a sign
+KINDS = {dict: 'an object', list: 'a list', str: 'a text', int: 'a whole number', float: 'a number'}
+NO_KEYS = MappingProxyType({})
+STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL), re.compile(r'[][{}]')
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -33,45 +44,146 @@ def write_jsonl(path: pathlib.Path, rows) -> None:
     write_text(path, ''.join(json.dumps(r) + '\n' for r in rows))
 
 
-def read_json(path: pathlib.Path, remedy: str, error: type[LensError] = LensError) -> dict:
-    """Returns the JSON object of a file. Raises `error`, which names file and remedy, where there is no good one."""
+def _check_keys(value: dict, keys: Mapping[str, type]) -> None:
+    for key, kind in keys.items():
+        x = value.get(key)
+        whole = isinstance(x, int) and not isinstance(x, bool)
+        number = whole or (isinstance(x, float) and math.isfinite(x))
+        if not (number if kind is float else whole if kind is int else isinstance(x, kind)):
+            have = f'{key}={shown(repr(x), 40)}' if key in value else f'no {key}'
+            raise ValueError(f'holds {have}, expected {KINDS[kind]}')
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f'holds a number of {len(digits)} digits')
+    return int(digits)
+
+
+def parse_object(text: str | bytes, keys: Mapping[str, type] = NO_KEYS) -> dict:
+    """Returns the object that a text is in JSON. keys: what it must have, of a type of KINDS; a float is a finite number.
+
+    Raises ValueError, whose message continues a sentence that begins with the file, also for what is nested deeper than
+    MOST_DEPTH and for whole numbers of more than MOST_DIGITS.
+    """
+    text = text.decode('utf-8-sig') if isinstance(text, bytes) else text
+    if text.count('[') + text.count('{') > MOST_DEPTH:  # json.loads goes as deep as the stack
+        steps = (1 if c in '[{' else -1 for c in BRACKET.findall(STRING.sub('', text)))
+        if max(itertools.accumulate(steps), default=0) > MOST_DEPTH:
+            raise ValueError(f'is nested more than {MOST_DEPTH} deep')
+    value = json.loads(text, parse_int=_whole)
+    if not isinstance(value, dict):
+        raise ValueError('holds no JSON object')
+    _check_keys(value, keys)
+    return value
+
+
+def read_json(
+    path: pathlib.Path, remedy: str, error: type[LensError] = LensError, keys: Mapping[str, type] = NO_KEYS
+) -> dict:
+    """Returns the JSON object of a small file. keys: see parse_object.
+
+    Raises `error`, which names file and remedy, where there is no good one: also for what is no file (reading a pipe
+    would wait), for more than MOST_BYTES, and for all that parse_object refuses.
+    """
     try:
-        value = json.loads(path.read_text())
+        _check_file(path, MOST_BYTES)
+        return parse_object(path.read_bytes(), keys)
     except FileNotFoundError:
         raise error(f'{path} does not exist: {remedy}.') from None
-    except (OSError, ValueError, RecursionError) as e:
+    except OSError as e:
+        raise error(f'{path} cannot be read ({e.strerror}): {remedy}.') from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise error(f'{path} is not valid JSON ({e}): {remedy}.') from None
-    if not isinstance(value, dict):
-        raise error(f'{path} holds no JSON object: {remedy}.')
-    return value
+    except ValueError as e:
+        raise error(f'{path} {e}: {remedy}.') from None
+
+
+def _check_file(path: pathlib.Path, most: float = math.inf) -> None:
+    """Raises ValueError unless the path is a file that reading comes to the end of."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError('is no file')
+    if about.st_size > most:
+        raise ValueError(f'has {about.st_size} bytes, at most {most} are read')
 
 
 def json_object(text: str | bytes) -> dict | None:
     """Returns the object that a text is in JSON, None where it is none."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_object(text)
+    except ValueError:
         return None
-    return value if isinstance(value, dict) else None
+
+
+def split_jsonl(
+    path: pathlib.Path, parse: Callable[[bytes], dict] = parse_object
+) -> tuple[list[dict], dict[int, bytes]]:
+    """Returns the objects of all complete lines, none where there is no file, and the damaged lines by their number; a
+    torn last line (the writer was killed) and blank ones are left out.
+
+    parse: raises ValueError for a damaged line. Raises LensError where the file cannot be read.
+    """
+    rows, damaged = [], {}
+    try:
+        _check_file(path)
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return rows, damaged
+    except OSError as e:
+        raise LensError(f'{path} cannot be read ({e.strerror}): remove it.') from None
+    except ValueError as e:
+        raise LensError(f'{path} {e}: remove it.') from None
+    for n, line in enumerate(text.split(b'\n')[:-1], 1):
+        try:
+            if line.strip():
+                rows.append(parse(line))
+        except ValueError:
+            damaged[n] = line
+    return rows, damaged
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """Returns the objects of all complete lines, [] where there is no file; a torn last line (the writer was killed)
-    and blank ones are left out. Raises LensError for a line that is no JSON object."""
-    text = path.read_text(errors='replace') if path.exists() else ''
-    rows = {n: json_object(line) for n, line in enumerate(text.split('\n')[:-1], 1) if line.strip()}
-    if bad := [n for n, row in rows.items() if row is None]:
-        raise LensError(f'{path} is damaged: line {bad[0]} is no JSON object; remove that line.')
-    return list(rows.values())
+    """Returns the objects of split_jsonl. Raises LensError for a line that is none."""
+    rows, damaged = split_jsonl(path)
+    if damaged:
+        raise LensError(f'{path} is damaged: line {min(damaged)} is no JSON object; remove that line.')
+    return rows
 
 
-def find(path: str | os.PathLike, *roots: pathlib.Path) -> pathlib.Path:
-    """Returns where a relative path is: from the current folder, else from each root, else, for configs/…, what ships
-    with the package, which stands in it or, in a checkout, beside it. A path that is nowhere comes back as it is."""
+def _metrics_row(line: bytes) -> dict:
+    row = parse_object(line, {'step': int, 'phase': str, 'kind': str, 'wall_s': float})
+    if words := [k for k, x in row.items() if k not in ('phase', 'kind') and not isinstance(x, int | float)]:
+        raise ValueError(f'holds {words[0]}, which is no number')
+    return row
+
+
+def read_metrics(path: pathlib.Path, say: Callable[[str], None] = print, keep: bool = False) -> list[dict]:
+    """Returns the rows of a metrics.jsonl: step, phase, kind, wall_s and figures, which are numbers or NaN.
+
+    Damaged lines are left out, which `say` is told; with `keep` they are added to a file beside it. Raises LensError.
+    """
+    rows, damaged = split_jsonl(path, _metrics_row)
+    if damaged:
+        beside = path.with_name(f'{path.name}.damaged')
+        if keep:
+            with beside.open('ab') as file:
+                file.writelines(line + b'\n' for line in damaged.values())
+        where = f'moved to {beside}' if keep else 'left out'
+        say(f'warning: {path} is damaged: {len(damaged)} of its lines, from line {min(damaged)} on, are {where}.')
+    return rows
+
+
+def find(path: str | os.PathLike, *roots: pathlib.Path, holds: str = '') -> pathlib.Path:
+    """Returns where a relative path is: from the current folder, else from the first of `roots` that has it, else, for
+    configs/…, what ships with the package, which stands in it or, in a checkout, beside it. A path that is nowhere comes
+    back as it is. holds: a file that a folder must hold to be taken from elsewhere."""
     path, package = pathlib.Path(path), pathlib.Path(__file__).parent
+    if path.exists():
+        return path
     home = package if (package / 'configs').is_dir() else package.parent
     shipped = [home] if path.parts[:1] == ('configs',) else []
-    return next((p for p in (root / path for root in (pathlib.Path(), *roots, *shipped)) if p.exists()), path)
+    return next((p for p in (root / path for root in (*roots, *shipped)) if (p / holds).exists()), path)
 
 
 def take_lock(file, message: str) -> None:

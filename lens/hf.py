@@ -73,7 +73,8 @@ def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
     except Exception as e:  # the library raises many kinds, of its own and of its HTTP client
         raise LensError(
             f'{shown(path)} is no local directory, and the Hugging Face Hub gave no model of that name ({_reason(e)}): '
-            'check the spelling and the connection, or give a local directory.'
+            'check the spelling and the connection, or give a local directory, which counts from the current folder, as '
+            '--config.subject.path, in lens.evaluate and lens.export as --subject.'
         ) from None
     return pathlib.Path(found)
 

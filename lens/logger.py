@@ -174,7 +174,7 @@ class Logger(contextlib.ExitStack):
         if collapse:
             self.watch.set_state(collapse)
         path = self.workdir / 'metrics.jsonl'
-        rows = files.read_jsonl(path) if is_first() else []
+        rows = files.read_metrics(path, self.say, keep=True) if is_first() else []
         self.clock.go_on(rows, step)
         self._bar.start()
         self.callback(self._bar.stop)
@@ -360,16 +360,19 @@ def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) ->
     c, kind = run.base.config, cfg.data.positions
     phases = ', '.join(f'{p.name} {p.end - p.start}' for p in run.phases) or 'none, evaluation only'
     mesh = ' x '.join(f'{k} {n}' for k, n in run.mesh.shape.items() if n > 1)
-    wide = ', '.join(map(str, run.train.widths))
+    wide = ', '.join(map(str, run.train.widths if run.train else ()))
     lines = [
         f'Subject {cfg.subject.path}: {c.family}, {c.n_layers} blocks, {base_size:,} parameters, read after block '
         f'{run.layer}',
         f'Trained: decoder {sizes["decoder"]:,}, encoder {sizes["encoder"]:,} parameters',
-        f'Data {cfg.data.path}: {len(run.train)} training and {len(run.validation)} held-out documents, none in both, '
-        f'read in rows of {wide} tokens',
+        f'Data {cfg.data.path}: '
+        + (f'{len(run.train)} training and ' if run.train else '')
+        + f'{len(run.validation)} held-out documents'
+        + (f', none in both, read in rows of {wide} tokens' if run.train else ''),
     ]
     if kind != 'any':
-        lines[-1] += f'; {run.train.left_out} and {run.validation.left_out} without {kind} tokens left out'
+        left_out = ' and '.join(str(x.left_out) for x in (run.train, run.validation) if x)
+        lines[-1] += f'; {left_out} without {kind} tokens left out'
     if mesh:
         processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
         lines.append(f'Devices: {mesh}{processes}')

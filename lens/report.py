@@ -118,14 +118,11 @@ def _checked_sample(sample: dict) -> dict:
 def load(workdir: pathlib.Path) -> RunFiles:
     """Reads and checks the files of a run. Raises LensError where one is missing or damaged."""
     config = _clean(files.read_json(workdir / 'config.json', REMEDY))
-    metrics = _clean(files.read_jsonl(workdir / 'metrics.jsonl'))
+    metrics = _clean(files.read_metrics(workdir / 'metrics.jsonl'))
     if not (workdir / 'metrics.jsonl').exists():
         raise LensError(f'{workdir}/metrics.jsonl does not exist: {REMEDY}.')
     paths = workdir / 'evaluation.json', workdir / 'summary.json'
     evaluation, summary = (_clean(files.read_json(p, 'evaluate the run again')) if p.exists() else {} for p in paths)
-    with _blame(workdir / 'metrics.jsonl'):
-        if any(_number(record['step']) is None for record in metrics):
-            raise ValueError('a step is not a number')
     with _blame(workdir / 'evaluation.json'):
         figures = {name: _checked_figure(f) for name, f in (evaluation['figures'] if evaluation else {}).items()}
         evaluation['facts'] = [{'field': row['field'], **row} for row in evaluation.get('facts') or []]

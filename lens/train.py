@@ -29,6 +29,7 @@ from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.models.decoder import Decoder
 from lens.models.lens import Lens, parameter_count
+from lens.places import contents, has_begun, identity, locate
 from lens.signals import Stop
 
 
@@ -102,11 +103,11 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
     profile: the window of --profile, START:COUNT. stop: what hears signals, if they are to be heard. Raises Stopped after
     a signal, LensError for what a user can mend.
     """
-    stop = stop or Stop()
-    began = time.monotonic()
+    stop, began, given = stop or Stop(), time.monotonic(), cfg
+    cfg = locate(given, workdir)
     run = config.plan(cfg)
     config.check_batches(cfg, run.mesh)
-    here = checkpoint.identity(cfg, run)
+    here = identity(given, run)
     with (
         jax.set_mesh(run.mesh),
         logger.Logger(cfg, run, workdir, began) as log,
@@ -115,7 +116,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
         abstract = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
         for phase in run.phases:
             jax.eval_shape(phase.tx.init, abstract)  # refuses a table that leaves a parameter out
-        if not checkpoint.has_begun(here, workdir):
+        if not has_begun(here, workdir, log.say):
             checkpoint.check_start(cfg, abstract, run.base)
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / 'checkpoints' / str(run.steps)).exists():
@@ -123,6 +124,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
             checkpoint.check_disk(workdir, max(map(checkpoint.size, states)), log.say)
         log.say(f'Reading the weights of {cfg.subject.path} ({checkpoint.size(run.base) / 1e9:.2f} GB)')
         run = config.load(cfg, run)
+        here |= {'contents': contents(cfg)}
 
         def always(step: int) -> bool:
             phase = run.phase_of(step)
@@ -235,7 +237,7 @@ def _finish(cfg, run: Run, workdir: pathlib.Path, stored: dict, result, checkpoi
     """Writes final figures, samples, summary and report; returns the summary."""
     if not distributed.is_first():
         return {}
-    result.figures.update(evaluate.figure_after_sft(workdir, run))
+    result.figures.update(evaluate.figure_after_sft(workdir, stored))
     summary = (
         result.values()
         | {

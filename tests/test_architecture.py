@@ -10,10 +10,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From top to bottom. A module imports its own layer and those below, never above, and nothing in a circle.
 LAYERS = {
     'commands': 'commands main tools export',
-    'a run': 'train config checkpoint lens_init logger collapse evaluate report',
+    'a run': 'train config keys places checkpoint lens_init logger collapse evaluate report',
     'objectives': 'objectives gumbel sampling flops',
     'models': 'models hf lens_folder translators',
-    'ground': 'response losses data optimizer schedules sharding distributed metrics charts files cli errors',
+    'ground': 'response losses data optimizer schedules sharding distributed signals metrics charts files cli errors',
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'files')

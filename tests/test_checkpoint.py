@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lens import places
 from lens.checkpoint import Checkpoints, DamagedError, Keep, check_disk, size
 from lens.errors import LensError
 
@@ -78,8 +79,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, said, damage):
     }[damage]
     content = file.read_bytes()
     middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
-    file.write_bytes(flipped if damage == 'bit' else content[:middle])
+    file.write_bytes(flipped(content, middle) if damage == 'bit' else content[:middle])
     with Checkpoints(folder, Keep(3), say=said.append) as checkpoints:
         step, (info, state) = read_all(checkpoints)
         assert (step, info['data']['next_index']) == (2, 2)
@@ -92,14 +92,110 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, said, damage):
         assert checkpoints.steps == [1, 2, 3] and read_all(checkpoints)[0] == 3
 
 
-def test_when_none_can_be_read_it_says_so(folder, said):
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
+
+
+DAMAGES = {
+    'empty': lambda path, content: path.write_bytes(b''),
+    'garbage': lambda path, content: path.write_bytes(b'\0\xffgarbage'),
+    'list': lambda path, content: path.write_bytes(b'[1]'),
+    'deep': lambda path, content: path.write_bytes(b'[' * 100_000),
+    'flip': lambda path, content: path.write_bytes(flipped(content, len(content) // 2)),
+    'gone': lambda path, content: path.unlink(),
+}
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+    """Checkpoints of steps 1 and 2 with figures."""
+    folder = tmp_path_factory.mktemp('two') / 'c'
+    with Checkpoints(folder, Keep(2)) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, step / 10)
+    return folder
+
+
+def damaged_copies(folder, step, tmp_path, damage):
+    """(the damaged file, the folder) for every file of a checkpoint."""
+    for n, file in enumerate(sorted(p for p in (folder / str(step)).rglob('*') if p.is_file())):
+        copy = tmp_path / str(n) / 'c'
+        shutil.copytree(folder, copy)
+        path = copy / file.relative_to(folder)
+        DAMAGES[damage](path, path.read_bytes())
+        yield file.relative_to(folder), copy
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_every_file_of_a_checkpoint_may_be_damaged(two_steps, tmp_path, damage):
+    """What is read is what was saved, of the damaged checkpoint or, as is said, of the one before; reading moves nothing."""
+    for file, copy in damaged_copies(two_steps, 2, tmp_path, damage):
+        said = []
+        checkpoints = Checkpoints(copy, Keep(), say=said.append)
+        step, (info, state) = read_all(checkpoints)
+        assert info['data'] == {'next_index': step} and info['fve'] == step / 10, file
+        np.testing.assert_array_equal(state['params']['w'], state_of(step)['params']['w'], str(file))
+        assert (step, len(said)) in ((2, 0), (1, 1)), (file, said)
+        assert step == 2 or (f'{copy}/2 is damaged (' in said[0] and '\n' not in said[0])
+        assert checkpoints.steps == [1, 2] and checkpoints.best_step in (1, 2)
+        assert [p.name for p in copy.parent.glob('*damaged')] == []
+
+
+@pytest.mark.parametrize('damage', ['empty', 'list', 'deep', 'gone'])
+def test_a_run_goes_on_beside_old_checkpoints_that_are_damaged(two_steps, tmp_path, damage):
+    """Whatever Orbax reads of them when it begins to write."""
+    for file, copy in damaged_copies(two_steps, 1, tmp_path, damage):
+        if file.name not in ('_CHECKPOINT_METADATA', 'metrics'):
+            continue
+        said = []
+        with Checkpoints(copy, Keep(1, 1), say=said.append) as checkpoints:
+            save(checkpoints, 3, 0.05)
+            checkpoints.wait()
+            assert checkpoints.steps == [2, 3] and checkpoints.best_step == 2
+        assert '1 is damaged' in said[0] or '1/metrics is damaged' in said[0]
+
+
+def test_damaged_figures_are_written_again(two_steps, tmp_path):
+    for file, copy in damaged_copies(two_steps, 2, tmp_path, 'flip'):
+        if file.name != 'metrics':
+            continue
+        copy.joinpath(file).write_text('{"fve": -0.2}')  # a good file of a wrong number
+        said = []
+        with Checkpoints(copy, Keep(2, 1), say=said.append) as checkpoints:
+            for step in (3, 4):
+                save(checkpoints, step, 0.15)
+            checkpoints.wait()
+            assert checkpoints.steps == [2, 3, 4] and checkpoints.best_step == 2
+        assert len(said) == 1 and f'{copy}/2/metrics is damaged' in said[0]
+
+
+def test_no_flipped_bit_of_a_description_is_believed(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / 'c')
+    checkpoints, file = Checkpoints(tmp_path / 'c', Keep()), tmp_path / 'c/2/_CHECKPOINT_METADATA'
+    content, wanted, damaged = file.read_bytes(), checkpoints.info(2), 0
+    start = content.index(b'"custom_metadata"')
+    for at in range(start, len(content), 5):
+        file.write_bytes(flipped(content, at))
+        try:
+            assert checkpoints.info(2) == wanted
+        except DamagedError:
+            damaged += 1
+    assert damaged > (len(content) - start) / 5 * 0.9
+
+
+def test_when_none_can_be_read_it_says_so(folder, said, monkeypatch):
+    monkeypatch.setattr(places, 'check_identity', lambda *identities: None)
     for step in (1, 2, 3):
         largest_file(folder / str(step)).write_bytes(b'')
     with (
         Checkpoints(folder, Keep(3), say=said.append) as checkpoints,
-        pytest.raises(DamagedError, match='1 is damaged'),
+        pytest.raises(
+            LensError, match=r'1 is damaged .+ None of the others can be read either: start in another --work'
+        ) as e,
     ):
-        read_all(checkpoints)
+        checkpoints.resume({}, state_of)
+    assert not isinstance(e.value, DamagedError) and len(said) == 3
+    assert sorted(p.name for p in folder.parent.iterdir()) == ['c'], 'nothing was moved'
 
 
 def test_other_shapes_are_named_and_nothing_is_skipped(folder, said):

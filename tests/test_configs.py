@@ -377,4 +377,4 @@ def test_a_configuration_file_that_gives_no_configuration(tmp_path, form, body, 
         cli.check_config([form.format(file)])
     assert '\n' not in str(e.value) and len(str(e.value)) < 800
     with pytest.raises(LensError, match=message):
-        cli.check_config(['--workdir=w', '--config', str(file)])
+        cli.check_config(cli.find_config(['--workdir=w', '--config', str(file)]))

@@ -210,6 +210,15 @@ def test_a_damaged_sidecar_is_refused(tmp_path, text, message):
         lens_folder.read(tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    'content', ['{"steps"', '[]', '{"steps": 3}', '{"steps": "2"}', json.dumps(SUMMARY | {'documents': 'many'})]
+)
+def test_a_damaged_summary_is_named(tmp_path, content):
+    (tmp_path / 'summary.json').write_text(content)
+    with pytest.raises(LensError, match=r'summary.json .+: remove it, for a card without figures'):
+        export._summary(tmp_path, 2)
+
+
 def test_weights_that_are_not_finite_are_refused(exports, tmp_path):
     folder, lens, _ = exports('lora')
     shutil.copytree(folder, tmp_path / 'copy')

@@ -142,7 +142,7 @@ def test_a_console_on_a_full_disk_ends_nothing(tmp_path):
 
 def test_later_lines_are_dropped_on_resume_and_earlier_ones_stay_byte_identical(tmp_path):
     path, now = tmp_path / 'metrics.jsonl', Time()
-    kept = line(10) + line(20) + line(20, kind='eval', full=True, name='\u00e9', tiny=1.0000000000000002e-300)
+    kept = line(10) + line(20) + line(20, kind='eval', full=True, phase='\u00e9', tiny=1.0000000000000002e-300)
     path.write_text(kept + line(30) + line(40) + '{"step": 50, "pha')
     with log_of(tmp_path, now) as log:
         assert path.read_text() == kept + line(30) + line(40) + '{"step": 50, "pha', 'opens nothing yet'
@@ -196,7 +196,9 @@ def test_what_several_kills_between_two_checkpoints_cost_is_added(tmp_path, step
     """Killed 40 s after the checkpoint, again 7 s after that start, again 2 s after the next."""
     path, wall_s = tmp_path / 'metrics.jsonl', 10.0 * bool(step)
     saved = {'step': 5, 'phase': 'grpo', 'kind': 'time', 'start_part_s': 2.0, 'step_part_s': 7.5, 'wall_s': 10.0}
-    files.write_jsonl(path, [*[saved] * bool(step), {'step': 6, 'kind': 'train', 'wall_s': wall_s + 40}])
+    files.write_jsonl(
+        path, [*[saved] * bool(step), {'step': 6, 'phase': 'grpo', 'kind': 'train', 'wall_s': wall_s + 40}]
+    )
     for n, (lost_s, work_s) in enumerate(((40, 7), (47, 2), (49, 5)), 1):
         now = Time(77.0 * n)  # another process: another origin of time
         with log_of(tmp_path, now) as log:

@@ -13,6 +13,7 @@ import pytest
 
 from lens import charts, report
 from lens.errors import LensError
+from tests.test_files import DAMAGED_LINES
 
 FIELDS = {'name': 24, 'kind': 16, 'friend': 24, 'place': 16, 'object': 16, 'food': 16, 'mood': 12, 'time': 8}
 RABBIT = """Once there was a rabbit called Milo. Milo, still cheerful, carried the button. Milo and Jasper ate
@@ -132,6 +133,11 @@ def write_lines(path, records):
     path.write_text(''.join(json.dumps(record) + '\n' for record in records))
 
 
+def write_metrics(workdir, records):
+    """Rows of metrics.jsonl with the keys that each has."""
+    write_lines(workdir / 'metrics.jsonl', ({'phase': 'sft', 'wall_s': 1.0} | record for record in records))
+
+
 def make_run(workdir: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """Writes plausible files of a finished run."""
     rng = np.random.default_rng(seed)
@@ -156,7 +162,7 @@ def make_run(workdir: pathlib.Path, seed: int = 0) -> pathlib.Path:
     }
     for name, content in (('config', config), ('summary', summary), ('evaluation', _evaluation())):
         (workdir / f'{name}.json').write_text(json.dumps(content))
-    write_lines(workdir / 'metrics.jsonl', _metrics(rng))
+    write_metrics(workdir, _metrics(rng))
     write_lines(workdir / 'samples.jsonl', _samples(rng))
     return workdir
 
@@ -214,7 +220,7 @@ def test_headline_with_and_without_facts(workdir):
     evaluation = _evaluation() | {'facts': []}
     evaluation['figures'] = {k: v for k, v in evaluation['figures'].items() if 'facts' not in k}
     (workdir / 'evaluation.json').write_text(json.dumps(evaluation))
-    write_lines(workdir / 'metrics.jsonl', [{'step': 1, 'phase': 'sft', 'kind': 'eval', 'fve': 0.1}])
+    write_metrics(workdir, [{'step': 1, 'phase': 'sft', 'kind': 'eval', 'fve': 0.1}])
     assert [name for name, _ in tiles()] == ['FVE, temperature 1', 'FVE, greedy', 'FVE, shuffled', 'FVE, no activation']
     assert 'Facts' not in page_of(workdir)
 
@@ -242,7 +248,7 @@ def fill(workdir, evil):
         for i, phase in enumerate((evil, 'sft'))
         for kind in ('train', 'eval')
     ]
-    write_lines(workdir / 'metrics.jsonl', records)
+    write_metrics(workdir, records)
     figure = {'value': 0.5, 'ci95': None, 'group': evil, 'meaning': evil}
     evaluation = {
         'step': evil,
@@ -374,7 +380,7 @@ def test_resumed_run_counts_a_step_once_and_torn_line_is_ignored(workdir):
         {'step': step, 'phase': 'sft', 'kind': 'train', 'loss_decoder': value}
         for step, value in ((1, 9), (2, 8), (2, 2), (3, 1))
     ]
-    write_lines(workdir / 'metrics.jsonl', records)
+    write_metrics(workdir, records)
     with open(workdir / 'metrics.jsonl', 'a') as f:
         f.write('{"step": 4, "loss_dec')
     run = report.load(workdir)
@@ -390,7 +396,7 @@ def test_interrupted_run_and_missing_keys(workdir):
         {'step': 5, 'kind': 'train', 'fve': float('nan'), 'loss_encoder': 0.5},
         {'step': 5, 'kind': 'eval', 'fve': 0.25},
     ]
-    write_lines(workdir / 'metrics.jsonl', records)
+    write_metrics(workdir, records)
     page = page_of(workdir)
     assert 'has not been evaluated' in page and '<p class="big">0.250</p>' in page
     assert figure_of(page, 'Encoder loss')
@@ -405,9 +411,8 @@ def test_interrupted_run_and_missing_keys(workdir):
         ('config.json', None, 'does not exist: --workdir must be'),
         ('metrics.jsonl', None, 'does not exist: --workdir must be'),
         ('config.json', '{"a": ', 'not valid JSON'),
-        ('metrics.jsonl', '{"step": 1}\ngarbage\n{"step": 2}\n', 'line 2'),
-        ('metrics.jsonl', '{"loss": 1}\n', 'step'),
-        ('metrics.jsonl', '{"step": null}\n', 'step'),
+        ('config.json', '{"a":' * 100_000, 'is nested more than 64 deep'),
+        ('evaluation.json', '{"figures": {"fve": {"value": 1' + '0' * 400 + '}}}', 'holds a number of 401 digits'),
         ('evaluation.json', '[]', 'no JSON object'),
         ('evaluation.json', '{"step": 1}', 'figures'),
         ('evaluation.json', '{"figures": {"fve": {"ci95": null}}}', 'value'),
@@ -423,6 +428,15 @@ def test_bad_file_is_named(workdir, name, content, said):
         report.write_report(workdir)
     assert said in str(caught.value) and '\n' not in str(caught.value)
     assert not (workdir / 'report.html').exists()
+
+
+@pytest.mark.parametrize('damage', DAMAGED_LINES.values(), ids=DAMAGED_LINES)
+def test_a_damaged_line_of_metrics_is_left_out_and_said(workdir, capsys, damage):
+    path = workdir / 'metrics.jsonl'
+    page, lines = page_of(workdir), path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b''.join([*lines[:5], damage + b'\n', *lines[5:]]))
+    assert page_of(workdir) == page
+    assert f'{path} is damaged: 1 of its lines, from line 6 on, are left out' in capsys.readouterr().out
 
 
 def test_the_command(workdir):

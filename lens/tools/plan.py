@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import config, data, flops, hf, lens_init, response, sharding
+from lens import config, data, flops, hf, lens_init, places, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
@@ -229,6 +229,7 @@ def pretend_devices(cfg) -> None:
 
 def open_job(cfg) -> tuple[Workload, list[str]]:
     """Returns the job and what was assumed. A subject.path of a config.json alone has its prompts counted in words."""
+    cfg = places.locate(cfg, pathlib.Path())
     path, notes = pathlib.Path(cfg.subject.path), []
     if path.suffix == '.json':
         notes.append(f'prompts are counted in words: {path} is no folder with a tokenizer')
