@@ -18,7 +18,7 @@ from types import MappingProxyType
 from lens.errors import LensError, shown
 
 MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a small JSON file
-MOST_DIGITS = 20  # of a whole number in it: 64 bits and a sign
+MOST_DIGITS = 40  # of a whole number in it: tokenizers say 10^30 for a length without end
 KINDS = {dict: 'an object', list: 'a list', str: 'a text', int: 'a whole number', float: 'a number'}
 NO_KEYS = MappingProxyType({})
 STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL), re.compile(r'[][{}]')
@@ -179,11 +179,11 @@ def find(path: str | os.PathLike, *roots: pathlib.Path, holds: str = '') -> path
     configs/…, what ships with the package, which stands in it or, in a checkout, beside it. A path that is nowhere comes
     back as it is. holds: a file that a folder must hold to be taken from elsewhere."""
     path, package = pathlib.Path(path), pathlib.Path(__file__).parent
-    if path.exists():
+    if os.path.exists(path):  # false for a name that no file can have
         return path
     home = package if (package / 'configs').is_dir() else package.parent
     shipped = [home] if path.parts[:1] == ('configs',) else []
-    return next((p for p in (root / path for root in (*roots, *shipped)) if (p / holds).exists()), path)
+    return next((p for p in (root / path for root in (*roots, *shipped)) if os.path.exists(p / holds)), path)
 
 
 def take_lock(file, message: str) -> None:

@@ -59,7 +59,7 @@ CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinit
 
 def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
     """Finds `path`, or downloads the Hub repository of that name, its tensors only with `weights`. Raises LensError."""
-    if (found := files.find(path)).is_dir():
+    if os.path.isdir(found := files.find(path)):
         return found
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)) or str(path).startswith('.'):
         raise LensError(f'{shown(path)} does not exist: give a directory in Hugging Face layout, or a Hub id.')

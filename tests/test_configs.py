@@ -374,7 +374,7 @@ def test_a_configuration_file_that_gives_no_configuration(tmp_path, form, body, 
     file = tmp_path / 'c.py'
     file.write_text(f'def get_config():\n    {body}\n')
     with pytest.raises(LensError, match=message) as e:
-        cli.check_config([form.format(file)])
+        cli.check_config(cli.find_config([form.format(file)]))
     assert '\n' not in str(e.value) and len(str(e.value)) < 800
     with pytest.raises(LensError, match=message):
         cli.check_config(cli.find_config(['--workdir=w', '--config', str(file)]))

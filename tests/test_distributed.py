@@ -238,7 +238,7 @@ PROGRAM = """
 import contextlib, os, pathlib, sys
 from lens import cli
 def main(_):
-    kept = pathlib.Path(sys.argv[1]).open('w')
+    kept = pathlib.Path(os.environ['KEPT']).open('w')
     print(*range(99999), sep=chr(10))
     print('late', file=sys.stderr)
     with contextlib.suppress(OSError):
@@ -250,8 +250,9 @@ cli.run(main)
 
 @pytest.mark.parametrize('to', ['| head -n 1', '>&- 2>&-', '>/dev/full 2>/dev/full'])
 def test_an_output_that_nobody_takes_ends_no_work(tmp_path, to):
-    run = ['bash', '-c', f'"$0" -c "$1" "$2" {to}; exit "${{PIPESTATUS[0]}}"', sys.executable, PROGRAM, tmp_path / 'x']
-    done = subprocess.run(run, capture_output=True, text=True)
+    run = ['bash', '-c', f'"$0" -c "$1" {to}; exit "${{PIPESTATUS[0]}}"', sys.executable, PROGRAM]
+    env = os.environ | {'KEPT': str(tmp_path / 'x')}
+    done = subprocess.run(run, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr.replace('late\n', '')) == (0, '')
     assert (tmp_path / 'x').read_text() == 'work'
 

@@ -380,7 +380,7 @@ def card_of(world, text):
     spec = dict.fromkeys(('subject', 'family', 'exported'), text) | dict.fromkeys(('d_model', 'layer', 'step'), 1)
     spec |= {'explanation_len': 2, 'trained': dict.fromkeys(sides, 'maps'), 'config': cfg, 'lora': None} | sides
     spec |= {'figures': {'fve': 0.5}, 'provenance': {'commit': text}}
-    card = export.card(spec, {'device': text, 'commit': text, 'command': text})
+    card = export.card(spec, SUMMARY | {'device': text, 'commit': text, 'command': text})
     tokens = markdown_it.MarkdownIt('commonmark').enable('table').parse(card)
     return card, tokens, [(t.type, t.tag, [c.type for c in t.children or ()]) for t in tokens]
 
@@ -405,8 +405,8 @@ def test_a_shell_gives_back_what_the_card_quotes():
 
 @pytest.mark.parametrize('value', ['0.5', None, [1], {}])
 def test_a_figure_that_is_no_number_is_named(tmp_path, value):
-    (tmp_path / 'summary.json').write_text(json.dumps({'steps': 5, 'fve': value}))
-    with pytest.raises(LensError, match=r'summary\.json is damaged: fve is no number: evaluate the run again'):
+    (tmp_path / 'summary.json').write_text(json.dumps(SUMMARY | {'steps': 5, 'fve': value}))
+    with pytest.raises(LensError, match=r'summary\.json is damaged: fve is no number: remove it'):
         export._summary(tmp_path, 5)
 
 
@@ -433,6 +433,7 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tmp_path, world):
 
 
 def test_figures_of_another_step_are_left_out(tmp_path):
-    (tmp_path / 'summary.json').write_text('{"steps": 5, "fve": 1.0}')
-    assert export._summary(tmp_path, 5) == {'steps': 5, 'fve': 1.0}
+    whole = SUMMARY | {'steps': 5, 'fve': 1.0}
+    (tmp_path / 'summary.json').write_text(json.dumps(whole))
+    assert export._summary(tmp_path, 5) == whole
     assert export._summary(tmp_path, 4) == export._summary(tmp_path / 'none', 5) == {}

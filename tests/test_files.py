@@ -168,9 +168,9 @@ def test_find_looks_here_then_in_the_roots_then_in_what_ships(tmp_path, monkeypa
     (first / 'a/b/config.json').touch()
     assert files.find('a/b', first, second) == files.find('a/b/', second, first, holds='config.json')
     assert files.find(tmp_path / 'gone', first) == tmp_path / 'gone'
-    assert pathlib.Path(files.find('configs/tiny_subject', first, holds='config.json')).is_dir()
+    assert files.find('configs/tiny_subject', first, holds='config.json').is_dir()
     (here / 'a/b').mkdir(parents=True)
-    assert files.find('a/b/', first, second) == 'a/b/'
+    assert files.find('a/b/', first, second) == pathlib.Path('a/b')
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

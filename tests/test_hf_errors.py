@@ -127,7 +127,7 @@ def test_directory_that_is_no_model(tmp_path):
 def test_paths_that_are_none(name):
     with pytest.raises(LensError) as error:
         hf.load_model(name)
-    assert str(error.value).isprintable() and len(str(error.value)) < 700
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize('name', ['gtp2', 'nobody/no-such-model'])
