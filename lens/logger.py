@@ -28,6 +28,7 @@ from lens.distributed import is_first
 from lens.errors import LensError, shown
 
 PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
+SILENCE_S = 60.0  # most of it, where there is no bar
 SAID = ('fve', 'fve_greedy', 'facts_recall', 'facts_hallucinated')  # said of every held-out check
 
 
@@ -163,7 +164,7 @@ class Logger(contextlib.ExitStack):
         self.console = Console(quiet=not is_first())
         columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[text]}')
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task('', total=run.steps, text='')
+        self._task, self._said_s = self._bar.add_task('', total=run.steps, text=''), 0.0
         self._pending: tuple | None = None
         self._checked: set[int] = set()  # steps whose full held-out figures are written
         self._lines = self._tensorboard = self._wandb = None
@@ -258,12 +259,15 @@ class Logger(contextlib.ExitStack):
         return ({'tflops_s': per_s / 1e12} | ({'mfu': per_s / peak} if peak else {})) if per_s else {}
 
     def _progress(self, phase: Phase, step: int, values: Mapping[str, float], step_s: float) -> None:
-        """Moves the bar on; where there is no terminal, says a line every five lines of metrics.jsonl."""
+        """Moves the bar on; where there is no terminal, says a line every five lines of metrics.jsonl, and of slow steps
+        every SILENCE_S."""
         shown = dict(phase.objective.shows) | {'loss_encoder': 'encoder loss', 'fve': 'FVE'}
         text = '  '.join(f'{text} {values[k]:.3f}' for k, text in shown.items() if k in values)
         text += f'  ETA {clock(step_s * (self.run.steps - step))}'
         self._bar.update(self._task, completed=step, description=phase.name, text=text)
-        if not self.console.is_terminal and (fires(5 * (phase.every.log or 0), step) or step == self.run.steps):
+        due = fires(5 * (phase.every.log or 0), step) or step == self.run.steps
+        if not self.console.is_terminal and (due or self.clock.wall_s - self._said_s >= SILENCE_S):
+            self._said_s = self.clock.wall_s
             self.say(f'{phase.name:5} {step:6}/{self.run.steps}  {text}')
 
     def held_out(self, phase: Phase, step: int, values: Mapping[str, float], full: bool) -> None:

@@ -272,6 +272,16 @@ def test_figures_are_settled_one_step_behind(tmp_path, capsys, monkeypatch):
     assert said[1] == 'held out at step 10: fve 0.500'
 
 
+def test_slow_steps_are_said_every_minute(tmp_path, capsys):
+    now = Time()
+    with log_of(tmp_path, now, log=20) as log:
+        log.open(0, None)
+        for step in range(1, 9):
+            now.t += 25
+            log.sent(log.run.phases[1], step, out(reward=-0.75), 0.0)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ['2/100', '5/100']
+
+
 @pytest.mark.parametrize(('good', 'words'), [(3, 'is step 3 in'), (None, 'is none in')])
 def test_a_loss_that_is_not_finite_names_step_documents_and_the_last_good_checkpoint(
     tmp_path, monkeypatch, good, words
