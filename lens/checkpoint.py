@@ -133,6 +133,7 @@ class Checkpoints:
         if '_ckpt' in vars(self):
             self.wait()
             self._ckpt.close()
+            self.clean()  # threads of a failed write may have gone on after `_lost`
 
     @property
     def steps(self) -> list[int]:
