@@ -61,6 +61,7 @@ def load_config(file: str):
     config_flags.DEFINE_config_file('config', flag_values=holder, sys_argv=[])
     try:
         holder(['', f'--config={file}'])
+        hasattr(holder.config, 'items')  # raises what the file has raised
         if not isinstance(holder.config, ml_collections.ConfigDict):
             raise TypeError(f'get_config returns {type(holder.config).__name__}, it must return a ConfigDict')
         return holder.config

@@ -108,7 +108,8 @@ def check_contents(theirs: dict, here: dict, workdir: pathlib.Path) -> None:
     """Raises LensError where a folder that both identities tell of holds other things than it did."""
     for key, now in here.get('contents', {}).items():
         before = theirs.get('contents', {}).get(key)
-        if None not in (before, now) and before != now:
+        gone = bool(before) and now is None
+        if before is not None and before != now and not gone:
             raise LensError(
                 f'{workdir} holds a run with another {key}: {get(here["config"], key) or "none"} has not the content that '
                 'it had then: give a folder that has, or use another --workdir.'

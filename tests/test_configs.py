@@ -378,3 +378,9 @@ def test_a_configuration_file_that_gives_no_configuration(tmp_path, form, body, 
     assert '\n' not in str(e.value) and len(str(e.value)) < 800
     with pytest.raises(LensError, match=message):
         cli.check_config(cli.find_config(['--workdir=w', '--config', str(file)]))
+
+
+def test_a_configuration_file_that_is_none(tmp_path):
+    for file, reason in ((tmp_path / 'none.py', 'No such file'), (tmp_path, 'Is a directory')):
+        with pytest.raises(LensError, match=f'--config={file} does not load: .*{reason}'):
+            cli.check_config([f'--config={file}'])

@@ -104,6 +104,8 @@ def test_a_start_may_be_gone_and_not_another(settings, calm, tmp_path):
     for other in (of[''], identity | {'contents': places.contents(cfg['b'])}):
         with pytest.raises(LensError, match='another init_from'):
             places.check_identity(of['a'], other, tmp_path)
+    with pytest.raises(LensError, match='another init_from'):  # a fresh start, and one from a place that is none
+        places.check_identity(of[''], of['gone'], tmp_path)
 
 
 @pytest.mark.parametrize('damage', ['[1]', '', '{"seed":', '{"a":' * 100_000])
