@@ -5,6 +5,7 @@ import itertools
 import mmap
 import os
 import pathlib
+import signal
 
 import jaxlib
 
@@ -45,6 +46,7 @@ del os.environ['NPROC']
 import numpy as np
 import pytest
 
+from lens.signals import OF_TERMINALS, SIGNALS
 from tests import small_run
 from tests.tiny_world import LAYER as LAYER
 from tests.tiny_world import LENGTH, TINY, make_base, make_lens
@@ -58,6 +60,16 @@ def pytest_runtest_teardown():
     if next(_tests_run) % LOOK_EVERY == 0 and MAPS.exists() and MAPS.read_bytes().count(b'\n') > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Gives back the handlers of signals that a test has changed: what is ignored stays so in the programs that later
+    tests start."""
+    before = {s: signal.getsignal(s) for s in SIGNALS + OF_TERMINALS}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
 
 
 @pytest.fixture(scope='session')

@@ -115,18 +115,10 @@ def test_a_port_that_is_in_use_is_named(host):
 
 
 @pytest.fixture
-def handlers():
-    before = {s: signal.getsignal(s) for s in SIGNALS + OF_TERMINALS}
+def ended(monkeypatch):
+    """Exit codes of this process, which does not end and hears every signal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    for s, handler in before.items():
-        signal.signal(s, handler)
-
-
-@pytest.fixture
-def ended(handlers, monkeypatch):
-    """Exit codes of this process, which does not end."""
     codes = queue.Queue()
     monkeypatch.setattr(os, '_exit', codes.put)
     return codes
