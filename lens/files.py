@@ -216,13 +216,22 @@ def lock(path: pathlib.Path, what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder beside `out` that becomes `out` at the end, or disappears where the body fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
+    """Yields a temporary folder beside `out` that becomes `out` at the end, or disappears where the body fails.
+
+    Raises LensError, which names `out`, for an OSError: a write that fails often tells no name, or that of the temporary
+    folder.
+    """
+    tmp = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
         yield tmp
         tmp.chmod(0o755)
         os.replace(tmp, out)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
+    except OSError as e:
+        raise LensError(
+            f'{out} cannot be written ({e.strerror or shown(e)}): free some disk, or choose another place.'
+        ) from e
+    finally:
+        if tmp:  # gone, where it has become `out`
+            shutil.rmtree(tmp, ignore_errors=True)
