@@ -34,6 +34,7 @@ DAMAGED_LINES = {
     'no time': json.dumps({k: x for k, x in ROW.items() if k != 'wall_s'}).encode(),
     'infinite time': row(wall_s=float('inf')),
     'figure is a text': row(fve='high'),
+    'figure is huge': row(fve=-1e308),
     'figure is a list': row(step_part_s=[1]),
     'kind is a number': row(kind=3),
 }
