@@ -18,7 +18,16 @@ ROLES = {  # other names, in small letters
 }
 ROLES = {name: role for role, names in ROLES.items() for name in (role, *names)}
 CALLS = ('function_call', 'tool_call')  # roles whose text is a call
-THINKING = ('thinking', 'reasoning_content', 'reasoning', 'reasoning_details')
+# fields of an answer, or columns beside one
+THINKING = (
+    'thinking',
+    'reasoning_content',
+    'reasoning',
+    'assistant_thinking',
+    'thought',
+    'thoughts',
+    'reasoning_details',
+)
 # How models write their thinking before the answer: (opening, closing)
 TAGS = [(f'<{t}>', f'</{t}>') for t in ('think', 'thinking', 'thought', 'reasoning', 'seed:think')]
 TAGS += [('<|begin_of_thought|>', '<|end_of_thought|>'), ('[THINK]', '[/THINK]'), ('◁think▷', '◁/think▷')]
@@ -224,8 +233,8 @@ def split_thinking(text: str, known: str | None = None) -> tuple[str | None, str
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    if '<|channel|>' in text or '<|message|>' in text or BARE.match(text):
-        return _split_channels(text)
+    if '<|channel|>' in text or '<|message|>' in text or BARE.match(text.lstrip()):
+        return _split_channels(text.lstrip())
     for opening, closing in TAGS:
         before, closed, after = text.partition(closing)
         opened = before.lstrip().startswith(opening)

@@ -16,7 +16,6 @@ SURE = (('question', 'answer'), ('user_content', 'assistant_content'))
 QUESTIONS = ('question', 'user_content', 'prompt', 'instruction', 'query', 'problem')
 ANSWERS = ('answer', 'assistant_content', 'completion', 'chosen', 'response', 'output', 'solution')
 GIVEN = ('input', 'context')  # what stands beside a question
-THINKING = ('thinking', 'assistant_thinking', 'reasoning', 'reasoning_content')
 
 
 class BadRow(ValueError):
@@ -120,8 +119,7 @@ def _pair(row: dict, question: str, answer: str) -> list[dict]:
         given = [v for k in GIVEN if k != question.lower() and isinstance(v := row.get(k), str) and v.strip()]
         asked = [{'role': 'user', 'content': '\n\n'.join([asked, *given])}]
     if isinstance(said, str):
-        thinking = next((v for k in THINKING if (v := row.get(k))), None)
-        said = [{'role': 'assistant', 'content': said, 'thinking': thinking}]
+        said = [{k: row.get(k) for k in chat_data.THINKING} | {'role': 'assistant', 'content': said}]
     asked, said = (x if isinstance(x, list) else [{'role': 'user', 'content': None}] for x in (asked, said))
     said = chat_data.messages_of(said)
     return said if said[0]['role'] != 'assistant' else chat_data.messages_of(asked) + said

@@ -9,12 +9,10 @@ OUTPUT/stats.json the lengths. rejected.jsonl, failed.jsonl and skipped.jsonl na
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import pathlib
-import unicodedata
 
-from lens.errors import LensError, need_package, shown
+from lens.errors import LensError, harmless, need_package, shown
 
 from . import documents, requests, rollouts, servers, tables, turns
 from .options import command, need, option
@@ -87,7 +85,8 @@ class Generation:
         self._show('raw response', f' ({answer.server.url}):\n{shown(answer.server.hide(answer.raw), SHOWN_CHARS)}')
         record = self._planner.record(request.job, answer)
         answer.server.add_tokens(answer.tokens or sum(v for k, v in record['tokens'].items() if k in ANSWERED))
-        self._show('finished example', f':\n{printable(json.dumps(record, indent=1, ensure_ascii=False))}')
+        text = harmless(json.dumps(record, indent=1, ensure_ascii=False), '\n')
+        self._show('finished example', f':\n{text[:SHOWN_CHARS]}{" …" if len(text) > SHOWN_CHARS else ""}')
         return self.journal.append('data', record)
 
     def _show(self, what: str, text: str) -> None:
@@ -107,14 +106,6 @@ def _servers(o: GenerateOptions) -> servers.Servers:
     urls = o.server_urls or ('' if o.server_registry else LOCAL)
     more = {'registry': o.server_registry, 'interval_s': o.registry_refresh_interval}
     return servers.Servers(urls, o.model, o.timeout, **more, key=requests.api_key(o.api_key_env))
-
-
-def printable(json_text: str) -> str:
-    """Returns the same JSON with escapes for what a terminal would obey, cut at SHOWN_CHARS."""
-    unsafe = ('Cc', 'Cf', 'Cs')
-    chars = (c if c == '\n' or unicodedata.category(c) not in unsafe else json.dumps(c)[1:-1] for c in json_text)
-    text = ''.join(itertools.islice(chars, SHOWN_CHARS))
-    return text if len(json_text) <= SHOWN_CHARS else text + ' …'
 
 
 def generate(options: GenerateOptions) -> str:

@@ -24,7 +24,7 @@ from collections import Counter
 import numpy as np
 
 from lens import files
-from lens.errors import LensError
+from lens.errors import LensError, harmless
 
 from . import arrays, documents, journal, render, shards, tables
 from .options import command, need, option
@@ -232,6 +232,7 @@ def report(out: pathlib.Path, tokenizer) -> str:
     names = {code: name for name, code in metas[0]['roles'].items()}
     runs = np.split(np.arange(n), np.flatnonzero(np.diff(roles[:n])) + 1)
     text = ''.join(f'[{names[int(roles[r[0]])]}] {tokenizer.decode(ids[r])}\n' for r in runs)
+    text = harmless(text, '\n\t')
     lines = [f'First document:\n{text[:EXAMPLE_CHARS]}{" …" if len(text) > EXAMPLE_CHARS else ""}']
     cut, touched, lost, unanswered = (sum(m[k] for m in metas) for k in render.FLAGS)
     source = metas[0]['source']

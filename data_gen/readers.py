@@ -45,6 +45,12 @@ def suffixes(name: str) -> tuple[str, str]:
     return (parts[-1] if parts else ''), ''
 
 
+def named_as_file(name: str) -> bool:
+    """Returns whether a name has a suffix of a format or of a compression; data sets on the Hub may have others."""
+    suffix, packed = suffixes(name)
+    return suffix in FORMATS or bool(packed)
+
+
 def _zip_member(path: pathlib.Path) -> tuple[zipfile.ZipFile, str]:
     archive = zipfile.ZipFile(path)
     names = [n for n in archive.namelist() if not n.endswith('/') and not n.startswith('__MACOSX/')]

@@ -152,6 +152,10 @@ class Renderer:
 
     def __init__(self, tokenizer, *, seq_len: int, truncate: str, date: str, chats: bool):
         self.tokenizer, self.seq_len, self.truncate, self.date = tokenizer, seq_len, truncate, date
+        try:
+            datetime.date.fromisoformat(date)
+        except ValueError:
+            raise LensError(f'--date={shown(date, 40)} is no day such as {DATE}.') from None
         if not tokenizer.is_fast:
             raise LensError('The tokenizer gives no character offsets: use a directory with tokenizer.json.')
         tokenizer.model_max_length = int(1e30)  # rows are cut here

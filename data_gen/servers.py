@@ -32,7 +32,7 @@ BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
 ASK_AGAIN_S = 5.0  # for servers that were away
 START_S = 5.0  # how long servers given by URL may take to answer at the start
 NONE_LEFT_S = 1.0  # without a server for this long, the wait is said
-MODELS_TIMEOUT_S = 10.0
+MODELS_TIMEOUT_S, MODELS_BYTES = 10.0, 2**20  # of /models; JSON in memory may be 25 times as large
 SPEED_WINDOW_S, MOST_RECENT = 30.0, 10_000  # answers that speed looks at
 LASTING_S, LASTING_TIMES = 60.0, 5  # every server fails in a way that no waiting mends: then the run ends
 PATIENCE_S = 1800.0  # no server gives an answer that can be used: then, too
@@ -274,7 +274,7 @@ class Servers:
         serves, failure = None, None
         limit = aiohttp.ClientTimeout(total=min(MODELS_TIMEOUT_S, self._timeout))
         try:
-            status, raw, _ = await self._exchange('GET', server, '/models', limit, MOST_BYTES)
+            status, raw, _ = await self._exchange('GET', server, '/models', limit, MODELS_BYTES)
             if status != 200:
                 wants = ', it wants an API key or refuses the one given' if status in (401, 403) else ''
                 raise Failed(f'HTTP {status} from /models{wants}', lasting=status in LASTING)

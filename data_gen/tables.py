@@ -76,7 +76,7 @@ def open_table(source: str, split: str = 'train', config: str | None = None) -> 
             table = _open_folder(path, split, config)
         elif path.exists():
             raise LensError(f'{source} is no regular file and no folder: rows are read twice, so give a file.')
-        elif any(readers.suffixes(path.name)) or path.is_absolute() or source.count('/') > 1:
+        elif readers.named_as_file(path.name) or path.is_absolute() or source.count('/') > 1:
             raise LensError(f'{source} does not exist: give a file, a folder or the name of a data set on the Hub.')
         else:
             table = _dataset_table(source, _from_hub(source, split, config))
@@ -122,7 +122,17 @@ def _splits(path: pathlib.Path, config: str | None) -> dict[str, list[pathlib.Pa
             # a NamedSplit was guessed from a word in the name, which takes train_gen-00000-of-00001 for train
             shard = SHARD.match(file.name) if isinstance(split, datasets.NamedSplit) else None
             splits.setdefault(shard[1] if shard else str(split), []).append(file)
+    if all(isinstance(split, datasets.NamedSplit) for split in found or {}):
+        _say_unread(path, {file.resolve() for files in splits.values() for file in files})
     return splits
+
+
+def _say_unread(path: pathlib.Path, read: set[pathlib.Path]) -> None:
+    """`datasets` takes the files of one format, those that name a split where some do, and is silent about others."""
+    files = (p for p in sorted(path.rglob('*')) if readers.named_as_file(p.name) and p.resolve() not in read)
+    if others := [str(p.relative_to(path)) for p in files]:
+        names = shown(', '.join(others[:3]) + ', …' * (len(others) > 3))
+        print(f'Warning: {path} holds {len(others)} other files of data, which are not read ({names}).')
 
 
 def _from_hub(name: str, split: str, config: str | None):

@@ -132,7 +132,8 @@ class Checkpoints:
     def __exit__(self, *exc):
         if '_ckpt' in vars(self):
             self.wait()
-            self._ckpt.close()
+            with contextlib.suppress(*FILE_ERRORS):  # of a write of which `_lost` has told
+                self._ckpt.close()
             self.clean()  # threads of a failed write may have gone on after `_lost`
 
     @property

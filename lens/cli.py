@@ -243,6 +243,12 @@ def _outlive_readers() -> None:
         setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, 'backslashreplace', **how))
 
 
+def _tell_unraisable(tell: Callable, args) -> None:
+    """Leaves out what TensorStore says, by a traceback for each file, after Orbax has given up what it writes."""
+    if str(args.exc_value) != 'Event loop is closed':
+        tell(args)
+
+
 def sentence(e: Exception) -> str:
     """Returns what a user can mend, '' where it is a fault of the program."""
     if isinstance(e, LensError | OSError):
@@ -267,6 +273,7 @@ def run(main: Callable, about: str = '__main__', all_keys: str = KEYS) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO
         # and one that fails by a dozen tracebacks, where lens.checkpoint says a sentence
         std_logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
+        sys.unraisablehook = functools.partial(_tell_unraisable, sys.unraisablehook)
         try:
             return main(argv)
         except KeyboardInterrupt:

@@ -35,7 +35,7 @@ MAKE = (
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
 BYTES_PER_SCAN = 1 << 20  # of an array that is read once
 MOST_WIDTHS, TEXT_SHARE = 8, 0.85  # of the batches of a split: no more widths than give this share of text in them
-GRID = 128  # a width is a multiple of so many parts of the longest text, and of 16
+FINE = 16  # a width is a multiple of this, and above its square of a power of two that is at most 1/FINE of it
 DIGESTED_ROWS = 64  # whose texts a fingerprint tells apart
 # What data.positions may be -> the roles of the positions that are read.
 POSITIONS = {'any': (), 'assistant': ('thinking', 'final'), 'thinking': ('thinking',), 'final': ('final',)}
@@ -297,9 +297,10 @@ def first_unlabelled(split: Split, min_pos: int) -> int | None:
 def choose_widths(lengths_N: np.ndarray) -> np.ndarray:
     """Returns ascending widths for texts of these lengths: the fewest of those that pad least whose share of text is
     TEXT_SHARE, at most MOST_WIDTHS. By dynamic programming over what the texts up to each width cost."""
-    unit = 16 * -(-int(lengths_N.max()) // (16 * GRID))
-    sizes, counts = np.unique(-(-np.asarray(lengths_N, np.int64) // unit), return_counts=True)
-    width, upto = sizes * unit, np.concatenate([[0], np.cumsum(counts)])
+    lengths_N = np.asarray(lengths_N, np.int64)
+    unit_N = np.maximum(2 ** np.log2(lengths_N).astype(np.int64) // FINE, FINE)
+    width, counts = np.unique(-(-lengths_N // unit_N) * unit_N, return_counts=True)
+    upto = np.concatenate([[0], np.cumsum(counts)])
     cost, ways = np.concatenate([[0], np.full(len(width), np.inf)]), [()] * (len(width) + 1)
     for _ in range(min(MOST_WIDTHS, len(width))):
         tried = np.where(np.tri(len(width), len(width) + 1), cost + (upto[1:, None] - upto) * width[:, None], np.inf)

@@ -19,6 +19,7 @@ from lens.errors import LensError, shown
 
 MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a small JSON file
 MOST_DIGITS = 40  # of a whole number in it: tokenizers say 10^30 for a length without end
+MOST_FIGURE = 1e300  # of metrics.jsonl: far above the squares of float32; a chart multiplies it
 KINDS = {dict: 'an object', list: 'a list', str: 'a text', int: 'a whole number', float: 'a number'}
 NO_KEYS = MappingProxyType({})
 STRING, BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL), re.compile(r'[][{}]')
@@ -153,8 +154,9 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
 
 def _metrics_row(line: bytes) -> dict:
     row = parse_object(line, {'step': int, 'phase': str, 'kind': str, 'wall_s': float})
-    if words := [k for k, x in row.items() if k not in ('phase', 'kind') and not isinstance(x, int | float)]:
-        raise ValueError(f'holds {words[0]}, which is no number')
+    for key in row.keys() - {'phase', 'kind'}:
+        if not isinstance(row[key], int | float) or MOST_FIGURE < abs(row[key]) < math.inf:
+            raise ValueError(f'holds {key}, which is no number of a run')
     return row
 
 
@@ -216,13 +218,22 @@ def lock(path: pathlib.Path, what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder beside `out` that becomes `out` at the end, or disappears where the body fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
+    """Yields a temporary folder beside `out` that becomes `out` at the end, or disappears where the body fails.
+
+    Raises LensError, which names `out`, for an OSError: a write that fails often tells no name, or that of the temporary
+    folder.
+    """
+    tmp = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
         yield tmp
         tmp.chmod(0o755)
         os.replace(tmp, out)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
+    except OSError as e:
+        raise LensError(
+            f'{out} cannot be written ({e.strerror or shown(e)}): free some disk, or choose another place.'
+        ) from e
+    finally:
+        if tmp:  # gone, where it has become `out`
+            shutil.rmtree(tmp, ignore_errors=True)

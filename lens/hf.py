@@ -9,7 +9,6 @@ Loads safetensors and JSON only; nothing in a directory is executed.
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -138,9 +137,9 @@ def _damaged(directory: pathlib.Path) -> pathlib.Path | None:
     """The first file beside a tokenizer that should hold a JSON object and does not."""
     for path in (directory / n for n in ('config.json', *TOKENIZER_FILES) if n.endswith('.json')):
         try:
-            if path.exists() and not isinstance(json.loads(path.read_text()), dict):
+            if path.exists() and files.json_object(path.read_bytes()) is None:
                 return path
-        except (OSError, ValueError, RecursionError):
+        except OSError:
             return path
     return None
 
@@ -434,6 +433,9 @@ def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes one safetensors file that others may read (the library makes it private)."""
-    safetensors.numpy.save_file(arrays, file, metadata={'format': 'pt'})
+    """Writes one safetensors file that others may read (the library makes it private). Raises OSError."""
+    try:
+        safetensors.numpy.save_file(arrays, file, metadata={'format': 'pt'})
+    except safetensors.SafetensorError as e:
+        raise OSError(_reason(e)) from None
     file.chmod(0o644)

@@ -14,7 +14,7 @@ import jax
 from lens import data, files, hf
 from lens.config import Run
 from lens.errors import LensError, shown
-from lens.keys import get
+from lens.keys import check, get
 
 FOLDERS = {  # key of a folder -> what a folder that is looked up elsewhere must hold
     'subject.path': 'config.json',
@@ -35,8 +35,10 @@ FREE_KEYS = ('checkpoint', 'log', 'mesh', 'health')
 def locate(cfg, workdir: pathlib.Path, **given: str):
     """Returns a copy of a configuration in which all folders are where they are found from here.
 
-    given: places that count instead, by key with _ for its dot: subject_path, data_path.
+    given: places that count instead, by key with _ for its dot: subject_path, data_path. Raises LensError where a key is
+    not there or cannot have its value.
     """
+    check(cfg)
     here = workdir.absolute()
     named = {k: file for k, file in FOLDERS.items() if get(cfg, k)}
     found = {k: str(files.find(get(cfg, k), here, *here.parents, holds=file)) for k, file in named.items()}

@@ -1,6 +1,8 @@
 """Checkpoints: which are kept, what happens to damaged ones, and when the disk is full."""
 
 import contextlib
+import errno
+import os
 import resource
 import shutil
 import types
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from lens import places
 from lens.checkpoint import Checkpoints, DamagedError, Keep, check_disk, size
@@ -245,6 +248,16 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint(folder, said):
         assert '\n' not in str(e.value) and not said and checkpoints.steps[-1] == 3
         checkpoints.save(5, state_of(5), {}, None, True)
         assert (folder / '5').is_dir(), 'complete when it returns'
+
+
+def test_the_end_of_orbax_hides_no_lost_checkpoint(folder, monkeypatch):
+    def full(checkpointer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ocp.training.Checkpointer, 'close', full)  # it raises again what its writes have raised
+    with pytest.raises(LensError, match='step 4'), Checkpoints(folder, Keep(2)) as checkpoints:
+        checkpoints.save(4, state_of(4), {}, None, True)
+        raise LensError('the checkpoint of step 4 could not be written')
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from configs import base
-from lens import cli
+from lens import cli, places
 from lens import keys as keys_of
 from lens.errors import LensError
 
@@ -291,6 +291,9 @@ def test_no_key_takes_what_is_no_value(key):
         (lambda c: c.eval.__delattr__('batch'), 'the configuration lacks the key eval.batch: start it from get_config'),
         (lambda c: c.sft.__delattr__('steps'), 'lacks the key sft.steps'),
         (lambda c: c.__delattr__('mesh'), 'lacks the key mesh.data'),
+        (lambda c: c.__delattr__('subject'), 'lacks the key subject.dtype'),
+        (lambda c: c.__delattr__('tuned_lens'), 'lacks the key tuned_lens'),
+        (lambda c: c._fields.__setitem__('init_from', 5), 'init_from=5 must be a text'),
         (
             lambda c: c.sft.__setattr__('learning_rat', 1.0),
             'has a key sft.learning_rat, which nobody reads; .* sft.lea',
@@ -300,11 +303,13 @@ def test_no_key_takes_what_is_no_value(key):
         (lambda c: c._fields.__setitem__('sft', 5), 'has a key sft, which nobody reads'),
     ],
 )
-def test_keys_that_are_missing_and_keys_that_nobody_reads(change, message):
+def test_keys_that_are_missing_and_keys_that_nobody_reads(tmp_path, change, message):
     c = base.get_config()
     change(c)
     with pytest.raises(LensError, match=message):
         keys_of.check(c)
+    with pytest.raises(LensError, match=message):
+        places.locate(c, tmp_path)  # looks at folders first of all
 
 
 @pytest.mark.parametrize('value', [{}, None, 'sft', [], ml_collections.ConfigDict()])

@@ -301,6 +301,11 @@ def test_widths_are_the_fewest_that_pad_little_and_of_those_the_best():
             assert lengths.sum() / got[np.searchsorted(got, lengths)].sum() == pytest.approx(share[len(got)])
 
 
+def test_one_long_text_does_not_make_the_widths_of_short_ones_coarse():
+    lengths = np.r_[np.full(4000, 20), np.full(4000, 40), 32768]
+    assert data.choose_widths(lengths).tolist() == [32, 48, 32768]
+
+
 def test_most_of_what_the_subject_reads_is_text(tmp_path):
     """Chats of lognormal length in rows of 4096 tokens; what a row is cut by is padding."""
     rng, n = np.random.default_rng(0), 2000

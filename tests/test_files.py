@@ -1,5 +1,6 @@
 """Small files: atomic, torn lines left out, one sentence for what is damaged."""
 
+import errno
 import json
 import os
 import pathlib
@@ -33,6 +34,7 @@ DAMAGED_LINES = {
     'no time': json.dumps({k: x for k, x in ROW.items() if k != 'wall_s'}).encode(),
     'infinite time': row(wall_s=float('inf')),
     'figure is a text': row(fve='high'),
+    'figure is huge': row(fve=-1e308),
     'figure is a list': row(step_part_s=[1]),
     'kind is a number': row(kind=3),
 }
@@ -174,6 +176,10 @@ def test_find_looks_here_then_in_the_roots_then_in_what_ships(tmp_path, monkeypa
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    message = rf'{tmp_path}/out cannot be written \(No space left on device\)'  # a write tells no name
+    with pytest.raises(LensError, match=message), files.new_folder(tmp_path / 'out') as tmp:
+        (tmp / 'x').write_text('1')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / 'out') as tmp:
         (tmp / 'x').write_text('1')
         raise RuntimeError

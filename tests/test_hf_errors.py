@@ -176,6 +176,15 @@ def test_unsupported_rope_type(folder, key, name):
     refused(folder, f'{folder}/config.json', "'banana'")
 
 
+def test_a_second_rotary_table_is_not_passed_over(folder):
+    """transformers takes rope_scaling, which users add by hand, where a file has rope_parameters too."""
+    yarn = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}
+    edit_config(folder, rope_parameters={'rope_type': 'default', 'rope_theta': 1e4}, rope_scaling=yarn, rope_theta=1e4)
+    refused(folder, f'{folder}/config.json', 'rope_parameters and rope_scaling differ')
+    edit_config(folder, rope_parameters=yarn | {'rope_theta': 1e4})
+    assert hf.read_config(folder).ropes[0].kind == 'yarn'
+
+
 @pytest.mark.parametrize(
     'changed', [{'hidden_act': 'relu'}, {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}]
 )
@@ -458,9 +467,9 @@ def test_save_into_an_empty_or_missing_directory(tmp_path):
 
 def test_save_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     def disk_full(*_, **__):
-        raise OSError(28, 'No space left on device')
+        raise hf.safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
 
     monkeypatch.setattr(hf.safetensors.numpy, 'save_file', disk_full)
-    with pytest.raises(OSError, match='No space left'):
+    with pytest.raises(LensError, match=f'{tmp_path}/model cannot be written .*No space left'):
         save(random_model(), tmp_path / 'model')
     assert list(tmp_path.iterdir()) == []

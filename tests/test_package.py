@@ -245,3 +245,10 @@ def test_an_installation_works_in_an_empty_folder(tmp_path):
 
     assert 'Arrays written' in command('lens.data_gen.storyworld', '--train=8', '--validation=4')
     assert "subject.path='configs/tiny_subject'" in command('lens.main', '--config=configs/tiny.py', '--help')
+
+
+def test_what_orbax_gave_up_is_not_told_by_tracebacks():
+    told = []
+    for e in (RuntimeError('Event loop is closed'), RuntimeError('another')):
+        cli._tell_unraisable(told.append, types.SimpleNamespace(exc_value=e))
+    assert [str(x.exc_value) for x in told] == ['another']

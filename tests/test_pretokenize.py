@@ -95,6 +95,15 @@ def test_the_command_prints_an_example_and_keeps_its_output(written):
     assert contents(root / 'out') == before and {p.name for p in root.iterdir()} == {'in.jsonl', 'out'}
 
 
+def test_a_document_is_printed_without_what_a_terminal_obeys(tmp_path):
+    jsonl(
+        tmp_path / 'in.jsonl',
+        [{'text': f'\x1b]0;name\x07\u202e{i} ' + 'Once there was a rabbit. ' * 4} for i in range(9)],
+    )
+    said = pretokenize(tmp_path / 'in.jsonl', tmp_path / 'out', **FLAGS)
+    assert 'Once there' in said and all(c.isprintable() or c == '\n' for c in said)
+
+
 def test_text_files_and_long_documents(tmp_path):
     (tmp_path / 'in.txt').write_text(''.join(f'{i} the fox and the owl ' * 500 + '\n\n' for i in range(5)))
     pretokenize(tmp_path / 'in.txt', tmp_path / 'out', seq_len=32)
@@ -282,6 +291,7 @@ def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
         ('split.jsonl', '{"text": "x"}\n', {'split': 'trian'}, 'has no split trian; its splits: train'),
         ('other.jsonl', '{"body": "x"}\n', {}, 'its columns: body; it has no texts to read in a column text'),
         ('named.jsonl', '{"text": "x"}\n', {'column': 'prose'}, 'has no column prose'),
+        ('dated.jsonl', '{"text": "x"}\n', {'date': '28.06.2025'}, '--date=28.06.2025 is no day such as 2025-'),
         (
             'bad.parquet',
             'no',

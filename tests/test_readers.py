@@ -193,6 +193,28 @@ def test_the_splits_of_a_folder(tmp_path, names, splits):
         tables.open_table(str(tmp_path), 'trian')
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, capsys):
+    for name in ('a.jsonl', 'b.jsonl', 'sub/c.jsonl', 'notes.md'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        put(tmp_path / name, LINES)
+    assert tables.open_table(str(tmp_path)).count == 120 and not capsys.readouterr().out
+    put(tmp_path / 'e.csv', comma_separated())
+    assert tables.open_table(str(tmp_path)).count == 120
+    assert 'holds 1 other files of data, which are not read (e.csv)' in capsys.readouterr().out
+    put(tmp_path / 'train.jsonl', LINES)
+    assert tables.open_table(str(tmp_path)).count == 40
+    assert '4 other files of data, which are not read (a.jsonl, b.jsonl, e.csv, …)' in capsys.readouterr().out
+
+
+def test_names_of_the_hub_may_hold_a_point(monkeypatch):
+    monkeypatch.setattr(tables, '_from_hub', lambda *_: datasets.Dataset.from_list(ROWS))
+    for name in ('teknium/OpenHermes-2.5', 'one/v1.1-data'):
+        assert tables.open_table(name).count == 40
+    for name in ('texts.jsonl', 'data/texts.csv.gz', 'data/texts.gz', '/texts', 'a/b/c'):
+        with pytest.raises(LensError, match=f'{name} does not exist: give a file'):
+            tables.open_table(name)
+
+
 def test_splits_of_what_has_none(tmp_path):
     with pytest.raises(LensError, match='has no split test; its splits: train'):
         tables.open_table(put(tmp_path / 'a.jsonl', LINES), 'test')

@@ -193,7 +193,7 @@ def test_what_is_no_list_of_models_is_said(answer):
 
 @pytest.mark.parametrize('model', WRONG_MODELS, ids=range(len(WRONG_MODELS)))
 def test_other_models_are_named_in_a_short_line(model, said):
-    models = json.dumps({'data': [model] * 30}).encode()
+    models = json.dumps({'data': [model] * 3}).encode()
     message = r'serves .*, not tiny: give the name it serves'
     with RawServer(lambda request, send: send(response(models))) as a, pytest.raises(LensError, match=message) as e:
         ask(a.url)
@@ -255,9 +255,8 @@ def test_nothing_that_a_terminal_would_obey_is_printed(tmp_path, capsys):
         run(tmp_path, a.url, rows=2)
     out = capsys.readouterr().out
     assert 'fine' in out and all(c.isprintable() or c == '\n' for c in out)
-    example = json.JSONDecoder().raw_decode(out.split('First finished example:\n')[1])[0]
-    assert CONTROLS in example['messages'][-1]['content'] and example in read_jsonl(tmp_path / 'out' / 'data.jsonl')
-    assert len(generate.printable(json.dumps('\x9b' * 10**5, ensure_ascii=False))) < 10 * generate.SHOWN_CHARS
+    assert len(out) < 4 * generate.SHOWN_CHARS
+    assert CONTROLS in read_jsonl(tmp_path / 'out' / 'data.jsonl')[0]['messages'][-1]['content']
 
 
 def test_a_host_is_no_markup_of_the_progress_bar(monkeypatch):

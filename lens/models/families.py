@@ -165,10 +165,12 @@ def _common(config: dict, activation: str = 'hidden_act') -> dict:
     _refuse_unless(act in MLPS, f'{activation} {shown(repr(act), 60)} is not supported; supported: {", ".join(MLPS)}')
     head_dim = config.get('head_dim') or _per_head(config['hidden_size'], heads)
     sizes = {'num_key_value_heads': heads, 'head_dim': head_dim} | config
-    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+    tables = [config[k] for k in ('rope_parameters', 'rope_scaling') if config.get(k)] or [{}]
+    ropes = {_rope(p, config['rope_theta'], config['max_position_embeddings']) for p in tables}
+    _refuse_unless(len(ropes) == 1, 'rope_parameters and rope_scaling differ: remove the one that is not meant')
     return {
         **{field: sizes[key] for field, key in KEYS.items()},
-        'ropes': (_rope(rope, config['rope_theta'], config['max_position_embeddings']),),
+        'ropes': tuple(ropes),
         'qkv_bias': bool(config['attention_bias']),
         'o_bias': bool(config['attention_bias']),
         'mlp_bias': bool(config.get('mlp_bias')),
