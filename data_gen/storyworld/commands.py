@@ -1,7 +1,6 @@
 """The flags of the commands of the embedded world, apart from what they do, as in lens/commands.py."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from lens import cli
 
@@ -38,9 +37,8 @@ def probe() -> None:
 
 
 def pretrain() -> None:
-    config = config_flags.DEFINE_config_file('config', None, 'Pretraining recipe, e.g. configs/tiny_subject.py.')
+    config = cli.define_config('Pretraining recipe, e.g. configs/tiny_subject.py.')
     workdir = flags.DEFINE_string('workdir', None, 'Where the checkpoints and the model are written.', required=True)
-    flags.mark_flag_as_required('config')
     cli.start(f'{__package__}.pretrain', config, workdir, all_keys='configs/tiny_subject.py')
 
 
