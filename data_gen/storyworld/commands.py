@@ -7,6 +7,7 @@ from lens import cli
 from .world import Settings
 
 SUBJECT = 'configs/tiny_subject'
+MOST_CHATS = 10**6  # they are in memory
 
 
 def storyworld() -> None:
@@ -55,7 +56,7 @@ def chats() -> None:
     cli.start(
         f'{__package__}.chats',
         flags.DEFINE_string('out', None, 'File of JSON lines.', required=True),
-        flags.DEFINE_integer('rows', 64, 'Chats.', lower_bound=1),
+        flags.DEFINE_integer('rows', 64, 'Chats.', lower_bound=1, upper_bound=MOST_CHATS),
         flags.DEFINE_integer('seed', 0, 'Of the stories.', lower_bound=0),
     )
 
