@@ -227,6 +227,8 @@ class Servers:
         self._fixed = {text: normal_url(text) for text in urls.split(',') if text.strip()}
         if wrong := [text for text, url in self._fixed.items() if url is None]:
             raise LensError(f'{public(wrong[0])!r} in --server_urls is no URL such as http://localhost:8000/v1.')
+        if not self._fixed and not registry:
+            raise LensError('--server_urls holds no URL: give one, such as http://localhost:8000/v1.')
         self._registry = pathlib.Path(registry) if registry else None
         if self._registry and self._registry.exists() and not self._registry.is_file():
             raise LensError(f'--server_registry={registry} is no text file.')

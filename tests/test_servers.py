@@ -472,6 +472,11 @@ def test_lines_of_a_registry_that_are_no_urls_are_said_once(tmp_path, said):
     assert all('is no URL' in line and line.isprintable() and len(line) < 600 for line in said)
 
 
+def test_a_list_without_a_url_is_refused():
+    with pytest.raises(LensError, match='--server_urls holds no URL'):
+        Servers(',', 'tiny', 1.0)
+
+
 @pytest.mark.parametrize('make', [os.mkdir, os.mkfifo])
 def test_a_registry_that_is_no_file_is_refused(tmp_path, make):
     make(tmp_path / 'r')
