@@ -212,6 +212,7 @@ NO_ANSWERS = [
     b'data: {"choices": []}',
     DEEP,
     b'\x00\xff',
+    b'{"choices": [{"message": {"content": "\xff"}}]}',
 ]
 NO_ANSWERS += [
     b'{"choices": ' + DEEP + b'}',
