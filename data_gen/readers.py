@@ -171,9 +171,9 @@ def _one_a_line(head: str) -> bool:
         return True
 
 
-def _cut_off(e: json.JSONDecodeError) -> bool:
-    """Whether the text may go on to be JSON."""
-    return e.msg.startswith('Unterminated') or e.pos > len(e.doc) - 16
+def _cut_off(e: ValueError) -> bool:
+    """Whether the text may go on to be JSON; not where it has a number of too many digits."""
+    return isinstance(e, json.JSONDecodeError) and (e.msg.startswith('Unterminated') or e.pos > len(e.doc) - 16)
 
 
 def _values(file, name: str) -> Iterator[Row]:

@@ -136,9 +136,18 @@ def token_roles(text: str, spans: list[tuple[int, int, int]], offsets_Nx2: np.nd
     return role_C[np.where(ink[start] < end, ink[start], start)]
 
 
+def _day(date: str) -> datetime.date:
+    try:
+        if (day := datetime.date.fromisoformat(date)).isoformat() == date:
+            return day
+    except ValueError:
+        pass
+    raise LensError(f'--date={shown(repr(date), 40)} is no day: give YYYY-MM-DD.')
+
+
 def pin_date(template: str, date: str) -> tuple[str, dict]:
     """Returns (template, variables) that print `date` (YYYY-MM-DD) where a chat template prints the current date."""
-    day = datetime.date.fromisoformat(date)
+    day = _day(date)
     formats = {f: day.strftime(f) for _, f in re.findall(r'strftime_now\((["\'])(.*?)\1\)', template)}
     own = '{%- macro strftime_now(format) -%}{{ pinned_dates[format] }}{%- endmacro -%}'
     return (own if formats else '') + template, {'pinned_dates': formats, 'date_string': day.strftime('%d %b %Y')}
@@ -161,6 +170,7 @@ class Renderer:
         tokenizer.model_max_length = int(1e30)  # rows are cut here
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+        _day(date)
         self.kind = None
         if chats:
             self.kind = 'harmony' if has_harmony(tokenizer) else 'chat_template'

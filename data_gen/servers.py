@@ -197,7 +197,7 @@ def retry_after(value: str) -> float | None:
 def parse_answer(raw: str, server: Server) -> Answer:
     """Raises Failed where `raw` is not the answer of a chat completion."""
     try:
-        body = json.loads(raw)
+        body = json.loads(raw.encode())  # not where its bytes were no UTF-8
         choice = body['choices'][0]
         message, usage, reason = choice['message'], body.get('usage'), choice.get('finish_reason')
         if not isinstance(message, dict):
@@ -227,6 +227,8 @@ class Servers:
         self._fixed = {text: normal_url(text) for text in urls.split(',') if text.strip()}
         if wrong := [text for text, url in self._fixed.items() if url is None]:
             raise LensError(f'{public(wrong[0])!r} in --server_urls is no URL such as http://localhost:8000/v1.')
+        if not self._fixed and not registry:
+            raise LensError('--server_urls holds no URL: give one, such as http://localhost:8000/v1.')
         self._registry = pathlib.Path(registry) if registry else None
         if self._registry and self._registry.exists() and not self._registry.is_file():
             raise LensError(f'--server_registry={registry} is no text file.')
@@ -278,7 +280,7 @@ class Servers:
             if status != 200:
                 wants = ', it wants an API key or refuses the one given' if status in (401, 403) else ''
                 raise Failed(f'HTTP {status} from /models{wants}', lasting=status in LASTING)
-            names = [m['id'] for m in json.loads(raw)['data']]
+            names = [m['id'] for m in json.loads(raw.encode())['data']]
             serves = self._model in names
             if not serves:
                 served = shown(server.hide(chat_data.clean(', '.join(map(str, names[:20])))) or 'no model')
@@ -435,7 +437,8 @@ class Servers:
                     if len(raw) > most:
                         response.close()
                         raise Failed(f'the answer is longer than {most} bytes', lasting=not server.useful)
-                return response.status, raw.decode('utf-8', 'replace'), response.headers.get('Retry-After', '')
+                text = raw.decode('utf-8', 'surrogateescape' if response.status == 200 else 'replace')
+                return response.status, text, response.headers.get('Retry-After', '')
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
             raise Failed(server.hide(str(e)) or type(e).__name__, counts=False) from None
         except TimeoutError:

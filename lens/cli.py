@@ -31,6 +31,8 @@ LEAVE_S = 4.0  # for an exit after an error: all processes of a run leave togeth
 HELP = ('-h', '--h', '-help', '--help', '-helpshort', '--helpshort', '-?')
 KEYS = 'configs/base.py'  # every key of a recipe, with its meaning
 WIDTH = 100  # of the lines of --help
+LONGEST_NAME = 200  # of a flag; absl looks for names like it, one call deeper for each letter
+LONGEST_SENTENCE = 900  # characters of what is wrong
 MOST_COUNT = 2**53  # of a flag
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
@@ -179,8 +181,25 @@ def check_value(value, name: str) -> None:
         text(value, name)
 
 
+def _check_names(argv: list[str]) -> None:
+    """Ends the command where absl would fail: at files of flags, which no command takes, and names without end."""
+    for argument in argv:
+        name = argument.lstrip('-').partition('=')[0]
+        if argument.startswith('-') and (name == 'flagfile' or len(name) > LONGEST_NAME):
+            sys.exit(f'error: {shown(argument, 60)} is no flag of this command; --help lists them.')
+
+
+def define_config(text: str) -> flags.FlagHolder:
+    """Defines --config, a recipe that must be given, with its keys. text: for --help."""
+    _check_names(sys.argv[1:])  # to define it reads the command line
+    config = config_flags.DEFINE_config_file('config', None, text)
+    flags.mark_flag_as_required('config')
+    return config
+
+
 def _parse(argv: list[str], about: str, all_keys: str) -> list[str]:
     try:
+        _check_names(argv[1:])
         argv[1:] = find_config(argv[1:])  # in sys.argv, where config_flags looks for overrides
         if set(argv) & set(HELP):
             print(help_text(about, flags.FLAGS, argv, all_keys), flush=True)
@@ -195,9 +214,9 @@ def _parse(argv: list[str], about: str, all_keys: str) -> list[str]:
     except flags.UnrecognizedFlagError as e:
         near = difflib.get_close_matches(e.flagname, [f.name for f in own_flags(flags.FLAGS)], n=1, cutoff=0.5)
         hint = f'the nearest is --{near[0]}' if near else '--help lists them'
-        sys.exit(f'error: --{e.flagname} is no flag of this command; {hint}.')
+        sys.exit(f'error: --{shown(e.flagname, 60)} is no flag of this command; {hint}.')
     except (LensError, flags.Error) as e:
-        sys.exit(f'error: {" ".join(str(e).split())}')
+        sys.exit(f'error: {shown(str(e).rstrip("."), LONGEST_SENTENCE)}.')
 
 
 def _leave(code: int) -> NoReturn:
@@ -284,7 +303,7 @@ def run(main: Callable, about: str = '__main__', all_keys: str = KEYS) -> None:
             if DEBUG.value or not said:
                 traceback.print_exc()
             if said:
-                print(f'error: {said}', file=sys.stderr)
+                print(f'error: {shown(said, LONGEST_SENTENCE)}', file=sys.stderr)
             _leave(1 if said else BROKEN)
 
     _outlive_readers()

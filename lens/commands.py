@@ -5,17 +5,12 @@ main() of its module with the values of its flags, in their order.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from lens import cli
 
 
 def _config() -> flags.FlagHolder:
-    config = config_flags.DEFINE_config_file(
-        'config', None, 'Recipe, e.g. configs/tiny.py; override keys with --config.a.b=value.'
-    )
-    flags.mark_flag_as_required('config')
-    return config
+    return cli.define_config('Recipe, e.g. configs/tiny.py; override keys with --config.a.b=value.')
 
 
 def _checkpoint() -> tuple[flags.FlagHolder, flags.FlagHolder]:

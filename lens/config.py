@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from lens import data, hf, keys, objectives, optimizer, response, schedules, sharding
-from lens.errors import LensError, need_package
+from lens.errors import LensError, need_package, shown
 from lens.keys import DTYPES, choice, get
 from lens.models import injection
 from lens.models.transformer import Transformer, TransformerConfig
@@ -252,7 +252,7 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Te
     keys = {side: f'learning_rate_{side}' for side in optimizer.SIDES}
     rates = {side: schedules.parse(p[key], clock, f'{name}.{key}') for side, key in keys.items()}
     for side, key in keys.items():
-        require(min(rates[side].start, rates[side].end) >= 0, f'{name}.{key}={p[key]!r} is negative.')
+        require(min(rates[side].start, rates[side].end) >= 0, f'{name}.{key}={shown(repr(p[key]))} is negative.')
     table = optimizer.parse_table(p.table, clock, f'{name}.table')
     counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates')}
     hparams = objectives.Hparams(
@@ -341,7 +341,7 @@ def check_batches(cfg, mesh) -> None:
 def check_phase(cfg, name: str) -> None:
     """Raises LensError for impossible values of the phase block `name`."""
     exists = name in cfg and 'objective' in cfg[name]
-    require(exists, f'phases names {name!r}, but there is no phase block of that name.')
+    require(exists, f'phases names {shown(repr(name))}, but there is no phase block of that name.')
     p = cfg[name]
     reads = objectives.OBJECTIVES[p.objective].reads
     alone = 'group' in reads and p.group < 2
@@ -354,7 +354,7 @@ def check_phase(cfg, name: str) -> None:
     require(not both, f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.')
     require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
     for key, off in objectives.OPTIONAL.items():
-        idle = f'{name}.{key}={p[key]!r} does nothing under the {p.objective} objective'
+        idle = f'{name}.{key}={shown(repr(p[key]))} does nothing under the {p.objective} objective'
         require(key in reads or p[key] == off, f'{idle}: use {off}.')
     together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
     require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')

@@ -45,6 +45,7 @@ TOKENIZER_FILES = (
 )
 # Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
 IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
+LONGEST_NAME = 255  # of a file of weights
 SHARD_BYTES = 5_000_000_000  # of one file that save_model writes
 OWN_TAGS = re.compile(r'{%-?\s*(end)?generation\s*-?%}')  # of transformers, in chat templates
 AGAIN = 'download or export it again'
@@ -179,7 +180,8 @@ def _shards(directory: pathlib.Path) -> dict[str, str]:
     for file in weight_map.values():
         # by its name: in the cache of the Hub, files are links to elsewhere
         parts = pathlib.PurePath(file).parts if isinstance(file, str) else ()
-        if not parts or not file.isprintable() or '..' in parts or file.startswith('/') or parts[-1] == '.':
+        named = parts and file.isprintable() and len(file) <= LONGEST_NAME and parts[-1] != '.'
+        if not named or '..' in parts or file.startswith('/'):
             raise LensError(
                 f'{index} names {shown(repr(file), 80)}, which is no file of the directory: download it again.'
             )

@@ -144,7 +144,7 @@ def decoder_prompt(ids: Ids, text: str, marker: str) -> Prompt:
         found = [i for i in range(1, len(row) - 1) if row[i] == token[0]]  # with neighbours
         if not len(found) == count == row.count(token[0]):
             raise LensError(
-                f'{key}={shown(repr(text))} has {count} slots, but with decoder.marker={marker!r} in them its tokens have '
+                f'{key}={shown(repr(text))} has {count} slots, but with decoder.marker={shown(repr(marker))} in them its tokens have '
                 f'{len(found)} inside: put text around each slot and take a marker that does not merge with it.'
             )
     first = found[0]

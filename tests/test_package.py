@@ -32,6 +32,8 @@ COMMANDS = sorted(
 WRONG = {  # arguments of lens.report -> what is said
     ('--workdri=x',): 'error: --workdri is no flag of this command; the nearest is --workdir.',
     ('--workdir=x', '--qqqq'): 'error: --qqqq is no flag of this command; --help lists them.',
+    ('--flagfile=x',): 'error: --flagfile=x is no flag of this command; --help lists them.',
+    ('--' + 'q' * 3000,): f'error: --{"q" * 56} \u2026 is no flag of this command; --help lists them.',
     ('--workdir=x', 'y'): 'error: y is no flag of this command: flags are --NAME=VALUE, and --help lists them.',
 }
 # Runs every command in one fresh process, to where its flags are parsed.

@@ -222,3 +222,10 @@ def test_splits_of_what_has_none(tmp_path):
     assert tables.open_table(str(tmp_path / 'saved'), 'test').count == 40
     with pytest.raises(LensError, match='has no split train; its splits: test'):
         tables.open_table(str(tmp_path / 'saved'))
+
+
+def test_a_number_of_too_many_digits_is_named(tmp_path):
+    path = tmp_path / 'x.json'
+    path.write_text('{"a": ' + '9' * 5000)
+    with pytest.raises(LensError, match=r'x\.json is damaged: what follows row 0 is no JSON'):
+        readers.count(path)

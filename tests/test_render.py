@@ -17,6 +17,12 @@ def subject_tokenizer():
     return hf.load_tokenizer(SUBJECT)
 
 
+@pytest.mark.parametrize('date', ['', 'junk', '2025-02-30', '20250628', '2025-W26-6', '2025-06-28T00:00'])
+def test_a_date_that_is_none_is_refused(subject_tokenizer, date):
+    with pytest.raises(LensError, match=r'--date=.* is no day: give YYYY-MM-DD\.'):
+        render.Renderer(subject_tokenizer, seq_len=9, truncate='right', date=date, chats=False)
+
+
 # ---- rows ----
 
 

@@ -212,6 +212,7 @@ NO_ANSWERS = [
     b'data: {"choices": []}',
     DEEP,
     b'\x00\xff',
+    b'{"choices": [{"message": {"content": "\xff"}}]}',
 ]
 NO_ANSWERS += [
     b'{"choices": ' + DEEP + b'}',
@@ -469,6 +470,11 @@ def test_lines_of_a_registry_that_are_no_urls_are_said_once(tmp_path, said):
     known.read_registry()
     assert list(known.all) == ['http://good:1/v1'] and len(said) == 3 and 'hush' not in ''.join(said)
     assert all('is no URL' in line and line.isprintable() and len(line) < 600 for line in said)
+
+
+def test_a_list_without_a_url_is_refused():
+    with pytest.raises(LensError, match='--server_urls holds no URL'):
+        Servers(',', 'tiny', 1.0)
 
 
 @pytest.mark.parametrize('make', [os.mkdir, os.mkfifo])

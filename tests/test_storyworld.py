@@ -241,7 +241,11 @@ def test_the_command_writes_arrays_once(tokenizer_dir, tmp_path):
         ),
         (None, {'seed': 1}, 'exists with other settings: remove it or choose another --out.'),
         (None, {'train': 0}, 'train, validation and positions must be at least 1, seed at least 0.'),
-        (None, {'seq_len': 8}, 'train must be at most 10000000 and seq_len above 8.'),
+        *((None, {key: 10**9}, 'train and validation must be at most 10000000.') for key in ('train', 'validation')),
+        *(
+            (None, changes, 'seq_len must be in 9..4096, and positions no more than it.')
+            for changes in ({'seq_len': 8}, {'seq_len': 10**7}, {'positions': 10**9})
+        ),
     ],
 )
 def test_settings_that_do_not_serve(tokenizer_dir, arrays_dir, tokenizer_path, changes, message):

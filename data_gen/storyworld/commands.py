@@ -1,13 +1,13 @@
 """The flags of the commands of the embedded world, apart from what they do, as in lens/commands.py."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from lens import cli
 
 from .world import Settings
 
 SUBJECT = 'configs/tiny_subject'
+MOST_CHATS = 10**6  # they are in memory
 
 
 def storyworld() -> None:
@@ -38,9 +38,8 @@ def probe() -> None:
 
 
 def pretrain() -> None:
-    config = config_flags.DEFINE_config_file('config', None, 'Pretraining recipe, e.g. configs/tiny_subject.py.')
+    config = cli.define_config('Pretraining recipe, e.g. configs/tiny_subject.py.')
     workdir = flags.DEFINE_string('workdir', None, 'Where the checkpoints and the model are written.', required=True)
-    flags.mark_flag_as_required('config')
     cli.start(f'{__package__}.pretrain', config, workdir, all_keys='configs/tiny_subject.py')
 
 
@@ -57,7 +56,7 @@ def chats() -> None:
     cli.start(
         f'{__package__}.chats',
         flags.DEFINE_string('out', None, 'File of JSON lines.', required=True),
-        flags.DEFINE_integer('rows', 64, 'Chats.', lower_bound=1),
+        flags.DEFINE_integer('rows', 64, 'Chats.', lower_bound=1, upper_bound=MOST_CHATS),
         flags.DEFINE_integer('seed', 0, 'Of the stories.', lower_bound=0),
     )
 

@@ -31,6 +31,7 @@ BAR = ' |'
 EXPLANATION_LEN = 12  # 3 last tokens, the bar, at most 8 facts
 FIRST_POSITION = 8  # earlier positions have almost nothing established
 FIRST_VALIDATION_INDEX = 10_000_000
+MOST_TOKENS = 4096  # of a row; no story has as many
 TOKENIZER_STORIES = 4000
 NEW_FACT_SHARE = 0.5
 MAX_NEW_FACTS = 2
@@ -258,8 +259,10 @@ def write_arrays(out: str | os.PathLike, tokenizer_dir: str | os.PathLike, setti
     """
     if min(settings.train, settings.validation, settings.positions) < 1 or settings.seed < 0:
         raise LensError('train, validation and positions must be at least 1, seed at least 0.')
-    if settings.train > FIRST_VALIDATION_INDEX or settings.seq_len <= FIRST_POSITION:
-        raise LensError(f'train must be at most {FIRST_VALIDATION_INDEX} and seq_len above {FIRST_POSITION}.')
+    if max(settings.train, settings.validation) > FIRST_VALIDATION_INDEX:
+        raise LensError(f'train and validation must be at most {FIRST_VALIDATION_INDEX}.')
+    if not FIRST_POSITION < settings.seq_len <= MOST_TOKENS or settings.positions > settings.seq_len:
+        raise LensError(f'seq_len must be in {FIRST_POSITION + 1}..{MOST_TOKENS}, and positions no more than it.')
     out = pathlib.Path(out)
     tokenizer = word_tokenizer.load(tokenizer_dir)
     metas = [_meta(split, settings, tokenizer, tokenizer_dir) for split in ('train', 'validation')]

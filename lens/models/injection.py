@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lens import sharding
-from lens.errors import LensError
+from lens.errors import LensError, shown
 
 ADD_BLOCK = 2  # block at whose entrance Add acts
 
@@ -131,7 +131,7 @@ INJECTIONS = {kind.name: kind for kind in (Affine, Replace, Add)}
 def of_config(d, c) -> Injection:
     """Picks the injection of cfg.decoder for a base of TransformerConfig `c`. Raises LensError."""
     if d.injection not in INJECTIONS:
-        raise LensError(f'decoder.injection={d.injection!r} is not one of {", ".join(INJECTIONS)}.')
+        raise LensError(f'decoder.injection={shown(repr(d.injection))} is not one of {", ".join(INJECTIONS)}.')
     return INJECTIONS[d.injection].from_config(d, c)
 
 

@@ -226,6 +226,7 @@ def train(model: str, folder: str, out: pathlib.Path, settings: TunedLensSetting
     """Trains on folder/train and writes `out`, which appears at once, by rename. Raises LensError."""
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(free, f'{out} holds something already: give an empty or a new folder as --out.')
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails now where it would fail after training
     begin = time.monotonic()
     job = open_job(model, folder, settings)
     with jax.set_mesh(job.mesh):
