@@ -75,4 +75,4 @@ lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/shellcheck launch/*.sh
 
 clean:
-	rm -rf .venv .venv-vllm runs exports data
+	rm -rf .venv .venv-vllm .hypothesis runs exports data

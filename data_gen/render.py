@@ -142,7 +142,7 @@ def _day(date: str) -> datetime.date:
             return day
     except ValueError:
         pass
-    raise LensError(f'--date={shown(repr(date), 40)} is no day: give YYYY-MM-DD.')
+    raise LensError(f'--date={shown(date, 40)} is no day: give YYYY-MM-DD.')
 
 
 def pin_date(template: str, date: str) -> tuple[str, dict]:
@@ -161,16 +161,12 @@ class Renderer:
 
     def __init__(self, tokenizer, *, seq_len: int, truncate: str, date: str, chats: bool):
         self.tokenizer, self.seq_len, self.truncate, self.date = tokenizer, seq_len, truncate, date
-        try:
-            datetime.date.fromisoformat(date)
-        except ValueError:
-            raise LensError(f'--date={shown(date, 40)} is no day such as {DATE}.') from None
+        _day(date)
         if not tokenizer.is_fast:
             raise LensError('The tokenizer gives no character offsets: use a directory with tokenizer.json.')
         tokenizer.model_max_length = int(1e30)  # rows are cut here
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        _day(date)
         self.kind = None
         if chats:
             self.kind = 'harmony' if has_harmony(tokenizer) else 'chat_template'

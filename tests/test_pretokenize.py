@@ -291,7 +291,7 @@ def test_processes_and_kills_change_nothing(many, tmp_path, monkeypatch):
         ('split.jsonl', '{"text": "x"}\n', {'split': 'trian'}, 'has no split trian; its splits: train'),
         ('other.jsonl', '{"body": "x"}\n', {}, 'its columns: body; it has no texts to read in a column text'),
         ('named.jsonl', '{"text": "x"}\n', {'column': 'prose'}, 'has no column prose'),
-        ('dated.jsonl', '{"text": "x"}\n', {'date': '28.06.2025'}, '--date=28.06.2025 is no day such as 2025-'),
+        ('dated.jsonl', '{"text": "x"}\n', {'date': '28.06.2025'}, '--date=28.06.2025 is no day: give YYYY-MM-DD'),
         (
             'bad.parquet',
             'no',
