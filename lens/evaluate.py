@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lens import data, files, metrics, report, sampling, sharding
-from lens.checkpoint import reopen
 from lens.config import Run
 from lens.metrics import FIGURES, Collected, Figure, meaning
 from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.objectives import OBJECTIVES, Rollout, comparable, read
+from lens.reopen import reopen
 from lens.response import NO_TAGS, Tags, find
 
 

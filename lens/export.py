@@ -22,11 +22,11 @@ import jinja2
 from markupsafe import Markup
 
 from lens import files, hf, lens_folder, logger
-from lens.checkpoint import reopen
 from lens.config import Run
 from lens.errors import LensError, shown
 from lens.metrics import FIGURES, meaning
 from lens.models.lens import Lens
+from lens.reopen import reopen
 
 # Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
 KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'

@@ -23,6 +23,7 @@ from lens import (
     logger,
     objectives,
     optimizer,
+    reopen,
     sharding,
 )
 from lens.checkpoint import Checkpoints
@@ -117,7 +118,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
         for phase in run.phases:
             jax.eval_shape(phase.tx.init, abstract)  # refuses a table that leaves a parameter out
         if not has_begun(here, workdir, log.say):
-            checkpoint.check_start(cfg, abstract, run.base)
+            reopen.check_start(cfg, abstract, run.base)
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / 'checkpoints' / str(run.steps)).exists():
             states = [abstract_state(abstract, p, run.mesh) for p in run.phases or (None,)]
@@ -132,12 +133,12 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
 
         with Checkpoints(workdir / 'checkpoints', cfg.checkpoint, always, log.say) as checkpoints:
             found = checkpoints.resume(here, lambda step: abstract_state(abstract, run.phase_of(step), run.mesh))
-            state, info = found or (init_state(checkpoint.initial_lens(cfg, run), None, run.mesh), {})
+            state, info = found or (init_state(reopen.initial_lens(cfg, run), None, run.mesh), {})
             checkpoints.clean()
             if distributed.is_first():
                 files.write_json(workdir / 'config.json', here['config'])
             step, key, last_figures = int(state.step), jax.random.key(cfg.seed), None
-            initial = functools.cache(lambda: checkpoint.initial_lens(cfg, run))  # made again when first asked for
+            initial = functools.cache(lambda: reopen.initial_lens(cfg, run))  # made again when first asked for
             evaluator = evaluate.Evaluator(run)
             log.last_good = lambda: checkpoints.latest_step
             log.open(step, info.get('collapse'))

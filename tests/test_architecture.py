@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From top to bottom. A module imports its own layer and those below, never above, and nothing in a circle.
 LAYERS = {
     'commands': 'commands main tools export',
-    'a run': 'train config keys places checkpoint lens_init logger collapse evaluate report',
+    'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate report',
     'objectives': 'objectives gumbel sampling flops',
     'models': 'models hf lens_folder translators',
     'ground': 'response losses data optimizer schedules sharding distributed signals metrics charts files cli errors',

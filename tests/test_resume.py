@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lens import places
-from lens.checkpoint import Checkpoints, Keep, reopen
+from lens.checkpoint import Checkpoints, Keep
 from lens.errors import LensError
 from lens.files import read_jsonl
+from lens.reopen import reopen
 from tests.curves import curve
 from tests.small_run import config, figures, train
 from tests.test_checkpoint import largest_file

@@ -17,10 +17,11 @@ from orbax.checkpoint import v1 as ocp
 
 from configs import base
 from lens import data, errors, evaluate, files, hf
-from lens.checkpoint import Checkpoints, reopen
+from lens.checkpoint import Checkpoints
 from lens.config import check_held_out, check_values, plan
 from lens.errors import LensError
 from lens.files import read_jsonl
+from lens.reopen import reopen
 from lens.signals import Stop
 from lens.train import Stopped, train_step
 from tests.curves import curve

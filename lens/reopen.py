@@ -1,0 +1,130 @@
+"""Runs that are there already: opened again, and as what a new one starts from."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import ml_collections
+
+from lens import config, files, keys, lens_init, places
+from lens.checkpoint import Checkpoints, Keep
+from lens.config import Run
+from lens.errors import LensError
+from lens.models import injection
+from lens.models.lens import Lens
+
+# Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
+PLACES = (
+    *('layer', 'position_vectors'),
+    *(f'decoder.{k}' for k in ('train', 'injection', 'marker')),
+    *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'current_token')),
+)
+ANOTHER_VERSION = 'it is of another version or damaged; train again'
+
+
+def _config_of(workdir: pathlib.Path) -> dict:
+    """What config.json says, or where it is damaged the newest checkpoint."""
+    try:
+        return files.read_json(workdir / 'config.json', '--workdir and init_from must be the folder of a run')
+    except LensError as e:
+        checkpoints = Checkpoints(workdir / 'checkpoints', Keep())
+        found = checkpoints.newest(checkpoints.info)
+        if found is None:
+            raise
+        print(f'warning: {e} The configuration is that of checkpoint {found[0]}.')
+        return found[1]['config']
+
+
+def weights(workdir: pathlib.Path, like: Lens, step: str = 'newest') -> tuple[int, tuple[Lens, dict]]:
+    """Returns (step, (weights alone, info)) of a checkpoint of a workdir, in the structure and placement of `like`.
+
+    step: newest | best (highest held-out FVE) | a number. Raises LensError.
+    """
+    with Checkpoints(workdir / 'checkpoints', Keep()) as checkpoints:
+
+        def read(step: int) -> tuple[Lens, dict]:
+            info = checkpoints.info(step)
+            return checkpoints.restore(step, {'params': like})['params'], info
+
+        have = ', '.join(map(str, checkpoints.steps)) or 'none yet'
+        found = checkpoints.newest(read) if step == 'newest' else None
+        number = str(checkpoints.best_step) if step == 'best' else step
+        if number in have.split(', '):
+            found = int(number), read(int(number))
+    if found is None:
+        raise LensError(f'{workdir}/checkpoints has no checkpoint {step!r}: it has {have}.')
+    return found
+
+
+class Reopened(NamedTuple):
+    """A workdir one of whose checkpoints has been restored. config: of the run, as stored; subject: where it is."""
+
+    config: dict
+    subject: str
+    run: Run
+    step: int
+    params: Lens
+
+
+def reopen(
+    workdir: pathlib.Path, step: str = 'newest', data: int = -1, needs: Sequence[str] = ('validation',), **given: str
+) -> Reopened:
+    """Returns the run of a workdir with the weights of a checkpoint, on the devices that are here.
+
+    step: as in `weights`. data: devices that split a batch, -1 for all that the model does not take. needs: as in
+    config.plan. given: as in places.locate. Raises LensError, also where what is found is not what it was.
+    """
+    stored = _config_of(workdir)
+    try:
+        cfg = ml_collections.ConfigDict(stored)
+        keys.check(cfg)
+    except (ValueError, TypeError) as e:
+        raise LensError(f'{workdir}/config.json cannot be used ({str(e).rstrip(".")}): {ANOTHER_VERSION}.') from e
+    cfg = places.locate(cfg, workdir, **given)
+    cfg.mesh.update(data=data, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
+    run = config.load(cfg, config.plan(cfg, needs))
+    with jax.set_mesh(run.mesh):
+        like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
+        number, (params, info) = weights(workdir, like, step)
+    here = places.identity(cfg, run) | {'contents': places.contents(cfg, ('subject.path',))}
+    places.check_contents(info, here, workdir)
+    return Reopened(stored, cfg.subject.path, run, number, params)
+
+
+def _is_run(folder: str) -> bool:
+    """Whether init_from is a workdir, not an exported lens."""
+    return bool(folder) and (pathlib.Path(folder) / 'checkpoints').is_dir()
+
+
+def check_start(cfg, lens: Lens, base) -> None:
+    """Raises LensError where what a new run starts from does not fit. lens, base: may be abstract."""
+    if not _is_run(cfg.init_from):
+        return lens_init.check_start(cfg, lens, base)
+    stored = _config_of(pathlib.Path(cfg.init_from)), json.loads(cfg.to_json())
+    theirs, ours = (_places(x, cfg.init_from) for x in stored)
+    if changed := [f'{k}={theirs[k]!r}' for k in theirs if theirs[k] != ours.get(k)]:
+        raise LensError(f'init_from={cfg.init_from} holds a lens with {", ".join(changed)}: use these keys here.')
+
+
+def _places(stored: dict, workdir: str) -> dict:
+    """The values of PLACES, and of the fields of the injection, by dotted key."""
+    flat = places.flat(stored)
+    if missing := [k for k in PLACES if k not in flat]:
+        raise LensError(f'{workdir}/config.json lacks {missing[0]}: {ANOTHER_VERSION}.')
+    if flat['encoder.output_layer'] == -1:
+        flat['encoder.output_layer'] = flat['layer']
+    kind = injection.INJECTIONS[flat['decoder.injection']]
+    return {k: flat.get(k) for k in (*PLACES, *(f'decoder.{f.name}' for f in dataclasses.fields(kind)))}
+
+
+def initial_lens(cfg, run: Run) -> Lens:
+    """Returns the lens that a run starts from: of another workdir, or as lens_init makes it. Call under
+    jax.set_mesh(run.mesh). Raises LensError."""
+    if not _is_run(cfg.init_from):
+        return lens_init.init_lens(cfg, run)
+    like = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
+    return weights(pathlib.Path(cfg.init_from), like)[1][0]
