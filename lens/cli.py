@@ -270,6 +270,8 @@ def _tell_unraisable(tell: Callable, args) -> None:
 
 def sentence(e: Exception) -> str:
     """Returns what a user can mend, '' where it is a fault of the program."""
+    if isinstance(e, OSError) and e.filename and e.strerror:
+        return f'{shown(e.filename)} cannot be read or written: {e.strerror}.'
     if isinstance(e, LensError | OSError):
         return str(e)
     if any(f.filename.endswith('jax/_src/xla_bridge.py') for f in traceback.extract_tb(e.__traceback__)):

@@ -259,6 +259,10 @@ def raised(act) -> Exception:
     ('error', 'sentence'),
     [
         (LensError('a=1 is wrong.'), 'a=1 is wrong.'),
+        (
+            OSError(28, 'No space left on device', 'w/report.html'),
+            'w/report.html cannot be read or written: No space left',
+        ),
         (MemoryError(), 'The memory is not enough'),
         (
             jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
