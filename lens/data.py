@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-import sys
 from collections.abc import Callable
 
 import grain
@@ -32,6 +31,7 @@ MAKE = (
     'make the data, or set data.path to a folder that has it (in lens.evaluate: --data), which counts from the current '
     'folder'
 )
+ENDLESS = 1 << 53  # rows
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
 BYTES_PER_SCAN = 1 << 20  # of an array that is read once
 MOST_WIDTHS, TEXT_SHARE = 8, 0.85  # of the batches of a split: no more widths than give this share of text in them
@@ -362,7 +362,7 @@ class _Rows:
     read: Callable[..., dict]
 
     def __len__(self):
-        return sys.maxsize // self.documents * len(self.mine)
+        return ENDLESS // self.documents * len(self.mine)
 
     def __getitem__(self, i):
         batch, k = divmod(int(i), len(self.mine))

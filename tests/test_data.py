@@ -334,6 +334,15 @@ def test_train_batches_draw_new_positions_in_every_epoch(split):
     assert all(len(p) > 1 for p in drawn.values())
 
 
+def test_every_batch_draws_positions_of_its_own(tmp_path):
+    """Of the same document in the same row."""
+    one = {k: x[:1] for k, x in arrays().items() if k in ('tokens', 'lengths', 'doc_id')}
+    write(tmp_path, meta={'format': 'lens-tokens/1'}, **one)
+    split = data.open_split(str(tmp_path), 'train', vocab_size=VOCAB)
+    drawn = {tuple(b['positions'][0].tolist()) for b in batches(split, 20, documents=1)}
+    assert len(drawn) > 10
+
+
 @pytest.mark.parametrize('labelled', [False, True])
 def test_train_batches_continue_from_a_saved_state(split, labelled):
     it = batches(split, labelled=labelled)

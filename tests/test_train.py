@@ -11,16 +11,18 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
 from configs import base
-from lens import data, errors, evaluate, files, hf
+from lens import data, errors, evaluate, files, hf, lens_init, sharding
 from lens.checkpoint import Checkpoints
-from lens.config import check_held_out, check_values, plan
+from lens.config import check_held_out, check_values, load, plan
 from lens.errors import LensError
 from lens.files import read_jsonl
+from lens.models import subject
 from lens.reopen import reopen
 from lens.signals import Stop
 from lens.train import Stopped, train_step
@@ -145,6 +147,17 @@ def test_a_run_that_is_stopped_in_its_last_evaluation_goes_on_there(world, finis
     assert not (unfinished / 'summary.json').exists()
     assert figures(train(config(world), unfinished)) == figures(finished[1])
     assert curve(unfinished) == curve(finished[0])
+
+
+def test_the_scale_of_a_start_is_measured_on_the_first_texts(world):
+    """As long as they are; of longer ones the beginning."""
+    run = load(config(world), plan(config(world)))
+    first = {k: getattr(run.train, k)[: lens_init.NORM_DOCUMENTS] for k in ('tokens', 'lengths')}
+    with jax.set_mesh(run.mesh):
+        batch = sharding.put_batch(first, run.mesh)
+        want = jax.jit(subject.stream_norms)(run.base, batch['tokens'], batch['lengths'])
+        got = lens_init._stream_norms(run)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_there_is_no_summary_without_its_weights(world, unfinished, monkeypatch):
