@@ -90,9 +90,14 @@ def read(base, batch, *, layer: int, again: bool = False) -> Rollout:
     """
     a = subject.activations(base, batch['tokens'], batch['positions'], layer)
     token = jnp.take_along_axis(batch['tokens'], batch['positions'], axis=1)
-    source = Source(token.reshape(-1), batch['positions'].reshape(-1))
+    a, token, position = (_joined(x) for x in (a.astype(jnp.float32), token, batch['positions']))
     rest = batch if again else {k: x for k, x in batch.items() if k != 'tokens'}
-    return Rollout(a.reshape(-1, a.shape[-1]).astype(jnp.float32), source, rest)
+    return Rollout(a, Source(token, position), rest)
+
+
+def _joined(x_BxPxD):
+    """The rows of all documents one after the other, split over the devices; of one document XLA would not know how."""
+    return sharding.reshard(x_BxPxD.reshape(-1, *x_BxPxD.shape[2:]), sharding.rows(x_BxPxD.ndim - 1))
 
 
 def no_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
@@ -296,8 +301,9 @@ def _functional_kl(base, roll: Rollout, pred, per_activation: int, hp: Hparams):
     positions = jnp.repeat(roll.batch['positions'], per_activation, axis=1)
     shape = (*positions.shape, pred.shape[-1])
     both = jnp.concatenate([roll.a_NxD.reshape(shape), pred.reshape(shape)], axis=1)  # beside one natural stream
+    both = sharding.reshard(both, sharding.ACT)
     logits = subject.logits_at(base, roll.batch['tokens'], jnp.tile(positions, 2), both, hp.layer)
-    return losses.kl(*jnp.split(logits, 2, axis=1)).reshape(-1)
+    return _joined(losses.kl(*jnp.split(logits, 2, axis=1)))
 
 
 def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, knobs: Knobs, reference):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from lens import objectives
-from lens.sharding import make_mesh, path
-from lens.train import init_state, micro_step, train_step
+from lens.sharding import make_mesh, path, put_batch
+from lens.train import init_state, micro_step, trace, train_step
 from tests.phases import RATES, phase_of
 from tests.tiny_world import make_base, make_lens
 
@@ -59,6 +59,16 @@ def test_numbers_do_not_compile_another_program(run, objective):
         _, (other,) = run(phase(objective, **sweep))
         assert (objective == 'sft' and 'start' in sweep) or other != plain, f'{sweep} changes nothing'
     assert train_step._cache_size() == programs
+
+
+@pytest.mark.parametrize('objective', objectives.OBJECTIVES)
+def test_one_document_makes_a_batch(base, batch, mesh, objective):
+    """All terms, traced: where a row of a batch lives is part of its type."""
+    p = phase(objective, {'kl_weight': 0.1}, documents=1)
+    with jax.set_mesh(mesh):
+        one = put_batch({k: x[:1] for k, x in batch.items()}, mesh)
+        _, step = trace(p, init_state(make_lens(base), p, mesh), base, one, KEY)
+    assert step.out_info[1]['loss_encoder'].shape == ()
 
 
 def test_what_changes_the_program_compiles_another(run):
