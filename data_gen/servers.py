@@ -23,10 +23,10 @@ import urllib.parse
 from lens.errors import LensError, shown
 
 from . import chat_data
+from .urls import normal_url, public, secrets_of
 
 with contextlib.suppress(ImportError):  # of the extra [datagen]: what asks servers says so, and --help needs none
     import aiohttp
-    import yarl
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
 ASK_AGAIN_S = 5.0  # for servers that were away
@@ -153,35 +153,6 @@ class Server:
         return tokens / max(min(now - self._since, SPEED_WINDOW_S), 0.5)
 
 
-def normal_url(text: str) -> str | None:
-    """Returns the base URL with its /v1, or None where `text` is no http URL."""
-    text = text.strip()
-    try:
-        parts = urllib.parse.urlsplit(text)
-        valid = parts.scheme in ('http', 'https') and bool(parts.hostname) and parts.port != 0
-        valid = valid and text.isprintable() and ' ' not in text and bool(yarl.URL(text).host)
-    except ValueError:  # a port that is no number
-        return None
-    parts = parts._replace(path=parts.path.rstrip('/') or '/v1', fragment='')
-    return urllib.parse.urlunsplit(parts) if valid else None
-
-
-def public(url: str) -> str:
-    """Returns what may be shown of a URL, be it a good one or not: no user, password, query and fragment."""
-    head, _, rest = url.rpartition('@')
-    scheme = re.match('[a-z]+://', head)
-    return shown((scheme[0] if scheme else '') + re.split('[?#]', rest, maxsplit=1)[0])
-
-
-def secrets_of(parts: urllib.parse.SplitResult) -> set[str]:
-    """Returns the texts of a URL that must not be shown: its password, or the user where there is none, and the values of
-    its query; as they are written, meant and sent."""
-    login = parts.password or parts.username
-    written = {login, *(pair.partition('=')[2] for pair in parts.query.split('&'))} - {None, ''}
-    meant = {urllib.parse.unquote(x) for x in written}
-    return written | meant | {urllib.parse.quote(x) for x in meant}
-
-
 def retry_after(value: str) -> float | None:
     """Returns the seconds of a Retry-After header, a number or a date; None where it is neither."""
     try:
@@ -260,12 +231,10 @@ class Servers:
             with contextlib.suppress(OSError), self._registry.open('rb') as f:
                 lines = f.read(MOST_REGISTRY_BYTES).decode('utf-8', 'replace').splitlines()
                 texts = [text for line in lines if (text := re.split(r'(?:^|\s)#', line)[0].strip())]
-                self._listed = [url for text in texts if (url := normal_url(text))]
-                for text in texts:
-                    if not normal_url(text):
-                        self._say_once(
-                            f'{public(text)!r} in {self._registry} is no URL such as http://localhost:8000/v1'
-                        )
+                urls = {text: normal_url(text) for text in texts}
+                self._listed = [url for url in urls.values() if url]
+                for text in (text for text, url in urls.items() if not url):
+                    self._say_once(f'{public(text)!r} in {self._registry} is no URL such as http://localhost:8000/v1')
         wanted = dict.fromkeys([*self._fixed.values(), *self._listed])
         for url in self.all.keys() - wanted.keys():
             say(f'server {self.all[url].url} was removed from the registry')

@@ -15,7 +15,7 @@ import zlib
 import pytest
 from rich.console import Console
 
-from data_gen import generate, requests, servers
+from data_gen import generate, requests, servers, urls
 from data_gen.servers import Failed, Servers
 from lens.errors import LensError
 from lens.files import read_jsonl
@@ -438,14 +438,14 @@ def test_keys_and_passwords_are_sent_and_never_shown(tmp_path, capsys, monkeypat
     ],
 )
 def test_urls(text, url, shown):
-    assert servers.normal_url(text) == url
+    assert urls.normal_url(text) == url
     if url:
         server = servers.Server(url)
         assert server.url == shown and 'hush' not in server.label + server.url
         if '?' in url or '@' in url:
             assert 'hush' not in server.hide('hushé hush%C3%A9' if 'é' in url else 'hush')
     else:
-        assert servers.public(text) == shown
+        assert urls.public(text) == shown
         with pytest.raises(LensError) as e:
             Servers(text, 'tiny', 1.0)
         assert 'hush' not in str(e.value) and str(e.value).isprintable()
