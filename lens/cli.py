@@ -108,9 +108,8 @@ def key_lines(file: str, all_keys: str = KEYS) -> list[str]:
     """
     config = load_config(file)
     meant = meanings(files.find(all_keys).read_text('utf-8'))
-    meaning = (
-        meant | meanings(pathlib.Path(file.partition(':')[0]).read_text('utf-8')) | meant
-    )  # and the order of `meant`
+    of_recipe = meanings(pathlib.Path(file.partition(':')[0]).read_text('utf-8'))
+    meaning = meant | {k: x for k, x in of_recipe.items() if k not in meant}
     keys, values = flat_keys(config), {}
     blocks = [k.removesuffix('.objective') for k in keys if k.endswith('.objective')]
     running = [*config.get('phases', ())]
@@ -147,11 +146,11 @@ def help_text(about: str, values: flags.FlagValues, argv: Sequence[str] = (), al
     """Returns what --help prints: the first text of the module `about`, which is not imported for that, the flags, and
     the keys of --config=FILE of argv, or all that a recipe may have. Raises LensError where FILE does not load."""
     loaded = sys.modules.get(about)
-    text = (loaded.__doc__ if loaded else ast.get_docstring(_tree(about))) or ''
+    doc = (loaded.__doc__ if loaded else ast.get_docstring(_tree(about))) or ''
     about = loaded.__spec__.name if loaded and loaded.__spec__ else about
     if about.startswith('lens.data_gen.'):  # where it is installed there is no other
-        text = text.replace('python -m data_gen', 'python -m lens.data_gen')
-    lines = [text.strip(), '', 'Flags, with [their defaults]:']
+        doc = doc.replace('python -m data_gen', 'python -m lens.data_gen')
+    lines = [doc.strip(), '', 'Flags, with [their defaults]:']
     lines += map(_flag_line, own_flags(values))
     if 'config' in values:
         file = next((a.partition('=')[2] for a in argv if a.startswith('--config=')), '')

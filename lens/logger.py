@@ -71,8 +71,9 @@ class Lines:
 class Clock:
     """Seconds of a run over restarts: of its named parts, of recent steps, and of the whole.
 
-    start: from `began` to go_on; compile: steps of a width that is new in a phase; a step lasts until its figures are there. lost:
-    what killed processes worked after the checkpoint that was gone on from. The time between processes is nobody's.
+    start: from `began` to go_on; compile: steps of a width that is new in a phase; a step lasts until its figures are
+    there. lost: what killed processes worked after the checkpoint that was gone on from. The time between processes is
+    nobody's.
     """
 
     def __init__(self, began: float, now: Callable[[], float] = time.monotonic):
@@ -261,8 +262,8 @@ class Logger(contextlib.ExitStack):
     def _progress(self, phase: Phase, step: int, values: Mapping[str, float], step_s: float) -> None:
         """Moves the bar on; where there is no terminal, says a line every five lines of metrics.jsonl, and of slow steps
         every SILENCE_S."""
-        shown = dict(phase.objective.shows) | {'loss_encoder': 'encoder loss', 'fve': 'FVE'}
-        text = '  '.join(f'{text} {values[k]:.3f}' for k, text in shown.items() if k in values)
+        names = dict(phase.objective.shows) | {'loss_encoder': 'encoder loss', 'fve': 'FVE'}
+        text = '  '.join(f'{text} {values[k]:.3f}' for k, text in names.items() if k in values)
         text += f'  ETA {clock(step_s * (self.run.steps - step))}'
         self._bar.update(self._task, completed=step, description=phase.name, text=text)
         due = fires(5 * (phase.every.log or 0), step) or step == self.run.steps
