@@ -50,6 +50,19 @@ def write(root, split='train', meta=META, **arrays_of_split):
     return folder
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """tmp_path/train with every array; tests damage it."""
+    return write(tmp_path, **arrays())
+
+
+@pytest.fixture(scope='module')
+def split(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    write(root, **arrays())
+    return data.open_split(str(root), 'train', vocab_size=VOCAB)
+
+
 def open_train(folder, vocab_size=VOCAB):
     return data.open_split(str(folder.parent), 'train', vocab_size=vocab_size)
 

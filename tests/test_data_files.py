@@ -8,19 +8,8 @@ import pytest
 
 from lens import data
 from tests.small_split import DOCUMENTS, FIELDS, META, VOCAB, arrays, batches, held, open_train, refused, same, write
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """tmp_path/train with every array; tests damage it."""
-    return write(tmp_path, **arrays())
-
-
-@pytest.fixture(scope='module')
-def split(tmp_path_factory):
-    root = tmp_path_factory.mktemp('data')
-    write(root, **arrays())
-    return data.open_split(str(root), 'train', vocab_size=VOCAB)
+from tests.small_split import folder as folder
+from tests.small_split import split as split
 
 
 @pytest.mark.parametrize('name', list(arrays()))

@@ -20,14 +20,9 @@ from tests.small_split import (
     same,
     write,
 )
-
-
-@pytest.fixture(scope='module')
-def split(tmp_path_factory):
-    root = tmp_path_factory.mktemp('data')
-    write(root, **arrays())
-    return data.open_split(str(root), 'train', vocab_size=VOCAB)
-
+from tests.small_split import (
+    split as split,
+)
 
 ROLES = {'system': 4, 'user': 1, 'thinking': 0, 'final': 3, 'special': 5, 'text': 2}  # codes are the data's own
 KIND = {'assistant': ('thinking', 'final'), 'thinking': ('thinking',), 'final': ('final',)}
