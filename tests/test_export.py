@@ -373,6 +373,7 @@ def card_of(world, text):
     """The card of a lens, every text of others in which is this one; its blocks and spans, as a Markdown parser reads them."""
     cfg = json.loads(config(world, 'maps').to_json())
     cfg['subject']['path'] = cfg['decoder']['prompt'] = text
+    cfg['phases'] = ['sft', 'grpo']
     sides = {
         'decoder': {'injection': 'affine', 'patched_blocks': 1, 'shared_map': True, 'prompt': text},
         'encoder': {'output_layer': 1, 'readout': text, 'prompt': text},
@@ -389,6 +390,7 @@ def card_of(world, text):
 def test_the_card_shows_texts_and_nothing_of_them_takes_effect(world, text):
     card, tokens, structure = card_of(world, text)
     assert structure == card_of(world, 'x')[2]
+    assert re.search(r'\(steps of the phases: sft \d+, grpo \d+\)', card)
     assert all(c == '\n' or c.isprintable() for c in card), 'control characters and turned text stay out'
     assert tokens[1].children[1].content == shown(text)
     command = [t.content for t in tokens if t.type == 'fence'][1]
