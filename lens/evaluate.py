@@ -116,6 +116,7 @@ def _evaluate_batch(lens: Lens, base, roll: Rollout, key, *, tags: Tags, error: 
         _interleave(keys[k] for k in drawn),
         length=length,
         temperature=jnp.tile(jnp.asarray([TEXTS[k].temperature for k in drawn]), len(a)),
+        tags=tags,
     ).ids_NxT
     texts = _separate(ids, drawn)
     for k in names:

@@ -1,10 +1,10 @@
 """Model FLOPs of a training step, for its utilisation of the devices (MFU), counted in the traced program.
 
 What the mathematics of a step needs: 2 FLOPs for each pair of numbers that a product of matrices multiplies, loops
-times their length; of experts the rows that are routed. A query meets the keys that it may see: half of them under the
-causal mask, at most the window in a sliding layer. What the backward pass computes again does not count, nor what
-nothing reads (gradients of frozen parameters). Left out: all that is no product of matrices, loops without a known
-length, kernels (subject.experts=tokamax).
+times their length (of one that may end early, sampling, the most); of experts the rows that are routed. A query meets the
+keys that it may see: half of them under the causal mask, at most the window in a sliding layer. What the backward pass
+computes again does not count, nor what nothing reads (gradients of frozen parameters). Left out: all that is no
+product of matrices, loops without a known bound, kernels (subject.experts=tokamax).
 """
 
 import math
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from lens.models.transformer import TransformerConfig
@@ -68,13 +69,21 @@ def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[
             yield inside, times * _flops(eqn, c)
         if name == 'scan':
             n = times * eqn.params['length']
+        elif name == 'while':
+            n = times * _most_runs(eqn.params['cond_jaxpr'].jaxpr)
         elif name == 'shard_map':  # shapes of one device; those of `model` have the same rows
             n = times * math.prod(size for axis, size in eqn.params['mesh'].shape.items() if axis != 'model')
         for x in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
         ):
-            if hasattr(getattr(x, 'jaxpr', x), 'eqns') and name != 'while':
+            if hasattr(getattr(x, 'jaxpr', x), 'eqns'):
                 yield from _products(getattr(x, 'jaxpr', x), c, inside, n)
+
+
+def _most_runs(condition) -> int:
+    """The number that the counter of a loop stays below; 0 where there is none."""
+    less = (eqn for eqn in condition.eqns if eqn.primitive.name == 'lt')
+    return next((int(eqn.invars[1].val) for eqn in less if isinstance(eqn.invars[1], Literal)), 0)
 
 
 def _again(scopes: str) -> bool:

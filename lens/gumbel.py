@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from lens import sampling, sharding
 from lens.models import decoder as dec
-from lens.models.transformer import model_of
+from lens.models.attention import KVCache
+from lens.models.transformer import for_rollout, model_of
 
 MIN_TAU = 0.1
 
@@ -96,17 +97,24 @@ def _full(length: int, decoder, base, activation_NxD, table_VxW, key, tau, tempe
 
 def _forward(length, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N):
     """The loop of sampling.sample; the final cache lacks the last token."""
-    logits, prompt = dec.prefill(decoder, base, activation_NxD)
+    ready = for_rollout(decoder, base)
+    first_NxV, prompt = _start(ready, base, activation_NxD)
     ids, kept, cache = sampling.draw(
-        decoder, base, logits, prompt, key, length=length, temperature_N=temperature_N, keep=lambda logits, _: logits
+        ready, base, first_NxV, prompt, key, length=length, temperature_N=temperature_N, keep=lambda logits, _: logits
     )
-    residuals = decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids, cache
+    residuals = decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids, (prompt, cache)
     return Words(ids, _lookup(table_VxW, ids), kept), residuals
+
+
+def _start(decoder, base, activation_NxD):
+    """Logits of the first token and the prompt's keys and values."""
+    x_Nx1xD, prompt = dec.prefill(decoder, base, activation_NxD)
+    return dec.first_logits(model_of(decoder, base), x_Nx1xD), prompt
 
 
 def _backward(length, residuals, cotangents):
     """Cotangents of _full's arguments: the steps in reverse, each linearised at the final cache."""
-    decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids_NxT, cache = residuals
+    decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids_NxT, past = residuals
     d_words_NxTxW, d_logits_NxTxV = cotangents.words_NxTxW, cotangents.logits_NxTxV
     model = model_of(decoder, base)
     tables = table_VxW, model.table
@@ -121,31 +129,31 @@ def _backward(length, residuals, cotangents):
         return _token(d_logits_NxTxV, t) + through_rows
 
     def body(carry, t):
-        d_decoder, d_cache, d_row = carry
+        d_decoder, (d_prompt, d_cache), d_row = carry
         row_Nx1xD = model.lookup(_token(ids_NxT, t)[:, None])
-        (logits, _), transpose = jax.vjp(
-            lambda d, row, past: dec.step(d, base, row, past, t), decoder, row_Nx1xD, cache
+        (logits, written), transpose = jax.vjp(
+            lambda *args: dec.step(args[0], base, *args[1:], t), decoder, row_Nx1xD, past
         )
-        start = decoder.prompt_len + t
-        d_kv = jax.tree.map(lambda d, x: _slots(d, start, 1, x.dtype), d_cache, cache)
-        d_step, d_rows_Nx1xD, d_read = transpose((logits_cotangent(logits, t + 1, d_row), d_kv))
+        d_written = jax.tree.map(lambda d, x: _slot(d, t, x.dtype), (d_cache.k, d_cache.v), (written.k, written.v))
+        d_logits = logits_cotangent(logits, t + 1, d_row)
+        d_step, d_rows_Nx1xD, d_read = transpose((d_logits, KVCache(*d_written, written.length)))
         d_row = d_rows_Nx1xD[:, 0]
-        return (_add(d_decoder, d_step), _add(d_cache, d_read), d_row), d_row
+        return (_add(d_decoder, d_step), _add((d_prompt, d_cache), d_read), d_row), d_row
 
-    d_decoder, d_cache = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (decoder, cache))
+    d_decoder, d_past = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (decoder, past))
     d_row = jnp.zeros_like(model.lookup(ids_NxT[:, -1:])[:, 0])  # the last token is fed to nobody
-    (d_decoder, d_cache, d_row), d_rows_TxNxD = jax.lax.scan(
-        body, (d_decoder, d_cache, d_row), jnp.arange(length - 1), reverse=True
+    (d_decoder, (d_prompt, _), d_row), d_rows_TxNxD = jax.lax.scan(
+        body, (d_decoder, d_past, d_row), jnp.arange(length - 1), reverse=True
     )
 
     def start(decoder, activation_NxD):
         """Also the rows that the decoder is fed back: its table may be trained."""
-        return *dec.prefill(decoder, base, activation_NxD), model_of(decoder, base).lookup(ids_NxT[:, :-1])
+        return *_start(decoder, base, activation_NxD), model_of(decoder, base).lookup(ids_NxT[:, :-1])
 
     (logits, _, _), transpose = jax.vjp(start, decoder, activation_NxD)
-    d_kv = jax.tree.map(lambda d, x: _slots(d, 0, decoder.prompt_len, x.dtype), d_cache, cache)
+    d_prompt = jax.tree.map(lambda d, x: d.astype(x.dtype), d_prompt, past[0])
     d_logits = logits_cotangent(logits, 0, d_row)
-    d_start, d_activation = transpose((d_logits, d_kv, jnp.moveaxis(d_rows_TxNxD, 0, 1)))
+    d_start, d_activation = transpose((d_logits, d_prompt, jnp.moveaxis(d_rows_TxNxD, 0, 1)))
     d_decoder = jax.tree.map(lambda d, x: d.astype(x.dtype), _add(d_decoder, d_start), decoder)
     return d_decoder, None, d_activation, None, None, None, None
 
@@ -158,8 +166,8 @@ def _token(x, t):
     return jax.lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
 
 
-def _slots(x_LxNxSxKxh, start, n: int, dtype):
-    return jax.lax.dynamic_slice_in_dim(x_LxNxSxKxh, start, n, 2).astype(dtype)
+def _slot(x_LxNxKxSxh, t, dtype):
+    return jax.lax.dynamic_slice_in_dim(x_LxNxKxSxh, t, 1, 3).astype(dtype)
 
 
 def _add(sums, terms):

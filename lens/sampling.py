@@ -9,9 +9,11 @@ from lens import losses, sharding
 from lens.models import decoder as dec
 from lens.models.attention import KVCache
 from lens.models.subject import tile_rows
-from lens.models.transformer import model_of
+from lens.models.transformer import for_rollout, model_of
+from lens.response import NO_TAGS, Tags, find
 
 ROWS = sharding.rows(2)
+UNDRAWN = -1  # equals no token of a tag
 
 
 class Samples(NamedTuple):
@@ -34,43 +36,53 @@ def perturbed(logits_NxV, key, t, temperature_N):
     return logits_NxV + temperature_N[:, None] * noise(key, t, logits_NxV.shape)
 
 
-def draw(decoder, base, logits_NxV, prompt: KVCache, key, *, length: int, temperature_N, keep):
-    """Draws `length` tokens a row after a prompt of which prefill gave logits, keys and values.
+def draw(decoder, base, first_NxV, prompt: KVCache, key, *, length: int, temperature_N, keep, tags: Tags = NO_TAGS):
+    """Draws `length` tokens a row after a prompt of which prefill gave keys and values, and first_NxV the logits.
 
-    Returns (ids NxT, keep(logits NxV, ids N) of every token on a second axis, the cache without the last token).
+    tags: once every row has closed its explanation nothing more is drawn, and the tokens that are left are 0. Returns (ids
+    NxT, keep(logits NxV, ids N) of every token on a second axis, the cache of all tokens but the last).
     """
-    model = model_of(decoder, base)
-    kept = jax.eval_shape(lambda x: keep(x, jnp.argmax(x, axis=-1)), logits_NxV)
-    shape = (len(logits_NxV), length, *kept.shape[1:])
-    kept = jnp.zeros(shape, kept.dtype, out_sharding=sharding.out(sharding.rows(len(shape))))
+    model, n = model_of(decoder, base), len(first_NxV)
+    kept = jax.eval_shape(lambda x: keep(x, jnp.argmax(x, axis=-1)), first_NxV)
+    kept = jnp.zeros((n, length, *kept.shape[1:]), kept.dtype, out_sharding=sharding.out(sharding.rows(kept.ndim + 1)))
+    ids = jnp.full((n, length), UNDRAWN, jnp.int32, out_sharding=sharding.out(ROWS))
 
-    def token(logits, kept, t):
+    def token(logits, ids, kept, t):
         ids_N = jnp.argmax(perturbed(logits, key, t, temperature_N), axis=-1).astype(jnp.int32)
-        return ids_N, jax.lax.dynamic_update_index_in_dim(kept, keep(logits, ids_N), t, 1)
+        put = jax.lax.dynamic_update_index_in_dim
+        return ids_N, put(ids, ids_N, t, 1), put(kept, keep(logits, ids_N), t, 1)
 
-    def body(carry, t):
-        logits, cache, kept = carry
-        ids_N, kept = token(logits, kept, t)
-        logits, written = dec.step(decoder, base, model.lookup(ids_N[:, None]), cache, t)
-        return (logits, cache.written(written, decoder.prompt_len + t), kept), ids_N
+    def goes_on(carry):
+        t, _, _, ids, _ = carry
+        more = t < length - 1
+        return more & ~find(ids, tags).found_N.all() if tags else more
 
-    carry = logits_NxV, prompt.with_room(length - 1), kept
-    (logits, cache, kept), ids_TxN = jax.lax.scan(body, carry, jnp.arange(length - 1))
-    last_N, kept = token(logits, kept, length - 1)
-    return jnp.concatenate([ids_TxN.T, last_N[:, None]], axis=1), kept, cache
+    def body(carry):
+        t, logits, cache, ids, kept = carry
+        ids_N, ids, kept = token(logits, ids, kept, t)
+        logits, written = dec.step(decoder, base, model.lookup(ids_N[:, None]), (prompt, cache), t)
+        return t + 1, logits, cache.written(written, t), ids, kept
+
+    carry = jnp.int32(0), first_NxV, prompt.room(n, length - 1), ids, kept
+    t, logits, cache, ids, kept = jax.lax.while_loop(goes_on, body, carry)
+    _, ids, kept = token(logits, ids, kept, t)
+    return jnp.maximum(ids, 0), kept, cache
 
 
-def sample(decoder, base, activation_BxD, key, *, length: int, group: int = 1, temperature=1.0) -> Samples:
-    """Draws exactly `length` tokens for each activation, `group` times: N = B * group rows.
+def sample(
+    decoder, base, activation_BxD, key, *, length: int, group: int = 1, temperature=1.0, tags: Tags = NO_TAGS
+) -> Samples:
+    """Draws `length` tokens for each activation, `group` times: N = B * group rows; with tags as draw does. No gradient.
 
     Exact draws from softmax(logits / temperature) as argmax(logits + temperature * Gumbel noise), so 0
     is greedy; a number, or one per activation [B]. logp is at temperature 1. The noise of a row depends
     on key, step and row alone: every mesh draws the same tokens from the same logits.
     """
+    decoder, activation_BxD = for_rollout(decoder, base), jax.lax.stop_gradient(activation_BxD)
     temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
-    logits_BxV, prompt = dec.prefill(decoder, base, activation_BxD)
-    prompt = jax.tree.map(lambda x: jnp.repeat(x, group, axis=1, out_sharding=sharding.like(x)), prompt)
-    logits_NxV, temperature_N = tile_rows(logits_BxV, group), tile_rows(temperature_B, group)
-    keep = losses.token_log_probs
-    ids, logp, _ = draw(decoder, base, logits_NxV, prompt, key, length=length, temperature_N=temperature_N, keep=keep)
+    x_Bx1xD, prompt = dec.prefill(decoder, base, activation_BxD)
+    first_BxV = dec.first_logits(model_of(decoder, base), x_Bx1xD)
+    first_NxV, temperature_N = tile_rows(first_BxV, group), tile_rows(temperature_B, group)
+    how = {'length': length, 'temperature_N': temperature_N, 'keep': losses.token_log_probs, 'tags': tags}
+    ids, logp, _ = draw(decoder, base, first_NxV, prompt, key, **how)
     return Samples(ids, logp)

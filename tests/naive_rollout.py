@@ -21,11 +21,12 @@ def rollout(decoder, base, activation_NxD, table_VxW, key, *, length, tau, tempe
         z = logits + jnp.reshape(temperature, (-1, 1)) * sampling.noise(key, t, logits.shape)
         ids = jnp.argmax(z, axis=-1)
         row = straight_through(model.embedding[...], z, ids)
-        x, at = model.enter(row[:, None], start + t), jnp.reshape(start + t, 1)
-        x, written = model.run_cached(x, 0, model.config.n_layers, cache, at, adapters=decoder.adapters)
+        x, n = model.enter(row[:, None], start + t), model.config.n_layers
+        x, written = model.run_cached(x, 0, n, (prompt, cache), start + t, adapters=decoder.adapters)
         word = straight_through(jax.lax.stop_gradient(table_VxW), z, ids)
-        return (model.logits(x)[:, 0], cache.written(written, start + t)), gumbel.Words(ids, word, logits)
+        return (model.logits(x)[:, 0], cache.written(written, t)), gumbel.Words(ids, word, logits)
 
-    logits, prompt = dec.prefill(decoder, base, activation_NxD)
-    _, out = jax.lax.scan(body, (logits, prompt.with_room(length)), jnp.arange(length))
+    x, prompt = dec.prefill(decoder, base, activation_NxD)
+    first = model.logits(x)[:, 0], prompt.room(len(x), length)
+    _, out = jax.lax.scan(body, first, jnp.arange(length))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)

@@ -42,7 +42,7 @@ def layers(model, x_BxTxD, adapters=None):
 @jax.jit
 def block(model, x_BxTxD, layer):
     """One block; `layer` is traced."""
-    return at_layer(model.blocks, layer)(x_BxTxD, layer, jnp.arange(x_BxTxD.shape[1]), model.config, None, None)[0]
+    return at_layer(model.blocks, layer)(x_BxTxD, layer, jnp.arange(x_BxTxD.shape[1]), True, model.config, (), None)[0]
 
 
 @jax.jit

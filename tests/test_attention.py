@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lens.models import attention, rope
+from lens.models.attention import KVCache
 from lens.models.rope import Rope
 from tests.compare import close
 
@@ -31,6 +32,11 @@ def in_numpy(window, cap, sinks, q=Q):
     return out
 
 
+def part(seen, rows=slice(None), at=slice(None), keys=KEYS, values=VALUES):
+    """Keys, values and mask of attend; of some rows and tokens."""
+    return *(jnp.moveaxis(x[rows, at], 1, 2) for x in (keys, values)), seen
+
+
 def mask(at_T, window):
     seen = np.arange(T) <= at_T[:, None]
     return seen & (np.arange(T) > at_T[:, None] - window) if window else seen
@@ -39,14 +45,35 @@ def mask(at_T, window):
 @pytest.mark.parametrize(('window', 'cap', 'sinks'), [(0, 0.0, None), (4, 0.7, None), (4, 0.0, SINKS), (0, 0.7, SINKS)])
 def test_against_numpy(window, cap, sinks):
     attend = jax.jit(attention.attend, static_argnames=('scale', 'cap'))
-    got = attend(Q, KEYS, VALUES, mask(POSITIONS, window), scale=0.3, cap=cap, sinks_KxG=sinks)
+    got = attend(Q, [part(mask(POSITIONS, window))], scale=0.3, cap=cap, sinks_KxG=sinks)
     close(got, in_numpy(window, cap, sinks), steps=32)
+
+
+@pytest.mark.parametrize('sinks', [None, SINKS])
+def test_keys_in_parts_give_the_same_and_rows_may_share_a_part(sinks):
+    """5 keys of the first row for both rows, then 8 of each row's own."""
+    seen, keys, values = mask(POSITIONS, 4), KEYS.copy(), VALUES.copy()
+    keys[1, :5], values[1, :5] = keys[0, :5], values[0, :5]
+    parts = [
+        part(seen[:, :5], slice(0, 1), slice(0, 5), keys, values),
+        part(seen[:, 5:], slice(2), slice(5, T), keys, values),
+    ]
+    got = jax.jit(attention.attend, static_argnames='scale')(Q, parts, scale=0.3, sinks_KxG=sinks)
+    whole = attention.attend(Q, [part(seen, keys=keys, values=values)], scale=0.3, sinks_KxG=sinks)
+    close(got, np.asarray(whole), steps=32)
 
 
 @pytest.mark.parametrize('window', [None, 0, 4])
 def test_a_query_sees_those_before_it_in_its_window_and_itself(window):
-    got = np.asarray(attention.visible(POSITIONS, POSITIONS, POSITIONS, window))
-    np.testing.assert_array_equal(got, mask(POSITIONS, window))
+    """As tokens of one call, and as those of a call that come after tokens in a cache, at the end of one with padding."""
+    np.testing.assert_array_equal(attention.seen_beside(POSITIONS, T, True, window), mask(POSITIONS, window))
+    np.testing.assert_array_equal(attention.seen_beside(POSITIONS, T, False, window), np.eye(T, dtype=bool))
+    cache, at = KVCache(*(jnp.zeros((2, 3, 5, 4)) for _ in 'kv'), 5).padded(), POSITIONS[7:]
+    assert cache.k.shape[-2] == attention.SLOTS
+    for first in (0, 2):
+        got = np.asarray(attention.seen_before(at, first, cache, window))
+        np.testing.assert_array_equal(got[:, :5], mask(at, window)[:, first : first + 5])
+        assert not got[:, 5:].any()
 
 
 def test_gradients_with_sinks_are_finite_differences():
@@ -54,7 +81,7 @@ def test_gradients_with_sinks_are_finite_differences():
     weights = RNG.normal(size=Q.shape)
 
     def loss(q, sinks):
-        return jnp.sum(weights * attention.attend(q, KEYS, VALUES, mask(POSITIONS, 4), scale=0.3, sinks_KxG=sinks))
+        return jnp.sum(weights * attention.attend(q, [part(mask(POSITIONS, 4))], scale=0.3, sinks_KxG=sinks))
 
     grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(Q, SINKS)
     for grad, (dq, ds) in zip(grads, ((1e-4, 0), (0, 1e-4)), strict=True):
@@ -74,7 +101,7 @@ def test_queries_in_chunks_give_the_same(monkeypatch):
     def run(q, keys):
         def rows(q, at_T):
             seen = (jnp.arange(T) <= at_T[:, None]) & (jnp.arange(T) > at_T[:, None] - 5)
-            return attention.attend(q, keys, VALUES, seen, scale=0.3, sinks_KxG=SINKS)
+            return attention.attend(q, [part(seen, keys=keys)], scale=0.3, sinks_KxG=SINKS)
 
         return jnp.sum(attention.in_chunks(rows, q, jnp.arange(T)) ** 2)
 

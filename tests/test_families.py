@@ -221,11 +221,11 @@ def cached(model, ids):
     n, prompt = model.config.n_layers, 3
     x, cache = model.run_cached(model.embed(ids[:, :prompt]), 0, n)
 
-    def step(cache, t):
-        y, written = model.run_cached(model.embed(ids[:, t][:, None], t), 0, n, cache, t[None])
-        return cache.written(written, t), y[:, 0]
+    def step(room, t):
+        y, written = model.run_cached(model.embed(ids[:, t][:, None], t), 0, n, (cache, room), t)
+        return room.written(written, t - prompt), y[:, 0]
 
-    _, y_TxBxD = jax.lax.scan(step, cache.with_room(T - prompt), jnp.arange(prompt, T))
+    _, y_TxBxD = jax.lax.scan(step, cache.room(len(ids), T - prompt), jnp.arange(prompt, T))
     return model.logits(jnp.concatenate([x[:, -1:], y_TxBxD.swapaxes(0, 1)], 1))
 
 

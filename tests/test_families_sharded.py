@@ -41,7 +41,7 @@ def outputs(model, ids):
     grad, logits = jax.grad(loss, has_aux=True)(model.embed(ids))
     last = ids.shape[1] - 1
     _, cache = model.run_cached(model.embed(ids[:, :last]), 0, n)
-    x, _ = model.run_cached(model.embed(ids[:, last:], last), 0, n, cache, jnp.asarray([last]))
+    x, _ = model.run_cached(model.embed(ids[:, last:], last), 0, n, (cache,), last)
     return {'logits': logits, 'grad': grad, 'cached': model.logits(x)}
 
 

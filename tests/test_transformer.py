@@ -84,10 +84,10 @@ def test_cached_decoding_equals_teacher_forcing_position_by_position(base, token
     @jax.jit
     def run(base, ids):
         x, cache = base.run_cached(base.embed(ids[:, :prompt]), 0, N)
-        cache, steps = cache.with_room(ids.shape[1] - prompt), [x]
+        room, steps = cache.room(len(ids), ids.shape[1] - prompt), [x]
         for t in range(prompt, ids.shape[1]):
-            x, written = base.run_cached(base.embed(ids[:, t : t + 1], t), 0, N, cache, jnp.asarray([t]))
-            cache = cache.written(written, t)
+            x, written = base.run_cached(base.embed(ids[:, t : t + 1], t), 0, N, (cache, room), t)
+            room = room.written(written, t - prompt)
             steps.append(x)
         return base.logits(jnp.concatenate(steps, 1))
 

@@ -3,11 +3,13 @@
 Query heads are stored as (kv head K, group G): head index = k * G + g, the Hugging Face order.
 """
 
-from typing import NamedTuple
+import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 
 from lens import sharding
 from lens.models import lora, rope
@@ -15,24 +17,36 @@ from lens.models.norm import Norm, normal, zeros
 
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
+SLOTS = 8
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens at positions 0..S-1, BxSxKxh of one layer, LxBxSxKxh of several.
+class KVCache(struct.PyTreeNode):
+    """Keys and values of `length` tokens at consecutive positions, BxKxSxh of one layer, LxBxKxSxh of several.
 
-    Slots at and beyond the position of who looks at them are undefined.
+    Slots beyond `length` are padding, S a multiple of SLOTS: kernels for products would copy others to such a size
+    first, at every layer and token.
     """
 
     k: jax.Array
     v: jax.Array
+    length: int = struct.field(pytree_node=False)
 
-    def with_room(self, n: int) -> 'KVCache':
-        """Adds n empty slots, of several layers."""
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0), (0, 0))), self)
+    def padded(self) -> 'KVCache':
+        """Adds the slots that are missing to a multiple of SLOTS."""
+        pad = [(0, 0)] * (self.k.ndim - 2) + [(0, -self.k.shape[-2] % SLOTS), (0, 0)]
+        return jax.tree.map(lambda x: jnp.pad(x, pad), self)
 
-    def written(self, new: 'KVCache', start) -> 'KVCache':
-        """Puts keys and values of the tokens at positions start.. into their slots, of several layers."""
-        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 2), self, new)
+    def room(self, rows: int, length: int) -> 'KVCache':
+        """Makes a cache of `length` tokens for `rows` rows, empty, of the layers and heads of this one."""
+        n, _, k, _, h = self.k.shape
+        shape = n, rows, k, -(-max(length, 1) // SLOTS) * SLOTS, h
+        k, v = (jnp.zeros(shape, x.dtype, out_sharding=sharding.like(x)) for x in (self.k, self.v))
+        return KVCache(k, v, length)
+
+    def written(self, new: 'KVCache', slot) -> 'KVCache':
+        """Puts the tokens of `new` into the slots from `slot` on, of several layers."""
+        k, v = (jax.lax.dynamic_update_slice_in_dim(x, y, slot, 3) for x, y in ((self.k, new.k), (self.v, new.v)))
+        return KVCache(k, v, self.length)
 
 
 def softcap(x, cap: float):
@@ -40,34 +54,56 @@ def softcap(x, cap: float):
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def attend(q_BxTxKxGxh, k_BxSxKxh, v_BxSxKxh, mask, *, scale: float, cap: float = 0.0, sinks_KxG=None):
-    """Computes softmax(scale q k) v under a boolean mask (True = may look); softmax in float32.
+def attend(q_BxTxKxGxh, parts, *, scale: float, cap: float = 0.0, sinks_KxG=None):
+    """Computes softmax(scale q k) v over all keys of `parts` under their masks; softmax in float32. BxTxKxGxh.
 
-    mask: TxS, or Bx1x1xTxS where rows differ.
+    parts: (keys RxKxSxh, values RxKxSxh, mask) each; True = may look. Rows that share keys are contiguous, B / R of
+    them. mask: TxS, or Bx1x1xTxS where rows differ. Every query sees a key. Parts are not put together: a cache is read
+    where it lies.
     sinks: one learned logit per query head that takes part in the softmax and carries no value.
     """
-    scores = jnp.einsum('btkgh,bskh->bkgts', q_BxTxKxGxh, k_BxSxKxh, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, softcap(scores * scale, cap), -jnp.inf)
-    if sinks_KxG is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
-        sink = sinks_KxG.astype(jnp.float32)[:, :, None, None]
-        top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
-        weights = jnp.exp(scores - top)
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))
-    return jnp.einsum('bkgts,bskh->btkgh', weights.astype(v_BxSxKxh.dtype), v_BxSxKxh)
+    scores = [jnp.where(mask, softcap(_scores(q_BxTxKxGxh, k) * scale, cap), -jnp.inf) for k, _, mask in parts]
+    top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores))
+    sink = None if sinks_KxG is None else sinks_KxG.astype(jnp.float32)[:, :, None, None]
+    top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
+    weights = [jnp.exp(x - top) for x in scores]
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    total = total if sink is None else total + jnp.exp(sink - top)
+    return sum(_mixed((w / total).astype(v.dtype), v) for w, (_, v, _) in zip(weights, parts, strict=True))
 
 
-def visible(slots_S, at, own, window):
-    """Says which of the key slots a query sees, [..., S]: those before its position `at`, and its own.
+def _scores(q_BxTxKxGxh, k_RxKxSxh):
+    """Products of queries and keys BxKxGxTxS in float32."""
+    b, t, k, g, h = q_BxTxKxGxh.shape
+    q = q_BxTxKxGxh.reshape(len(k_RxKxSxh), -1, t, k, g, h)
+    scores = jnp.einsum('rntkgh,rksh->rnkgts', q, k_RxKxSxh, preferred_element_type=jnp.float32)
+    return scores.reshape(b, *scores.shape[2:])
 
-    at, own: [...]. window: it sees so many, itself included; 0 = all; None where no layer has a window.
-    """
-    at, own = at[..., None], own[..., None]
-    seen = slots_S < at
-    if window is not None:
-        seen &= (window == 0) | (slots_S > at - window)
-    return seen | (slots_S == own)
+
+def _mixed(weights_BxKxGxTxS, v_RxKxSxh):
+    """Sums of values by weight, BxTxKxGxh."""
+    rows = len(v_RxKxSxh)
+    weights = weights_BxKxGxTxS.reshape(rows, -1, *weights_BxKxGxTxS.shape[1:])
+    mixed = jnp.einsum('rnkgts,rksh->rntkgh', weights, v_RxKxSxh)
+    return mixed.reshape(len(weights_BxKxGxTxS), *mixed.shape[2:])
+
+
+def seen_before(at, first: int, cache: KVCache, window):
+    """Says which slots of `cache`, whose tokens stand at positions from `first` on, a query at `at` [...] sees,
+    [..., S]: those of tokens before it. window: it sees so many, itself included; 0 = all; None: no layer has one."""
+    slots_S = jnp.arange(cache.k.shape[-2])
+    seen = (slots_S < cache.length) & (first + slots_S < at[..., None])
+    return seen if window is None else seen & ((window == 0) | (first + slots_S > at[..., None] - window))
+
+
+def seen_beside(own_T, n: int, together: bool, window):
+    """Says which of the n tokens of a call the token own_T, of their order, sees, TxS: itself, and with `together` those
+    before it."""
+    order_S, own_Tx1 = jnp.arange(n), own_T[:, None]
+    if not together:
+        return order_S == own_Tx1
+    seen = order_S <= own_Tx1
+    return seen if window is None else seen & ((window == 0) | (order_S > own_Tx1 - window))
 
 
 def in_chunks(attend_rows, q_BxTxKxGxh, *places):
@@ -105,39 +141,40 @@ class Attention(nnx.Module):
         self.sinks = zeros((k, g), dtype, c.sinks)
 
     @jax.named_scope('attention')
-    def __call__(self, x_BxTxD, layer, positions, c, past: KVCache | None, adapters):
-        """Tokens at positions 0..T-1, which see each other; with `past`, tokens at `positions` [T] or [B, T], each of
-        which sees what of `past` is before it, and itself alone.
+    def __call__(self, x_BxTxD, layer, positions, together, c, past: Sequence[KVCache], adapters):
+        """Tokens at `positions`, [T] or [B, T], which see what of `past` is before them, each itself, and with `together`
+        (then their positions are consecutive) those before it.
 
-        Returns (output BxTxD, their own keys and values).
+        past: of the tokens from position 0 on, one part after the other. Returns (output BxTxD, their own keys and
+        values).
         """
         q, k, v = self._project(x_BxTxD, layer, positions, c, adapters)
-        own, out = positions, KVCache(k, v)
-        if past is not None:
-            own = past.k.shape[1] + jnp.arange(x_BxTxD.shape[1])
-            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, out, strict=True))
-        slots_S = jnp.arange(k.shape[1])
+        n = x_BxTxD.shape[1]
+        out = KVCache(k, v, n)
+        first = [0, *itertools.accumulate(part.length for part in past)]
         window = c.of_layer(c.windows, layer) if any(c.windows) else None
         sinks = None if self.sinks is None else self.sinks[...]
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
 
         def attend_rows(q, at, own_T):
-            mask = visible(slots_S, at, own_T, window)
-            mask = mask if mask.ndim == 2 else mask[:, None, None]
-            return attend(q, k, v, mask, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
+            masks = [seen_before(at, i, part, window) for i, part in zip(first, past, strict=False)]
+            masks = [m if m.ndim == 2 else m[:, None, None] for m in masks]
+            parts = [(part.k, part.v, mask) for part, mask in zip(past, masks, strict=True)]
+            parts.append((k, v, seen_beside(own_T, n, together, window)))
+            return attend(q, parts, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
 
-        mixed = in_chunks(attend_rows, q, positions, own)
-        y = lora.project('btkgh,kghd->btd', mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
+        mixed = in_chunks(attend_rows, q, positions, jnp.arange(n))
+        y = lora.project(mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
         return y, out
 
     def _project(self, x_BxTxD, layer, positions, c, adapters):
-        """Queries BxTxKxGxh, keys and values BxTxKxh; queries and keys normed and rotated."""
-        q = lora.project('btd,dkgh->btkgh', x_BxTxD, self.q, adapters, 'q', bias=self.q_bias)
-        k = lora.project('btd,dkh->btkh', x_BxTxD, self.k, adapters, 'k', bias=self.k_bias)
-        v = lora.project('btd,dkh->btkh', x_BxTxD, self.v, adapters, 'v', bias=self.v_bias)
+        """Queries BxTxKxGxh, keys and values BxKxTxh; queries and keys normed and rotated."""
+        q = lora.project(x_BxTxD, self.q, adapters, 'q', bias=self.q_bias)
+        k = lora.project(x_BxTxD, self.k, adapters, 'k', bias=self.k_bias)
+        v = lora.project(x_BxTxD, self.v, adapters, 'v', bias=self.v_bias)
         if c.qk_norm:
             q, k = self.q_norm(q, c.norm_eps), self.k_norm(k, c.norm_eps)
         if c.ropes:
             sin, cos = rope.tables(positions, c.ropes, c.of_layer(c.layer_rope, layer), c.head_dim)
             q, k = rope.rotate(q, sin, cos), rope.rotate(k, sin, cos)
-        return q, k, v
+        return q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)

@@ -6,6 +6,7 @@ the embedding table: before Gemma's scale and GPT-2's positions.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from lens import losses, sharding
 from lens.models import injection
 from lens.models.attention import KVCache
+from lens.models.subject import tile_rows
 from lens.models.transformer import Side, Transformer, model_of, rows_for
 
 
@@ -75,31 +77,48 @@ def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
 
 @jax.named_scope('prefill')
 def prefill(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
-    """Runs the prompt. Returns the logits of the first token, BxV, and the prompt's keys and values."""
+    """Runs the prompt. Returns the stream that leaves its last token, Bx1xD, and the prompt's keys and values."""
     model = model_of(decoder, base)
     x, hook = prompt_rows(decoder, model, activation_BxD)
     x, cache = model.run_cached(model.enter(x), 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
-    return sharding.reshard(model.logits(x[:, -1:])[:, 0], sharding.rows(2)), cache
+    return x[:, -1:], cache.padded()
 
 
 @jax.named_scope('decode')
-def step(decoder: Decoder, base: Transformer, row_Bx1xD, cache: KVCache, t) -> tuple[jax.Array, KVCache]:
-    """Reads generated token t, a row of the decoder's table. Returns the logits of the next one, BxV, and the token's
-    own keys and values."""
+def step(decoder: Decoder, base: Transformer, row_Nx1xD, past: Sequence[KVCache], t) -> tuple[jax.Array, KVCache]:
+    """Reads generated token t, a row of the decoder's table. Returns the logits of the next one, NxV, and the token's
+    own keys and values. past: of the prompt, which rows may share, and of the tokens before."""
+    x, written = _continued(decoder, base, row_Nx1xD, past, t)
+    return first_logits(model_of(decoder, base), x), written
+
+
+def first_logits(model: Transformer, x_Nx1xD):
+    """Computes the logits NxV of one token a row, by rows."""
+    return sharding.reshard(model.logits(x_Nx1xD)[:, 0], sharding.rows(2))
+
+
+def _continued(decoder: Decoder, base: Transformer, rows_NxTxD, past: Sequence[KVCache], t=0):
+    """Runs generated tokens t.. after the prompt and those before: their stream NxTxD, keys and values."""
     model, start = model_of(decoder, base), decoder.prompt_len + t
-    x, at = model.enter(row_Bx1xD, start), jnp.reshape(start, 1)
-    x, written = model.run_cached(x, 0, model.config.n_layers, cache, at, adapters=decoder.adapters)
-    return sharding.reshard(model.logits(x)[:, 0], sharding.rows(2)), written
+    x = model.enter(rows_NxTxD, start)
+    return model.run_cached(x, 0, model.config.n_layers, past, start, adapters=decoder.adapters)
 
 
 @jax.named_scope('score')
-def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> jax.Array:
-    """Computes logits BxTxV of every token of given explanations."""
-    model = model_of(decoder, base)
-    x, hook = prompt_rows(decoder, model, activation_BxD)
-    x = model.enter(jnp.concatenate([x, model.lookup(ids_BxT[:, :-1])], axis=1))
-    x = model.run_layers(x, 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
-    return model.logits(x[:, decoder.prompt_len - 1 :])
+def teacher_forced(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT) -> jax.Array:
+    """Runs given explanations: the stream NxTxD of which the head makes the logits of every token.
+
+    The N / B explanations of an activation are contiguous and share its prompt, which runs once.
+    """
+    first_Bx1xD, prompt = prefill(decoder, base, activation_BxD)
+    first_Nx1xD = tile_rows(first_Bx1xD, len(ids_NxT) // len(activation_BxD))
+    rest, _ = _continued(decoder, base, model_of(decoder, base).lookup(ids_NxT[:, :-1]), (prompt,))
+    return jnp.concatenate([first_Nx1xD, rest], axis=1)
+
+
+def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT) -> jax.Array:
+    """Computes logits NxTxV of every token of given explanations."""
+    return model_of(decoder, base).logits(teacher_forced(decoder, base, activation_BxD, ids_NxT))
 
 
 def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple[jax.Array, jax.Array]:

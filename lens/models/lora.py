@@ -25,24 +25,22 @@ MATRICES = {
 }
 
 
-def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
-    """Computes einsum(spec, x, w) plus `bias`, plus the adapter `name` when `adapters` has one.
+def project(x, w, adapters, name: str, out_spec=None, bias=None):
+    """Computes x W plus `bias`, plus the adapter `name` when `adapters` has one: BxTxO.
 
-    out_spec: where the result lives; needed where the contraction runs over a sharded axis.
+    x: BxTxI; I and O stand for any number of axes, those of w IxO. Input and output are one axis each in the product, which
+    no kernel has to transpose then. out_spec: where the result lives; needed where a contracted axis is sharded.
     """
+    outer = w.shape[x.ndim - 2 :]
+    x = x.reshape(*x.shape[:2], -1)
     out = sharding.out(out_spec) if out_spec is not None else None
-    y = jnp.einsum(spec, x, w[...], out_sharding=out)
-    if bias is not None:
-        y = y + bias[...]
-    if adapters is None or name not in adapters:
-        return y
-    a, b = (adapters[name][k].astype(x.dtype) for k in ('a', 'b'))
-    x_axes, rest = spec.split(',')
-    w_axes, y_axes = rest.split('->')
-    inner = ''.join(c for c in w_axes if c not in y_axes)
-    outer = ''.join(c for c in w_axes if c in y_axes)
-    low = jnp.einsum(f'{x_axes},{inner}r->btr', x, a, out_sharding=sharding.out(sharding.ACT))
-    return y + jnp.einsum(f'btr,r{outer}->{y_axes}', low, b, out_sharding=sharding.like(y))
+    y = jnp.einsum('bti,io->bto', x, w[...].reshape(x.shape[-1], -1), out_sharding=out)
+    if adapters is not None and name in adapters:
+        a, b = (adapters[name][k].astype(x.dtype) for k in ('a', 'b'))
+        low = jnp.einsum('bti,ir->btr', x, a.reshape(x.shape[-1], -1), out_sharding=sharding.out(sharding.ACT))
+        y = y + jnp.einsum('btr,ro->bto', low, b.reshape(len(b), -1), out_sharding=sharding.like(y))
+    y = y.reshape(*y.shape[:2], *outer)
+    return y if bias is None else y + bias[...]
 
 
 def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key, *, rs: bool = False) -> dict:

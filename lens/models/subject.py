@@ -43,8 +43,7 @@ def logits_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, lay
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
     above = layer + 1, subject.config.n_layers
     _, past = subject.run_cached(x, *above)
-    y, _ = subject.run_cached(values_BxPxD.astype(x.dtype), *above, past, positions_BxP)
-    return subject.logits(y)
+    return subject.logits(subject.run_apart(values_BxPxD.astype(x.dtype), *above, past, positions_BxP))
 
 
 def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):

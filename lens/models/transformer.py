@@ -1,13 +1,14 @@
 """The decoder-only Flax stack: embed, run_layers(lo, hi), logits. One module for every family.
 
-Blocks are stacked on a leading layer axis and run by a scan over layer *indices*, with the
-indexing inside `jax.checkpoint`: slicing the stack would copy the weights, and indexing outside
-the checkpoint would keep a second copy of them for the gradient.
+Blocks are stacked on a leading layer axis and run by a scan that counts the layers, with the indexing inside
+`jax.checkpoint`: slicing the stack would copy the weights, an index out of an array of indices hides from XLA that it
+is the loop's own, so that each layer is copied before it is used, and indexing outside the checkpoint would keep a
+second copy of the weights for the gradient.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,12 +89,12 @@ class MLP(nnx.Module):
     @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c: TransformerConfig, adapters):
         act = jax.nn.silu if c.mlp == 'silu' else jax.nn.gelu  # gelu: the tanh approximation
-        h = lora.project('btd,df->btf', x_BxTxD, self.up, adapters, 'up', bias=self.up_bias)
+        h = lora.project(x_BxTxD, self.up, adapters, 'up', bias=self.up_bias)
         if self.gate is None:
             h = act(h)
         else:
-            h = act(lora.project('btd,df->btf', x_BxTxD, self.gate, adapters, 'gate', bias=self.gate_bias)) * h
-        return lora.project('btf,fd->btd', h, self.down, adapters, 'down', sharding.ACT, bias=self.down_bias)
+            h = act(lora.project(x_BxTxD, self.gate, adapters, 'gate', bias=self.gate_bias)) * h
+        return lora.project(h, self.down, adapters, 'down', sharding.ACT, bias=self.down_bias)
 
 
 class Block(nnx.Module):
@@ -108,9 +109,9 @@ class Block(nnx.Module):
         self.moe = nnx.data(MoE(c, rngs=rngs, dtype=dtype) if c.n_experts else None)
 
     @jax.named_scope('block')
-    def __call__(self, x_BxTxD, layer, positions, c, past, adapters):
+    def __call__(self, x_BxTxD, layer, positions, together, c, past, adapters):
         """(stream after the block, keys and values), with the arguments of Attention."""
-        y, out = self.attn(self.attn_norm(x_BxTxD, c.norm_eps), layer, positions, c, past, adapters)
+        y, out = self.attn(self.attn_norm(x_BxTxD, c.norm_eps), layer, positions, together, c, past, adapters)
         x_BxTxD = x_BxTxD + (self.attn_post_norm(y, c.norm_eps) if c.post_norms else y)
         y = self.mlp_norm(x_BxTxD, c.norm_eps)
         y = self.moe(y, c) if c.n_experts else self.mlp(y, c, adapters)
@@ -122,22 +123,23 @@ def at_layer(stacks, i):
     return sharding.gathered(jax.tree.map(lambda w: w[i], stacks))
 
 
-@functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block', 'collect'))
-def _run_blocks(blocks, adapters, x_BxTxD, positions, past, lo, hi, c, before_block, collect):
+@functools.partial(jax.jit, static_argnames=('together', 'lo', 'hi', 'c', 'before_block', 'collect'))
+def _run_blocks(blocks, adapters, x_BxTxD, positions, past, together, lo, hi, c, before_block, collect):
     """Blocks lo..hi-1: (x_BxTxD, of each block collect(x, keys and values)). Jitted: calls outside jit compile once."""
     if not 0 <= lo <= hi <= c.n_layers:  # an index beyond the stack would silently repeat the last block
         raise ValueError(f'blocks {lo}..{hi - 1} are not all in 0..{c.n_layers - 1}')
 
-    def layer(x, at):
-        i, past = at
+    def layer(at, past):
+        i, x = at
         block, adapter = at_layer((blocks, adapters), i)
         if before_block is not None:
             x = before_block(x, i)
-        y, keys_values = block(x, i, positions, c, past, adapter)
-        return y, collect and collect(x, keys_values)
+        y, keys_values = block(x, i, positions, together, c, past, adapter)
+        return (i + 1, y), collect and collect(x, keys_values)
 
     layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
-    return jax.lax.scan(layer, x_BxTxD, (jnp.arange(lo, hi), past))
+    (_, x_BxTxD), collected = jax.lax.scan(layer, (jnp.int32(lo), x_BxTxD), past, length=hi - lo)
+    return x_BxTxD, collected
 
 
 def _keys_values(x_BxTxD, keys_values: KVCache) -> KVCache:
@@ -194,40 +196,49 @@ class Transformer(nnx.Module):
         copy.final_norm = copy.head = None
         return copy
 
-    def _run(self, x_BxTxD, lo, hi, *, positions=None, past=None, adapters=None, before_block=None, collect=None):
-        positions = jnp.arange(x_BxTxD.shape[1]) if positions is None else positions
+    def _run(
+        self, x_BxTxD, lo, hi, positions, past=(), *, together=True, adapters=None, before_block=None, collect=None
+    ):
         c = self.config
-        return _run_blocks(self.blocks, adapters, x_BxTxD, positions, past, lo, hi, c, before_block, collect)
+        how = together, lo, hi, c, before_block, collect
+        return _run_blocks(self.blocks, adapters, x_BxTxD, positions, past, *how)
 
     def run_layers(self, x_BxTxD, lo: int, hi: int, *, adapters=None, before_block=None):
         """Runs blocks lo..hi-1: the residual stream after them, positions 0..T-1.
 
         before_block(x_BxTxD, layer_index) -> x_BxTxD is applied at the entrance of every block.
         """
-        return self._run(x_BxTxD, lo, hi, adapters=adapters, before_block=before_block)[0]
+        positions = jnp.arange(x_BxTxD.shape[1])
+        return self._run(x_BxTxD, lo, hi, positions, adapters=adapters, before_block=before_block)[0]
 
     def run_cached(
         self,
         x_BxTxD,
         lo: int,
         hi: int,
-        past: KVCache | None = None,
-        positions=None,
+        past: Sequence[KVCache] = (),
+        start=0,
         *,
         adapters=None,
         before_block=None,
     ):
         """Runs layers and keeps: (the stream after them, its keys and values in each of them).
 
-        past: what an earlier call kept. Then the tokens stand at `positions`, [T] or [B, T], each for itself: they see
-        what of `past` is before them, and not each other.
+        past: what earlier calls kept of the tokens from position 0 on, one part after the other; rows of x that share
+        those of a part are contiguous. start: position of the first token here.
         """
         how = {'adapters': adapters, 'before_block': before_block}
-        return self._run(x_BxTxD, lo, hi, positions=positions, past=past, collect=_keys_values, **how)
+        return self._run(
+            x_BxTxD, lo, hi, start + jnp.arange(x_BxTxD.shape[1]), tuple(past), collect=_keys_values, **how
+        )
+
+    def run_apart(self, x_BxTxD, lo: int, hi: int, past: KVCache, positions_BxT):
+        """Runs layers for tokens each for itself: it sees what of `past` is before its position, and not the others."""
+        return self._run(x_BxTxD, lo, hi, positions_BxT, (past,), together=False)[0]
 
     def collect(self, x_BxTxD, lo: int, hi: int, of: Callable):
         """Runs layers and collects: (the stream after them, of(x_BxTxD) of the stream entering each, stacked)."""
-        return self._run(x_BxTxD, lo, hi, collect=lambda x, _: of(x))
+        return self._run(x_BxTxD, lo, hi, jnp.arange(x_BxTxD.shape[1]), collect=lambda x, _: of(x))
 
     def logits(self, x_BxTxD):
         """Applies final norm and output head: BxTxV in float32."""
@@ -256,6 +267,15 @@ class Side(nnx.Module):
 def model_of(side: Side, base: Transformer) -> Transformer:
     """Picks the model that a side runs: its own base where it trains one, else the frozen one."""
     return base if side.base is None else side.base
+
+
+def for_rollout(side: Side, base: Transformer) -> Side:
+    """Copies a side for many calls without gradient: its adapters and its own base whole on every device and in the
+    dtype of the products, once, not at every call."""
+    copy, dtype = jax.tree.map(lambda x: x, side), model_of(side, base).embedding.dtype
+    ready = jax.tree.map(lambda x: x.astype(dtype), sharding.gathered((side.adapters, side.base)))
+    copy.adapters, copy.base = ready
+    return jax.lax.stop_gradient(copy)
 
 
 def rows_for(batch: int, p_QxD, dtype):
