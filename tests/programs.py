@@ -22,7 +22,7 @@ score = jax.jit(dec.score)
 teacher_forced_logits = jax.jit(dec.teacher_forced_logits)
 natural_logits = jax.jit(dec.natural_logits)
 encode = jax.jit(enc.encode)
-sample = jax.jit(sampling.sample, static_argnames=('length', 'group'))
+sample = jax.jit(sampling.sample, static_argnames=('length', 'group', 'tags'))
 rollout = jax.jit(gumbel.rollout, static_argnames=('length', 'form'))
 
 

@@ -62,30 +62,28 @@ def attend(q_BxTxKxGxh, parts, *, scale: float, cap: float = 0.0, sinks_KxG=None
     where it lies.
     sinks: one learned logit per query head that takes part in the softmax and carries no value.
     """
-    scores = [jnp.where(mask, softcap(_scores(q_BxTxKxGxh, k) * scale, cap), -jnp.inf) for k, _, mask in parts]
+    q = jnp.moveaxis(q_BxTxKxGxh, 1, 3)
+    scores = [_products(q, k, 'rkqh,rksh->rkqs', jnp.float32) for k, _, _ in parts]
+    masks = [mask for _, _, mask in parts]
+    scores = [jnp.where(m, softcap(x * scale, cap), -jnp.inf) for x, m in zip(scores, masks, strict=True)]
     top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores))
     sink = None if sinks_KxG is None else sinks_KxG.astype(jnp.float32)[:, :, None, None]
     top = jax.lax.stop_gradient(top if sink is None else jnp.maximum(top, sink))
     weights = [jnp.exp(x - top) for x in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     total = total if sink is None else total + jnp.exp(sink - top)
-    return sum(_mixed((w / total).astype(v.dtype), v) for w, (_, v, _) in zip(weights, parts, strict=True))
+    values = [v for _, v, _ in parts]
+    mixed = [_products((w / total).astype(v.dtype), v, 'rkqs,rksh->rkqh') for w, v in zip(weights, values, strict=True)]
+    return jnp.moveaxis(sum(mixed), 3, 1)
 
 
-def _scores(q_BxTxKxGxh, k_RxKxSxh):
-    """Products of queries and keys BxKxGxTxS in float32."""
-    b, t, k, g, h = q_BxTxKxGxh.shape
-    q = q_BxTxKxGxh.reshape(len(k_RxKxSxh), -1, t, k, g, h)
-    scores = jnp.einsum('rntkgh,rksh->rnkgts', q, k_RxKxSxh, preferred_element_type=jnp.float32)
-    return scores.reshape(b, *scores.shape[2:])
-
-
-def _mixed(weights_BxKxGxTxS, v_RxKxSxh):
-    """Sums of values by weight, BxTxKxGxh."""
-    rows = len(v_RxKxSxh)
-    weights = weights_BxKxGxTxS.reshape(rows, -1, *weights_BxKxGxTxS.shape[1:])
-    mixed = jnp.einsum('rnkgts,rksh->rntkgh', weights, v_RxKxSxh)
-    return mixed.reshape(len(weights_BxKxGxTxS), *mixed.shape[2:])
+def _products(x_BxKxGxTxi, y_RxKxSxh, spec: str, dtype=None):
+    """Products of the queries of a row and head with its keys or values, BxKxGxTxo: all queries that share keys as the rows
+    of one matrix, which no kernel has to transpose."""
+    rows, (_, k, *rest) = len(y_RxKxSxh), x_BxKxGxTxi.shape
+    x = jnp.moveaxis(x_BxKxGxTxi.reshape(rows, -1, k, *rest), 1, 2)
+    y = jnp.einsum(spec, x.reshape(rows, k, -1, x.shape[-1]), y_RxKxSxh, preferred_element_type=dtype)
+    return jnp.moveaxis(y.reshape(*x.shape[:-1], -1), 2, 1).reshape(*x_BxKxGxTxi.shape[:-1], -1)
 
 
 def seen_before(at, first: int, cache: KVCache, window):

@@ -1,0 +1,75 @@
+"""Drawing explanations: prompts that a group shares, and the end of the last explanation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lens import response
+from lens.models import lora
+from tests import programs
+from tests.compare import close
+from tests.conftest import TINY, make_base, make_lens
+
+LENGTH, ROWS, GROUP = 24, 2, 3
+
+
+@pytest.fixture(scope='module')
+def pair():
+    """(decoder with adapters that do something, base)"""
+    base = make_base(TINY)
+    adapters = lora.init_adapters(base.blocks, TINY.n_layers, '.*', 2, 4.0, jax.random.key(1))
+    adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
+    return make_lens(base, adapters=(adapters, None)).decoder, base
+
+
+ACTIVATIONS = jnp.asarray(np.random.default_rng(0).standard_normal((ROWS, TINY.d_model), np.float32))
+
+
+def test_a_group_draws_and_scores_as_rows_of_its_own_do(pair):
+    """Keys and values of the prompt are made once for the group; tokens, log-probabilities and gradients are those of
+    as many equal activations."""
+    key, tiled = jax.random.key(3), jnp.repeat(ACTIVATIONS, GROUP, axis=0)
+    shared = programs.sample(*pair, ACTIVATIONS, key, length=LENGTH, group=GROUP)
+    own = programs.sample(*pair, tiled, key, length=LENGTH)
+    np.testing.assert_array_equal(shared.ids_NxT, own.ids_NxT)
+    close(shared.logp_NxT, own.logp_NxT)
+
+    @jax.jit
+    @jax.value_and_grad
+    def scored(decoder, a):
+        return jnp.sum(jnp.sin(programs.teacher_forced_logits(decoder, pair[1], a, own.ids_NxT)))
+
+    got, want = scored(pair[0], ACTIVATIONS), scored(pair[0], tiled)
+    close(got[0], want[0], steps=2000)
+    close(got[1], want[1], steps=4000)
+
+
+def test_nothing_is_drawn_after_the_last_explanation_is_closed(pair):
+    """Up to there the tokens are those of a draw that goes on."""
+    for seed in range(100):
+        key = jax.random.key(seed)
+        whole = programs.sample(*pair, ACTIVATIONS, key, length=LENGTH, group=GROUP)
+        ids = np.asarray(whole.ids_NxT)
+        shared = set.intersection(*(set(row[1:-4].tolist()) for row in ids))
+        shared = [c for c in shared if max(list(row).index(c) for row in ids) < LENGTH - 4 and c not in ids[:, 0]]
+        if shared:
+            break
+    tags = response.Tags((), (int(shared[0]),))
+    stopped = programs.sample(*pair, ACTIVATIONS, key, length=LENGTH, group=GROUP, tags=tags)
+    found = response.find(whole.ids_NxT, tags)
+    assert found.found_N.all()
+    last = int(found.end_N.max())
+    np.testing.assert_array_equal(stopped.ids_NxT[:, :last], ids[:, :last])
+    close(stopped.logp_NxT[:, :last], whole.logp_NxT[:, :last])
+    assert not np.any(stopped.ids_NxT[:, last + 1 :]) and not np.any(stopped.logp_NxT[:, last + 1 :])
+    for got, want in zip(response.find(stopped.ids_NxT, tags), found, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_row_that_stays_open_is_drawn_to_its_end(pair):
+    never = response.Tags((), (TINY.vocab_size + 1,))
+    key = jax.random.key(3)
+    got = programs.sample(*pair, ACTIVATIONS, key, length=LENGTH, tags=never)
+    want = programs.sample(*pair, ACTIVATIONS, key, length=LENGTH)
+    np.testing.assert_array_equal(got.ids_NxT, want.ids_NxT)
