@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lens import sharding
-from lens.models import lora, rope
+from lens.models import flash, lora, rope
 from lens.models.norm import Norm, normal, zeros
 
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
@@ -126,7 +126,10 @@ class Attention(nnx.Module):
             mask = mask if mask.ndim == 2 else mask[:, None, None]
             return attend(q, k, v, mask, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
 
-        mixed = in_chunks(attend_rows, q, positions, own)
+        if past is None and flash.takes(q, c):
+            mixed = flash.attend(q, k, v, layer, c, scale=scale, sinks_KxG=sinks)
+        else:
+            mixed = in_chunks(attend_rows, q, positions, own)
         y = lora.project('btkgh,kghd->btd', mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
         return y, out
 
