@@ -15,6 +15,7 @@ import jax
 from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
+from lens.models import flash
 from lens.models.transformer import TransformerConfig
 
 # Dense bfloat16 FLOP/s of one chip by a part of jax.Device.device_kind; the first that fits.
@@ -31,6 +32,8 @@ PEAK_FLOPS = {
     'TPU v5': 459e12,  # what v5p calls itself
     'TPU v4': 275e12,
 }
+# kernel of models/flash.py -> products in it that count
+KERNELS = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 4}
 # jax.named_scope -> part of a step
 PARTS = {'read': 'read', 'prefill': 'sample', 'decode': 'sample', 'encode': 'encode', 'update': 'update'}
 PARTS |= dict.fromkeys(('score', 'natural', 'patch'), 'score')
@@ -67,6 +70,8 @@ def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[
         name, inside, n = eqn.primitive.name, f'{scopes}/{eqn.source_info.name_stack}', times
         if name in ('dot_general', 'ragged_dot_general') and not _again(inside):
             yield inside, times * _flops(eqn, c)
+        if name in KERNELS and not _again(inside):
+            yield inside, times * KERNELS[name] * _flash_product(eqn, c)
         if name == 'scan':
             n = times * eqn.params['length']
         elif name == 'while':
@@ -107,5 +112,16 @@ def _flops(eqn, c: TransformerConfig) -> float:
     # three. Queries are taken as spread evenly over the keys.
     rest = [[n for i, n in enumerate(s) if i not in b] for s, b in ((left, batch), (right, batch_right), (out, (0, 1)))]
     keys = math.prod(min(rest, key=len)) // c.head_dim
+    return flops * _seen(keys, c)
+
+
+def _seen(keys: int, c: TransformerConfig) -> float:
+    """Which share of so many keys a query sees, in the mean over queries and layers."""
     seen = [min(keys, window) if window else keys for window in c.windows]
-    return flops * sum(n * (n + 1) / 2 + (keys - n) * n for n in seen) / len(seen) / keys**2
+    return sum(n * (n + 1) / 2 + (keys - n) * n for n in seen) / len(seen) / keys**2
+
+
+def _flash_product(eqn, c: TransformerConfig) -> float:
+    """One product of a kernel, in the mean over layers: it stands in the program once for every kind of them."""
+    b, t, _, h = eqn.invars[0].aval.shape
+    return 2 * b * c.n_heads * t * t * h * _seen(t, c) / len(flash.kinds(c, t))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from lens import sharding
-from lens.models import lora, rope
+from lens.models import flash, lora, rope
 from lens.models.norm import Norm, normal, zeros
 
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
@@ -148,7 +148,7 @@ class Attention(nnx.Module):
         """
         q, k, v = self._project(x_BxTxD, layer, positions, c, adapters)
         n = x_BxTxD.shape[1]
-        out = KVCache(k, v, n)
+        out = KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), n)
         first = [0, *itertools.accumulate(part.length for part in past)]
         window = c.of_layer(c.windows, layer) if any(c.windows) else None
         sinks = None if self.sinks is None else self.sinks[...]
@@ -158,15 +158,18 @@ class Attention(nnx.Module):
             masks = [seen_before(at, i, part, window) for i, part in zip(first, past, strict=False)]
             masks = [m if m.ndim == 2 else m[:, None, None] for m in masks]
             parts = [(part.k, part.v, mask) for part, mask in zip(past, masks, strict=True)]
-            parts.append((k, v, seen_beside(own_T, n, together, window)))
+            parts.append((out.k, out.v, seen_beside(own_T, n, together, window)))
             return attend(q, parts, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
 
-        mixed = in_chunks(attend_rows, q, positions, jnp.arange(n))
+        if not past and together and flash.takes(q, c):
+            mixed = flash.attend(q, k, v, layer, c, scale=scale, sinks_KxG=sinks)
+        else:
+            mixed = in_chunks(attend_rows, q, positions, jnp.arange(n))
         y = lora.project(mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
         return y, out
 
     def _project(self, x_BxTxD, layer, positions, c, adapters):
-        """Queries BxTxKxGxh, keys and values BxKxTxh; queries and keys normed and rotated."""
+        """Queries BxTxKxGxh, keys and values BxTxKxh; queries and keys normed and rotated."""
         q = lora.project(x_BxTxD, self.q, adapters, 'q', bias=self.q_bias)
         k = lora.project(x_BxTxD, self.k, adapters, 'k', bias=self.k_bias)
         v = lora.project(x_BxTxD, self.v, adapters, 'v', bias=self.v_bias)
@@ -175,4 +178,4 @@ class Attention(nnx.Module):
         if c.ropes:
             sin, cos = rope.tables(positions, c.ropes, c.of_layer(c.layer_rope, layer), c.head_dim)
             q, k = rope.rotate(q, sin, cos), rope.rotate(k, sin, cos)
-        return q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        return q, k, v

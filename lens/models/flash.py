@@ -1,0 +1,144 @@
+"""Flash attention of long texts on an NVIDIA GPU, by cuDNN: causal, grouped queries, static windows, sinks.
+
+cuDNN knows no sinks, but the log-sum-exp of the scores, lse, is all that they need: o * sigmoid(lse - s) is the result
+with a sink s, logaddexp(lse, s) its log-sum-exp, and the backward kernel that is given these two gives the gradients.
+The kernels are called beneath jax.nn.dot_product_attention, which rounds lse to bfloat16, drops its gradient, and asks
+the devices at hand for what they can: a program may be compiled for devices that are elsewhere.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from lens import sharding
+
+# Shorter texts stay with XLA: there is little to win, and cuDNN's gradients differ in the last bit from run to run.
+LONG = 512
+WIDEST = 128  # of a head, on every GPU that has the kernels
+
+
+def _forward(q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, scale: float, window: int):
+    """(causal attention BxTxNxh, log-sum-exp of the scaled scores BxNxT in float32); window 0 = all before."""
+    unused = [jnp.zeros(0, q_BxTxNxh.dtype)] * 7  # bias, lengths, offsets, pages
+    return cudnn._dot_product_attention_fwd_p_wrapper.bind(
+        q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, *unused, **_how(scale, window), is_training=True
+    )
+
+
+def _backward(q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, lse_BxNxT, o_BxTxNxh, do_BxTxNxh, scale: float, window: int):
+    """Gradients of queries, keys and values."""
+    unused = [jnp.zeros(0, q_BxTxNxh.dtype)] * 7
+    return cudnn._dot_product_attention_bwd_p_wrapper.bind(
+        q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, *unused, lse_BxNxT, o_BxTxNxh, do_BxTxNxh, **_how(scale, window)
+    )
+
+
+def _how(scale: float, window: int) -> dict:
+    return {
+        'scale': scale,
+        'seed': 0,
+        'dropout_rate': 0.0,
+        'variadic_args': (False, False),  # a bias, its gradient
+        'mask_type': cudnn.MaskType.CAUSAL,  # a window without it would look ahead
+        'layout': cudnn.AttentionLayout.BTNH.value,
+        'sliding_window_length': window or None,  # itself included, as in TransformerConfig
+    }
+
+
+class Kernels(NamedTuple):
+    forward: object
+    backward: object
+
+
+CUDNN = Kernels(_forward, _backward)
+
+
+def on_nvidia() -> bool:
+    """Returns whether the program that is traced will run on NVIDIA GPUs: those of the mesh, or of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    # Turing and before have no such kernels; data-centre cards of those years are called Tesla.
+    return device.platform == 'gpu' and device.device_kind.startswith('NVIDIA')
+
+
+def takes(q_BxTxKxGxh, c) -> bool:
+    """Returns whether `attend` can run, and pays, for these queries of a model of configuration c."""
+    h = q_BxTxKxGxh.shape[-1]
+    fits = q_BxTxKxGxh.dtype == jnp.bfloat16 and h <= WIDEST and h % 8 == 0 and not c.attn_softcap
+    return fits and q_BxTxKxGxh.shape[1] >= LONG and on_nvidia()
+
+
+def kinds(c, length: int) -> tuple[int, ...]:
+    """Returns the windows that the layers of c have in a text of so many tokens, each once; 0 = all of it."""
+    return tuple(sorted({w if w < length else 0 for w in c.windows}))
+
+
+def attend(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, layer, c, *, scale: float, sinks_KxG=None):
+    """Computes attention of tokens at positions 0..T-1 that see each other, as attention.attend does under the mask of
+    layer `layer`, which may be traced; BxTxKxGxh. What `takes` refuses is an error of the compiler.
+    """
+    t = q_BxTxKxGxh.shape[1]
+    windows = kinds(c, t)
+    kind = c.of_layer(tuple(windows.index(w if w < t else 0) for w in c.windows), layer)
+
+    def island(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, sinks_KxG, kind):
+        b, t, k, g, h = q_BxTxKxGxh.shape
+        sinks_N = None if sinks_KxG is None else sinks_KxG.reshape(k * g)
+        q_BxTxNxh = q_BxTxKxGxh.reshape(b, t, k * g, h)
+        o_BxTxNxh = _attend(windows, scale, CUDNN, q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, sinks_N, kind)
+        return o_BxTxNxh.reshape(b, t, k, g, h)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return island(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, sinks_KxG, kind)
+
+    q_spec, kv_spec = sharding.like(q_BxTxKxGxh), sharding.like(k_BxTxKxh)
+    rows, _, heads, *_ = q_spec
+
+    def on_device(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, sinks_KxG, kind):
+        # Typed at the entrance as what it meets, so that its gradient is summed there.
+        if rows is not None:
+            sinks_KxG = jax.lax.pcast(sinks_KxG, rows, to='varying')
+        return island(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, sinks_KxG, kind)
+
+    specs = (q_spec, kv_spec, kv_spec, sharding.P(heads), sharding.P())
+    return jax.shard_map(on_device, in_specs=specs, out_specs=q_spec)(
+        q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, sinks_KxG, kind
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(windows, scale, kernels, q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, sinks_N, kind):
+    return _attend_and_keep(windows, scale, kernels, q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, sinks_N, kind)[0]
+
+
+def _attend_and_keep(windows, scale, kernels, q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, sinks_N, kind):
+    o_BxTxNxh, lse_BxNxT = _by_kind(kernels.forward, windows, kind, scale, q_BxTxNxh, k_BxTxKxh, v_BxTxKxh)
+    if sinks_N is not None:
+        s_Nx1 = sinks_N.astype(jnp.float32)[:, None]
+        share_BxTxN = jnp.swapaxes(jax.nn.sigmoid(lse_BxNxT - s_Nx1), 1, 2)
+        o_BxTxNxh = (o_BxTxNxh * share_BxTxN[..., None]).astype(o_BxTxNxh.dtype)
+        lse_BxNxT = jnp.logaddexp(lse_BxNxT, s_Nx1)
+    return o_BxTxNxh, (q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, sinks_N, kind, o_BxTxNxh, lse_BxNxT)
+
+
+def _gradients(windows, scale, kernels, kept, do_BxTxNxh):
+    q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, sinks_N, kind, o_BxTxNxh, lse_BxNxT = kept
+    operands = (q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, lse_BxNxT, o_BxTxNxh, do_BxTxNxh)
+    dq, dk, dv = _by_kind(kernels.backward, windows, kind, scale, *operands)
+    if sinks_N is None:
+        return dq, dk, dv, None, None
+    weight_BxNxT = jnp.exp(sinks_N.astype(jnp.float32)[:, None] - lse_BxNxT)
+    along_BxTxN = jnp.sum(do_BxTxNxh.astype(jnp.float32) * o_BxTxNxh, axis=-1)
+    ds_N = -jnp.sum(weight_BxNxT * jnp.swapaxes(along_BxTxN, 1, 2), axis=(0, 2))
+    return dq, dk, dv, ds_N.astype(sinks_N.dtype), None
+
+
+_attend.defvjp(_attend_and_keep, _gradients)
+
+
+def _by_kind(kernel, windows, kind, scale, *operands):
+    """Runs a kernel with the window of the layer's kind: windows are static in a kernel, layers are not in a scan."""
+    branches = [functools.partial(kernel, scale=scale, window=w) for w in windows]
+    return branches[0](*operands) if len(branches) == 1 else jax.lax.switch(kind, branches, *operands)
