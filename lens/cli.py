@@ -34,6 +34,9 @@ WIDTH = 100  # of the lines of --help
 LONGEST_NAME = 200  # of a flag; absl looks for names like it, one call deeper for each letter
 LONGEST_SENTENCE = 900  # characters of what is wrong
 MOST_COUNT = 2**53  # of a flag
+# Of a GPU's memory that JAX takes, three quarters where nobody says; what it leaves is for cuBLAS, NCCL and the driver.
+MEMORY_FRACTION = 0.92
+MEMORY_KEYS = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')  # JAX refuses to be told by both
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
@@ -230,7 +233,12 @@ def _leave(code: int) -> NoReturn:
 
 
 def start(module: str, *values: flags.FlagHolder, all_keys: str = KEYS) -> None:
-    """Runs main(*values) of a module, which is imported after the flags are parsed, as `run` says."""
+    """Runs main(*values) of a module, which is imported after the flags are parsed, as `run` says.
+
+    JAX gets MEMORY_FRACTION of a GPU unless the environment says how much.
+    """
+    if not any(key in os.environ for key in MEMORY_KEYS):
+        os.environ[MEMORY_KEYS[0]] = str(MEMORY_FRACTION)
     run(lambda _: importlib.import_module(module).main(*(v.value for v in values)), module, all_keys)
 
 

@@ -18,6 +18,7 @@ from lens.models.encoder import READOUTS
 from lens.models.transformer import REMAT_POLICIES
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+COMPUTE = ('auto', *DTYPES)
 TRAIN = ('maps', 'lora', 'full')
 MOST_DEVICES = 1 << 16  # of one axis of the mesh
 MOST_UPDATES = 64  # every one is compiled
@@ -46,6 +47,7 @@ KEYS = {
     'seed': Whole(0),
     'subject.path': pathlib.Path,
     'subject.dtype': DTYPES,
+    'subject.compute': COMPUTE,
     'subject.remat': REMAT_POLICIES,
     'subject.experts': moe.IMPLEMENTATIONS,
     'subject.packed': bool,

@@ -32,12 +32,19 @@ def _encoder_config(cfg) -> EncoderConfig:
     return EncoderConfig(cfg.layer if e.output_layer == -1 else e.output_layer, e.readout, e.current_token)
 
 
+def compute_of(cfg) -> str:
+    """Returns the dtype of the products of a base that is trained, on the devices of the mesh."""
+    asked = cfg.subject.compute
+    return asked if asked != 'auto' else 'float32' if sharding.platform() == 'cpu' else 'bfloat16'
+
+
 def make_lens(cfg, texts: Texts, base, start: Start, key) -> Lens:
     """Returns the trainable tree at step 0, a pure function of its arguments."""
     where, encoder, inject = texts.decoder, _encoder_config(cfg), injection.of_config(cfg.decoder, base.config)
 
     def trained(side, n_layers, key):
-        own = {'own_base': side.train == 'full', 'adapters': None, 'positions': cfg.position_vectors}
+        own = {'own_base': side.train == 'full', 'compute': compute_of(cfg), 'adapters': None}
+        own['positions'] = cfg.position_vectors
         if side.train == 'lora':
             own['adapters'] = lora.init_adapters(
                 base.blocks, n_layers, cfg.lora.pattern, cfg.lora.rank, cfg.lora.alpha, key, rs=cfg.lora.rs

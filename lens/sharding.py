@@ -91,6 +91,12 @@ def out(spec: P) -> P | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
+def platform() -> str:
+    """Returns what the devices of the mesh are, or of JAX where no mesh is set: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def like(x: jax.Array) -> P | None:
     """Returns where `x` lives, for an `out_sharding=` argument; None when no mesh is set."""
     return None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jaxlib import xla_client
 from setuptools.dist import Distribution
 
 import lens
@@ -254,3 +255,13 @@ def test_what_orbax_gave_up_is_not_told_by_tracebacks():
     for e in (RuntimeError('Event loop is closed'), RuntimeError('another')):
         cli._tell_unraisable(told.append, types.SimpleNamespace(exc_value=e))
     assert [str(x.exc_value) for x in told] == ['another']
+
+
+@pytest.mark.parametrize('told', [{}, *({key: '.5'} for key in cli.MEMORY_KEYS)])
+def test_a_command_takes_most_of_a_gpu_unless_told_how_much(monkeypatch, told):
+    """What jaxlib hands to its client; it raises where both keys are set."""
+    monkeypatch.setattr(cli, 'run', lambda *_: None)
+    monkeypatch.setattr(cli.os, 'environ', dict(told))
+    cli.start('lens.main')
+    handed = xla_client.generate_pjrt_gpu_plugin_options()
+    assert handed['memory_fraction'] == float(told.popitem()[1] if told else cli.MEMORY_FRACTION)

@@ -32,9 +32,11 @@ class DecoderConfig:
 class Decoder(Side):
     """What the decoder trains: maps, and what every side does. Of `positions`, an activation loses its vector."""
 
-    def __init__(self, c: DecoderConfig, left_ids, right_ids, base, maps, *, own_base, adapters, positions=False):
+    def __init__(
+        self, c: DecoderConfig, left_ids, right_ids, base, maps, *, own_base, adapters, positions=False, compute=''
+    ):
         """maps: (W MxDxD, b MxD) at the start, None for an injection without maps. The others: Side."""
-        super().__init__(left_ids, right_ids, base, base if own_base else None, adapters, positions)
+        super().__init__(left_ids, right_ids, base, base if own_base else None, adapters, positions, compute)
         self.config = c
         self.maps_w, self.maps_b = (nnx.data(x if x is None else nnx.Param(x)) for x in maps or (None, None))
 
@@ -68,7 +70,7 @@ def without_position(decoder: Decoder, activation_NxD, position_N):
 
 def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
     """Makes (prompt rows BxQxD in the units of the embedding table, before_block hook)."""
-    n, dtype = len(activation_BxD), model.embedding.dtype
+    n, dtype = len(activation_BxD), model.dtype
     slot_BxD, hook = decoder.config.injection.enter(decoder, model, activation_BxD.astype(jnp.float32))
     left, right = (rows_for(n, p[...], dtype) for p in (decoder.prompt_left, decoder.prompt_right))
     x = jnp.concatenate([left, slot_BxD[:, None].astype(dtype), right], axis=1)

@@ -35,11 +35,21 @@ class Encoder(Side):
     block that is read. The reconstruction gets its vector of `positions`."""
 
     def __init__(
-        self, c: EncoderConfig, left_ids, right_ids, base, *, own_base, adapters, readout=None, positions=False
+        self,
+        c: EncoderConfig,
+        left_ids,
+        right_ids,
+        base,
+        *,
+        own_base,
+        adapters,
+        readout=None,
+        positions=False,
+        compute='',
     ):
         """readout: (W DxD, b D) at the start; the identity where not given. The others: Side."""
         own = base.truncated(c.output_layer + 1) if own_base else None
-        super().__init__(left_ids, right_ids, base, own, adapters, positions)
+        super().__init__(left_ids, right_ids, base, own, adapters, positions, compute)
         self.config, d = c, base.config.d_model
         w, b = readout or (jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32))
         self.special_last = nnx.Param(jnp.zeros(d, jnp.float32))
@@ -62,7 +72,7 @@ def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source
     any length run together.
     """
     model = model_of(encoder, base)
-    left, dtype = len(encoder.prompt_left), model.embedding.dtype
+    left, dtype = len(encoder.prompt_left), model.dtype
 
     def rows(p_QxD):
         return rows_for(len(words_BxTxD), p_QxD, dtype)

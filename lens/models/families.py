@@ -363,7 +363,7 @@ def edited(config: dict, c: TransformerConfig, dtype: str) -> dict:
 
     def facts(c: TransformerConfig) -> dict:  # how the model is run is none of its facts
         whole = {k: (getattr(c, k) * c.n_layers)[: c.n_layers] for k in ('windows', 'layer_rope')}
-        return dataclasses.asdict(dataclasses.replace(c, remat='', experts='', packed=False, **whole))
+        return dataclasses.asdict(dataclasses.replace(c, remat='', experts='', packed=False, compute='', **whole))
 
     told, model = facts(from_hf(out)), facts(c)
     differing = ', '.join(k for k in model if told[k] != model[k])

@@ -8,6 +8,7 @@ second copy of the weights for the gradient.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -31,10 +32,11 @@ REMAT_POLICIES = {
 class TransformerConfig:
     """Everything that one model differs from another in; `families` derives it from a config.json.
 
-    Layer patterns (`windows`, `layer_rope`) repeat over the depth. The last three are not the model's but
+    Layer patterns (`windows`, `layer_rope`) repeat over the depth. The last four are not the model's but
     how it is run: `remat`, how a block's activations reach the backward pass ('full' recomputes them,
     least memory; 'dots' keeps the matrix products, least work); `experts`, how grouped experts multiply
-    ('dense' is every expert for every token, for checks); `packed`, whether experts stay in MXFP4.
+    ('dense' is every expert for every token, for checks); `packed`, whether experts stay in MXFP4; `compute`,
+    dtype of the products and of the stream ('' is that of the weights), for weights kept more accurately.
     """
 
     family: str
@@ -68,6 +70,7 @@ class TransformerConfig:
     remat: str = 'full'
     experts: str = 'ragged'
     packed: bool = False
+    compute: str = ''
 
     def of_layer(self, pattern: tuple[int, ...], layer):
         """Picks the entry of a layer pattern; `layer` may be traced."""
@@ -118,9 +121,23 @@ class Block(nnx.Module):
         return x_BxTxD + (self.mlp_post_norm(y, c.norm_eps) if c.post_norms else y), out
 
 
-def at_layer(stacks, i):
-    """Takes layer i of stacks, whole where they are split. Call it inside a checkpoint: see the module docstring."""
-    return sharding.gathered(jax.tree.map(lambda w: w[i], stacks))
+def cast(tree, dtype):
+    """Rounds weights to the dtype of their products, None or '' leaves them; norms, which work in float32, and bytes
+    stay as they are. Rounding weights once, before a loop that uses them, gives what rounding in it gives."""
+
+    def leaf(kp, w):
+        stays = re.search(r'norm/\w+$', sharding.path(kp)) or not jnp.issubdtype(w.dtype, jnp.floating)
+        return w if stays else w.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree) if dtype else tree
+
+
+def at_layer(stacks, i, dtype=None):
+    """Takes layer i of stacks, whole where they are split, in `dtype` as `cast` gives it.
+
+    Call it inside a checkpoint: see the module docstring. Rounded first, so that half the bytes are gathered.
+    """
+    return sharding.gathered(cast(jax.tree.map(lambda w: w[i], stacks), dtype))
 
 
 @functools.partial(jax.jit, static_argnames=('together', 'lo', 'hi', 'c', 'before_block', 'collect'))
@@ -131,7 +148,7 @@ def _run_blocks(blocks, adapters, x_BxTxD, positions, past, together, lo, hi, c,
 
     def layer(at, past):
         i, x = at
-        block, adapter = at_layer((blocks, adapters), i)
+        block, adapter = at_layer((blocks, adapters), i, c.compute)
         if before_block is not None:
             x = before_block(x, i)
         y, keys_values = block(x, i, positions, together, c, past, adapter)
@@ -162,13 +179,22 @@ class Transformer(nnx.Module):
         self.positions = nnx.data(None if c.ropes else nnx.Param(positions))
 
     @property
+    def dtype(self):
+        """Of the stream and of the products."""
+        return jnp.dtype(self.config.compute or self.embedding.dtype)
+
+    @property
     def table(self):
-        """Gathers the embedding table VxD."""
-        return sharding.gathered(self.embedding[...])
+        """Gathers the embedding table VxD, in `dtype`."""
+        return sharding.gathered(self.embedding[...].astype(self.dtype))
+
+    def _rows(self, ids, spec):
+        """Rows of the embedding table as they are stored, so that what they get in the gradient is summed as such."""
+        return sharding.gathered(self.embedding[...]).at[ids].get(out_sharding=sharding.out(spec))
 
     def lookup(self, ids_BxT):
-        """Looks rows of the embedding table up, BxTxD, as they are stored."""
-        return self.table.at[ids_BxT].get(out_sharding=sharding.out(sharding.ACT))
+        """Looks rows of the embedding table up, BxTxD in `dtype`."""
+        return self._rows(ids_BxT, sharding.ACT).astype(self.dtype)
 
     def enter(self, x_BxTxD, start=0):
         """Makes what enters block 0 at positions start..start+T-1, of rows in the units of the embedding table:
@@ -177,7 +203,8 @@ class Transformer(nnx.Module):
         if c.embed_scale != 1.0:
             x_BxTxD = x_BxTxD * jnp.asarray(c.embed_scale, self.embedding.dtype).astype(x_BxTxD.dtype)
         if self.positions is not None:
-            x_BxTxD = x_BxTxD + jax.lax.dynamic_slice_in_dim(self.positions[...], start, x_BxTxD.shape[1])
+            rows = jax.lax.dynamic_slice_in_dim(self.positions[...], start, x_BxTxD.shape[1])
+            x_BxTxD = x_BxTxD + rows.astype(x_BxTxD.dtype)
         return x_BxTxD
 
     def embed(self, ids_BxT, start=0):
@@ -185,8 +212,9 @@ class Transformer(nnx.Module):
         return self.enter(self.lookup(ids_BxT), start)
 
     def embedding_rows(self, ids: list[int]):
-        """Looks rows of the embedding table up for all rows of a batch, len(ids) x D: where a soft prompt starts."""
-        return self.table.at[jnp.asarray(ids, jnp.int32)].get(out_sharding=sharding.out(sharding.P(None, None)))
+        """Looks rows of the embedding table up for all rows of a batch, len(ids) x D as they are stored: where a soft
+        prompt starts."""
+        return self._rows(jnp.asarray(ids, jnp.int32), sharding.P(None, None))
 
     def truncated(self, n: int) -> 'Transformer':
         """Copies the first n blocks and the embedding; it has no final norm and no head."""
@@ -244,7 +272,8 @@ class Transformer(nnx.Module):
         """Applies final norm and output head: BxTxV in float32."""
         c = self.config
         x = self.final_norm(x_BxTxD, c.norm_eps)
-        spec, w = ('vd', self.table) if self.head is None else ('dv', sharding.gathered(self.head[...]))
+        head = None if self.head is None else sharding.gathered(self.head[...].astype(self.dtype))
+        spec, w = ('vd', self.table) if head is None else ('dv', head)
         return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
 
     def __call__(self, ids_BxT):
@@ -254,13 +283,15 @@ class Transformer(nnx.Module):
 
 class Side(nnx.Module):
     """What decoder and encoder both train: a soft prompt and, where asked for, adapters, a float32 copy of own_base
-    (a part of `base`), a copy of the table of positions (GPT-2)."""
+    (a part of `base`) whose products are in the dtype `compute`, a copy of the table of positions (GPT-2)."""
 
-    def __init__(self, left_ids, right_ids, base: Transformer, own_base, adapters: dict | None, positions: bool):
+    def __init__(self, left_ids, right_ids, base: Transformer, own_base, adapters, positions: bool, compute: str):
         self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
         self.prompt_right = nnx.Param(base.embedding_rows(right_ids).astype(jnp.float32))
         self.positions = nnx.data(nnx.Param(base.positions[...].astype(jnp.float32)) if positions else None)
         self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), own_base))
+        if self.base is not None:
+            self.base.config = dataclasses.replace(own_base.config, compute=compute)
         self.adapters = nnx.data(adapters)
 
 
@@ -272,9 +303,8 @@ def model_of(side: Side, base: Transformer) -> Transformer:
 def for_rollout(side: Side, base: Transformer) -> Side:
     """Copies a side for many calls without gradient: its adapters and its own base whole on every device and in the
     dtype of the products, once, not at every call."""
-    copy, dtype = jax.tree.map(lambda x: x, side), model_of(side, base).embedding.dtype
-    ready = jax.tree.map(lambda x: x.astype(dtype), sharding.gathered((side.adapters, side.base)))
-    copy.adapters, copy.base = ready
+    copy = jax.tree.map(lambda x: x, side)
+    copy.adapters, copy.base = sharding.gathered(cast((side.adapters, side.base), model_of(side, base).dtype))
     return jax.lax.stop_gradient(copy)
 
 

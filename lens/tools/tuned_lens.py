@@ -98,7 +98,7 @@ def kl_sum(params: dict, scale, h_BxSxD, subject: Transformer, target: tuple, ma
     Cross-entropy minus entropy: one array of the size of the logits less than from log-probabilities.
     """
     p_BxSxV, entropy_BxS = target
-    y_BxSxV = subject.logits(translate(params, scale, h_BxSxD).astype(subject.embedding.dtype))
+    y_BxSxV = subject.logits(translate(params, scale, h_BxSxD).astype(subject.dtype))
     cross_BxS = jax.nn.logsumexp(y_BxSxV, axis=-1) - jnp.sum(p_BxSxV * y_BxSxV, axis=-1)
     return jnp.sum((cross_BxS - entropy_BxS) * mask_BxS)
 
