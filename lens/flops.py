@@ -2,7 +2,7 @@
 
 What the mathematics of a step needs: 2 FLOPs for each pair of numbers that a product of matrices multiplies, loops
 times their length (of one that may end early, sampling, the most); of experts the rows that are routed. A query meets the
-keys that it may see: half of them under the causal mask, at most the window in a sliding layer. What the backward pass
+keys that it may see: half of those beside it or of a cache that is filled, all before it, at most the window in a sliding layer. What the backward pass
 computes again does not count, nor what nothing reads (gradients of frozen parameters). Left out: all that is no
 product of matrices, loops without a known bound, kernels (subject.experts=tokamax).
 """
@@ -69,7 +69,7 @@ def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[
     for eqn in jaxpr.eqns:
         name, inside, n = eqn.primitive.name, f'{scopes}/{eqn.source_info.name_stack}', times
         if name in ('dot_general', 'ragged_dot_general') and not _again(inside):
-            yield inside, times * _flops(eqn, c)
+            yield inside, times * _flops(eqn, inside, c)
         if name in KERNELS and not _again(inside):
             yield inside, times * KERNELS[name] * _flash_product(eqn, c)
         if name == 'scan':
@@ -97,27 +97,30 @@ def _again(scopes: str) -> bool:
     return 'rematted_computation' in scopes or ('transpose(' in before and not before.endswith('transpose('))
 
 
-def _flops(eqn, c: TransformerConfig) -> float:
-    left, right, out = (x.aval.shape for x in (*eqn.invars[:2], *eqn.outvars))
+def _flops(eqn, scopes: str, c: TransformerConfig) -> float:
+    left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if eqn.primitive.name == 'ragged_dot_general':
         numbers = eqn.params['ragged_dot_dimension_numbers']
         (contracted, _), _ = numbers.dot_dimension_numbers
         groups = eqn.invars[2].aval.shape[-1] if set(numbers.lhs_ragged_dimensions) & set(contracted) else 1
         return 2 * math.prod(out) * math.prod(left[i] for i in contracted) / groups
-    (contracted, _), (batch, batch_right) = eqn.params['dimension_numbers']
+    (contracted, _), _ = eqn.params['dimension_numbers']
     flops = 2 * math.prod(out) * math.prod(left[i] for i in contracted)
-    if len(batch) != 2:
+    of_attention = re.findall(r'\b(before|filling|beside)_(\d+)_keys\b', scopes)  # models/attention.py
+    if not of_attention:
         return flops
-    # Of attention: batched over rows and heads. Keys, values or their gradient have two more dimensions, the others
-    # three. Queries are taken as spread evenly over the keys.
-    rest = [[n for i, n in enumerate(s) if i not in b] for s, b in ((left, batch), (right, batch_right), (out, (0, 1)))]
-    keys = math.prod(min(rest, key=len)) // c.head_dim
-    return flops * _seen(keys, c)
+    where, keys = of_attention[-1][0], int(of_attention[-1][1])
+    return flops * (sum(_windows(keys, c)) / len(c.windows) / keys if where == 'before' else _seen(keys, c))
+
+
+def _windows(keys: int, c: TransformerConfig) -> list[int]:
+    """How many of so many keys a query sees at most in each kind of layer."""
+    return [min(keys, window) if window else keys for window in c.windows]
 
 
 def _seen(keys: int, c: TransformerConfig) -> float:
-    """Which share of so many keys a query sees, in the mean over queries and layers."""
-    seen = [min(keys, window) if window else keys for window in c.windows]
+    """Which share of so many keys a query among them sees, in the mean over queries, spread evenly, and layers."""
+    seen = _windows(keys, c)
     return sum(n * (n + 1) / 2 + (keys - n) * n for n in seen) / len(seen) / keys**2
 
 

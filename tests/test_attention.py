@@ -33,8 +33,8 @@ def in_numpy(window, cap, sinks, q=Q):
 
 
 def part(seen, rows=slice(None), at=slice(None), keys=KEYS, values=VALUES):
-    """Keys, values and mask of attend; of some rows and tokens."""
-    return *(jnp.moveaxis(x[rows, at], 1, 2) for x in (keys, values)), seen
+    """A part of attend: its name, keys, values and mask, of some rows and tokens."""
+    return 'keys', *(jnp.moveaxis(x[rows, at], 1, 2) for x in (keys, values)), seen
 
 
 def mask(at_T, window):
@@ -44,8 +44,8 @@ def mask(at_T, window):
 
 @pytest.mark.parametrize(('window', 'cap', 'sinks'), [(0, 0.0, None), (4, 0.7, None), (4, 0.0, SINKS), (0, 0.7, SINKS)])
 def test_against_numpy(window, cap, sinks):
-    attend = jax.jit(attention.attend, static_argnames=('scale', 'cap'))
-    got = attend(Q, [part(mask(POSITIONS, window))], scale=0.3, cap=cap, sinks_KxG=sinks)
+    parts = [part(mask(POSITIONS, window))]
+    got = jax.jit(lambda q: attention.attend(q, parts, scale=0.3, cap=cap, sinks_KxG=sinks))(Q)
     close(got, in_numpy(window, cap, sinks), steps=32)
 
 
@@ -58,7 +58,7 @@ def test_keys_in_parts_give_the_same_and_rows_may_share_a_part(sinks):
         part(seen[:, :5], slice(0, 1), slice(0, 5), keys, values),
         part(seen[:, 5:], slice(2), slice(5, T), keys, values),
     ]
-    got = jax.jit(attention.attend, static_argnames='scale')(Q, parts, scale=0.3, sinks_KxG=sinks)
+    got = jax.jit(lambda q: attention.attend(q, parts, scale=0.3, sinks_KxG=sinks))(Q)
     whole = attention.attend(Q, [part(seen, keys=keys, values=values)], scale=0.3, sinks_KxG=sinks)
     close(got, np.asarray(whole), steps=32)
 

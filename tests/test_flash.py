@@ -63,8 +63,13 @@ def operands(n_kv, group, sinks=True):
 
 
 def plain(q, k, v, sinks, window):
-    mask = attention.visible(jnp.arange(T), jnp.arange(T), jnp.arange(T), window)
-    return attention.attend(q, k, v, mask, scale=SCALE, sinks_KxG=sinks)
+    part = (
+        f'beside_{T}_keys',
+        jnp.moveaxis(k, 1, 2),
+        jnp.moveaxis(v, 1, 2),
+        attention.seen_beside(jnp.arange(T), T, True, window),
+    )
+    return attention.attend(q, [part], scale=SCALE, sinks_KxG=sinks)
 
 
 def with_gradients(attend, q, k, v, sinks):
@@ -152,8 +157,7 @@ def test_a_model_runs_it_for_tokens_that_see_each_other(monkeypatch):
 def test_tokens_after_a_cache_do_without(stand_ins, monkeypatch, base, tokens):
     x, past = base.run_cached(base.embed(tokens[:, :6]), 0, 2)
     monkeypatch.setattr(flash, 'attend', None)
-    at = np.arange(6, 9)
-    y, _ = base.run_cached(base.embed(tokens[:, 6:9], 6), 0, 2, past, at)
+    y, _ = base.run_cached(base.embed(tokens[:, 6:9], 6), 0, 2, (past,), 6)
     assert np.isfinite(np.asarray(x)).all() and np.isfinite(np.asarray(y)).all()
 
 

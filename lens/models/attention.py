@@ -23,25 +23,29 @@ SLOTS = 8
 class KVCache(struct.PyTreeNode):
     """Keys and values of `length` tokens at consecutive positions, BxKxSxh of one layer, LxBxKxSxh of several.
 
-    Slots beyond `length` are padding, S a multiple of SLOTS: kernels for products would copy others to such a size
-    first, at every layer and token.
+    length: None of one that is being filled. The slots that are left are padding, S a multiple of SLOTS: kernels for
+    products would copy others to such a size first, at every layer and token.
     """
 
     k: jax.Array
     v: jax.Array
-    length: int = struct.field(pytree_node=False)
+    length: int | None = struct.field(pytree_node=False)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[-2]
 
     def padded(self) -> 'KVCache':
         """Adds the slots that are missing to a multiple of SLOTS."""
-        pad = [(0, 0)] * (self.k.ndim - 2) + [(0, -self.k.shape[-2] % SLOTS), (0, 0)]
+        pad = [(0, 0)] * (self.k.ndim - 2) + [(0, -self.slots % SLOTS), (0, 0)]
         return jax.tree.map(lambda x: jnp.pad(x, pad), self)
 
     def room(self, rows: int, length: int) -> 'KVCache':
-        """Makes a cache of `length` tokens for `rows` rows, empty, of the layers and heads of this one."""
+        """Makes a cache to be filled with `length` tokens of `rows` rows, of the layers and heads of this one."""
         n, _, k, _, h = self.k.shape
         shape = n, rows, k, -(-max(length, 1) // SLOTS) * SLOTS, h
         k, v = (jnp.zeros(shape, x.dtype, out_sharding=sharding.like(x)) for x in (self.k, self.v))
-        return KVCache(k, v, length)
+        return KVCache(k, v, None)
 
     def written(self, new: 'KVCache', slot) -> 'KVCache':
         """Puts the tokens of `new` into the slots from `slot` on, of several layers."""
@@ -57,14 +61,14 @@ def softcap(x, cap: float):
 def attend(q_BxTxKxGxh, parts, *, scale: float, cap: float = 0.0, sinks_KxG=None):
     """Computes softmax(scale q k) v over all keys of `parts` under their masks; softmax in float32. BxTxKxGxh.
 
-    parts: (keys RxKxSxh, values RxKxSxh, mask) each; True = may look. Rows that share keys are contiguous, B / R of
-    them. mask: TxS, or Bx1x1xTxS where rows differ. Every query sees a key. Parts are not put together: a cache is read
-    where it lies.
+    parts: (name, keys RxKxSxh, values RxKxSxh, mask) each; True = may look. Rows that share keys are contiguous, B / R
+    of them. mask: TxS, or Bx1x1xTxS where rows differ. Every query sees a key. Parts are not put together: a cache is
+    read where it lies. name: a scope, how many of the keys are seen (lens.flops).
     sinks: one learned logit per query head that takes part in the softmax and carries no value.
     """
     q = jnp.moveaxis(q_BxTxKxGxh, 1, 3)
-    scores = [_products(q, k, 'rkqh,rksh->rkqs', jnp.float32) for k, _, _ in parts]
-    masks = [mask for _, _, mask in parts]
+    names, keys, values, masks = zip(*parts, strict=True)
+    scores = [_products(*x, 'rkqh,rksh->rkqs', jnp.float32) for x in zip(names, [q] * len(parts), keys, strict=True)]
     scores = [jnp.where(m, softcap(x * scale, cap), -jnp.inf) for x, m in zip(scores, masks, strict=True)]
     top = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores))
     sink = None if sinks_KxG is None else sinks_KxG.astype(jnp.float32)[:, :, None, None]
@@ -72,25 +76,28 @@ def attend(q_BxTxKxGxh, parts, *, scale: float, cap: float = 0.0, sinks_KxG=None
     weights = [jnp.exp(x - top) for x in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     total = total if sink is None else total + jnp.exp(sink - top)
-    values = [v for _, v, _ in parts]
-    mixed = [_products((w / total).astype(v.dtype), v, 'rkqs,rksh->rkqh') for w, v in zip(weights, values, strict=True)]
+    weights = [(w / total).astype(v.dtype) for w, v in zip(weights, values, strict=True)]
+    mixed = [_products(*x, 'rkqs,rksh->rkqh') for x in zip(names, weights, values, strict=True)]
     return jnp.moveaxis(sum(mixed), 3, 1)
 
 
-def _products(x_BxKxGxTxi, y_RxKxSxh, spec: str, dtype=None):
+def _products(name: str, x_BxKxGxTxi, y_RxKxSxh, spec: str, dtype=None):
     """Products of the queries of a row and head with its keys or values, BxKxGxTxo: all queries that share keys as the rows
     of one matrix, which no kernel has to transpose."""
     rows, (_, k, *rest) = len(y_RxKxSxh), x_BxKxGxTxi.shape
     x = jnp.moveaxis(x_BxKxGxTxi.reshape(rows, -1, k, *rest), 1, 2)
-    y = jnp.einsum(spec, x.reshape(rows, k, -1, x.shape[-1]), y_RxKxSxh, preferred_element_type=dtype)
+    with jax.named_scope(name):
+        y = jnp.einsum(spec, x.reshape(rows, k, -1, x.shape[-1]), y_RxKxSxh, preferred_element_type=dtype)
     return jnp.moveaxis(y.reshape(*x.shape[:-1], -1), 2, 1).reshape(*x_BxKxGxTxi.shape[:-1], -1)
 
 
 def seen_before(at, first: int, cache: KVCache, window):
     """Says which slots of `cache`, whose tokens stand at positions from `first` on, a query at `at` [...] sees,
     [..., S]: those of tokens before it. window: it sees so many, itself included; 0 = all; None: no layer has one."""
-    slots_S = jnp.arange(cache.k.shape[-2])
-    seen = (slots_S < cache.length) & (first + slots_S < at[..., None])
+    slots_S = jnp.arange(cache.slots)
+    seen = first + slots_S < at[..., None]
+    if cache.length is not None:
+        seen &= slots_S < cache.length
     return seen if window is None else seen & ((window == 0) | (first + slots_S > at[..., None] - window))
 
 
@@ -149,7 +156,8 @@ class Attention(nnx.Module):
         q, k, v = self._project(x_BxTxD, layer, positions, c, adapters)
         n = x_BxTxD.shape[1]
         out = KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), n)
-        first = [0, *itertools.accumulate(part.length for part in past)]
+        first = [0, *itertools.accumulate(part.length for part in past[:-1])]
+        names = [f'filling_{p.slots}_keys' if p.length is None else f'before_{p.length}_keys' for p in past]
         window = c.of_layer(c.windows, layer) if any(c.windows) else None
         sinks = None if self.sinks is None else self.sinks[...]
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
@@ -157,8 +165,8 @@ class Attention(nnx.Module):
         def attend_rows(q, at, own_T):
             masks = [seen_before(at, i, part, window) for i, part in zip(first, past, strict=False)]
             masks = [m if m.ndim == 2 else m[:, None, None] for m in masks]
-            parts = [(part.k, part.v, mask) for part, mask in zip(past, masks, strict=True)]
-            parts.append((out.k, out.v, seen_beside(own_T, n, together, window)))
+            parts = [(name, part.k, part.v, mask) for name, part, mask in zip(names, past, masks, strict=True)]
+            parts.append((f'beside_{n}_keys', out.k, out.v, seen_beside(own_T, n, together, window)))
             return attend(q, parts, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
 
         if not past and together and flash.takes(q, c):
