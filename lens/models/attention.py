@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lens import sharding
 from lens.models import lora, rope
@@ -15,6 +16,7 @@ from lens.models.norm import Norm, normal, zeros
 
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
+MIXED = 'mixed'  # values, by attention: what a policy of rematerialisation knows them by
 
 
 class KVCache(NamedTuple):
@@ -126,7 +128,7 @@ class Attention(nnx.Module):
             mask = mask if mask.ndim == 2 else mask[:, None, None]
             return attend(q, k, v, mask, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
 
-        mixed = in_chunks(attend_rows, q, positions, own)
+        mixed = checkpoint_name(in_chunks(attend_rows, q, positions, own), MIXED)
         y = lora.project('btkgh,kghd->btd', mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
         return y, out
 
