@@ -88,8 +88,8 @@ WINDOWED = dataclasses.replace(TINY, n_layers=4, windows=(4, 0))
 
 @pytest.mark.parametrize(
     ('c', 'remat'),
-    [(TINY, 'dots'), (WINDOWED, 'full'), (MIXTURE, 'full'), (MIXTURE, 'dots')],
-    ids=['dense', 'windows', 'experts', 'experts-dots'],
+    [(TINY, 'dots'), (TINY, 'projections'), (WINDOWED, 'full'), (MIXTURE, 'full'), (MIXTURE, 'dots')],
+    ids=['dense', 'named', 'windows', 'experts', 'experts-dots'],
 )
 def test_training_is_three_forward_passes_whatever_is_computed_again(c, remat):
     c = dataclasses.replace(c, remat=remat)

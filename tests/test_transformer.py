@@ -1,6 +1,8 @@
 """The stack against transformers/PyTorch and against itself: cutting, caching, causality, memory."""
 
+import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from lens import hf, sharding
-from lens.models.transformer import Transformer
+from lens.models import lora
+from lens.models.transformer import REMAT_POLICIES, Transformer
 from tests import config_json, programs
 from tests.compare import close
 from tests.conftest import TINY, make_base
@@ -61,7 +64,7 @@ def test_truncated_copy_runs_the_same_first_blocks(base, tokens):
     assert not kept & {'head', 'final_norm/scale'} and 'embedding' in kept
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots'])
+@pytest.mark.parametrize('remat', REMAT_POLICIES)
 def test_layer_ranges_and_their_gradient_copy_no_weights(remat):
     """Temporary memory stays far below the stack: slicing it or indexing it outside the checkpoint
     would cost the size of the slice or of the whole."""
@@ -76,6 +79,46 @@ def test_layer_ranges_and_their_gradient_copy_no_weights(remat):
     for fn in (loss, jax.grad(loss)):
         temp = jax.jit(fn).lower(x, model).compile().memory_analysis().temp_size_in_bytes
         assert temp < 0.25 * stack_bytes, (temp, stack_bytes)
+
+
+@pytest.fixture(scope='module')
+def adapters(base):
+    made = lora.init_adapters(base.blocks, N, '.*', 5, 6.0, jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.1, made)
+
+
+# remat -> what a block keeps of a token, as (shape, how often); its input besides. All dimensions are distinct.
+HEADS, KEYS, STREAM, WIDE = (4, 2, 6), (4, 6), (TINY.d_model,), (TINY.d_ff,)
+KEPT = {
+    'full': {STREAM: 1},
+    'attention': {HEADS: 2, KEYS: 2, STREAM: 1},  # q and the mix, k and v
+    'projections': {HEADS: 2, KEYS: 2, STREAM: 2, WIDE: 2},  # and o, gate and up; nothing reads what `down` gives
+}
+
+
+@pytest.mark.parametrize('remat', KEPT)
+def test_the_backward_pass_keeps_what_the_policy_is_named_by(base, tokens, adapters, remat):
+    model = jax.tree.map(lambda x: x, base)
+    model.config = dataclasses.replace(TINY, remat=remat)
+
+    def residuals(x, adapters):
+        return jax.vjp(lambda x, a: model.run_layers(x, 0, N, adapters=a), x, adapters)[1]
+
+    shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(residuals, base.embed(tokens), adapters))]
+    of_tokens = collections.Counter(s[3:] for s in shapes if s[:3] == (N, *tokens.shape))
+    assert of_tokens == KEPT[remat]
+
+
+def test_all_policies_give_one_gradient(base, tokens, adapters):
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(remat, base, adapters):
+        base.config = dataclasses.replace(TINY, remat=remat)
+        x = base.embed(tokens)
+        return jax.grad(lambda *of: jnp.sum(jnp.sin(programs.layers(*of))), argnums=(0, 1, 2))(base, x, adapters)
+
+    want = gradient('full', base, adapters)
+    for remat in REMAT_POLICIES:
+        close(gradient(remat, base, adapters), want)
 
 
 def test_cached_decoding_equals_teacher_forcing_position_by_position(base, tokens):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 
 from lens import sharding
 from lens.models import flash, lora, rope
@@ -18,6 +19,7 @@ from lens.models.norm import Norm, normal, zeros
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
 SLOTS = 8
+MIXED = 'mixed'  # values, by attention: what a policy of rematerialisation knows them by
 
 
 class KVCache(struct.PyTreeNode):
@@ -173,6 +175,7 @@ class Attention(nnx.Module):
             mixed = flash.attend(q, k, v, layer, c, scale=scale, sinks_KxG=sinks)
         else:
             mixed = in_chunks(attend_rows, q, positions, jnp.arange(n))
+        mixed = checkpoint_name(mixed, MIXED)
         y = lora.project(mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
         return y, out
 

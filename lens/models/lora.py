@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lens import sharding
 from lens.errors import LensError
@@ -26,7 +27,8 @@ MATRICES = {
 
 
 def project(x, w, adapters, name: str, out_spec=None, bias=None):
-    """Computes x W plus `bias`, plus the adapter `name` when `adapters` has one: BxTxO.
+    """Computes x W plus `bias`, plus the adapter `name` when `adapters` has one: BxTxO; a policy of rematerialisation knows
+    it by `name`.
 
     x: BxTxI; I and O stand for any number of axes, those of w IxO. Input and output are one axis each in the product, which
     no kernel has to transpose then. out_spec: where the result lives; needed where a contracted axis is sharded.
@@ -40,7 +42,7 @@ def project(x, w, adapters, name: str, out_spec=None, bias=None):
         low = jnp.einsum('bti,ir->btr', x, a.reshape(x.shape[-1], -1), out_sharding=sharding.out(sharding.ACT))
         y = y + jnp.einsum('btr,ro->bto', low, b.reshape(len(b), -1), out_sharding=sharding.like(y))
     y = y.reshape(*y.shape[:2], *outer)
-    return y if bias is None else y + bias[...]
+    return checkpoint_name(y if bias is None else y + bias[...], name)
 
 
 def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key, *, rs: bool = False) -> dict:

@@ -17,13 +17,15 @@ from flax import nnx
 
 from lens import sharding
 from lens.models import lora
-from lens.models.attention import Attention, KVCache, softcap
+from lens.models.attention import MIXED, Attention, KVCache, softcap
 from lens.models.moe import MoE
 from lens.models.norm import Norm, normal, zeros
 from lens.models.rope import Rope
 
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
+    'attention': jax.checkpoint_policies.save_only_these_names('q', 'k', 'v', MIXED),
+    'projections': jax.checkpoint_policies.save_only_these_names(*lora.MATRICES, MIXED),
     'dots': jax.checkpoint_policies.dots_saveable,
 }
 
@@ -34,7 +36,8 @@ class TransformerConfig:
 
     Layer patterns (`windows`, `layer_rope`) repeat over the depth. The last four are not the model's but
     how it is run: `remat`, how a block's activations reach the backward pass ('full' recomputes them,
-    least memory; 'dots' keeps the matrix products, least work); `experts`, how grouped experts multiply
+    least memory; 'attention' keeps queries, keys, values and their mix; 'projections' these and what o, gate, up and
+    down give; 'dots' all products, scores too, least work); `experts`, how grouped experts multiply
     ('dense' is every expert for every token, for checks); `packed`, whether experts stay in MXFP4; `compute`,
     dtype of the products and of the stream ('' is that of the weights), for weights kept more accurately.
     """
