@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lens import losses, sharding
+from lens import sharding
 from lens.models import injection
 from lens.models.attention import KVCache
 from lens.models.transformer import Side, Transformer, model_of, rows_for
@@ -93,26 +93,19 @@ def step(decoder: Decoder, base: Transformer, row_Bx1xD, cache: KVCache, t) -> t
 
 
 @jax.named_scope('score')
-def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> jax.Array:
-    """Computes logits BxTxV of every token of given explanations."""
+def teacher_forced(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> jax.Array:
+    """Computes the stream BxTxD before final norm and head that every token of given explanations is drawn from."""
     model = model_of(decoder, base)
     x, hook = prompt_rows(decoder, model, activation_BxD)
     x = model.enter(jnp.concatenate([x, model.lookup(ids_BxT[:, :-1])], axis=1))
     x = model.run_layers(x, 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
-    return model.logits(x[:, decoder.prompt_len - 1 :])
-
-
-def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple[jax.Array, jax.Array]:
-    """Computes log-probabilities of given tokens BxT by teacher forcing and the entropy at each, BxT (nats)."""
-    logits = teacher_forced_logits(decoder, base, activation_BxD, ids_BxT)
-    return losses.token_log_probs(logits, ids_BxT), losses.entropy(logits)
+    return x[:, decoder.prompt_len - 1 :]
 
 
 @jax.named_scope('natural')
-def natural_logits(base: Transformer, prefix_Q, ids_BxT):
-    """Computes the untouched base's logits BxTxV of each token of ids after those of `prefix_Q`, no gradient."""
+def natural(base: Transformer, prefix_Q, ids_BxT):
+    """Computes the untouched base's stream BxTxD for each token of ids after those of `prefix_Q`, no gradient."""
     shape = (ids_BxT.shape[0], len(prefix_Q))
     prefix = jnp.broadcast_to(prefix_Q, shape, out_sharding=sharding.out(sharding.rows(2)))
     x = base.embed(jnp.concatenate([prefix, ids_BxT[:, :-1]], axis=1))
-    x = base.run_layers(x, 0, base.config.n_layers)[:, len(prefix_Q) - 1 :]
-    return jax.lax.stop_gradient(base.logits(x))
+    return jax.lax.stop_gradient(base.run_layers(x, 0, base.config.n_layers)[:, len(prefix_Q) - 1 :])

@@ -229,12 +229,20 @@ class Transformer(nnx.Module):
         """Runs layers and collects: (the stream after them, of(x_BxTxD) of the stream entering each, stacked)."""
         return self._run(x_BxTxD, lo, hi, collect=lambda x, _: of(x))
 
+    def unembedding(self) -> Callable:
+        """Gathers the output head; returns what applies final norm and head to a stream, BxTxD -> BxTxV in float32."""
+        c = self.config
+        spec, w = ('vd', self.table) if self.head is None else ('dv', sharding.gathered(self.head[...]))
+
+        def logits(x_BxTxD):
+            x = self.final_norm(x_BxTxD, c.norm_eps)
+            return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
+
+        return logits
+
     def logits(self, x_BxTxD):
         """Applies final norm and output head: BxTxV in float32."""
-        c = self.config
-        x = self.final_norm(x_BxTxD, c.norm_eps)
-        spec, w = ('vd', self.table) if self.head is None else ('dv', sharding.gathered(self.head[...]))
-        return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
+        return self.unembedding()(x_BxTxD)
 
     def __call__(self, ids_BxT):
         """Next-token logits BxTxV (float32) of token ids BxT."""
