@@ -50,7 +50,7 @@ def program(form: str, length: int, arguments):
 
     def loss(decoder, base, activation_NxD):
         out = roll(decoder, base, activation_NxD, base.embedding[...], jax.random.key(0), length=length, tau=TAU)
-        return jnp.sum(jnp.sin(out.words_NxTxW)) + jnp.mean(jax.nn.logsumexp(out.logits_NxTxV, axis=-1))
+        return jnp.sum(jnp.sin(out.words_NxTxW)) + jnp.mean(jax.nn.logsumexp(out.stream.logits(), axis=-1))
 
     return jax.jit(jax.grad(loss)).lower(*arguments).compile()
 

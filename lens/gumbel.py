@@ -22,21 +22,22 @@ import jax.numpy as jnp
 from lens import sampling, sharding
 from lens.models import decoder as dec
 from lens.models.attention import KVCache
+from lens.models.streams import Stream
 from lens.models.transformer import for_rollout, model_of
 
 MIN_TAU = 0.1
 
 
 class Words(NamedTuple):
-    """Tokens of N explanations. logits: float32, of the draw of each token, differentiable in every form.
+    """Tokens of N explanations. stream: of the draw of each token, differentiable in every form.
 
-    words: rows of the given table, exactly table[ids] in value. logp: of the tokens by the sampler, where `logits`
-    are not the sampler's own.
+    words: rows of the given table, exactly table[ids] in value. logp: of the tokens by the sampler, where `stream`
+    is not the sampler's own.
     """
 
     ids_NxT: jax.Array
     words_NxTxW: jax.Array
-    logits_NxTxV: jax.Array
+    stream: Stream
     logp_NxT: jax.Array | None = None
 
 
@@ -75,19 +76,20 @@ def _two_pass(length: int, decoder, base, activation_NxD, table_VxW, key, tau, t
     base, table_VxW = jax.lax.stop_gradient((base, table_VxW))
     frozen = jax.lax.stop_gradient(decoder)
     ids, logp = sampling.sample(frozen, base, activation_NxD, key, length=length, temperature=temperature_N)
-    logits = dec.teacher_forced_logits(decoder, base, activation_NxD, ids)
-    logits = sharding.reshard(logits, sharding.rows(3))
+    stream = Stream(dec.teacher_forced(decoder, base, activation_NxD, ids), model_of(decoder, base))
+    head = stream.head()
 
     @jax.checkpoint
-    def relaxed(logits_NxV, t):
+    def relaxed(x_NxD, t):
+        logits_NxV = sharding.reshard(head(x_NxD[:, None])[:, 0], sharding.rows(2))
         return _relaxed_rows(sampling.perturbed(logits_NxV, key, t, temperature_N), tau, table_VxW)
 
     def body(_, at):
         mixed = relaxed(*at)
         return None, mixed - jax.lax.stop_gradient(mixed)  # zero, with a gradient
 
-    _, push_TxNxW = jax.lax.scan(body, None, (jnp.moveaxis(logits, 1, 0), jnp.arange(length)))
-    return Words(ids, _lookup(table_VxW, ids) + jnp.moveaxis(push_TxNxW, 0, 1), logits, logp)
+    _, push_TxNxW = jax.lax.scan(body, None, (jnp.moveaxis(stream.x_BxTxD, 1, 0), jnp.arange(length)))
+    return Words(ids, _lookup(table_VxW, ids) + jnp.moveaxis(push_TxNxW, 0, 1), stream, logp)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,7 +105,7 @@ def _forward(length, decoder, base, activation_NxD, table_VxW, key, tau, tempera
         ready, base, first_NxV, prompt, key, length=length, temperature_N=temperature_N, keep=lambda logits, _: logits
     )
     residuals = decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids, (prompt, cache)
-    return Words(ids, _lookup(table_VxW, ids), kept), residuals
+    return Words(ids, _lookup(table_VxW, ids), Stream(kept)), residuals
 
 
 def _start(decoder, base, activation_NxD):
@@ -115,7 +117,7 @@ def _start(decoder, base, activation_NxD):
 def _backward(length, residuals, cotangents):
     """Cotangents of _full's arguments: the steps in reverse, each linearised at the final cache."""
     decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids_NxT, past = residuals
-    d_words_NxTxW, d_logits_NxTxV = cotangents.words_NxTxW, cotangents.logits_NxTxV
+    d_words_NxTxW, d_logits_NxTxV = cotangents.words_NxTxW, cotangents.stream.x_BxTxD
     model = model_of(decoder, base)
     tables = table_VxW, model.table
 

@@ -23,6 +23,7 @@ from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import Source, encode, encode_rows
 from lens.models.lens import Lens
+from lens.models.streams import Stream, by_slices
 from lens.models.transformer import model_of
 from lens.response import NO_TAGS, Found, Tags, find
 
@@ -125,11 +126,11 @@ def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, referen
     del key, reference
     found = find(roll.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
-    logp, entropy = dec.score(lens.decoder, base, _vectors(lens.decoder, roll), roll.ids_NxT)
-    ce = losses.cross_entropy(logp, mask)
+    words = _words(_scored(lens.decoder, base, roll), lens, base, roll, hp, ())
+    ce = losses.cross_entropy(words['logp'], mask)
     pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, found.span if hp.tags else None)
     loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
-    return ce + loss, {'loss_decoder': ce, 'entropy_nats': losses.masked_mean(entropy, mask)} | metrics
+    return ce + loss, {'loss_decoder': ce, 'entropy_nats': losses.masked_mean(words['entropy'], mask)} | metrics
 
 
 def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
@@ -148,13 +149,12 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
     reward = jnp.where(found.found_N, -error_rows(pred, roll.a_NxD, hp.error), FAILED)
     advantage = _advantages(jax.lax.stop_gradient(reward), hp)
 
-    logits = dec.teacher_forced_logits(lens.decoder, base, _vectors(lens.decoder, roll), ids)
-    logp = losses.token_log_probs(logits, ids)
+    words = _words(_scored(lens.decoder, base, roll), lens, base, roll, hp, reference)
     old = roll.logp_NxT if hp.updates > 1 else None
-    policy = losses.policy_gradient(logp, advantage, mask, old, knobs['clip'])
-    language, more = _language(lens, base, roll, logits, logp, mask, hp, knobs, reference)
+    policy = losses.policy_gradient(words['logp'], advantage, mask, old, knobs['clip'])
+    language, more = _language(words, roll, mask, hp, knobs)
     if 'entropy_weight' in hp.on:
-        entropy = losses.clamped_entropy(losses.entropy(logits), mask, knobs['entropy_clamp'])
+        entropy = losses.clamped_entropy(words['entropy'], mask, knobs['entropy_clamp'])
         language -= knobs['entropy_weight'] * entropy
     metrics |= more | {
         'loss_decoder': policy,
@@ -169,7 +169,7 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
 def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
     """Trains on sampled explanations by one backward pass through the words, straight-through (gumbel.py)."""
     model = model_of(lens.encoder, base)
-    words = relaxed.rollout(
+    drawn = relaxed.rollout(
         lens.decoder,
         base,
         _vectors(lens.decoder, roll),
@@ -179,17 +179,17 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refe
         tau=knobs['tau'],
         form=hp.form,
     )
-    roll = roll._replace(ids_NxT=words.ids_NxT, logp_NxT=words.logp_NxT)
-    found = find(words.ids_NxT, hp.tags)
+    roll = roll._replace(ids_NxT=drawn.ids_NxT, logp_NxT=drawn.logp_NxT)
+    found = find(drawn.ids_NxT, hp.tags)
     mask = found.mask(hp.length)
-    rows = model.lookup(words.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
-    rows = words.words_NxTxW + rows - jax.lax.stop_gradient(rows)
+    rows = model.lookup(drawn.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
+    rows = drawn.words_NxTxW + rows - jax.lax.stop_gradient(rows)
     pred = encode_rows(lens.encoder, base, rows, roll.source, found.span if hp.tags else None)
     loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
-    logp = losses.token_log_probs(words.logits_NxTxV, words.ids_NxT)
-    language, more = _language(lens, base, roll, words.logits_NxTxV, logp, mask, hp, knobs, reference)
+    words = _words(drawn.stream, lens, base, roll, hp, reference)
+    language, more = _language(words, roll, mask, hp, knobs)
     if 'entropy_weight' in hp.on:
-        language -= knobs['entropy_weight'] * losses.masked_mean(losses.entropy(words.logits_NxTxV), mask)
+        language -= knobs['entropy_weight'] * losses.masked_mean(words['entropy'], mask)
     return loss + language, metrics | more | {'tau': jnp.maximum(knobs['tau'], relaxed.MIN_TAU)}
 
 
@@ -303,32 +303,53 @@ def _functional_kl(base, roll: Rollout, pred, per_activation: int, hp: Hparams):
     shape = (*positions.shape, pred.shape[-1])
     both = jnp.concatenate([roll.a_NxD.reshape(shape), pred.reshape(shape)], axis=1)  # beside one natural stream
     both = sharding.reshard(both, sharding.ACT)
-    logits = subject.logits_at(base, roll.batch['tokens'], jnp.tile(positions, 2), both, hp.layer)
-    return _joined(losses.kl(*jnp.split(logits, 2, axis=1)))
+    x = subject.stream_at(base, roll.batch['tokens'], jnp.tile(positions, 2), both, hp.layer)
+    streams = {k: Stream(part, base) for k, part in zip(('p', 'q'), jnp.split(x, 2, axis=1), strict=True)}
+    return _joined(by_slices(lambda logits: losses.kl(logits['p'], logits['q']), streams))
 
 
-def _language(lens: Lens, base, roll: Rollout, logits, logp, mask, hp: Hparams, knobs: Knobs, reference):
+def _scored(decoder: dec.Decoder, base, roll: Rollout) -> Stream:
+    """Of the texts under teacher forcing."""
+    vectors_NxD = _vectors(decoder, roll)
+    once_BxD = vectors_NxD.reshape(roll.batch['positions'].size, -1, vectors_NxD.shape[-1])[:, 0]
+    return Stream(dec.teacher_forced(decoder, base, once_BxD, roll.ids_NxT), model_of(decoder, base))
+
+
+def _words(own: Stream, lens: Lens, base, roll: Rollout, hp: Hparams, reference) -> dict[str, jax.Array]:
+    """Numbers of every token NxT: log-probability and entropy by the decoder, whose stream is `own`; where the loss has
+    a KL, the log-probability by its reference (logq), and that of the natural prefix (kl_lm)."""
+    streams, to = {'own': own}, hp.kl_to if 'beta' in hp.on else ''
+    if 'lm_weight' in hp.on or to == 'natural':
+        natural = dec.natural(base, jnp.asarray(hp.natural_prefix), roll.ids_NxT)
+        streams['natural'] = Stream(natural, base)
+    if to == 'start':
+        streams['start'] = _scored(jax.lax.stop_gradient(reference), base, roll)
+
+    def numbers(logits, ids):
+        mine = logits['own']
+        out = {'logp': losses.token_log_probs(mine, ids)}
+        out['entropy'] = losses.entropy(mine if 'entropy_weight' in hp.on else jax.lax.stop_gradient(mine))
+        if to:
+            out['logq'] = losses.token_log_probs(logits[to], ids)
+        if 'lm_weight' in hp.on:
+            out['kl_lm'] = losses.kl(logits['natural'], mine)
+        return out
+
+    return by_slices(numbers, streams, roll.ids_NxT)
+
+
+def _language(words: dict, roll: Rollout, mask, hp: Hparams, knobs: Knobs):
     """What keeps the words language: KL to a reference, LM KL to the natural prefix."""
-    metrics = {
-        'entropy_nats': losses.masked_mean(losses.entropy(jax.lax.stop_gradient(logits)), mask),
-        'repeated': repeated(roll.ids_NxT, mask),
-    }
+    metrics = {'entropy_nats': losses.masked_mean(words['entropy'], mask), 'repeated': repeated(roll.ids_NxT, mask)}
     if roll.logp_NxT is not None:
-        gap = jnp.abs(logp - roll.logp_NxT)
+        gap = jnp.abs(words['logp'] - roll.logp_NxT)
         metrics |= {'logp_diff_max': jnp.max(gap * mask), 'logp_diff_mean': losses.masked_mean(gap, mask)}
-    loss, natural = 0.0, None
-    if 'lm_weight' in hp.on or ('beta' in hp.on and hp.kl_to == 'natural'):
-        natural = dec.natural_logits(base, jnp.asarray(hp.natural_prefix), roll.ids_NxT)
+    loss = 0.0
     if 'beta' in hp.on:
-        if hp.kl_to == 'start':
-            fixed = jax.lax.stop_gradient(reference)
-            logq, _ = dec.score(fixed, base, _vectors(fixed, roll), roll.ids_NxT)
-        else:
-            logq = losses.token_log_probs(natural, roll.ids_NxT)
-        kl = losses.k3(logp, logq, mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
+        kl = losses.k3(words['logp'], words['logq'], mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
         metrics[f'kl_{hp.kl_to}_nats'] = kl
         loss += knobs['beta'] * kl
     if 'lm_weight' in hp.on:
-        metrics['kl_lm_nats'] = losses.masked_mean(losses.kl(natural, logits), mask)
+        metrics['kl_lm_nats'] = losses.masked_mean(words['kl_lm'], mask)
         loss += knobs['lm_weight'] * metrics['kl_lm_nats']
     return loss, metrics

@@ -86,6 +86,11 @@ def row_count(mesh) -> int:
     return math.prod(mesh.shape[a] for a in ROW_AXES)
 
 
+def shards(*axes: str) -> int:
+    """Returns over how many devices of the mesh that is set these axes split an array; 1 when none is."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.get(a, 1) for a in axes)
+
+
 def out(spec: P) -> P | None:
     """Returns `spec` for an `out_sharding=` argument, or None when no mesh is set (a notebook)."""
     return None if jax.sharding.get_abstract_mesh().empty else spec

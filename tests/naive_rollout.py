@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lens import gumbel, sampling
 from lens.models import decoder as dec
+from lens.models.streams import Stream
 
 
 def rollout(decoder, base, activation_NxD, table_VxW, key, *, length, tau, temperature=1.0):
@@ -24,7 +25,7 @@ def rollout(decoder, base, activation_NxD, table_VxW, key, *, length, tau, tempe
         x, n = model.enter(row[:, None], start + t), model.config.n_layers
         x, written = model.run_cached(x, 0, n, (prompt, cache), start + t, adapters=decoder.adapters)
         word = straight_through(jax.lax.stop_gradient(table_VxW), z, ids)
-        return (model.logits(x)[:, 0], cache.written(written, t)), gumbel.Words(ids, word, logits)
+        return (model.logits(x)[:, 0], cache.written(written, t)), gumbel.Words(ids, word, Stream(logits))
 
     x, prompt = dec.prefill(decoder, base, activation_NxD)
     first = model.logits(x)[:, 0], prompt.room(len(x), length)

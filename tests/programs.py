@@ -4,26 +4,54 @@ A program is compiled once for every structure of model and shapes of arguments:
 conftest where they do. What is static is named; everything else, layers of `block` included, is an argument.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import gumbel, sampling
+from lens import gumbel, losses, sampling
 from lens.models import decoder as dec
 from lens.models import encoder as enc
 from lens.models import subject
 from lens.models.injection import Add, Affine, Replace
-from lens.models.transformer import at_layer
+from lens.models.streams import Stream, by_slices
+from lens.models.transformer import at_layer, model_of
 
 activations = jax.jit(subject.activations, static_argnames='layer')
 patch = jax.jit(subject.patch, static_argnames='layer')
-logits_at = jax.jit(subject.logits_at, static_argnames='layer')
-score = jax.jit(dec.score)
-teacher_forced_logits = jax.jit(dec.teacher_forced_logits)
-natural_logits = jax.jit(dec.natural_logits)
 encode = jax.jit(enc.encode)
 sample = jax.jit(sampling.sample, static_argnames=('length', 'group', 'tags'))
 rollout = jax.jit(gumbel.rollout, static_argnames=('length', 'form'))
+
+
+@functools.partial(jax.jit, static_argnames='layer')
+def logits_at(model, ids_BxS, positions_BxP, values_BxPxD, layer):
+    """Logits BxPxV of subject.stream_at."""
+    return jax.lax.stop_gradient(model).logits(subject.stream_at(model, ids_BxS, positions_BxP, values_BxPxD, layer))
+
+
+@jax.jit
+def teacher_forced_logits(decoder, base, a_BxD, ids_BxT):
+    """Logits BxTxV of every token of given explanations."""
+    return model_of(decoder, base).logits(dec.teacher_forced(decoder, base, a_BxD, ids_BxT))
+
+
+@jax.jit
+def score(decoder, base, a_BxD, ids_BxT):
+    """Log-probability and entropy of every token of given explanations, BxT each."""
+    own = Stream(dec.teacher_forced(decoder, base, a_BxD, ids_BxT), model_of(decoder, base))
+
+    def numbers(logits, ids):
+        return losses.token_log_probs(logits['own'], ids), losses.entropy(logits['own'])
+
+    return by_slices(numbers, {'own': own}, ids_BxT)
+
+
+@jax.jit
+def natural_logits(base, prefix_Q, ids_BxT):
+    """Logits BxTxV of the untouched base after the prefix."""
+    return base.logits(dec.natural(base, prefix_Q, ids_BxT))
 
 
 @jax.jit

@@ -193,9 +193,9 @@ def test_the_parts_of_a_step_that_samples():
     parts = parts_of_a_step('grpo')
     samples = TEXTS * GROUP
     assert parts['read'] == pytest.approx(READING, rel=0.02)
-    prompt = text(8, DEEP.n_layers, 1)
+    prompt = text(8, DEEP.n_layers)  # once for an activation
     assert parts['sample'] == pytest.approx(TEXTS * prompt + samples * (DECODER - prompt), rel=0.05)
-    assert parts['score'] == pytest.approx(2 * samples * DECODER, rel=0.1)
+    assert parts['score'] == pytest.approx(2 * (TEXTS * prompt + samples * (DECODER - prompt)), rel=0.1)
     assert parts['encode'] == pytest.approx(2 * samples * ENCODER, rel=0.1)
     assert parts['other'] < 0.01 * sum(parts.values())
 

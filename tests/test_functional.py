@@ -1,4 +1,4 @@
-"""subject.logits_at against subject.patch done one position at a time."""
+"""subject.stream_at, its logits, against subject.patch done one position at a time."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ def outputs(logits_of, argnums, model, ids, positions, values, layer):
 @pytest.mark.parametrize('family', ['gemma2', pytest.param('gpt_oss', marks=pytest.mark.slow)])
 def test_logits_and_gradients_are_those_of_one_patch_after_the_other(pair, family):
     model = pair(family).jax
-    got, (constant, grad) = outputs(subject.logits_at, (0, 1), model, IDS, POSITIONS, VALUES, MIDDLE)
+    got, (constant, grad) = outputs(programs.logits_at, (0, 1), model, IDS, POSITIONS, VALUES, MIDDLE)
     assert got.shape == (B, P, 97) and got.dtype == jnp.float32
     close((got, grad), outputs(one_at_a_time, 1, model, IDS, POSITIONS, VALUES, MIDDLE), steps=1024)
     assert not any(np.any(g) for g in jax.tree.leaves(constant))
@@ -99,7 +99,7 @@ def test_many_positions_go_in_chunks(base, batch, monkeypatch):
 
     monkeypatch.setattr(attention, 'attend', watched)
     monkeypatch.setattr(attention, 'QUERY_CHUNK', 3)  # 7 = 3 + 3 + 1
-    got = jax.jit(subject.logits_at, static_argnames='layer')(base, ids, positions, values, layer=LAYER)
+    got = programs.logits_at(base, ids, positions, values, layer=LAYER)
     assert 3 in queries
     close(got, np.concatenate([*want[:3], want[3][:, 1:]], axis=1))
 
@@ -109,11 +109,11 @@ def test_on_a_mesh_as_on_one_device(base, batch):
     """Heads and vocabulary split over two devices; experts are in test_moe."""
     values = np.random.default_rng(10).standard_normal((8, 2, TINY.d_model)).astype(np.float32)
     arguments = {'ids': batch['tokens'], 'positions': batch['positions'], 'values': values}
-    want = outputs(subject.logits_at, 1, base, *arguments.values(), LAYER)
+    want = outputs(programs.logits_at, 1, base, *arguments.values(), LAYER)
     mesh = sharding.make_mesh(2, 2)
     with jax.set_mesh(mesh):
         placed = sharding.put_batch(arguments, mesh).values()
-        got = outputs(subject.logits_at, 1, sharding.place(base, mesh), *placed, LAYER)
+        got = outputs(programs.logits_at, 1, sharding.place(base, mesh), *placed, LAYER)
     close(jax.tree.map(np.asarray, got), want, steps=1024)
 
 
@@ -123,6 +123,6 @@ def test_the_gradient_keeps_no_second_copy_of_the_weights():
     model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     ids, positions = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (6, 2))
     values = jax.ShapeDtypeStruct((1, 2, TINY.d_model), jnp.float32)
-    compiled = outputs.lower(subject.logits_at, 1, model, ids, positions, values, LAYER).compile()
+    compiled = outputs.lower(programs.logits_at, 1, model, ids, positions, values, LAYER).compile()
     one_block = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.blocks)) / 9
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * one_block

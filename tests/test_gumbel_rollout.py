@@ -11,6 +11,7 @@ import pytest
 from lens import gumbel, sampling
 from lens.models import decoder as dec
 from lens.models import lora
+from lens.models.streams import Stream
 from tests import naive_rollout, programs
 from tests.compare import close
 from tests.conftest import TINY, make_base, make_lens
@@ -52,7 +53,7 @@ def inputs(n=N, length=LENGTH, width=WIDTH):
 
 def loss_of(out, up_words, up_logits):
     """Not linear in the words, as a reader is not, and with a term in the logits alone."""
-    logp = jax.nn.log_softmax(out.logits_NxTxV)
+    logp = jax.nn.log_softmax(out.stream.logits())
     return jnp.sum(jnp.sin(out.words_NxTxW) * up_words) + 0.1 * jnp.sum(logp * up_logits)
 
 
@@ -94,11 +95,11 @@ def test_two_passes_have_the_gradient_of_relaxed_teacher_forcing():
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def want(decoder, a):
-        logits = dec.teacher_forced_logits(decoder, base, a, out.ids_NxT)
+        logits = programs.teacher_forced_logits(decoder, base, a, out.ids_NxT)
         noise = jnp.stack([sampling.noise(KEY, t, (N, TINY.vocab_size)) for t in range(LENGTH)], axis=1)
         soft = jax.nn.softmax((logits + TEMPERATURE[:, None, None] * noise) / TAU)
         one_hot = jax.nn.one_hot(out.ids_NxT, TINY.vocab_size) + soft - jax.lax.stop_gradient(soft)
-        return loss_of(gumbel.Words(None, one_hot @ table, logits), *up)
+        return loss_of(gumbel.Words(None, one_hot @ table, Stream(logits)), *up)
 
     close(got[:2], want(decoder, a), steps=1024)
     assert constants(got[2:])
@@ -114,7 +115,7 @@ def test_tokens_are_the_samplers_words_exact_rows_and_tau_changes_the_gradient_a
     for out in (x, y, z):
         np.testing.assert_array_equal(out.ids_NxT, sampled)
         np.testing.assert_array_equal(out.words_NxTxW, np.asarray(table)[np.asarray(sampled)])
-    close(x.logits_NxTxV, programs.teacher_forced_logits(decoder, base, a, sampled))
+    close(x.stream.logits(), programs.teacher_forced_logits(decoder, base, a, sampled))
     close(below, floor)
     one, other = np.ravel(floor[0].maps_w[...]), np.ravel(above[0].maps_w[...])
     assert np.dot(one, other) < 0.95 * np.linalg.norm(one) * np.linalg.norm(other)

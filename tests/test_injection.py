@@ -174,7 +174,7 @@ def test_sharded_injection_is_unsharded_injection(base, given):
     @jax.jit
     @jax.value_and_grad
     def run(decoder, base, a, ids):
-        return jnp.mean(jnp.sin(dec.teacher_forced_logits(decoder, base, a, ids)))
+        return jnp.mean(jnp.sin(programs.teacher_forced_logits(decoder, base, a, ids)))
 
     decoder, mesh = make_decoder(base, *CASES['add']), sharding.make_mesh(2, 2)
     with jax.set_mesh(mesh):

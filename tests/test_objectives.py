@@ -16,6 +16,7 @@ from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import encode
 from lens.sharding import make_mesh, put_batch
+from tests import programs
 from tests.compare import close, size
 from tests.tiny_world import LAYER, LENGTH, make_lens
 
@@ -26,7 +27,7 @@ HP = dataclasses.replace(PLAIN, on=WEIGHTS, natural_prefix=(3, 1))
 OFF = dict.fromkeys(objectives.KNOBS, np.float32(0)) | {'kl_skip': np.int32(0), 'clip': np.float32(0.2)}
 KNOBS = OFF | {'mse_weight': np.float32(1), 'tau': np.float32(0.7), 'entropy_clamp': np.float32(9)}
 KEY = jax.random.key(7)
-ENCODE, SCORE = jax.jit(encode), jax.jit(dec.score)
+ENCODE, SCORE = jax.jit(encode), programs.score
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +80,7 @@ def test_grpo_gradients_are_strictly_separated(base, full, plain):
     mse = jax.jit(jax.grad(lambda e: losses.normalised_mse_rows(encode(e, base, ids), a).mean()))(full.encoder)
     close(grads.encoder, mse)
     advantage = losses.advantages(-losses.normalised_mse_rows(ENCODE(full.encoder, base, ids), a), GROUP)
-    reinforce = jax.jit(jax.grad(lambda d: -jnp.mean(dec.score(d, base, a, ids)[0] * advantage[:, None])))
+    reinforce = jax.jit(jax.grad(lambda d: -jnp.mean(programs.score(d, base, a, ids)[0] * advantage[:, None])))
     close(grads.decoder, reinforce(full.decoder))
     assert size(grads.decoder) > 1e-2 and size(grads.encoder) > 1e-2
 
@@ -169,7 +170,7 @@ def test_averaged_samples_share_their_reward(base, full, batch, activations):
     advantage = (reward - reward.mean(1, keepdims=True)) / reward.std(1, ddof=1, keepdims=True)
 
     def reinforce(d):
-        logp, _ = dec.score(d, base, roll.a_NxD, roll.ids_NxT)
+        logp, _ = programs.score(d, base, roll.a_NxD, roll.ids_NxT)
         return -jnp.mean(logp * np.repeat(advantage.ravel(), 2)[:, None])
 
     close(grads.decoder, jax.jit(jax.grad(reinforce))(full.decoder))
@@ -212,7 +213,7 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     advantage = losses.advantages(jnp.asarray(reward, jnp.float32), group)
 
     def reinforce(d):
-        return -jnp.sum(dec.score(d, base, a, ids)[0] * advantage[:, None] * mask) / mask.sum()
+        return -jnp.sum(programs.score(d, base, a, ids)[0] * advantage[:, None] * mask) / mask.sum()
 
     close(grads.decoder, jax.jit(jax.grad(reinforce))(full.decoder))
 
@@ -258,7 +259,7 @@ def test_gumbel_reaches_both_sides_through_the_words(base, full, deaf, batch, ac
 def test_sft_trains_the_decoder_by_cross_entropy_and_the_encoder_by_mse(base, full, batch, activations):
     (grads, metrics), _ = gradient('sft', full, base, batch)
     ids = batch['explanations'].reshape(-1, LENGTH)
-    loss = jax.jit(jax.value_and_grad(lambda d: -jnp.mean(dec.score(d, base, activations, ids)[0])))
+    loss = jax.jit(jax.value_and_grad(lambda d: -jnp.mean(programs.score(d, base, activations, ids)[0])))
     value, want = loss(full.decoder)
     close(metrics['loss_decoder'], value)
     close(grads.decoder, want)

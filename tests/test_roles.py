@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lens import sampling
-from lens.models import decoder as dec
 from lens.models import lora, subject
 from lens.models.encoder import encode
 from tests import programs
@@ -169,7 +168,7 @@ def test_scopes_name_the_work_through_jit_scan_and_gradient(base, lens, batch):
     def loss(lens):
         a = subject.activations(base, batch['tokens'], batch['positions'], LAYER).reshape(-1, TINY.d_model)
         ids = sampling.sample(jax.lax.stop_gradient(lens.decoder), base, a, KEY, length=LENGTH).ids_NxT
-        logp, _ = dec.score(lens.decoder, base, a, ids)
+        logp, _ = programs.score(lens.decoder, base, a, ids)
         return jnp.sum(logp) + jnp.sum((encode(lens.encoder, base, ids) - a) ** 2)
 
     found = list(products(jax.make_jaxpr(jax.grad(loss))(lens).jaxpr))

@@ -9,8 +9,8 @@ import pytest
 from lens import sharding
 from lens.errors import LensError
 from lens.models import lora
-from lens.models.decoder import teacher_forced_logits
 from lens.models.encoder import encode
+from tests import programs
 from tests.conftest import LAYER, LENGTH, TINY, make_base, make_lens
 
 
@@ -58,7 +58,7 @@ def test_what_is_split_over_data_is_whole_where_it_meets_activations(tied):
     lens = make_lens(base, adapters=tuple(adapters.values()))
 
     def forward(lens, base, ids, a):
-        return teacher_forced_logits(lens.decoder, base, a, ids), encode(lens.encoder, base, ids)
+        return programs.teacher_forced_logits(lens.decoder, base, a, ids), encode(lens.encoder, base, ids)
 
     with jax.set_mesh(mesh):
         base, lens = sharding.place(base, mesh, 0), sharding.place(lens, mesh, 0)

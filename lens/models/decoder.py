@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lens import losses, sharding
+from lens import sharding
 from lens.models import injection
 from lens.models.attention import KVCache
 from lens.models.subject import tile_rows
@@ -108,7 +108,7 @@ def _continued(decoder: Decoder, base: Transformer, rows_NxTxD, past: Sequence[K
 
 @jax.named_scope('score')
 def teacher_forced(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT) -> jax.Array:
-    """Runs given explanations: the stream NxTxD of which the head makes the logits of every token.
+    """Computes the stream NxTxD before final norm and head that every token of given explanations is drawn from.
 
     The N / B explanations of an activation are contiguous and share its prompt, which runs once.
     """
@@ -118,22 +118,10 @@ def teacher_forced(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT)
     return jnp.concatenate([first_Nx1xD, rest], axis=1)
 
 
-def teacher_forced_logits(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT) -> jax.Array:
-    """Computes logits NxTxV of every token of given explanations."""
-    return model_of(decoder, base).logits(teacher_forced(decoder, base, activation_BxD, ids_NxT))
-
-
-def score(decoder: Decoder, base: Transformer, activation_BxD, ids_BxT) -> tuple[jax.Array, jax.Array]:
-    """Computes log-probabilities of given tokens BxT by teacher forcing and the entropy at each, BxT (nats)."""
-    logits = teacher_forced_logits(decoder, base, activation_BxD, ids_BxT)
-    return losses.token_log_probs(logits, ids_BxT), losses.entropy(logits)
-
-
 @jax.named_scope('natural')
-def natural_logits(base: Transformer, prefix_Q, ids_BxT):
-    """Computes the untouched base's logits BxTxV of each token of ids after those of `prefix_Q`, no gradient."""
+def natural(base: Transformer, prefix_Q, ids_BxT):
+    """Computes the untouched base's stream BxTxD for each token of ids after those of `prefix_Q`, no gradient."""
     shape = (ids_BxT.shape[0], len(prefix_Q))
     prefix = jnp.broadcast_to(prefix_Q, shape, out_sharding=sharding.out(sharding.rows(2)))
     x = base.embed(jnp.concatenate([prefix, ids_BxT[:, :-1]], axis=1))
-    x = base.run_layers(x, 0, base.config.n_layers)[:, len(prefix_Q) - 1 :]
-    return jax.lax.stop_gradient(base.logits(x))
+    return jax.lax.stop_gradient(base.run_layers(x, 0, base.config.n_layers)[:, len(prefix_Q) - 1 :])

@@ -30,10 +30,10 @@ def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
 
 
 @jax.named_scope('patch')
-def logits_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, layer: int):
-    """Computes next-token logits BxPxV at positions where the output of block `layer` is replaced by values.
+def stream_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, layer: int):
+    """Computes the last stream BxPxD at positions where the output of block `layer` is replaced by values.
 
-    Row p is patch(...)[b, positions_BxP[b, p]] with that one value put in: replacements do not see each
+    Its logits at p are patch(...)[b, positions_BxP[b, p]] with that one value put in: replacements do not see each
     other, so a position may come twice, say with the activation and with a reconstruction of it. The
     natural stream runs once for all of them and the gradient passes through P tokens a row, not S;
     it reaches values_BxPxD alone, the subject is a constant. Positions are 0..S-1, not checked. Raises
@@ -43,7 +43,7 @@ def logits_at(subject: Transformer, tokens_BxS, positions_BxP, values_BxPxD, lay
     x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
     above = layer + 1, subject.config.n_layers
     _, past = subject.run_cached(x, *above)
-    return subject.logits(subject.run_apart(values_BxPxD.astype(x.dtype), *above, past, positions_BxP))
+    return subject.run_apart(values_BxPxD.astype(x.dtype), *above, past, positions_BxP)
 
 
 def stream_norms(subject: Transformer, tokens_BxS, lengths_B, skip: int = 5):

@@ -271,13 +271,21 @@ class Transformer(nnx.Module):
         """Runs layers and collects: (the stream after them, of(x_BxTxD) of the stream entering each, stacked)."""
         return self._run(x_BxTxD, lo, hi, jnp.arange(x_BxTxD.shape[1]), collect=lambda x, _: of(x))
 
-    def logits(self, x_BxTxD):
-        """Applies final norm and output head: BxTxV in float32."""
+    def unembedding(self) -> Callable:
+        """Gathers the output head; returns what applies final norm and head to a stream, BxTxD -> BxTxV in float32."""
         c = self.config
-        x = self.final_norm(x_BxTxD, c.norm_eps)
         head = None if self.head is None else sharding.gathered(self.head[...].astype(self.dtype))
         spec, w = ('vd', self.table) if head is None else ('dv', head)
-        return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
+
+        def logits(x_BxTxD):
+            x = self.final_norm(x_BxTxD, c.norm_eps)
+            return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
+
+        return logits
+
+    def logits(self, x_BxTxD):
+        """Applies final norm and output head: BxTxV in float32."""
+        return self.unembedding()(x_BxTxD)
 
     def __call__(self, ids_BxT):
         """Next-token logits BxTxV (float32) of token ids BxT."""
