@@ -4,8 +4,11 @@
 # make test       the test suite (minutes); make test-slow: end-to-end checks as well; make test-vllm: with the real engine
 # make vllm-env   .venv-vllm ready, the environment of the vLLM server
 # make chaos N=20 a run is killed N times and otherwise disturbed, and must end like an undisturbed one; then two processes
+# make h100-compile  what the compiler for an H100 makes of the programs at full size, on any machine (minutes)
+# make tpu-compile   the same for slices of TPUs
 # make lint       ruff, shellcheck
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 BIN := .venv/bin
 WORKDIR ?= runs/tiny
 N ?= 20
@@ -19,7 +22,7 @@ TINY_LENS := --config.subject.path=data/tiny_chat/gpt_oss --config.layer=1 --con
   --config.decoder.patched_blocks=2 --config.decoder.train=maps --config.encoder.train=maps \
   --config.eval.vectors=2 --config.eval.batch=8
 
-.PHONY: all demo demo-data test test-slow test-vllm chaos vllm-env lint clean
+.PHONY: all demo demo-data test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
 all: .venv/ready
 
 .venv/ready: setup.cfg pyproject.toml
@@ -71,8 +74,27 @@ chaos: .venv/ready-test
 	$(BIN)/python -m tests.chaos --processes=1 --kills=$(N) --workdir=runs/chaos
 	$(BIN)/python -m tests.chaos --processes=2 --kills=$$((($(N) + 4) / 5)) --workdir=runs/chaos
 
+# The compilers of the plugins alone: nothing runs, so the libraries of CUDA (gigabytes) stay out.
+COMPILER := jax==0.11.2 jaxlib==0.11.2
+PLUGINS := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 \
+  nvidia-cuda-crt==13.5.37 libtpu==0.0.52
+
+.venv-h100/ready: setup.cfg
+	@$(PYTHON312) --version >/dev/null 2>&1 || { echo 'No $(PYTHON312): compiling for an H100 or a TPU needs Python' \
+	  '3.12, since jax 0.11.2 does. Install it, or name it: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)'; exit 1; }
+	$(PYTHON312) -m venv .venv-h100
+	.venv-h100/bin/pip install --quiet --editable . $(COMPILER)
+	.venv-h100/bin/pip install --quiet --no-deps $(PLUGINS)
+	touch $@
+
+h100-compile: .venv-h100/ready
+	.venv-h100/bin/python -m benchmarks.h100 --compile
+
+tpu-compile: .venv-h100/ready
+	.venv-h100/bin/python -m benchmarks.tpu
+
 lint: .venv/ready-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/shellcheck launch/*.sh
 
 clean:
-	rm -rf .venv .venv-vllm .hypothesis runs exports data
+	rm -rf .venv .venv-vllm .venv-h100 .hypothesis runs exports data

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import re
 
+import jax
 import numpy as np
 import optax
 
@@ -33,6 +34,7 @@ VALUE_FORMS = (
     '"over 1000s"'
 )
 BLOCK = 1024  # micro-steps whose values are made at once
+NO_MESH = jax.sharding.Mesh(np.empty((), object), ())  # the devices of a mesh may be no more than planned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Schedule:
     def __call__(self, step) -> np.ndarray:
         """Returns the values at an int or an array of ints, float32."""
         if np.ndim(step):
-            return np.asarray(self.curve(np.asarray(step)) + np.zeros(np.shape(step)), np.float32)
+            with jax.set_mesh(NO_MESH):
+                return np.asarray(self.curve(np.asarray(step)) + np.zeros(np.shape(step)), np.float32)
         return _block(self, step // BLOCK)[step % BLOCK]
 
     def __bool__(self) -> bool:

@@ -60,12 +60,12 @@ RULES = (
 )
 
 
-def make_mesh(data: int, model: int, replica: int = 1) -> jax.sharding.Mesh:
-    """Returns a mesh over the first replica*data*model devices; data = -1 takes all that remain.
+def make_mesh(data: int, model: int, replica: int = 1, devices=None) -> jax.sharding.Mesh:
+    """Returns a mesh over the first replica*data*model of `devices`, or of all; data = -1 takes all that remain.
 
     Raises LensError when there are too few, or when a process of several would be left without work.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if data == -1:
         data = max(1, len(devices) // (model * replica))
     sizes, n = f'mesh.replica={replica} x mesh.data={data} x mesh.model={model}', replica * data * model

@@ -1,0 +1,313 @@
+"""What the text of a compiled program says: bytes, FLOPs and launches of every kernel, loops multiplied out.
+
+`kernels(text)` walks the program from its entry. A kernel cannot take less than bytes / BANDWIDTH nor than
+FLOPs / FLOPS; their sum is the roof of the program, without the gaps between launches. Of an operand that a kernel
+slices only the slice counts, of a buffer that it updates in place only the update. Kernels of libraries (cuBLAS, cuDNN)
+are counted from the shapes of their operands; of others that are known by name alone FLOPs are not, and `unknown` says so.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BANDWIDTH, FLOPS = 3.0e12, 650e12  # of an H100, as large products and copies reach them
+WEIGHT = 1 << 20  # elements from which on an array of the entry may be a weight whose copy counts
+BITS = {'pred': 8, 'bf16': 16, 'token': 0, 'opaque': 0}  # others say it in their names
+
+SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
+CALLED = re.compile(r'(?:calls|to_apply|body)=%?([\w.\-]+)')
+
+FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'opt-barrier', 'iota'}
+FREE |= {'partition-id', 'replica-id', 'async-update'}  # and all that waits for what was started: *-done
+VIEWS = {'bitcast', 'reshape', 'get-tuple-element'}
+SLICES = {'dynamic-slice', 'slice', 'gather'}
+UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is the update; operand 0 stays in its place
+MOVES = {'parameter', 'constant', 'tuple', 'copy', 'transpose', *VIEWS, 'dynamic-slice', 'slice'}
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+
+class Array(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        """Returns its bytes; 0 of a vector of s8, which is a library's workspace."""
+        if self.dtype in BITS or (self.dtype == 's8' and len(self.dims) == 1):
+            return self.size * BITS.get(self.dtype, 0) / 8
+        return self.size * int(re.search(r'\d+', self.dtype)[0]) / 8
+
+
+class Instruction(NamedTuple):
+    name: str
+    out: tuple[Array, ...]
+    op: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def bytes(self) -> float:
+        return sum(x.bytes for x in self.out)
+
+    def called(self, attribute: str) -> str:
+        return re.search(rf'{attribute}=%?([\w.\-]+)', self.attributes)[1]
+
+
+Computation = dict[str, Instruction]
+
+
+class Kernel(NamedTuple):
+    """times: its runs in one call of the program; loops: trip counts of the loops around it, the outermost first.
+
+    bytes, flops, copied (bytes of weights that it moves and does nothing else with) are those of one run. unknown: it
+    has FLOPs that cannot be counted.
+    """
+
+    name: str
+    op: str
+    loops: tuple[int, ...]
+    times: float
+    bytes: float
+    flops: float
+    copied: float
+    unknown: bool
+    source: str
+
+    @property
+    def seconds(self) -> float:
+        """Returns the least time that all its runs together can take."""
+        return self.times * max(self.bytes / BANDWIDTH, self.flops / FLOPS)
+
+
+def kernels(text: str, trips: int = 1) -> list[Kernel]:
+    """Returns the kernels of a compiled program, jax.stages.Compiled.as_text().
+
+    trips: of loops whose count is not known before they run, as that of sampling with an early stop. Of the branches
+    of a conditional those that launch anything count in equal parts.
+    """
+    return list(_Program(text, trips).walk(None, 1.0, ()))
+
+
+def summary(found: list[Kernel]) -> dict[str, float]:
+    """Returns the roof of a program, its launches, and its copies of weights."""
+    copies = [k for k in found if k.copied]
+    return {
+        'roof_ms': 1e3 * sum(k.seconds for k in found),
+        'launches': sum(k.times for k in found),
+        'copies': sum(k.times for k in copies),
+        'copied_gb': sum(k.times * k.copied for k in copies) / 1e9,
+        'uncounted': sum(k.times for k in found if k.unknown),
+    }
+
+
+def most_expensive(found: list[Kernel], n: int) -> list[str]:
+    """Returns lines on the n kernels with the highest roof."""
+    lines = []
+    for k in sorted(found, key=lambda k: -k.seconds)[:n]:
+        what = f'{k.bytes / 1e6:.1f} MB, {k.flops / 1e9:.1f} GFLOP' + ', copy of weights' * bool(k.copied)
+        lines.append(f'  {1e3 * k.seconds:8.1f} ms  {k.times:7.0f} x ({what}) {k.name}  {k.source[-70:]}')
+    return lines
+
+
+def collectives(text: str, trips: int = 1) -> dict[str, tuple[float, float]]:
+    """Returns kind of collective -> (runs, bytes that a device sends at least) of a compiled program."""
+    program, found = _Program(text, trips), collections.defaultdict(lambda: (0.0, 0.0))
+    for _, x, times, _ in program.instructions(None, 1.0, ()):
+        kind = next((k for k in COLLECTIVES if x.op in (k, f'{k}-start')), None)
+        n = kind and _group_size(x.attributes)
+        if kind and n > 1:
+            wire = {'all-reduce': 2 * (n - 1) / n, 'reduce-scatter': n - 1, 'collective-permute': 1}
+            runs, sent = found[kind]
+            found[kind] = runs + times, sent + times * program.result(x) * wire.get(kind, (n - 1) / n)
+    return dict(found)
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of its entry."""
+    computations, entry, current = {}, '', {}
+    for line in text.splitlines():
+        if found := COMPUTATION.match(line):
+            current = computations[found[2]] = {}
+            entry = found[2] if found[1] else entry
+        elif found := INSTRUCTION.match(line):
+            out, rest = _head(found[3])
+            op, operands = rest.split('(', 1)
+            operands, attributes = _head(f'({operands}')
+            arrays = tuple(Array(t, tuple(int(n) for n in d.split(',') if n)) for t, d in SHAPE.findall(out))
+            names = tuple(re.findall(r'%([\w.\-]+)', operands))
+            current[found[2]] = Instruction(found[2], arrays, op, names, attributes, bool(found[1]))
+    return computations, entry
+
+
+def _head(text: str) -> tuple[str, str]:
+    """What stands before the first space outside all brackets, and what follows it."""
+    depth = 0
+    for i, x in enumerate(text):
+        depth += (x in '({[') - (x in ')}]')
+        if depth == 0 and (x == ' ' or (x == ')' and text[0] == '(')):
+            return text[: i + 1], text[i + 1 :].lstrip(' ,')
+    return text, ''
+
+
+def _group_size(attributes: str) -> int:
+    """Devices of one group of a collective."""
+    if found := re.search(r'replica_groups=\[(\d+),(\d+)\]', attributes):
+        return int(found[2])
+    if found := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
+        return found[1].count(',') + 1
+    return 2 if 'source_target_pairs={{' in attributes else 1
+
+
+class _Program:
+    def __init__(self, text: str, trips: int):
+        self.computations, self.entry = _parse(text)
+        self.trips = trips
+        self.weights = set()  # what a weight or one layer of a stack of them looks like
+        for x in self.computations[self.entry].values():
+            if x.op == 'parameter' and len(x.out) == 1 and len(x.out[0].dims) > 1 and x.bytes:
+                whole = x.out[0]
+                sizes = (whole.size, whole.size // whole.dims[0])
+                self.weights |= {(whole.dtype, n) for n in sizes if n >= WEIGHT}
+
+    def instructions(self, name: str | None, times: float, loops: tuple[int, ...]) -> Iterator:
+        """(its computation, instruction, runs, loops) of all that is launched."""
+        computation = self.computations[name or self.entry]
+        for x in computation.values():
+            if x.op == 'while':
+                known = re.search(r'known_trip_count\W+n\W+(\d+)', x.attributes)
+                n = int(known[1]) if known else self.trips
+                yield from self.instructions(x.called('body'), n * times, (*loops, n))
+            elif x.op == 'conditional':
+                names = re.search(r'branch_computations=\{([^}]*)\}', x.attributes)
+                names = names[1] if names else f'{x.called("true_computation")},{x.called("false_computation")}'
+                branches = [list(self.instructions(b, 1.0, loops)) for b in re.findall(r'[\w.\-]+', names)]
+                branches = [b for b in branches if b]
+                for of, y, runs, inside in (i for b in branches for i in b):
+                    yield of, y, runs * times / len(branches), inside
+            elif x.op in ('call', 'async-start'):
+                yield from self.instructions(x.called('to_apply' if x.op == 'call' else 'calls'), times, loops)
+            elif x.op not in FREE and not x.op.endswith('-done'):
+                yield computation, x, times, loops
+
+    def walk(self, name: str | None, times: float, loops: tuple[int, ...]) -> Iterator[Kernel]:
+        for of, x, runs, inside in self.instructions(name, times, loops):
+            moved, flops = self._traffic(of, x), self._flops(of, x)
+            source = re.search(r'op_name="([^"]*)"', x.attributes)
+            source = source[1] if source else ''
+            yield Kernel(x.name, x.op, inside, runs, moved, flops or 0.0, self._copied(x), flops is None, source)
+
+    def result(self, x: Instruction) -> float:
+        """Bytes of what an instruction gives; one that only starts it names its operands as well."""
+        half = len(x.out) // 2
+        return sum(a.bytes for a in x.out[half : 2 * half]) if x.op.endswith('-start') and half else x.bytes
+
+    def _body(self, x: Instruction) -> Computation | None:
+        return self.computations.get(x.called('calls')) if x.op in ('fusion', 'fusion-start') else None
+
+    def _traffic(self, of: Computation, x: Instruction) -> float:
+        """Bytes that a kernel reads and writes."""
+        if x.op in SLICES:
+            return 2 * x.bytes
+        if x.op in UPDATES:
+            return 2 * of[x.operands[UPDATES[x.op]]].bytes
+        body = self._body(x)
+        if body is None:
+            return self.result(x) + sum(of[o].bytes for o in x.operands if o in of)
+        users = collections.defaultdict(list)
+        for y in body.values():
+            for operand in y.operands:
+                users[operand].append(y)
+        (root,) = (y for y in body.values() if y.is_root)
+        read = sum(self._used(y, users) for y in body.values() if y.op == 'parameter')
+        return read + self._written(root, body)
+
+    def _used(self, x: Instruction, users: dict[str, list[Instruction]]) -> float:
+        """Bytes of x that the kernel around it needs."""
+        total = 0.0
+        for user in users[x.name]:
+            if user.op in SLICES and user.operands[0] == x.name:
+                total += user.bytes
+            elif user.op in UPDATES and user.operands[0] == x.name:
+                pass
+            elif user.op in VIEWS:
+                total += self._used(user, users)
+            else:
+                return x.bytes
+        return min(total, x.bytes)
+
+    def _written(self, x: Instruction, body: Computation) -> float:
+        inputs = [body[o] for o in x.operands if o in body]
+        if x.op == 'tuple':
+            return sum(self._written(y, body) for y in inputs)
+        if x.op in VIEWS and inputs and inputs[0].op != 'parameter' and len(inputs[0].out) == 1:
+            return self._written(inputs[0], body)
+        return inputs[UPDATES[x.op]].bytes if x.op in UPDATES else x.bytes
+
+    def _flops(self, of: Computation, x: Instruction) -> float | None:
+        """FLOPs of the products of one run; None where there may be some that nothing tells."""
+        body = self._body(x)
+        if body is not None:
+            inside = [self._flops(body, y) for y in body.values()]
+            return None if None in inside else sum(inside)
+        if x.op not in ('dot', 'ragged-dot', 'convolution', 'custom-call'):
+            return 0.0
+        inputs = [of[o].out[0] for o in x.operands if o in of and of[o].out]
+        out, target = x.out[0], re.search(r'custom_call_target="([^"]*)"', x.attributes)
+        target = target[1] if target else ''
+        if contracted := re.search(r'lhs_contracting_dim(?:ension)?s\W+([\d",]+)', x.attributes):
+            left, right = inputs[:2]
+            depth = math.prod(left.dims[int(n)] for n in re.findall(r'\d+', contracted[1]))
+            ragged = 'lhs_ragged_dims' in x.attributes and len(right.dims) < len(out.dims)  # a gradient of weights
+            return 2 * out.size * depth / (out.dims[0] if ragged else 1)
+        if 'fmha' in target:
+            return _attention_flops(x, inputs)
+        if 'triton' in target or 'mosaic' in target or 'pallas' in target:
+            return _grouped_flops(inputs, x.out)
+        return 0.0
+
+    def _copied(self, x: Instruction) -> float:
+        """Bytes of weights, or of a layer of them, that a kernel writes elsewhere without a change."""
+        body = self._body(x)
+        if body is None:
+            moves, out = x.op in ('copy', 'copy-start', 'transpose', 'dynamic-slice', 'slice'), x.out[:1]
+        else:
+            moves = all(y.op in MOVES or all(a.size == 1 for a in y.out) for y in body.values())
+            (out,) = (y.out for y in body.values() if y.is_root)
+        return sum(a.bytes for a in out if (a.dtype, a.size) in self.weights) if moves else 0.0
+
+
+def _attention_flops(x: Instruction, inputs: list[Array]) -> float:
+    """Of cuDNN's flash attention; queries BxTxHxd, keys BxSxKxd. A causal query is one of the last T of S positions and
+    sees what is before it, at most the window."""
+    q, k = inputs[:2]
+    queries, keys = q.dims[1], k.dims[1]
+    seen = float(queries * keys)
+    if 'CAUSAL' in x.attributes:
+        window = re.search(r'sliding_window_length\W+(\d+)', x.attributes)
+        most = int(window[1]) if window and int(window[1]) else keys
+        seen = float(sum(min(keys - queries + i + 1, most) for i in range(queries)))
+    products = 5 if 'Backward' in x.attributes else 2
+    return products * 2 * q.size / queries * seen
+
+
+def _grouped_flops(inputs: list[Array], out: tuple[Array, ...]) -> float | None:
+    """Of a grouped product written in Triton or Pallas: rows [M, I] times [E, I, O], or [M, I] and [M, O] to [E, I, O].
+    None for every other kernel."""
+    dims, result = [a.dims for a in inputs], out[0].dims
+    rows = [d for d in dims if len(d) == 2]
+    stacks = [d for d in dims if len(d) == 3]
+    for left in rows:
+        if len(result) == 2 and any(set(s[1:]) == {left[1], result[1]} for s in stacks) and left[0] == result[0]:
+            return 2.0 * math.prod(result) * left[1]
+        if len(result) == 3 and any(r[0] == left[0] and {left[1], r[1]} == set(result[1:]) for r in rows):
+            return 2.0 * left[0] * result[1] * result[2]
+    return None
