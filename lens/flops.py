@@ -4,7 +4,7 @@ What the mathematics of a step needs: 2 FLOPs for each pair of numbers that a pr
 times their length; of experts the rows that are routed. A query meets the keys that it may see: half of them under the
 causal mask, at most the window in a sliding layer. What the backward pass computes again does not count, nor what
 nothing reads (gradients of frozen parameters). Left out: all that is no product of matrices, loops without a known
-length, kernels (subject.experts=tokamax).
+length, kernels but those of flash attention (subject.experts=tokamax).
 """
 
 import math
@@ -115,4 +115,5 @@ def _seen(keys: int, c: TransformerConfig) -> float:
 def _flash_product(eqn, c: TransformerConfig) -> float:
     """One product of a kernel, in the mean over layers: it stands in the program once for every kind of them."""
     b, t, _, h = eqn.invars[0].aval.shape
-    return 2 * b * c.n_heads * t * t * h * _seen(t, c) / len(flash.kinds(c, t))
+    windows, _ = flash.kinds(c, t)
+    return 2 * b * c.n_heads * t * t * h * _seen(t, c) / len(windows)

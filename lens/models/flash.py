@@ -70,18 +70,22 @@ def takes(q_BxTxKxGxh, c) -> bool:
     return fits and q_BxTxKxGxh.shape[1] >= LONG and on_nvidia()
 
 
-def kinds(c, length: int) -> tuple[int, ...]:
-    """Returns the windows that the layers of c have in a text of so many tokens, each once; 0 = all of it."""
-    return tuple(sorted({w if w < length else 0 for w in c.windows}))
+def kinds(c, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns (the windows that layers have in a text of so many tokens, each once; the pattern of indices into them).
+
+    0 = all of the text.
+    """
+    pattern = [w if w < length else 0 for w in c.windows]
+    windows = sorted(set(pattern))
+    return tuple(windows), tuple(windows.index(w) for w in pattern)
 
 
 def attend(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, layer, c, *, scale: float, sinks_KxG=None):
     """Computes attention of tokens at positions 0..T-1 that see each other, as attention.attend does under the mask of
     layer `layer`, which may be traced; BxTxKxGxh. What `takes` refuses is an error of the compiler.
     """
-    t = q_BxTxKxGxh.shape[1]
-    windows = kinds(c, t)
-    kind = c.of_layer(tuple(windows.index(w if w < t else 0) for w in c.windows), layer)
+    windows, pattern = kinds(c, q_BxTxKxGxh.shape[1])
+    kind = c.of_layer(pattern, layer)
 
     def island(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, sinks_KxG, kind):
         b, t, k, g, h = q_BxTxKxGxh.shape
