@@ -32,7 +32,7 @@ PEAK_FLOPS = {
     'TPU v4': 275e12,
 }
 # kernel of models/flash.py -> products in it that count
-KERNELS = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 4}
+KERNELS = {flash.FORWARD: 2, flash.BACKWARD: 4}
 # jax.named_scope -> part of a step
 PARTS = {'read': 'read', 'prefill': 'sample', 'decode': 'sample', 'encode': 'encode', 'update': 'update'}
 PARTS |= dict.fromkeys(('score', 'natural', 'patch'), 'score')
@@ -69,8 +69,9 @@ def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[
         name, inside, n = eqn.primitive.name, f'{scopes}/{eqn.source_info.name_stack}', times
         if name in ('dot_general', 'ragged_dot_general') and not _again(inside):
             yield inside, times * _flops(eqn, c)
-        if name in KERNELS and not _again(inside):
-            yield inside, times * KERNELS[name] * _flash_product(eqn, c)
+        kernel = eqn.params.get('target_name')
+        if kernel in KERNELS and not _again(inside):
+            yield inside, times * KERNELS[kernel] * _flash_product(eqn, c)
         if name == 'scan':
             n = times * eqn.params['length']
         elif name == 'shard_map':  # shapes of one device; those of `model` have the same rows
