@@ -1,10 +1,11 @@
 """Model FLOPs of a training step, for its utilisation of the devices (MFU), counted in the traced program.
 
 What the mathematics of a step needs: 2 FLOPs for each pair of numbers that a product of matrices multiplies, loops
-times their length (of one that may end early, sampling, the most); of experts the rows that are routed. A query meets the
-keys that it may see: half of those beside it or of a cache that is filled, all before it, at most the window in a sliding layer. What the backward pass
-computes again does not count, nor what nothing reads (gradients of frozen parameters). Left out: all that is no
-product of matrices, loops without a known bound, kernels (subject.experts=tokamax).
+times their length (of one that may end early, sampling, the most); of experts the rows that are routed. A query meets
+the keys that it may see: half of those beside it or of a cache that is filled, all before it, at most the window in a
+sliding layer. What the backward pass computes again does not count, nor what nothing reads (gradients of frozen
+parameters). Left out: all that is no product of matrices, loops without a known bound, kernels but those of flash
+attention (subject.experts=tokamax).
 """
 
 import math
@@ -33,7 +34,7 @@ PEAK_FLOPS = {
     'TPU v4': 275e12,
 }
 # kernel of models/flash.py -> products in it that count
-KERNELS = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 4}
+KERNELS = {flash.FORWARD: 2, flash.BACKWARD: 4}
 # jax.named_scope -> part of a step
 PARTS = {'read': 'read', 'prefill': 'sample', 'decode': 'sample', 'encode': 'encode', 'update': 'update'}
 PARTS |= dict.fromkeys(('score', 'natural', 'patch'), 'score')
@@ -70,8 +71,9 @@ def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[
         name, inside, n = eqn.primitive.name, f'{scopes}/{eqn.source_info.name_stack}', times
         if name in ('dot_general', 'ragged_dot_general') and not _again(inside):
             yield inside, times * _flops(eqn, inside, c)
-        if name in KERNELS and not _again(inside):
-            yield inside, times * KERNELS[name] * _flash_product(eqn, c)
+        kernel = eqn.params.get('target_name')
+        if kernel in KERNELS and not _again(inside):
+            yield inside, times * KERNELS[kernel] * _flash_product(eqn, c)
         if name == 'scan':
             n = times * eqn.params['length']
         elif name == 'while':
@@ -127,4 +129,5 @@ def _seen(keys: int, c: TransformerConfig) -> float:
 def _flash_product(eqn, c: TransformerConfig) -> float:
     """One product of a kernel, in the mean over layers: it stands in the program once for every kind of them."""
     b, t, _, h = eqn.invars[0].aval.shape
-    return 2 * b * c.n_heads * t * t * h * _seen(t, c) / len(flash.kinds(c, t))
+    windows, _ = flash.kinds(c, t)
+    return 2 * b * c.n_heads * t * t * h * _seen(t, c) / len(windows)

@@ -3,6 +3,7 @@ stand in for them, and that they themselves are called is read in the program th
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding
 
 from lens import flops, sharding
@@ -197,38 +199,64 @@ def test_knows_the_devices_of_a_mesh(platform, kind, found):
     assert not flash.on_nvidia()
 
 
-def lowered(monkeypatch, c, rows, mesh=None):
-    """Text of the program for a GPU of a gradient through a model, and its FLOPs."""
+def for_gpu(traced) -> list[tuple[str, dict]]:
+    """(the line without names of intermediate results, the configuration) of every kernel that a program calls."""
+    lines = [x for x in traced.lower(lowering_platforms=('cuda',)).as_text().splitlines() if '@__cudnn' in x]
+    parts = [re.split(r'backend_config = "(.*?)"', re.sub(r'%\d+', '%', x)) for x in lines]
+    return [(a + b, json.loads(config.replace(r'\22', '"'))['cudnn_fmha_backend_config']) for a, config, b in parts]
+
+
+@pytest.mark.parametrize('window', [0, 128])
+def test_calls_cudnn_as_jax_does(monkeypatch, window):
+    monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 92300)
+    how = {'is_causal': True, 'local_window_size': (window - 1, 0) if window else None, 'implementation': 'cudnn'}
+
+    def ours(q, k, v):
+        return flash._attend((window,), SCALE, flash.CUDNN, q, k, v, None, 0)
+
+    def theirs(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, scale=SCALE, **how)
+
+    def calls(attend):
+        gradients = jax.jit(lambda *x: jax.vjp(attend, *x[:3])[1](x[3]))
+        q, kv = (jax.ShapeDtypeStruct((B, flash.LONG, n, H), jnp.bfloat16) for n in (6, 3))
+        return for_gpu(gradients.trace(q, kv, kv, q))
+
+    got, want = calls(ours), calls(theirs)
+    for _, config in want:
+        del config['seed']  # of a dropout that there is not
+        layout = config['intermediate_tensor_shape']['layout']
+        config['intermediate_tensor_shape']['layout'] = {'minor_to_major': layout['minor_to_major']}
+    assert [x.split('(')[0].split('@')[1] for x, _ in got] == [flash.FORWARD, flash.BACKWARD]
+    assert got == want
+
+
+def traced_gradient(monkeypatch, c, mesh):
+    """Of a loss of the stream of an abstract model on GPUs."""
     monkeypatch.setattr(flash, 'on_nvidia', lambda: True)
-    transformer._run_blocks.clear_cache()
+    model = jax.eval_shape(lambda: transformer.Transformer(c, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    place = NamedSharding(mesh, sharding.ACT)
+    x = jax.ShapeDtypeStruct((8, flash.LONG, c.d_model), jnp.bfloat16, sharding=place)
 
     def loss(x, model):
         return jnp.sum(model.run_layers(x, 0, c.n_layers).astype(jnp.float32) ** 2)
 
-    model = jax.eval_shape(lambda: transformer.Transformer(c, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    x = jax.ShapeDtypeStruct((rows, flash.LONG, c.d_model), jnp.bfloat16)
-    if mesh:
-        model = sharding.with_placement(model, mesh, np.inf)
-        x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, sharding.ACT))
-    traced = jax.jit(jax.grad(loss)).trace(x, model)
     transformer._run_blocks.clear_cache()
-    return traced.lower(lowering_platforms=('cuda',)).as_text(), flops.by_scope(traced.jaxpr, c)
+    traced = jax.jit(jax.grad(loss)).trace(x, sharding.with_placement(model, mesh, np.inf))
+    transformer._run_blocks.clear_cache()
+    return traced
 
 
-def test_the_kernels_of_cudnn_are_called(monkeypatch):
-    """On each device with its own rows and heads, causal, with the windows of the layers."""
+def test_a_device_runs_kernels_on_its_own_rows_and_heads(monkeypatch):
     c = dataclasses.replace(TINY, sinks=True, head_dim=H, windows=(128, 0))
     mesh = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        text, _ = lowered(monkeypatch, c, 8, mesh)
-    calls = [x for x in text.splitlines() if '__cudnn$fmhaSoftmax' in x]
-    assert sum('fmhaSoftmaxBackward' in x for x in calls) == 2  # one of each window
-    assert len(calls) == 6  # forward and, in the backward pass, forward again
-    for x in calls:
-        assert 'CAUSAL' in x and 'PADDING' not in x
-        assert f'tensor<2x{flash.LONG}x4x{H}xbf16>' in x and f'tensor<2x{flash.LONG}x2x{H}xbf16>' in x
-    windows = [re.search(r'sliding_window_length[^:]*: (\d+)', x)[1] for x in calls]
-    assert sorted(windows) == ['0'] * 3 + ['128'] * 3
+        calls = for_gpu(traced_gradient(monkeypatch, c, mesh))
+    # Of both windows: forward and, in the backward pass, forward again and backward.
+    assert [config['sliding_window_length'] for _, config in calls].count(128) == 3
+    assert len(calls) == 6
+    for line, _ in calls:
+        assert f'tensor<2x{flash.LONG}x4x{H}xbf16>' in line and f'tensor<2x{flash.LONG}x2x{H}xbf16>' in line
 
 
 @pytest.mark.parametrize('windows', [(0,), (128, 0), (2 * flash.LONG, 128, 0)])
@@ -236,8 +264,8 @@ def test_its_flops_are_those_of_the_plain_one(monkeypatch, windows):
     c = dataclasses.replace(TINY, head_dim=H, windows=windows, n_layers=len(windows))
     mesh = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        text, fast = lowered(monkeypatch, c, 8, mesh)
+        fast = traced_gradient(monkeypatch, c, mesh)
         monkeypatch.setattr(flash, 'takes', lambda q, c: False)
-        plain_text, slow = lowered(monkeypatch, c, 8, mesh)
-    assert 'cudnn' in text and 'cudnn' not in plain_text
-    assert fast == pytest.approx(slow)
+        slow = traced_gradient(monkeypatch, c, mesh)
+    assert for_gpu(fast) and not for_gpu(slow)
+    assert flops.by_scope(fast.jaxpr, c) == pytest.approx(flops.by_scope(slow.jaxpr, c))

@@ -2,50 +2,98 @@
 
 cuDNN knows no sinks, but the log-sum-exp of the scores, lse, is all that they need: o * sigmoid(lse - s) is the result
 with a sink s, logaddexp(lse, s) its log-sum-exp, and the backward kernel that is given these two gives the gradients.
-The kernels are called beneath jax.nn.dot_product_attention, which rounds lse to bfloat16, drops its gradient, and asks
-the devices at hand for what they can: a program may be compiled for devices that are elsewhere.
+XLA's kernels are called by name: jax.nn.dot_product_attention rounds lse to bfloat16, drops its gradient, and asks the
+devices at hand for what they can, while a program may be compiled for devices that are elsewhere.
 """
 
 import functools
+import json
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from lens import sharding
 
 # Shorter texts stay with XLA: there is little to win, and cuDNN's gradients differ in the last bit from run to run.
 LONG = 512
 WIDEST = 128  # of a head, on every GPU that has the kernels
+FORWARD, BACKWARD = '__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'
+
+
+def _product(left: int, right: int, left_heads: int) -> dict:
+    """Dimension numbers of a batched product; right operands are BxTxNxh, left ones that or scores BxNxTxT."""
+    axes = {'lhs_contracting': [left], 'rhs_contracting': [right], 'lhs_batch': [0, left_heads], 'rhs_batch': [0, 2]}
+    return {f'{k}_dimensions': [str(i) for i in v] for k, v in axes.items()}
+
+
+# What XLA asks to be told of each kernel. Scores q k and their gradient do v; o, dq: scores times k or v; dk, dv.
+SCORES, MIXED, TRANSPOSED = _product(3, 3, 2), _product(3, 1, 1), _product(2, 1, 1)
+PRODUCTS = {
+    FORWARD: {'bmm1': SCORES, 'bmm2': MIXED},
+    BACKWARD: {
+        'bmm1_grad_gemm1': TRANSPOSED,
+        'bmm1_grad_gemm2': MIXED,
+        'bmm2_grad_gemm1': TRANSPOSED,
+        'bmm2_grad_gemm2': SCORES,
+    },
+}
+
+
+def _call(kernel: str, results, scale: float, window: int, *operands):
+    """Runs a kernel. results: ShapeDtypeStructs, of BxTxNxh arrays or of what is no larger than BxNxT."""
+    b, t, n, _ = operands[0].shape
+    how = {
+        'algorithm': {
+            'algo_id': '0',
+            'math_type': 'TENSOR_OP_MATH',
+            'tuning_knobs': {'17': '1', '24': '0'},
+            'is_cudnn_frontend': True,
+            'workspace_size': '0',
+        },
+        'fmha_scale': scale,
+        'intermediate_tensor_shape': {
+            'element_type': 'BF16',
+            'dimensions': [str(i) for i in (b, n, t, t)],
+            'tuple_shapes': [],
+            'layout': {'minor_to_major': ['3', '2', '1', '0']},
+            'is_dynamic_dimension': [False] * 4,
+        },
+        'is_flash_attention': True,
+        'mask_type': 'CAUSAL',  # a window without it would look ahead
+        'sliding_window_length': window,  # itself included, as in TransformerConfig; 0 = all
+        'max_seg_per_batch': 1,
+        'is_paged_attention': False,
+        'dropout_rate': 0.0,
+    }
+    how |= {f'{k}_dot_dimension_numbers': v for k, v in PRODUCTS[kernel].items()}
+    call = jax.ffi.ffi_call(
+        kernel,
+        [*results, jax.ShapeDtypeStruct((0,), jnp.uint8)],  # workspace
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps({'operation_queue_id': '0', 'cudnn_fmha_backend_config': how}),
+        output_layouts=[*((0, 2, 1, 3) if x.ndim == 4 else None for x in results), None],
+    )
+    return call(*operands)[:-1]
+
+
+def _heads_first(x_BxTxNxh):
+    return jnp.swapaxes(x_BxTxNxh, 1, 2)
 
 
 def _forward(q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, scale: float, window: int):
     """(causal attention BxTxNxh, log-sum-exp of the scaled scores BxNxT in float32); window 0 = all before."""
-    unused = [jnp.zeros(0, q_BxTxNxh.dtype)] * 7  # bias, lengths, offsets, pages
-    return cudnn._dot_product_attention_fwd_p_wrapper.bind(
-        q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, *unused, **_how(scale, window), is_training=True
-    )
+    # As types rather than shapes: inside shard_map they tell over which axes the results differ.
+    results = jax.eval_shape(lambda q: (_heads_first(q), _heads_first(q)[..., 0].astype(jnp.float32)), q_BxTxNxh)
+    o_BxNxTxh, lse_BxNxT = _call(FORWARD, results, scale, window, q_BxTxNxh, k_BxTxKxh, v_BxTxKxh)
+    return _heads_first(o_BxNxTxh), lse_BxNxT
 
 
 def _backward(q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, lse_BxNxT, o_BxTxNxh, do_BxTxNxh, scale: float, window: int):
     """Gradients of queries, keys and values."""
-    unused = [jnp.zeros(0, q_BxTxNxh.dtype)] * 7
-    return cudnn._dot_product_attention_bwd_p_wrapper.bind(
-        q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, *unused, lse_BxNxT, o_BxTxNxh, do_BxTxNxh, **_how(scale, window)
-    )
-
-
-def _how(scale: float, window: int) -> dict:
-    return {
-        'scale': scale,
-        'seed': 0,
-        'dropout_rate': 0.0,
-        'variadic_args': (False, False),  # a bias, its gradient
-        'mask_type': cudnn.MaskType.CAUSAL,  # a window without it would look ahead
-        'layout': cudnn.AttentionLayout.BTNH.value,
-        'sliding_window_length': window or None,  # itself included, as in TransformerConfig
-    }
+    results = jax.eval_shape(lambda *x: [_heads_first(a) for a in x], q_BxTxNxh, k_BxTxKxh, v_BxTxKxh)
+    operands = q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, lse_BxNxT, do_BxTxNxh, o_BxTxNxh
+    return tuple(_heads_first(x) for x in _call(BACKWARD, results, scale, window, *operands))
 
 
 class Kernels(NamedTuple):
@@ -70,18 +118,22 @@ def takes(q_BxTxKxGxh, c) -> bool:
     return fits and q_BxTxKxGxh.shape[1] >= LONG and on_nvidia()
 
 
-def kinds(c, length: int) -> tuple[int, ...]:
-    """Returns the windows that the layers of c have in a text of so many tokens, each once; 0 = all of it."""
-    return tuple(sorted({w if w < length else 0 for w in c.windows}))
+def kinds(c, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns (the windows that layers have in a text of so many tokens, each once; the pattern of indices into them).
+
+    0 = all of the text.
+    """
+    pattern = [w if w < length else 0 for w in c.windows]
+    windows = sorted(set(pattern))
+    return tuple(windows), tuple(windows.index(w) for w in pattern)
 
 
 def attend(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, layer, c, *, scale: float, sinks_KxG=None):
     """Computes attention of tokens at positions 0..T-1 that see each other, as attention.attend does under the mask of
     layer `layer`, which may be traced; BxTxKxGxh. What `takes` refuses is an error of the compiler.
     """
-    t = q_BxTxKxGxh.shape[1]
-    windows = kinds(c, t)
-    kind = c.of_layer(tuple(windows.index(w if w < t else 0) for w in c.windows), layer)
+    windows, pattern = kinds(c, q_BxTxKxGxh.shape[1])
+    kind = c.of_layer(pattern, layer)
 
     def island(q_BxTxKxGxh, k_BxTxKxh, v_BxTxKxh, sinks_KxG, kind):
         b, t, k, g, h = q_BxTxKxGxh.shape
