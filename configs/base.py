@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.subject.path = ''  # Hugging Face directory (config.json, safetensors, tokenizer)
     c.subject.dtype = 'float32'  # of the frozen base: float32 | bfloat16
     c.subject.remat = 'full'  # full: recompute blocks in the backward pass; dots: keep matrix products
-    c.subject.experts = 'ragged'  # ragged (grouped matmul) | tokamax (GPU kernel) | dense (every expert, for checks)
+    c.subject.experts = 'auto'  # auto (the fastest) | dense (every expert) | triton (kernels for GPUs) | ragged (XLA's)
     c.subject.packed = False  # keep MXFP4 experts packed and dequantise one layer at a time (gpt-oss)
     c.layer = 0  # 0-based block whose output is read
 

@@ -1,10 +1,10 @@
 """Model FLOPs of a training step, for its utilisation of the devices (MFU), counted in the traced program.
 
 What the mathematics of a step needs: 2 FLOPs for each pair of numbers that a product of matrices multiplies, loops
-times their length; of experts the rows that are routed. A query meets the keys that it may see: half of them under the
+times their length; of experts the rows that are routed, whatever runs. A query meets the keys that it may see: half of them under the
 causal mask, at most the window in a sliding layer. What the backward pass computes again does not count, nor what
 nothing reads (gradients of frozen parameters). Left out: all that is no product of matrices, loops without a known
-length, kernels (subject.experts=tokamax).
+length. A kernel counts what it says of itself.
 """
 
 import math
@@ -64,8 +64,10 @@ def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[
     """(scopes, FLOPs of `times` runs) of every product that counts."""
     for eqn in jaxpr.eqns:
         name, inside, n = eqn.primitive.name, f'{scopes}/{eqn.source_info.name_stack}', times
-        if name in ('dot_general', 'ragged_dot_general') and not _again(inside):
-            yield inside, times * _flops(eqn, c)
+        if name in ('dot_general', 'ragged_dot_general', 'pallas_call') and not _again(inside):
+            yield inside, times * _flops(eqn, c) * _routed(inside, c)
+        if name == 'pallas_call':
+            continue
         if name == 'scan':
             n = times * eqn.params['length']
         elif name == 'shard_map':  # shapes of one device; those of `model` have the same rows
@@ -83,7 +85,15 @@ def _again(scopes: str) -> bool:
     return 'rematted_computation' in scopes or ('transpose(' in before and not before.endswith('transpose('))
 
 
+def _routed(scopes: str, c: TransformerConfig) -> float:
+    """The share of a product by every expert at hand (lens.models.moe) that the tokens are routed to."""
+    every = re.search(r'all_(\d+)_experts', scopes)
+    return c.top_k / int(every[1]) if every else 1
+
+
 def _flops(eqn, c: TransformerConfig) -> float:
+    if eqn.primitive.name == 'pallas_call':
+        return eqn.params['cost_estimate'].flops
     left, right, out = (x.aval.shape for x in (*eqn.invars[:2], *eqn.outvars))
     if eqn.primitive.name == 'ragged_dot_general':
         numbers = eqn.params['ragged_dot_dimension_numbers']

@@ -32,8 +32,8 @@ class TransformerConfig:
 
     Layer patterns (`windows`, `layer_rope`) repeat over the depth. The last three are not the model's but
     how it is run: `remat`, how a block's activations reach the backward pass ('full' recomputes them,
-    least memory; 'dots' keeps the matrix products, least work); `experts`, how grouped experts multiply
-    ('dense' is every expert for every token, for checks); `packed`, whether experts stay in MXFP4.
+    least memory; 'dots' keeps the matrix products, least work); `experts`, how experts multiply (a name
+    of moe.IMPLEMENTATIONS); `packed`, whether experts stay in MXFP4.
     """
 
     family: str
@@ -65,7 +65,7 @@ class TransformerConfig:
     n_experts: int = 0  # 0: one dense MLP
     top_k: int = 0
     remat: str = 'full'
-    experts: str = 'ragged'
+    experts: str = 'auto'
     packed: bool = False
 
     def of_layer(self, pattern: tuple[int, ...], layer):
@@ -119,7 +119,11 @@ class Block(nnx.Module):
 
 def at_layer(stacks, i):
     """Takes layer i of stacks, whole where they are split. Call it inside a checkpoint: see the module docstring."""
-    return sharding.gathered(jax.tree.map(lambda w: w[i], stacks))
+
+    def pick(w):
+        return w.at_layer(i) if isinstance(w, MoE) else w[i]
+
+    return sharding.gathered(jax.tree.map(pick, stacks, is_leaf=lambda w: isinstance(w, MoE)))
 
 
 @functools.partial(jax.jit, static_argnames=('lo', 'hi', 'c', 'before_block', 'collect'))
