@@ -130,6 +130,7 @@ def _product(x_AxI, stack, layer, sizes_E, out_first):
     return _call(kernel, out, flops, grid, 'grouped')(layer[None], *tiles, x_AxI, stack)
 
 
+@jax.jit  # where nothing reads it, as with frozen weights, JAX drops the call of a program, but never one of a kernel
 def _of_matrices(a_AxM, b_AxN, sizes_E):
     """Multiplies ExMxN: of each group, its rows of `a`, transposed, by those of `b`."""
     (n_rows, m), n = a_AxM.shape, b_AxN.shape[1]
