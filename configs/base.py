@@ -78,7 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.subject.dtype = 'float32'  # of the frozen base: float32 | bfloat16
     c.subject.compute = 'auto'  # products of train=full, whose weights are float32; auto: float32 on CPU, else bfloat16
     c.subject.remat = 'full'  # kept for the backward pass: full (no product) | attention | projections | dots (all)
-    c.subject.experts = 'ragged'  # ragged (grouped matmul) | tokamax (GPU kernel) | dense (every expert, for checks)
+    c.subject.experts = 'auto'  # auto (the fastest) | dense (every expert) | triton (kernels for GPUs) | ragged (XLA's)
     c.subject.packed = False  # keep MXFP4 experts packed and dequantise one layer at a time (gpt-oss)
     c.layer = 0  # 0-based block whose output is read
 

@@ -5,7 +5,6 @@ The ConfigDict stops here: what leaves is dataclasses, arrays and functions.
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 
@@ -291,8 +290,6 @@ def check_values(cfg) -> None:
         need_package('tensorboardX', 'tensorboard', 'log.tensorboard=True')
     if cfg.log.wandb_project:
         need_package('wandb', 'wandb', f'log.wandb_project={cfg.log.wandb_project}')
-    there = cfg.subject.experts != 'tokamax' or importlib.util.find_spec('tokamax') is not None
-    require(there, 'subject.experts=tokamax needs the package tokamax: pip install tokamax, or use ragged.')
     trained = cfg.subject.packed and 'full' in (cfg.decoder.train, cfg.encoder.train)
     remedy = 'drop it, or use train=lora or maps'
     require(not trained, f'subject.packed=True keeps the experts as bytes, which cannot be trained: {remedy}.')

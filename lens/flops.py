@@ -1,11 +1,11 @@
 """Model FLOPs of a training step, for its utilisation of the devices (MFU), counted in the traced program.
 
 What the mathematics of a step needs: 2 FLOPs for each pair of numbers that a product of matrices multiplies, loops
-times their length (of one that may end early, sampling, the most); of experts the rows that are routed. A query meets
-the keys that it may see: half of those beside it or of a cache that is filled, all before it, at most the window in a
-sliding layer. What the backward pass computes again does not count, nor what nothing reads (gradients of frozen
-parameters). Left out: all that is no product of matrices, loops without a known bound, kernels but those of flash
-attention (subject.experts=tokamax).
+times their length (of one that may end early, sampling, the most); of experts the rows that are routed, whatever runs. A
+query meets the keys that it may see: half of those beside it or of a cache that is filled, all before it, at most the
+window in a sliding layer. What the backward pass computes again does not count, nor what nothing reads (gradients of
+frozen parameters). A kernel counts what it says of itself. Left out: all that is no product of matrices, loops without
+a known bound.
 """
 
 import math
@@ -69,11 +69,13 @@ def _products(jaxpr, c: TransformerConfig, scopes: str, times: int) -> Iterator[
     """(scopes, FLOPs of `times` runs) of every product that counts."""
     for eqn in jaxpr.eqns:
         name, inside, n = eqn.primitive.name, f'{scopes}/{eqn.source_info.name_stack}', times
-        if name in ('dot_general', 'ragged_dot_general') and not _again(inside):
-            yield inside, times * _flops(eqn, inside, c)
+        if name in ('dot_general', 'ragged_dot_general', 'pallas_call') and not _again(inside):
+            yield inside, times * _flops(eqn, inside, c) * _routed(inside, c)
         kernel = eqn.params.get('target_name')
         if kernel in KERNELS and not _again(inside):
             yield inside, times * KERNELS[kernel] * _flash_product(eqn, c)
+        if name == 'pallas_call':
+            continue
         if name == 'scan':
             n = times * eqn.params['length']
         elif name == 'while':
@@ -99,7 +101,15 @@ def _again(scopes: str) -> bool:
     return 'rematted_computation' in scopes or ('transpose(' in before and not before.endswith('transpose('))
 
 
+def _routed(scopes: str, c: TransformerConfig) -> float:
+    """The share of a product by every expert at hand (lens.models.moe) that the tokens are routed to."""
+    every = re.search(r'all_(\d+)_experts', scopes)
+    return c.top_k / int(every[1]) if every else 1
+
+
 def _flops(eqn, scopes: str, c: TransformerConfig) -> float:
+    if eqn.primitive.name == 'pallas_call':
+        return eqn.params['cost_estimate'].flops  # by its author
     left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if eqn.primitive.name == 'ragged_dot_general':
         numbers = eqn.params['ragged_dot_dimension_numbers']

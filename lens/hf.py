@@ -327,7 +327,7 @@ def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_
 
 
 def load_model(
-    path: PathLike, *, dtype=jnp.float32, mesh=None, remat='full', experts='ragged', packed=False, split_above=math.inf
+    path: PathLike, *, dtype=jnp.float32, mesh=None, remat='full', experts='auto', packed=False, split_above=math.inf
 ) -> Transformer:
     """Loads the model of a local Hugging Face directory or a Hub id onto `mesh` (default: one device).
 

@@ -26,6 +26,7 @@ from lens.collapse import Collapse
 from lens.config import Phase, Run, fires
 from lens.distributed import is_first
 from lens.errors import LensError, shown
+from lens.models import moe
 
 PARTS = ('start', 'compile', 'data', 'step', 'evaluation', 'checkpoint', 'log')
 SILENCE_S = 60.0  # most of it, where there is no bar
@@ -382,4 +383,6 @@ def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) ->
         processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
         lines.append(f'Devices: {mesh}{processes}')
     lines.append(f'Steps: {phases}' + (f'; continuing at step {step}' if step else ''))
+    if c.n_experts and (what := moe.slow(c.experts, c.n_experts)):
+        lines.append(f'warning: {what}')
     return '\n'.join(lines)

@@ -44,8 +44,8 @@ RULES = (
     (r'blocks/mlp/down$', P(None, 'model', 'data')),
     (r'blocks/mlp/down_bias$', P()),
     (r'blocks/moe/(gate_up|down)_bias$', P(None, 'model')),  # experts
-    (r'blocks/moe/gate_up_(blocks|scales)$', P(None, 'model', None, 'data')),
-    (r'blocks/moe/(gate_up|down)', P(None, 'model', 'data')),
+    (r'blocks/moe/gate_up', P(None, 'model', None, 'data')),
+    (r'blocks/moe/down', P(None, 'model', 'data')),
     (r'blocks/moe/router', P()),
     (r'(^|/)embedding$', P('model', 'data')),
     (r'(^|/)head$', P('data', 'model')),

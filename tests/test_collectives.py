@@ -55,7 +55,7 @@ def test_a_data_parallel_step_moves_the_gradients_of_what_is_trained_alone(tmp_p
     assert temporaries > logits + 2 * SMALL_EXPERTS  # bfloat16
     token = 2 * (2 * 64 * 32 + 2 * 64 * 16 + 64 * 4 + 2 * 3 * 64 * 32)  # of q o, k v, router and 2 of 4 experts
     assert 6 * texts * cfg.explanation_len * token < sum(work.values()) < 60 * texts * cfg.explanation_len * token
-    assert cfg.subject.dtype == 'bfloat16' and cfg.subject.experts == 'ragged', 'the configuration has changed'
+    assert cfg.subject.dtype == 'bfloat16' and cfg.subject.experts == 'auto', 'the configuration has changed'
 
 
 @pytest.mark.slow

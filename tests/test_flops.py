@@ -13,7 +13,7 @@ from flax import nnx
 from configs import base as settings
 from lens import config, flops, sharding
 from lens.lens_init import abstract_lens
-from lens.models import families
+from lens.models import families, moe
 from lens.models.transformer import Transformer
 from lens.response import NO_TAGS, Prompt
 from lens.train import State, trace
@@ -101,6 +101,23 @@ def test_training_is_three_forward_passes_whatever_is_computed_again(c, remat):
     of_sums = 2 * c.d_model * ROWS * TEXT  # over the chosen experts
     trained = total(jax.grad(loss), c, abstract(c), ids(TEXT, ROWS))
     assert trained == pytest.approx(3 * forward, abs=0.01 * forward + of_sums * c.n_layers * 3 * c.top_k)
+
+
+@pytest.mark.parametrize('how', moe.IMPLEMENTATIONS | moe.PLANNED)
+def test_experts_count_as_routed_whatever_runs(how):
+    """A forward pass, and the gradient of the input alone: no product for frozen weights."""
+    c = dataclasses.replace(MIXTURE, experts=how)
+    forward = 2 * weights(c) * ROWS * TEXT + ROWS * pairs(c, TEXT)
+    of_sums = 2 * c.d_model * ROWS * TEXT * c.n_layers * c.top_k  # over the chosen experts
+    assert total(Transformer.__call__, c, abstract(c), ids(TEXT, ROWS)) == pytest.approx(forward + of_sums)
+
+    def loss(x, base):
+        return jnp.sum(base.logits(base.run_layers(x, 0, c.n_layers)) ** 2)
+
+    x = jax.ShapeDtypeStruct((ROWS, TEXT, c.d_model), jnp.float32)
+    counted = total(jax.grad(loss), c, x, abstract(c))
+    # of pairs both factors have a gradient
+    assert counted == pytest.approx(2 * forward + ROWS * pairs(c, TEXT), abs=0.01 * forward + 3 * of_sums)
 
 
 def test_a_mesh_changes_nothing():

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 
 from lens import sharding
 from lens.errors import LensError
-from lens.models import moe, mxfp4
+from lens.models import grouped, moe, mxfp4
+from lens.models.grouped import Picked
 from lens.models.moe import MoE
 from lens.sharding import P
 from tests.compare import close
@@ -67,8 +68,8 @@ def numpy_moe(m, c, x):
         chosen = np.argsort(-logits, kind='stable')[: c.top_k]
         weights = np.exp(logits[chosen] - logits[chosen].max())
         for e, weight in zip(chosen, weights / weights.sum(), strict=True):
-            gate = x[at] @ gate_up[e, :, 0] + w['gate_up_bias'][e, 0]
-            up = x[at] @ gate_up[e, :, 1] + w['gate_up_bias'][e, 1]
+            gate = gate_up[e, 0] @ x[at] + w['gate_up_bias'][e, 0]
+            up = gate_up[e, 1] @ x[at] + w['gate_up_bias'][e, 1]
             clipped += [(gate > 7).sum(), (up > 7).sum(), (up < -7).sum()]
             counts[e] += 1
             gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
@@ -78,12 +79,12 @@ def numpy_moe(m, c, x):
 
 
 def matrices(m, c):
-    """gate_up [E, D, 2, F] and down [E, F, D], whichever way they are stored."""
+    """gate_up [E, 2, F, D] and down [E, F, D], whichever way they are stored."""
     if not c.packed:
         return m.gate_up[...], m.down[...]
     gate_up = mxfp4.dequantise(m.gate_up_blocks[...], m.gate_up_scales[...], jnp.float32)
     down = mxfp4.dequantise(m.down_blocks[...], m.down_scales[...], jnp.float32)
-    return gate_up.transpose(0, 3, 1, 2), down.transpose(0, 2, 1)
+    return gate_up, down.transpose(0, 2, 1)
 
 
 @functools.partial(jax.jit, static_argnames='c')
@@ -134,19 +135,24 @@ def place(m, mesh):
     return jax.tree_util.tree_map_with_path(put, m)
 
 
-def test_equals_numpy():
-    m, x = random_moe(SIX), random_x(SIX)
+EVERY = pytest.mark.parametrize('how', ['dense', 'ragged', 'triton'])
+
+
+@EVERY
+def test_equals_numpy(how):
+    m, x, c = random_moe(SIX), random_x(SIX), dataclasses.replace(SIX, experts=how)
     want, clipped, counts = numpy_moe(m, SIX, x)
     assert (clipped > 20).all() and (counts > 0).all()
-    close(outcome(m, x, SIX)[0], want)
+    close(outcome(m, x, c)[0], want)
 
 
-def test_equals_transformers_with_every_gradient():
+@EVERY
+def test_equals_transformers_with_every_gradient(how):
     import torch
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-    c = SIX
+    c = dataclasses.replace(SIX, experts=how)
     m, x = random_moe(c), random_x(c)
     e, d, f = c.n_experts, c.d_model, c.d_ff
     theirs = GptOssMLP(
@@ -160,7 +166,7 @@ def test_equals_transformers_with_every_gradient():
         return {
             'router.weight': np.asarray(m.router_w[...]).T,
             'router.bias': m.router_bias[...],
-            'experts.gate_up_proj': interleaved(m.gate_up[...]),
+            'experts.gate_up_proj': interleaved(np.moveaxis(np.asarray(m.gate_up[...]), -1, 1)),
             'experts.gate_up_proj_bias': interleaved(m.gate_up_bias[...]),
             'experts.down_proj': m.down[...],
             'experts.down_proj_bias': m.down_bias[...],
@@ -179,12 +185,50 @@ def test_equals_transformers_with_every_gradient():
         close(g, their_grads[name])
 
 
+@pytest.mark.parametrize('how', ['ragged', 'triton'])
 @pytest.mark.parametrize('one_sided', [False, True])
-def test_ragged_equals_dense(one_sided):
-    m, x = random_moe(SIX, one_sided=one_sided), random_x(SIX)
+def test_groups_equal_dense(how, one_sided):
+    m, x, c = random_moe(SIX, one_sided=one_sided), random_x(SIX), dataclasses.replace(SIX, experts=how)
     counts = numpy_moe(m, SIX, x)[2]
     assert not one_sided or (counts[EMPTY] == 0 and counts[FULL] == 20)
-    assert_same_outcome(outcome(m, x, SIX), dense_outcome(SIX, one_sided))
+    assert_same_outcome(outcome(m, x, c), dense_outcome(SIX, one_sided))
+
+
+def plain_product(x_AxI, stack, layer, sizes_E, out_first):
+    w = Picked(stack, layer).read()
+    return _poison(jax.lax.ragged_dot(x_AxI, w.swapaxes(1, 2) if out_first else w, sizes_E), sizes_E)
+
+
+def plain_of_matrices(a_AxM, b_AxN, sizes_E):
+    """Written out, so that nothing sums it over `data` unless the caller's types say so."""
+    ends, row = jnp.cumsum(sizes_E)[:, None], jnp.arange(a_AxM.shape[0])
+    group = (row < ends) & (row >= ends - sizes_E[:, None])
+    return jnp.einsum('ea,am,an->emn', group.astype(a_AxM.dtype), a_AxM, b_AxN)
+
+
+# Pallas' interpreter knows no mesh: there, what the kernels compute stands in for them.
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(grouped, '_product', plain_product)
+    monkeypatch.setattr(grouped, '_of_matrices', plain_of_matrices)
+
+
+@pytest.mark.parametrize(('platform', 'kernel'), [('gpu', 'triton'), ('tpu', 'ragged'), ('cpu', 'dense')])
+@pytest.mark.parametrize('length', [3, 4])
+def test_auto_changes_its_product_with_the_tokens_of_a_shard(monkeypatch, platform, kernel, length):
+    """Two of eight rows on each shard: 6 tokens, and 8. Equal to dense on one device in value and gradients."""
+    monkeypatch.setattr(moe, 'DENSE_TOKENS', 7)
+    monkeypatch.setattr(moe, 'platform', lambda: platform)
+    without_kernels(monkeypatch)
+    runs = []
+    for name, run in moe.IMPLEMENTATIONS.items():
+        monkeypatch.setitem(moe.IMPLEMENTATIONS, name, lambda *a, n=name, r=run: (runs.append(n), r(*a))[1])
+    c = dataclasses.replace(FOUR, experts='auto')
+    m, x, mesh = random_moe(c), random_x(c, 8, length), sharding.make_mesh(2, 2, 2)
+    fresh = jax.jit(lambda m, x: outcome.__wrapped__(m, x, c))  # nothing of it is traced already
+    with jax.set_mesh(mesh):
+        got = fresh(place(m, mesh), jax.device_put(x, NamedSharding(mesh, sharding.ACT)))
+    assert set(runs) == {'auto', 'dense' if length == 3 else kernel}
+    assert_same_outcome(got, jax.device_get(outcome(m, x, dataclasses.replace(c, experts='dense'))))
 
 
 # A shard of the 2x4 mesh has one of four experts; six experts are on every device there.
@@ -200,40 +244,74 @@ def test_on_a_mesh_equals_dense_on_one_device(c):
     assert_same_outcome(got, dense_outcome(c, True))
 
 
-@jax.custom_vjp
-def poisoned_ragged_dot(rows, w, sizes):
-    """A kernel that leaves NaN beyond the groups, in the product and in the gradient by the rows."""
-    return _poison(jax.lax.ragged_dot(rows, w, sizes), sizes)
-
-
 def _poison(rows, sizes):
+    """Rows beyond the groups, as a kernel may leave them."""
     return jnp.where(jnp.arange(rows.shape[0])[:, None] < sizes.sum(), rows, jnp.nan)
 
 
-def _poisoned_fwd(rows, w, sizes):
-    return poisoned_ragged_dot(rows, w, sizes), (rows, w, sizes)
-
-
-def _poisoned_bwd(residuals, g):
-    rows, w, sizes = residuals
-    d_rows = jax.lax.ragged_dot(g, w.swapaxes(1, 2), sizes)
-    ends = jnp.cumsum(sizes)[:, None]
-    row = jnp.arange(rows.shape[0])
-    group = (row < ends) & (row >= ends - sizes[:, None])
-    # Written out, so that nothing sums it over `data` unless the caller's types say so.
-    return _poison(d_rows, sizes), jnp.einsum('em,mk,mh->ekh', group.astype(g.dtype), rows, g), None
-
-
-poisoned_ragged_dot.defvjp(_poisoned_fwd, _poisoned_bwd)
-
-
-def test_rows_of_other_shards_are_undefined_in_kernels(monkeypatch):
-    monkeypatch.setitem(moe.IMPLEMENTATIONS, 'poisoned', functools.partial(moe._grouped, poisoned_ragged_dot))
-    c = dataclasses.replace(FOUR, experts='poisoned')
-    mesh = sharding.make_mesh(2, 2)
+@pytest.mark.parametrize('c', [FOUR, SIX], ids=['split', 'replicated'])
+def test_kernels_on_a_mesh_may_leave_rows_of_other_shards_undefined(monkeypatch, c):
+    """NaN there, in the product and in the gradient by the rows. `model` divides four experts and, of 4, not six."""
+    without_kernels(monkeypatch)
+    mesh = sharding.make_mesh(2, 2, 2) if c == FOUR else sharding.make_mesh(2, 4)
+    run = dataclasses.replace(c, experts='triton')
     with jax.set_mesh(mesh):
-        got = outcome(place(random_moe(c), mesh), jax.device_put(random_x(c), NamedSharding(mesh, sharding.ACT)), c)
-    assert_same_outcome(got, dense_outcome(FOUR, False))
+        got = outcome(place(random_moe(c), mesh), jax.device_put(random_x(c), NamedSharding(mesh, sharding.ACT)), run)
+    assert_same_outcome(got, dense_outcome(c, False))
+
+
+@pytest.mark.parametrize('how', moe.IMPLEMENTATIONS)
+def test_a_layer_in_its_stack_equals_the_layer_alone(how):
+    """In value and gradients, of the stack as well."""
+    c = dataclasses.replace(SIX, experts=how)
+    layers = [random_moe(c, seed=i) for i in range(c.n_layers)]
+    stack, x = jax.tree.map(lambda *w: jnp.stack(w), *layers), random_x(c)
+
+    @jax.jit
+    def of_stack(stack, x, i):
+        y, back = jax.vjp(lambda stack, x: stack.at_layer(i)(x, c), stack, x)
+        return y, back(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    for i, layer in enumerate(layers):
+        y, (of_layer, of_x) = outcome(layer, x, c)
+        got, (of_layers, got_of_x) = of_stack(stack, x, i)
+        close((got, got_of_x), (y, of_x))
+        close(jax.tree.map(lambda w, i=i: w[i], of_layers), of_layer)
+        assert all(not np.delete(np.asarray(w), i, axis=0).any() for w in jax.tree.leaves(of_layers))
+
+
+@pytest.mark.parametrize('out_first', [False, True])
+@pytest.mark.parametrize('rows', [5 * grouped.MANY + 3, 200])
+def test_kernels_equal_one_product_per_group(out_first, rows):
+    """With more and with fewer rows than fill large tiles, widths that no tile divides, an empty group, and rows beyond
+    all groups; by numpy in float64."""
+    rng = np.random.default_rng(3)
+    sizes = np.array([rows // 2, 0, 1, rows // 4 + 1, 7])
+    i, o, ends = 70, grouped.COLUMNS + 22, np.cumsum(sizes)
+    x, w = rng.standard_normal((rows, i)), rng.standard_normal((2, 5, i, o))
+    g = rng.standard_normal((rows, o))
+    stored = w.swapaxes(2, 3) if out_first else w
+
+    def product(x, w):
+        return grouped.dot(x, Picked(w, jnp.int32(1)), jnp.asarray(sizes, jnp.int32), out_first)
+
+    y, back = jax.vjp(product, jnp.asarray(x, jnp.float32), jnp.asarray(stored, jnp.float32))
+    d_x, d_w = back(jnp.asarray(g, jnp.float32))
+    d_w = np.asarray(d_w).swapaxes(2, 3) if out_first else d_w
+    at = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    want = [
+        np.concatenate([a[s] @ of(w[1, e]) for e, s in enumerate(at)]) for a, of in ((x, np.asarray), (g, np.transpose))
+    ]
+    close((y[: ends[-1]], d_x[: ends[-1]]), tuple(want))
+    close(d_w[1], np.stack([x[s].T @ g[s] for s in at]))
+    assert not np.asarray(d_w[0]).any()
+
+
+def test_says_what_is_slow(monkeypatch):
+    assert moe.slow('auto', 6) == moe.slow('ragged', 6) == ''
+    assert 'subject.experts=triton interprets' in moe.slow('triton', 6)
+    monkeypatch.setattr(moe, 'platform', lambda: 'gpu')
+    assert 'by all 6 experts' in moe.slow('ragged', 6) and moe.slow('auto', 6) == moe.slow('triton', 6) == ''
 
 
 def test_bfloat16():
@@ -307,7 +385,7 @@ def test_initial_values_are_moderate_either_way():
 
 
 def test_a_stack_is_made_by_vmap():
-    for c, layer in ((SIX, (6, 24, 2, 40)), (PACKED, (6, 2, 64, 3, 16))):
+    for c, layer in ((SIX, (6, 2, 40, 24)), (PACKED, (6, 2, 64, 3, 16))):
         keys = jax.random.split(jax.random.key(0), c.n_layers)
         stack = jax.eval_shape(jax.vmap(lambda k, c=c: MoE(c, rngs=nnx.Rngs(k), dtype=jnp.float32)), keys)
         assert (stack.gate_up_blocks if c.packed else stack.gate_up).shape == (c.n_layers, *layer)

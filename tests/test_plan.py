@@ -307,7 +307,7 @@ def unpacked(cfg, folder):
         (set_('subject.path', 'absent.json'), r'absent.json does not exist'),
         (set_('layer', 3), r'layer=3 is not a block of the subject'),
         (set_('sft.documents', 22), r'sft.documents=22 cannot be split over'),
-        (set_('subject.experts', 'planned'), r"subject.experts='planned' is not one of dense, ragged, tokamax"),
+        (set_('subject.experts', 'planned'), r"subject.experts='planned' is not one of auto, dense, ragged, triton"),
         (set_('mesh.model', 0), r'mesh.model=0 must be at least 1'),
         (set_('sft.steps', 0), r'sft.steps=0 must be positive'),
         (set_('phases', ()), r'phases is empty'),

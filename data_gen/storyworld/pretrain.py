@@ -49,7 +49,7 @@ MATRIX_AXES = {
     'mlp/gate': (1, 2),
     'mlp/up': (1, 2),
     'mlp/down': (1, 2),
-    'moe/gate_up': (2, (3, 4)),
+    'moe/gate_up': (4, (2, 3)),
     'moe/down': (2, 3),
 }
 

@@ -14,27 +14,31 @@ from flax import nnx
 
 from lens import sharding
 from lens.errors import LensError
-from lens.models import mxfp4
+from lens.models import grouped, mxfp4
+from lens.models.grouped import Picked, platform
 from lens.models.norm import normal, zeros
 
 LIMIT = 7.0  # of the gate from above, of `up` on both sides
 ALPHA = 1.702
+# Up to so many tokens of a shard an accelerator multiplies by every expert: it reads all of their weights in any case,
+# and multiplies about 220 rows by a number in the time that it takes to read it (H100, TPU v5e).
+DENSE_TOKENS = 256
 
 
 class Experts(NamedTuple):
     """The weights of the experts at hand; index 0 of the axis of two is the gate, 1 is `up`."""
 
-    gate_up_ExDx2xF: jax.Array
+    gate_up_Ex2xFxD: Picked
     gate_up_bias_Ex2xF: jax.Array
-    down_ExFxD: jax.Array
+    down_ExFxD: Picked
     down_bias_ExD: jax.Array
 
 
-def activate(gate_up_Nx2xF, dtype):
-    """Gates the clipped float32 halves: [..., F] in `dtype`."""
+def activate(gate_up_Nx2xF):
+    """Gates the clipped float32 halves: [..., F]."""
     gate = jnp.minimum(gate_up_Nx2xF[..., 0, :], LIMIT)
     up = jnp.clip(gate_up_Nx2xF[..., 1, :], -LIMIT, LIMIT)
-    return ((up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)).astype(dtype)
+    return (up + 1) * gate * jax.nn.sigmoid(ALPHA * gate)
 
 
 def _order(keys_A):
@@ -46,10 +50,10 @@ def _order(keys_A):
 def _grouped(multiply, x_NxD, choice_NxC, weight_NxC, w: Experts):
     """The (token, choice) rows in order of expert, one product per group of rows; NxD in float32.
 
-    multiply(rows_AxI, w_ExIxO, sizes_E) -> AxO: rows of group e times w[e]. Choices outside 0..E-1 belong
-    to another shard; they come last, beyond all groups.
+    multiply is grouped.dot or does what that does. Choices outside 0..E-1 belong to another shard; they come last,
+    beyond all groups.
     """
-    n_experts, d, _, f = w.gate_up_ExDx2xF.shape
+    n_experts, f = w.gate_up_bias_Ex2xF.shape[::2]
     n, k = choice_NxC.shape
     expert_A = choice_NxC.reshape(-1)
     expert_A = jnp.where((expert_A >= 0) & (expert_A < n_experts), expert_A, n_experts)
@@ -59,51 +63,75 @@ def _grouped(multiply, x_NxD, choice_NxC, weight_NxC, w: Experts):
     here_Ax1 = (expert_A < n_experts)[:, None]
     expert_A = jnp.minimum(expert_A, n_experts - 1)
 
-    def product(rows_AxI, w_ExIxO):
+    def product(rows_AxI, w: Picked, out_first):
         # Rows beyond the groups are undefined in the product and in its gradient: masked on both sides.
-        return jnp.where(here_Ax1, multiply(jnp.where(here_Ax1, rows_AxI, 0), w_ExIxO, sizes_E), 0)
+        return jnp.where(here_Ax1, multiply(jnp.where(here_Ax1, rows_AxI, 0), w, sizes_E, out_first), 0)
 
     # A permutation, not a gather with repeats: its transpose is then deterministic on GPU too.
     rows_AxD = jnp.repeat(x_NxD, k, axis=0).at[order_A].get(unique_indices=True)
-    gate_up = product(rows_AxD, w.gate_up_ExDx2xF.reshape(n_experts, d, 2 * f)).reshape(-1, 2, f)
-    h_AxF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF[expert_A], x_NxD.dtype)
-    y_AxD = product(h_AxF, w.down_ExFxD) + w.down_bias_ExD[expert_A]
+    stack, layer = w.gate_up_Ex2xFxD
+    joined = Picked(stack.reshape(*stack.shape[:2], 2 * f, -1), layer)
+    gate_up = product(rows_AxD, joined, True).reshape(-1, 2, f)
+    h_AxF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF[expert_A]).astype(x_NxD.dtype)
+    y_AxD = product(h_AxF, w.down_ExFxD, False) + w.down_bias_ExD[expert_A]
     y_AxD = jnp.where(here_Ax1, y_AxD, 0).astype(x_NxD.dtype)
-    y_NxCxD = y_AxD.at[_order(order_A)].get(unique_indices=True).reshape(n, k, d)
+    y_NxCxD = y_AxD.at[_order(order_A)].get(unique_indices=True).reshape(n, k, -1)
     return jnp.einsum('nkd,nk->nd', y_NxCxD, weight_NxC, preferred_element_type=jnp.float32)
 
 
 def _dense(x_NxD, choice_NxC, weight_NxC, w: Experts):
-    """Every expert for every token, to check the others against; NxD in float32."""
-    gate_up = jnp.einsum('nd,edcf->necf', x_NxD, w.gate_up_ExDx2xF).astype(jnp.float32) + w.gate_up_bias_Ex2xF
-    y_NxExD = jnp.einsum('nef,efd->ned', activate(gate_up, x_NxD.dtype), w.down_ExFxD) + w.down_bias_ExD
-    chosen_NxCxE = choice_NxC[..., None] == jnp.arange(y_NxExD.shape[1])
+    """Every expert for every token; NxD in float32. Two plain products, whose weights are read as they are stored: the
+    columns of all experts side by side, then the sum over all of their rows, which carry a token's weights."""
+    n_experts = w.down_bias_ExD.shape[0]
+    chosen_NxCxE = choice_NxC[..., None] == jnp.arange(n_experts)
     weight_NxE = jnp.sum(jnp.where(chosen_NxCxE, weight_NxC[..., None], 0), axis=1)
-    return jnp.einsum('ned,ne->nd', y_NxExD, weight_NxE)
+    with jax.named_scope(f'all_{n_experts}_experts'):  # for lens.flops
+        gate_up = jnp.einsum('nd,ecfd->necf', x_NxD, w.gate_up_Ex2xFxD.read())
+        h_NxExF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF) * weight_NxE[..., None]
+        down_ExFxD = w.down_ExFxD.read()
+        y_NxD = jnp.einsum('nef,efd->nd', h_NxExF.astype(x_NxD.dtype), down_ExFxD, preferred_element_type=jnp.float32)
+        return y_NxD + weight_NxE @ w.down_bias_ExD
 
 
-def _tokamax_ragged_dot(rows_AxI, w_ExIxO, sizes_E):
-    import tokamax  # optional: lens.config refuses experts=tokamax without it
+def _ragged_dot(rows_AxI, w: Picked, sizes_E, out_first):
+    w_ExIxO = w.read().swapaxes(1, 2) if out_first else w.read()
+    return jax.lax.ragged_dot(rows_AxI, w_ExIxO, sizes_E)
 
-    return tokamax.ragged_dot(rows_AxI, w_ExIxO, sizes_E)
+
+def _auto(x_NxD, choice_NxC, weight_NxC, w: Experts):
+    """Whatever is fastest on the platform for so many tokens."""
+    kernel = {'gpu': 'triton', 'tpu': 'ragged'}.get(platform())
+    name = 'dense' if kernel is None or x_NxD.shape[0] <= DENSE_TOKENS else kernel
+    return IMPLEMENTATIONS[name](x_NxD, choice_NxC, weight_NxC, w)
 
 
 # `experts` of the config -> how a shard runs its experts
 IMPLEMENTATIONS = {
+    'auto': _auto,
     'dense': _dense,
-    'ragged': functools.partial(_grouped, jax.lax.ragged_dot),
-    'tokamax': functools.partial(_grouped, _tokamax_ragged_dot),
+    'ragged': functools.partial(_grouped, _ragged_dot),
+    'triton': functools.partial(_grouped, grouped.dot),
 }
 
 
-def _planned_dot(rows_AxI, w_ExIxO, sizes_E):
+def slow(name: str, n_experts: int) -> str:
+    """Says what is slow about an implementation where it runs, '' for nothing."""
+    if name == 'ragged' and platform() == 'gpu':
+        return f'subject.experts=ragged multiplies every token by all {n_experts} experts on a GPU; auto does not.'
+    if name == 'triton' and platform() != 'gpu':
+        return 'subject.experts=triton interprets its kernels where there is no GPU; auto does not.'
+    return ''
+
+
+def _planned_dot(rows_AxI, w: Picked, sizes_E, out_first):
     """One product of the shapes, FLOPs and operands of a grouped one, all of whose weights are in memory."""
     del sizes_E
-    return rows_AxI @ jax.lax.optimization_barrier(w_ExIxO)[0]
+    w_IxO = jax.lax.optimization_barrier(w.read())[0]
+    return rows_AxI @ (w_IxO.T if out_first else w_IxO)
 
 
-# Not for a user: for programs that are compiled and never run (lens.plan), where `ragged` has no kernel and becomes a
-# dense product for every expert.
+# Not for a user: for programs that are compiled and never run (lens.plan), where nothing has a kernel for groups and
+# `dense` would count what no accelerator holds.
 PLANNED = {'planned': functools.partial(_grouped, _planned_dot)}
 
 
@@ -142,10 +170,20 @@ class MoE(nnx.Module):
             self.gate_up_blocks, self.gate_up_scales = init_packed((e, 2, f, d), d)
             self.down_blocks, self.down_scales = init_packed((e, d, f), down_fan_in)
         else:
-            self.gate_up = normal((e, d, 2, f), d, rngs, dtype)
+            self.gate_up = normal((e, 2, f, d), d, rngs, dtype)
             self.down = normal((e, f, d), down_fan_in, rngs, dtype)
         self.gate_up_bias = zeros((e, 2, f), dtype)
         self.down_bias = zeros((e, d), dtype)
+
+    def at_layer(self, i, dtype=None) -> 'MoE':
+        """Picks layer i of a stack: matrices that are whole, and in the dtype of the products where it is given, stay in it
+        for kernels that read them there."""
+        layer = jax.tree.map(lambda w: w[i], self)
+        for name in () if hasattr(self, 'gate_up_blocks') else ('gate_up', 'down'):
+            stack = getattr(self, name)[...]
+            if 'data' not in (sharding.like(stack) or ()) and stack.dtype == (dtype or stack.dtype):
+                setattr(layer, name, nnx.data(Picked(stack, jnp.asarray(i, jnp.int32))))
+        return layer
 
     def route(self, x_BxTxD, top_k: int):
         """Chooses (experts, weights), each BxTxC: the largest logits and, in float32, the softmax over those alone."""
@@ -159,7 +197,8 @@ class MoE(nnx.Module):
     def __call__(self, x_BxTxD, c):
         """BxTxD, like x."""
         choice, weight = self.route(x_BxTxD, c.top_k)
-        stored = {k: v[...] for k, v in vars(self).items() if k.startswith(('gate_up', 'down'))}
+        stored = {k: v for k, v in vars(self).items() if k.startswith(('gate_up', 'down'))}
+        stored = {k: v if isinstance(v, Picked) else v[...] for k, v in stored.items()}
 
         def run(x_BxTxD, choice_BxTxC, weight_BxTxC, stored):
             rows = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, choice_BxTxC, weight_BxTxC))
@@ -184,18 +223,25 @@ class MoE(nnx.Module):
             y_BxTxD = run(x_BxTxD, choice_BxTxC - first, weight_BxTxC, stored)
             return jax.lax.psum(y_BxTxD, axis).astype(x_BxTxD.dtype)
 
-        specs = (sharding.ACT, sharding.ACT, sharding.ACT, sharding.P(axis))
+        of_stored = {
+            k: Picked(sharding.P(None, axis), sharding.P()) if isinstance(v, Picked) else sharding.P(axis)
+            for k, v in stored.items()
+        }
+        specs = (sharding.ACT, sharding.ACT, sharding.ACT, of_stored)
         return jax.shard_map(run_shard, in_specs=specs, out_specs=sharding.ACT)(x_BxTxD, choice, weight, stored)
 
 
-def _unpack(stored: dict[str, jax.Array], dtype) -> Experts:
+def _unpack(stored: dict, dtype) -> Experts:
     """The weights as matrices in `dtype` and the biases in float32."""
-    if 'gate_up' in stored:
-        gate_up, down = stored['gate_up'].astype(dtype), stored['down'].astype(dtype)
-    else:
-        gate_up, down = (
-            mxfp4.dequantise(stored[f'{name}_blocks'], stored[f'{name}_scales'], dtype) for name in ('gate_up', 'down')
-        )
-        gate_up, down = jnp.moveaxis(gate_up, -1, 1), jnp.swapaxes(down, 1, 2)
+
+    def picked(name) -> Picked:
+        if f'{name}_blocks' in stored:
+            w = mxfp4.dequantise(stored[f'{name}_blocks'], stored[f'{name}_scales'], dtype)
+            return grouped.alone(w if name == 'gate_up' else jnp.swapaxes(w, 1, 2))
+        w = stored[name]
+        if isinstance(w, Picked) and w.stack.dtype == dtype:
+            return w
+        return grouped.alone((w.read() if isinstance(w, Picked) else w).astype(dtype))
+
     gate_up_bias, down_bias = (stored[name].astype(jnp.float32) for name in ('gate_up_bias', 'down_bias'))
-    return Experts(gate_up, gate_up_bias, down, down_bias)
+    return Experts(picked('gate_up'), gate_up_bias, picked('down'), down_bias)

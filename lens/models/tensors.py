@@ -73,12 +73,12 @@ MOE = (
     Tensor('blocks/moe/down_bias', f'{EXPERTS}.down_proj_bias', 'e d', 'ed'),
 )
 DENSE_EXPERTS = (
-    Tensor('blocks/moe/gate_up', f'{EXPERTS}.gate_up_proj', 'e d fp', 'edpf'),
+    Tensor('blocks/moe/gate_up', f'{EXPERTS}.gate_up_proj', 'e d fp', 'epfd'),
     Tensor('blocks/moe/down', f'{EXPERTS}.down_proj', 'e f d', 'efd'),
 )
 # The same weights as shipped: stored [expert, out, in], dequantised while loading or kept as bytes.
 MXFP4_EXPERTS = (
-    Tensor('blocks/moe/gate_up', f'{EXPERTS}.gate_up_proj', 'e fp d', 'edpf', packed=True),
+    Tensor('blocks/moe/gate_up', f'{EXPERTS}.gate_up_proj', 'e fp d', 'epfd', packed=True),
     Tensor('blocks/moe/down', f'{EXPERTS}.down_proj', 'e d f', 'efd', packed=True),
 )
 PACKED_EXPERTS = (

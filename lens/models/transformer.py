@@ -37,9 +37,9 @@ class TransformerConfig:
     Layer patterns (`windows`, `layer_rope`) repeat over the depth. The last four are not the model's but
     how it is run: `remat`, how a block's activations reach the backward pass ('full' recomputes them,
     least memory; 'attention' keeps queries, keys, values and their mix; 'projections' these and what o, gate, up and
-    down give; 'dots' all products, scores too, least work); `experts`, how grouped experts multiply
-    ('dense' is every expert for every token, for checks); `packed`, whether experts stay in MXFP4; `compute`,
-    dtype of the products and of the stream ('' is that of the weights), for weights kept more accurately.
+    down give; 'dots' all products, scores too, least work); `experts`, how experts multiply (a name of
+    moe.IMPLEMENTATIONS); `packed`, whether experts stay in MXFP4; `compute`, dtype of the products and of the stream
+    ('' is that of the weights), for weights kept more accurately.
     """
 
     family: str
@@ -71,7 +71,7 @@ class TransformerConfig:
     n_experts: int = 0  # 0: one dense MLP
     top_k: int = 0
     remat: str = 'full'
-    experts: str = 'ragged'
+    experts: str = 'auto'
     packed: bool = False
     compute: str = ''
 
@@ -140,7 +140,11 @@ def at_layer(stacks, i, dtype=None):
 
     Call it inside a checkpoint: see the module docstring. Rounded first, so that half the bytes are gathered.
     """
-    return sharding.gathered(cast(jax.tree.map(lambda w: w[i], stacks), dtype))
+
+    def pick(w):
+        return w.at_layer(i, dtype) if isinstance(w, MoE) else w[i]
+
+    return sharding.gathered(cast(jax.tree.map(pick, stacks, is_leaf=lambda w: isinstance(w, MoE)), dtype))
 
 
 @functools.partial(jax.jit, static_argnames=('together', 'lo', 'hi', 'c', 'before_block', 'collect'))
