@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from lens import cli, config, data, sharding
 from lens.lens_init import init_lens
-from lens.objectives import read
+from lens.objectives import gradient, read
 from lens.train import init_state, micro_step
 
 REPEATS = 3
@@ -55,9 +55,9 @@ def step_prefixes(state, base, batch, key, phase: config.Phase) -> dict[str, Cal
 
     def score(state, base, batch, key):
         roll, params = sample(state, base, batch, key), state.params
-        gradient, key = jax.grad(objective.loss, has_aux=True), jax.random.fold_in(key, state.step)
+        key = jax.random.fold_in(key, state.step)
         for _ in range(hp.updates):
-            grads, _ = gradient(params, base, roll, key, hp, knobs, state.reference)
+            grads, _ = gradient(objective, params, base, roll, key, hp, knobs, state.reference)
             # for the next round: equal parameters would let the compiler do the work once
             params = jax.tree.map(lambda p, g: (p - 1e-12 * g).astype(p.dtype), params, grads)
         return grads

@@ -44,6 +44,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.steps = free(1000)  # D, micro-steps: one batch each; an epoch is one pass over the training documents
     p.accumulate = 1  # micro-steps whose mean gradient makes one optimizer step
     p.documents = 8  # documents per micro-step; a multiple of mesh.data
+    p.slices = 1  # sft, grpo: parts of the documents, the loss of one after the other: memory of one, the same gradient
     p.vectors = 4  # activations read per document; at most its row has tokens
     p.learning_rate_decoder = free('cosine 1e-3 1e-4 warmup 20s')  # V
     p.learning_rate_encoder = free('cosine 1e-3 1e-4 warmup 20s')  # V

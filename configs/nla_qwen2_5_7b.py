@@ -64,18 +64,18 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.lora.pattern, c.lora.rank, c.lora.alpha, c.lora.rs = '.*', 128, 16.0, True
 
     c.sft.table = c.grpo.table = base.FIXED_PROMPTS + base.table()
-    c.sft.documents, c.sft.vectors, c.sft.accumulate, c.sft.steps = 8, 8, 4, '1000os'
-    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-4 1e-5 warmup 50os'
-    c.grpo.documents, c.grpo.vectors, c.grpo.group, c.grpo.accumulate, c.grpo.steps = 8, 4, 8, 4, '4200os'
+    c.sft.documents, c.sft.vectors, c.sft.slices, c.sft.steps = 32, 8, 4, 1000
+    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-4 1e-5 warmup 50s'
+    c.grpo.documents, c.grpo.vectors, c.grpo.group, c.grpo.slices, c.grpo.steps = 32, 4, 8, 4, 4200
     c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 'constant 1e-4', 'constant 8e-5'
     c.grpo.beta, c.grpo.kl_to, c.grpo.kl_skip = 0.01, 'start', 0
 
     if recipe == 'full':
         c.decoder.train = c.encoder.train = 'full'
         c.mesh.shard_base = True
-        c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 2e-5 2e-6 warmup 50os'
+        c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 2e-5 2e-6 warmup 50s'
         c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 'constant 1.41e-5', 'constant 7.07e-5'
 
     c.eval.documents, c.eval.vectors, c.eval.batch = 200, 4, 128
-    c.eval.every = c.checkpoint.every = '100os'
+    c.eval.every = c.checkpoint.every = '100s'
     return c

@@ -253,7 +253,7 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Te
     for side, key in keys.items():
         require(min(rates[side].start, rates[side].end) >= 0, f'{name}.{key}={shown(repr(p[key]))} is negative.')
     table = optimizer.parse_table(p.table, clock, f'{name}.table')
-    counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates')}
+    counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates', 'slices')}
     hparams = objectives.Hparams(
         layer=cfg.layer,
         length=cfg.explanation_len,
@@ -332,7 +332,11 @@ def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
 def check_batches(cfg, mesh) -> None:
     """Raises LensError where a batch of training cannot be split over the devices."""
     for name in cfg.phases:
-        sharding.check_divides(cfg[name].documents, f'{name}.documents', mesh)
+        p = cfg[name]
+        sharding.check_divides(p.documents, f'{name}.documents', mesh)
+        each = p.slices * sharding.row_count(mesh)
+        what = f'{name}.documents={p.documents} cannot be split into {name}.slices={p.slices} equal parts'
+        require(p.documents % each == 0, f'{what} on every device: use a multiple of {each}.')
 
 
 def check_phase(cfg, name: str) -> None:
@@ -350,6 +354,8 @@ def check_phase(cfg, name: str) -> None:
     both = p.updates > 1 and p.accumulate > 1
     require(not both, f'{name}.updates={p.updates} does not go with {name}.accumulate={p.accumulate}.')
     require(not p.resample or p.documents >= 2, f'{name}.resample=True needs {name}.documents of at least 2.')
+    alone = not p.resample or p.slices == 1
+    require(alone, f'{name}.resample=True needs {name}.slices=1: the next document may be in another slice.')
     for key, off in objectives.OPTIONAL.items():
         idle = f'{name}.{key}={shown(repr(p[key]))} does nothing under the {p.objective} objective'
         require(key in reads or p[key] == off, f'{idle}: use {off}.')

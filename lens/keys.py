@@ -117,6 +117,7 @@ PHASE_KEYS = dict.fromkeys(objectives.KNOBS, object) | {  # of every phase block
     'mean_of': Whole(1),
     'advantage': losses.ADVANTAGES,
     'updates': Whole(1, MOST_UPDATES),
+    'slices': Whole(1),
     'clip': Real(LEAST_SCALE),
     'form': gumbel.FORMS,
     'kl_to': objectives.REFERENCES,

@@ -20,10 +20,13 @@ def direction_mse_rows(pred_NxD, target_NxD):
     return 2 * (1 - jnp.sum(pred * target, -1) / size)
 
 
-def masked_mean(x, mask):
-    """Averages x where mask, which broadcasts against it, is 1; 0 where it is nowhere."""
+def masked_mean(x, mask, total=None):
+    """Averages x where mask, which broadcasts against it, is 1; 0 where it is nowhere.
+
+    total: the sum of the mask of all rows, where these are a part of them; what the parts give then adds up to the mean.
+    """
     mask = jnp.broadcast_to(mask, x.shape)
-    return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask) if total is None else total, 1)
 
 
 def fve(pred_NxD, target_NxD, group: int = 1):
@@ -39,10 +42,13 @@ def fve(pred_NxD, target_NxD, group: int = 1):
 
 
 def token_log_probs(logits_BxTxV, ids_BxT):
-    """Picks log softmax at the ids, BxT. Written as a masked sum: V may be sharded."""
-    logits = logits_BxTxV.astype(jnp.float32)
-    hit = jnp.arange(logits.shape[-1]) == ids_BxT[..., None]
-    return jnp.sum(jnp.where(hit, logits, 0), -1) - jax.nn.logsumexp(logits, axis=-1)
+    """Picks log softmax at the ids, BxT. Written as a masked sum: V may be sharded.
+
+    The noughts are made of the ids: constant ones JAX would hold in memory, BxTxV of them, around a loop over slices.
+    """
+    logits, ids = logits_BxTxV.astype(jnp.float32), ids_BxT[..., None]
+    hit = jnp.arange(logits.shape[-1]) == ids
+    return jnp.sum(jnp.where(hit, logits, 0 * ids), -1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def entropy(logits_BxTxV):
@@ -51,9 +57,9 @@ def entropy(logits_BxTxV):
     return -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
-def cross_entropy(logp_BxT, mask_BxT):
-    """Returns the mean negative log-probability over the tokens where mask is 1."""
-    return -masked_mean(logp_BxT, mask_BxT)
+def cross_entropy(logp_BxT, mask_BxT, total=None):
+    """Returns the mean negative log-probability over the tokens where mask is 1. total: of masked_mean."""
+    return -masked_mean(logp_BxT, mask_BxT, total)
 
 
 def clamped_entropy(entropy_BxT, mask_BxT, clamp):
@@ -81,11 +87,11 @@ def advantages(rewards_N, group: int, kind: str = 'grpo'):
 ADVANTAGES = ('grpo', 'rloo', 'dr_grpo')
 
 
-def policy_gradient(logp_NxT, advantages_N, mask_NxT, old_logp_NxT=None, clip: float = 0.0):
+def policy_gradient(logp_NxT, advantages_N, mask_NxT, old_logp_NxT=None, clip: float = 0.0, total=None):
     """Returns - mean over tokens of ratio * a, ratio = pi / pi_old; a token mean, without correction for length.
 
     Without old log-probabilities the update is on-policy: the ratio is 1 in value, the gradient REINFORCE's.
-    With them the ratio is clipped to 1 - clip .. 1 + clip (PPO).
+    With them the ratio is clipped to 1 - clip .. 1 + clip (PPO). total: of masked_mean.
     """
     a = jax.lax.stop_gradient(advantages_N)[:, None]
     old = logp_NxT if old_logp_NxT is None else old_logp_NxT
@@ -93,19 +99,19 @@ def policy_gradient(logp_NxT, advantages_N, mask_NxT, old_logp_NxT=None, clip: f
     gain = ratio * a
     if old_logp_NxT is not None:
         gain = jnp.minimum(gain, jnp.clip(ratio, 1 - clip, 1 + clip) * a)
-    return -masked_mean(gain, mask_NxT)
+    return -masked_mean(gain, mask_NxT, total)
 
 
 K3_CLAMP = 12.0  # of the log-ratio; e^12 tokens of weight would be one token's noise
 
 
-def k3(logp_NxT, logq_NxT, mask_NxT):
+def k3(logp_NxT, logq_NxT, mask_NxT, total=None):
     """Returns the mean over tokens of q/pi - log(q/pi) - 1, the k3 estimator of KL(pi || q).
 
-    The gradient goes through pi; q is constant. The log-ratio is clamped to +-K3_CLAMP.
+    The gradient goes through pi; q is constant. The log-ratio is clamped to +-K3_CLAMP. total: of masked_mean.
     """
     diff = jnp.clip(jax.lax.stop_gradient(logq_NxT) - logp_NxT, -K3_CLAMP, K3_CLAMP)
-    return masked_mean(jnp.expm1(diff) - diff, mask_NxT)
+    return masked_mean(jnp.expm1(diff) - diff, mask_NxT, total)
 
 
 def kl(logits_p, logits_q):

@@ -1,8 +1,11 @@
 """What is minimised: an objective is a rollout without gradient and a loss, both pure, and the keys that it reads.
 
 read(base, batch, layer=…) -> Rollout, its activations alone; rollout(lens, base, roll, key, hp) -> Rollout;
-loss(lens, base, roll, key, hp, knobs, reference) -> (loss, metrics). hp is what changes the program; knobs are the
+loss(lens, base, roll, key, hp, knobs, reference) -> (loss, out). hp is what changes the program; knobs are the
 numbers of this micro-step (KNOBS), arrays; `reference` is the decoder at the start of the phase, where hp needs it.
+gradient(objective, …) makes a step of them, all at once or in slices: the rollout that a loss is given may be a part of
+the documents. Scalars, loss included, then add up to those of the whole (Counted); arrays of `out` have a row for each
+row of the rollout.
 
 batch: tokens [B, S], positions [B, P] and, for sft, responses `explanations` [B, P, T]. A = subject stream after block
 `layer`, N = B * P of them. Formulas: losses.py.
@@ -32,8 +35,9 @@ ERRORS = ('nmse', 'direction')  # what the encoder minimises: losses.normalised_
 REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
 # Keys of a phase whose value is a schedule, and so an argument of a step.
 KNOBS = ('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp')
+ARRAYS = ('pred_NxD', 'logp_NxT', 'reward_N', 'advantage_N')  # of what a loss returns, read by `figures`
 # Keys of a phase that only some objectives read (Objective.reads), with the value that asks for nothing.
-OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updates': 1}
+OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updates': 1, 'slices': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Hparams:
     mean_of: int = 1
     advantage: str = 'grpo'
     updates: int = 1
+    slices: int = 1
     kl_to: str = 'natural'
     natural_prefix: tuple[int, ...] = ()
     form: str = 'two_pass'
@@ -72,15 +77,28 @@ class Hparams:
 Knobs = Mapping[str, jax.Array]
 
 
+class Counted(NamedTuple):
+    """What counts in the means of a loss: 1 or 0 for each token and, in the encoder's terms, each row; and how many count
+    (scalars: with the first tokens, without those of kl_skip; rows) in the whole rollout."""
+
+    found: Found
+    mask_NxT: jax.Array
+    kept_N: jax.Array
+    tokens: jax.Array
+    kl_tokens: jax.Array
+    kept: jax.Array
+
+
 class Rollout(NamedTuple):
     """What a step works on, all constants. N rows; rows of one activation are contiguous. batch: without tokens where
-    no text is read again."""
+    no text is read again. counted: where there are texts, once their loss is asked for."""
 
     a_NxD: jax.Array
     source: Source
     batch: dict
     ids_NxT: jax.Array | None = None
     logp_NxT: jax.Array | None = None
+    counted: Counted | None = None
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'again'))
@@ -124,13 +142,13 @@ def sampled_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollou
 def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
     """Adds the decoder's cross-entropy of given explanations and the encoder's error on the same texts."""
     del key, reference
-    found = find(roll.ids_NxT, hp.tags)
-    mask = found.mask(hp.length)
-    words = _words(_scored(lens.decoder, base, roll), lens, base, roll, hp, ())
-    ce = losses.cross_entropy(words['logp'], mask)
-    pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, found.span if hp.tags else None)
-    loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
-    return ce + loss, {'loss_decoder': ce, 'entropy_nats': losses.masked_mean(words['entropy'], mask)} | metrics
+    c = roll.counted
+    words = _words(_scored(lens.decoder, base, roll), base, roll, hp, ())
+    ce = losses.cross_entropy(words['logp'], c.mask_NxT, c.tokens)
+    pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, c.found.span if hp.tags else None)
+    loss, out = _reconstruction(base, roll, pred, hp, knobs)
+    entropy = losses.masked_mean(words['entropy'], c.mask_NxT, c.tokens)
+    return ce + loss, {'loss_decoder': ce, 'entropy_nats': entropy} | out
 
 
 def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
@@ -140,30 +158,23 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
     the encoder from its error alone.
     """
     del key
-    ids, found = roll.ids_NxT, find(roll.ids_NxT, hp.tags)
-    mask = found.mask(hp.length)
-    pred = encode(lens.encoder, base, ids, roll.source, found.span if hp.tags else None)
+    c = roll.counted
+    pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, c.found.span if hp.tags else None)
     if hp.mean_of > 1:
         pred = _mean_of(pred, hp.mean_of)
-    loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
-    reward = jnp.where(found.found_N, -error_rows(pred, roll.a_NxD, hp.error), FAILED)
+    loss, out = _reconstruction(base, roll, pred, hp, knobs)
+    reward = jnp.where(c.found.found_N, -error_rows(pred, roll.a_NxD, hp.error), FAILED)
     advantage = _advantages(jax.lax.stop_gradient(reward), hp)
 
-    words = _words(_scored(lens.decoder, base, roll), lens, base, roll, hp, reference)
+    words = _words(_scored(lens.decoder, base, roll), base, roll, hp, reference)
     old = roll.logp_NxT if hp.updates > 1 else None
-    policy = losses.policy_gradient(words['logp'], advantage, mask, old, knobs['clip'])
-    language, more = _language(words, roll, mask, hp, knobs)
+    policy = losses.policy_gradient(words['logp'], advantage, c.mask_NxT, old, knobs['clip'], c.tokens)
+    language, more = _language(words, roll, hp, knobs)
     if 'entropy_weight' in hp.on:
-        entropy = losses.clamped_entropy(words['entropy'], mask, knobs['entropy_clamp'])
-        language -= knobs['entropy_weight'] * entropy
-    metrics |= more | {
-        'loss_decoder': policy,
-        'reward': jnp.mean(reward),
-        'reward_std': jnp.std(reward),
-        'reward_group_std': jnp.mean(jnp.std(reward.reshape(-1, hp.group * hp.mean_of), axis=1)),
-        'zero_advantage_fraction': jnp.mean(jnp.abs(advantage) < 1e-6),
-    }
-    return loss + policy + language, metrics
+        entropy = losses.clamped_entropy(words['entropy'], c.mask_NxT, knobs['entropy_clamp'])
+        language -= knobs['entropy_weight'] * entropy / hp.slices  # a mean over rows, of which a slice has its share
+    out |= more | {'loss_decoder': policy, 'reward_N': reward, 'advantage_N': advantage}
+    return loss + policy + language, out
 
 
 def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
@@ -179,18 +190,17 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refe
         tau=knobs['tau'],
         form=hp.form,
     )
-    roll = roll._replace(ids_NxT=drawn.ids_NxT, logp_NxT=drawn.logp_NxT)
-    found = find(drawn.ids_NxT, hp.tags)
-    mask = found.mask(hp.length)
+    roll = _count(roll._replace(ids_NxT=drawn.ids_NxT, logp_NxT=drawn.logp_NxT), hp, knobs)
+    c = roll.counted
     rows = model.lookup(drawn.ids_NxT)  # an encoder with its own table gets a lookup's gradient as well
     rows = drawn.words_NxTxW + rows - jax.lax.stop_gradient(rows)
-    pred = encode_rows(lens.encoder, base, rows, roll.source, found.span if hp.tags else None)
-    loss, metrics = _reconstruction(base, roll, pred, found, hp, knobs)
-    words = _words(drawn.stream, lens, base, roll, hp, reference)
-    language, more = _language(words, roll, mask, hp, knobs)
+    pred = encode_rows(lens.encoder, base, rows, roll.source, c.found.span if hp.tags else None)
+    loss, out = _reconstruction(base, roll, pred, hp, knobs)
+    words = _words(drawn.stream, base, roll, hp, reference)
+    language, more = _language(words, roll, hp, knobs)
     if 'entropy_weight' in hp.on:
-        language -= knobs['entropy_weight'] * losses.masked_mean(words['entropy'], mask)
-    return loss + language, metrics | more | {'tau': jnp.maximum(knobs['tau'], relaxed.MIN_TAU)}
+        language -= knobs['entropy_weight'] * losses.masked_mean(words['entropy'], c.mask_NxT, c.tokens)
+    return loss + language, figures(roll, out | more, hp) | {'tau': jnp.maximum(knobs['tau'], relaxed.MIN_TAU)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,13 +219,64 @@ class Objective:
 
 
 OBJECTIVES = {
-    'sft': Objective(given_rollout, sft, shows=(('loss_decoder', 'decoder loss'),), samples=False),
+    'sft': Objective(
+        given_rollout, sft, frozenset({'slices'}), shows=(('loss_decoder', 'decoder loss'),), samples=False
+    ),
     # the policy-gradient loss is 0 by construction: show what it maximises
     'grpo': Objective(sampled_rollout, grpo, frozenset({'group', *OPTIONAL}), (('reward', 'reward'),)),
     'gumbel': Objective(
         no_rollout, gumbel, frozenset({'lm_weight', 'beta', 'entropy_weight'}), (('entropy_nats', 'entropy'),)
     ),
 }
+
+
+def gradient(objective: Objective, lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
+    """Returns (gradient of the loss on a whole rollout, metrics); hp.slices above 1: in float32, summed over slices."""
+    if roll.ids_NxT is not None:
+        roll = _count(roll, hp, knobs)
+
+    def of_part(part: Rollout):
+        return jax.grad(objective.loss, has_aux=True)(lens, base, part, key, hp, knobs, reference)
+
+    def add(sums, part: Rollout):
+        grads, out = of_part(part)
+        return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), out
+
+    if hp.slices == 1:
+        grads, out = of_part(roll)
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), lens)
+        grads, out = jax.lax.scan(add, zeros, sharding.slices(roll, hp.slices))
+        out = jax.tree.map(lambda x: x.sum() if x.ndim == 1 else sharding.joined(x), out)
+    return grads, figures(roll, out, hp)
+
+
+def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
+    """Returns the metrics of a whole rollout: the scalars of `out`, and figures that are no sums from its arrays.
+
+    In the FVE a failed response is the zero vector, as in evaluation.
+    """
+    c, metrics = roll.counted, {k: x for k, x in out.items() if k not in ARRAYS}
+    if 'pred_NxD' in out:
+        shown = comparable(out['pred_NxD'], hp.error) * _kept(c.found, hp)[:, None]
+        metrics['fve'] = losses.fve(shown, comparable(roll.a_NxD, hp.error), group=_per_activation(roll))
+        if hp.tags:
+            extracted = c.found.found_N.astype(jnp.float32)
+            metrics['extracted'] = jnp.mean(extracted)
+            metrics['response_tokens'] = jnp.mean(c.found.end_N.astype(jnp.float32))
+            metrics['text_len'] = losses.masked_mean(c.found.length_N.astype(jnp.float32), extracted)
+    if 'logp_NxT' in out:
+        metrics['repeated'] = repeated(roll.ids_NxT, c.mask_NxT)
+        if roll.logp_NxT is not None:
+            gap = jnp.abs(out['logp_NxT'] - roll.logp_NxT)
+            metrics['logp_diff_max'] = jnp.max(gap * c.mask_NxT)
+            metrics['logp_diff_mean'] = losses.masked_mean(gap, c.mask_NxT)
+    if 'reward_N' in out:
+        reward = out['reward_N']
+        metrics['reward'], metrics['reward_std'] = jnp.mean(reward), jnp.std(reward)
+        metrics['reward_group_std'] = jnp.mean(jnp.std(reward.reshape(-1, hp.group * hp.mean_of), axis=1))
+        metrics['zero_advantage_fraction'] = jnp.mean(jnp.abs(out['advantage_N']) < 1e-6)
+    return metrics
 
 
 def error_rows(pred_NxD, target_NxD, error: str):
@@ -248,6 +309,29 @@ def repeated(ids_NxT, mask_NxT):
     return jnp.sum((first[1:] == first[:-1]) & (second[1:] == second[:-1])) / len(first)
 
 
+def _kept(found: Found, hp: Hparams):
+    """1 for each row whose response, like all that are averaged with it, holds an explanation [N]."""
+    return subject.tile_rows(found.found_N.astype(jnp.float32).reshape(-1, hp.mean_of).min(1), hp.mean_of)
+
+
+def _count(roll: Rollout, hp: Hparams, knobs: Knobs) -> Rollout:
+    """Says what counts. A difference to the next document does where both responses hold an explanation."""
+    found = find(roll.ids_NxT, hp.tags)
+    mask, kept = found.mask(hp.length), _kept(found, hp)
+    if hp.resample:
+        kept = kept * jnp.roll(kept, _per_document(roll))
+    tokens, kl_tokens = jnp.sum(mask), jnp.sum(mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
+    return roll._replace(counted=Counted(found, mask, kept, tokens, kl_tokens, jnp.sum(kept)))
+
+
+def _per_activation(roll: Rollout) -> int:
+    return len(roll.a_NxD) // roll.batch['positions'].size
+
+
+def _per_document(roll: Rollout) -> int:
+    return len(roll.a_NxD) // len(roll.batch['positions'])
+
+
 def _vectors(decoder: dec.Decoder, roll: Rollout):
     return dec.without_position(decoder, roll.a_NxD, roll.source.position_N)
 
@@ -265,41 +349,28 @@ def _advantages(reward_N, hp: Hparams):
     return subject.tile_rows(shared, hp.mean_of)
 
 
-def _reconstruction(base, roll: Rollout, pred, found: Found, hp: Hparams, knobs: Knobs):
-    """The encoder's terms: its error and the functional KL, over the responses that hold an explanation.
-
-    A mean, or a difference to the next document, counts where every response that is part of it holds one. In the
-    metric a failed response is the zero vector, as in evaluation.
-    """
-    extracted, a = found.found_N.astype(jnp.float32), roll.a_NxD
-    per_activation = len(a) // roll.batch['positions'].size
-    kept = subject.tile_rows(extracted.reshape(-1, hp.mean_of).min(1), hp.mean_of)
-    shown = jax.lax.stop_gradient(comparable(pred, hp.error)) * kept[:, None]
-    changed = pred
+def _reconstruction(base, roll: Rollout, pred, hp: Hparams, knobs: Knobs):
+    """The encoder's terms: its error and the functional KL, over the responses that hold an explanation."""
+    c, a, changed = roll.counted, roll.a_NxD, pred
     if hp.resample:
-        vectors = roll.batch['positions'].shape[1] * per_activation
-        delta = jnp.roll(a - pred, vectors, axis=0)  # the partner is the next document
+        delta = jnp.roll(a - pred, _per_document(roll), axis=0)  # the partner is the next document
         changed = pred + (jax.lax.stop_gradient(delta) if hp.resample_stop_grad else delta)
-        kept = kept * jnp.roll(kept, vectors)
-    mse = losses.masked_mean(error_rows(changed, a, hp.error), kept)
-    metrics = {'loss_encoder': mse, 'fve': losses.fve(shown, comparable(a, hp.error), group=per_activation)}
-    if hp.tags:
-        metrics |= {'extracted': jnp.mean(extracted), 'response_tokens': jnp.mean(found.end_N.astype(jnp.float32))}
-        metrics['text_len'] = losses.masked_mean(found.length_N.astype(jnp.float32), extracted)
+    mse = losses.masked_mean(error_rows(changed, a, hp.error), c.kept_N, c.kept)
+    out = {'loss_encoder': mse, 'pred_NxD': pred}
     loss = knobs['mse_weight'] * mse if 'mse_weight' in hp.on else 0.0
     if 'kl_weight' in hp.on:
-        kl = losses.masked_mean(_functional_kl(base, roll, changed, per_activation, hp), kept)
-        metrics['kl_functional_nats'] = kl
+        kl = losses.masked_mean(_functional_kl(base, roll, changed, hp), c.kept_N, c.kept)
+        out['kl_functional_nats'] = kl
         loss += knobs['kl_weight'] * kl
-    return loss, metrics
+    return loss, out
 
 
-def _functional_kl(base, roll: Rollout, pred, per_activation: int, hp: Hparams):
+def _functional_kl(base, roll: Rollout, pred, hp: Hparams):
     """KL of the subject's next-token distributions at the position itself, A against its reconstruction [N]."""
     if hp.error == 'direction':  # only the direction was learnt
         size = jnp.linalg.norm(roll.a_NxD, axis=-1, keepdims=True)
         pred = pred * size / jnp.maximum(jnp.linalg.norm(pred, axis=-1, keepdims=True), 1e-12)
-    positions = jnp.repeat(roll.batch['positions'], per_activation, axis=1)
+    positions = jnp.repeat(roll.batch['positions'], _per_activation(roll), axis=1)
     shape = (*positions.shape, pred.shape[-1])
     both = jnp.concatenate([roll.a_NxD.reshape(shape), pred.reshape(shape)], axis=1)  # beside one natural stream
     both = sharding.reshard(both, sharding.ACT)
@@ -315,7 +386,7 @@ def _scored(decoder: dec.Decoder, base, roll: Rollout) -> Stream:
     return Stream(dec.teacher_forced(decoder, base, once_BxD, roll.ids_NxT), model_of(decoder, base))
 
 
-def _words(own: Stream, lens: Lens, base, roll: Rollout, hp: Hparams, reference) -> dict[str, jax.Array]:
+def _words(own: Stream, base, roll: Rollout, hp: Hparams, reference) -> dict[str, jax.Array]:
     """Numbers of every token NxT: log-probability and entropy by the decoder, whose stream is `own`; where the loss has
     a KL, the log-probability by its reference (logq), and that of the natural prefix (kl_lm)."""
     streams, to = {'own': own}, hp.kl_to if 'beta' in hp.on else ''
@@ -338,18 +409,17 @@ def _words(own: Stream, lens: Lens, base, roll: Rollout, hp: Hparams, reference)
     return by_slices(numbers, streams, roll.ids_NxT)
 
 
-def _language(words: dict, roll: Rollout, mask, hp: Hparams, knobs: Knobs):
+def _language(words: dict, roll: Rollout, hp: Hparams, knobs: Knobs):
     """What keeps the words language: KL to a reference, LM KL to the natural prefix."""
-    metrics = {'entropy_nats': losses.masked_mean(words['entropy'], mask), 'repeated': repeated(roll.ids_NxT, mask)}
-    if roll.logp_NxT is not None:
-        gap = jnp.abs(words['logp'] - roll.logp_NxT)
-        metrics |= {'logp_diff_max': jnp.max(gap * mask), 'logp_diff_mean': losses.masked_mean(gap, mask)}
-    loss = 0.0
+    c, loss = roll.counted, 0.0
+    entropy = losses.masked_mean(words['entropy'], c.mask_NxT, c.tokens)
+    out = {'logp_NxT': words['logp'], 'entropy_nats': entropy}
     if 'beta' in hp.on:
-        kl = losses.k3(words['logp'], words['logq'], mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
-        metrics[f'kl_{hp.kl_to}_nats'] = kl
+        mask = c.mask_NxT * (jnp.arange(hp.length) >= knobs['kl_skip'])
+        kl = losses.k3(words['logp'], words['logq'], mask, c.kl_tokens)
+        out[f'kl_{hp.kl_to}_nats'] = kl
         loss += knobs['beta'] * kl
     if 'lm_weight' in hp.on:
-        metrics['kl_lm_nats'] = losses.masked_mean(words['kl_lm'], mask)
-        loss += knobs['lm_weight'] * metrics['kl_lm_nats']
-    return loss, metrics
+        out['kl_lm_nats'] = losses.masked_mean(words['kl_lm'], c.mask_NxT, c.tokens)
+        loss += knobs['lm_weight'] * out['kl_lm_nats']
+    return loss, out

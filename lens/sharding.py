@@ -11,6 +11,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
@@ -187,6 +188,27 @@ def put_batch(batch: dict[str, np.ndarray], mesh, of: int | None = None) -> dict
         return jax.make_array_from_callback((n, *x.shape[1:]), NamedSharding(mesh, rows(x.ndim)), part)
 
     return {k: put(v) for k, v in batch.items()}
+
+
+def slices(tree, n: int):
+    """Cuts arrays Nx… of rows into n parts, n x N/n x …. Each part has its share of the rows of every device, so that
+    nothing moves. Scalars come n times. Each device must have a multiple of n rows."""
+
+    def cut(x):
+        if not x.ndim:
+            return jnp.broadcast_to(x, n)
+        shape, spec = x.shape[1:], rows(x.ndim)
+        x = reshard(x, spec).reshape(shards(*ROW_AXES), n, -1, *shape, out_sharding=out(rows(len(shape) + 3)))
+        return x.swapaxes(0, 1).reshape(n, -1, *shape, out_sharding=out(P(None, *spec)))
+
+    return jax.tree.map(cut, tree)
+
+
+def joined(x: jax.Array) -> jax.Array:
+    """Puts the n parts n x N/n x … of `slices` together again, Nx…."""
+    shape, devices = x.shape[2:], shards(*ROW_AXES)
+    x = x.reshape(len(x), devices, -1, *shape, out_sharding=out(P(None, *rows(len(shape) + 2))))
+    return x.swapaxes(0, 1).reshape(-1, *shape, out_sharding=out(rows(len(shape) + 1)))
 
 
 def fetch(tree):

@@ -54,8 +54,7 @@ def train_step(state: State, base, roll, key, knobs, *, objective, hparams, tx) 
     roll = objective.rollout(state.params, base, roll, key, hparams)
     params, opt, metrics = state.params, state.opt, {}
     for _ in range(hparams.updates):
-        loss = jax.grad(objective.loss, has_aux=True)
-        grads, out = loss(params, base, roll, key, hparams, knobs, state.reference)
+        grads, out = objectives.gradient(objective, params, base, roll, key, hparams, knobs, state.reference)
         with jax.named_scope('update'):
             updates, opt = tx.update(grads, opt, params, knobs['optimizer'])
             params = optax.apply_updates(params, updates)

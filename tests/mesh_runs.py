@@ -75,14 +75,14 @@ def objective(name: str) -> objectives.Objective:
             drawn = sampling.sample(jax.lax.stop_gradient(lens.decoder), base, roll.a_NxD, key, length=hp.length)
             roll = roll._replace(ids_NxT=drawn.ids_NxT)
         given = read.batch['given'].reshape(roll.ids_NxT.shape)
-        return roll._replace(ids_NxT=jnp.where(given < 0, roll.ids_NxT, given)), roll.ids_NxT
+        batch = roll.batch | {'drawn': roll.ids_NxT}
+        return roll._replace(ids_NxT=jnp.where(given < 0, roll.ids_NxT, given), batch=batch)
 
-    def loss(lens, base, rolls, *rest):
-        roll, drawn = rolls
+    def loss(lens, base, roll, *rest):
         given = sampling.Samples(roll.ids_NxT, roll.logp_NxT)
         with mock.patch.object(sampling, 'sample', lambda *_, **__: given):
             value, metrics = plain.loss(lens, base, roll, *rest)
-        return value, metrics | {'loss': value, 'ids': drawn}
+        return value, metrics | {'loss': value, 'ids': roll.batch['drawn']}
 
     return objectives.Objective(rollout, loss)
 

@@ -45,7 +45,7 @@ def deaf(full):
 
 def _both(objective, hp, lens, base, batch, knobs, reference):
     roll = objective.rollout(lens, base, objectives.read(base, batch, layer=LAYER, again=hp.reads_again), KEY, hp)
-    return jax.grad(objective.loss, has_aux=True)(lens, base, roll, KEY, hp, knobs, reference), roll
+    return objectives.gradient(objective, lens, base, roll, KEY, hp, knobs, reference), roll
 
 
 BOTH = jax.jit(_both, static_argnums=(0, 1))
@@ -184,8 +184,9 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     roll = jax.jit(objectives.sampled_rollout, static_argnums=4)(full, base, roll, KEY, hp)
     ids = np.array(roll.ids_NxT)
     ids[::5, 2] = 17
-    loss = jax.jit(jax.grad(objectives.grpo, has_aux=True), static_argnums=4)
-    grads, metrics = loss(full, base, roll._replace(ids_NxT=jnp.asarray(ids)), KEY, hp, KNOBS, ())
+    loss = jax.jit(objectives.gradient, static_argnums=(0, 5))
+    roll = roll._replace(ids_NxT=jnp.asarray(ids))
+    grads, metrics = loss(objectives.OBJECTIVES['grpo'], full, base, roll, KEY, hp, KNOBS, ())
     hits = [np.flatnonzero(row == 17) for row in ids]
     length = np.array([h[0] if len(h) else 0 for h in hits])
     kept = length > 0
@@ -228,10 +229,15 @@ def test_what_is_made_of_a_failed_response_counts_nowhere(mean_of, resample):
     mixed, counted = pred, kept
     if resample:
         mixed, counted = pred + np.roll(a - pred, 12, 0), kept & np.roll(kept, 12)
-    found = response.Found(*(jnp.zeros(36, jnp.int32),) * 3, jnp.asarray(ok))
-    roll = objectives.Rollout(jnp.asarray(a), None, {'positions': np.zeros((3, 2))})
+    ids = jnp.asarray(np.where(ok, 17, 1)[:, None] * (np.arange(LENGTH) == 1))  # a word, then the tag that closes
+    roll = objectives.Rollout(jnp.asarray(a), None, {'positions': np.zeros((3, 2))}, ids)
     hp = dataclasses.replace(PLAIN, group=6 // mean_of, mean_of=mean_of, resample=resample)
-    _, metrics = objectives._reconstruction(None, roll, jnp.asarray(pred), found, hp, {'mse_weight': 1.0})
+    hp = dataclasses.replace(hp, tags=response.Tags((), (17,)))
+
+    def loss(lens, base, roll, *rest):
+        return objectives._reconstruction(base, roll, jnp.asarray(pred), hp, KNOBS)
+
+    _, metrics = objectives.gradient(objectives.Objective(None, loss), 0.0, None, roll, KEY, hp, KNOBS, ())
     error = ((mixed - a) ** 2).sum(1) / (a**2).sum(1)
     assert 0 < counted.sum() < 36
     np.testing.assert_allclose(metrics['loss_encoder'], error[counted].mean(), rtol=1e-5)

@@ -221,16 +221,19 @@ def test_what_cannot_fit_is_not_compiled(opened):
 def test_which_changes_are_tried(opened):
     cfg, _, mesh = opened
     split = [{'mesh.model': 2, 'mesh.data': 2}, {'mesh.model': 4, 'mesh.data': 1}]
-    documents = {'sft.documents': 12, 'grpo.documents': 4}
+    slices = {'sft.slices': 2, 'grpo.slices': 2}
     assert list(plan.changes(cfg, mesh, ['sft', 'grpo'], True)) == [
         {'mesh.shard_base': True},
         {'subject.packed': True},
         *split,
-        documents,
+        slices,
     ]
+    cfg.grpo.resample = True  # needs the next document
+    assert list(plan.changes(cfg, mesh, ['sft', 'grpo'], True))[-1] == {'sft.slices': 2, 'grpo.documents': 4}
+    cfg.grpo.resample = False
     cfg.grpo.documents, cfg.decoder.train, cfg.mesh.shard_base = 4, 'full', True  # 2 documents on 4 devices
     assert list(plan.changes(cfg, mesh, ['sft', 'grpo'], True)) == split
-    assert list(plan.changes(cfg, sharding.make_mesh(1, 1), ['grpo'], False)) == [{'grpo.documents': 2}]
+    assert list(plan.changes(cfg, sharding.make_mesh(1, 1), ['grpo'], False)) == [{'grpo.slices': 4}]
 
 
 def test_words_stand_in_for_tokens():
@@ -274,7 +277,7 @@ def test_a_plan_says_what_helps(planned):
     code, text = planned(7.0, 8e9)
     assert code == 1 and 'Does not fit in 7.0 GB: phase sft needs 8.00 GB, 1.0 GB too much' in text
     assert text.count('  with ') == 5 and 'rows of 4096 tokens and 100000 documents are assumed' in text
-    assert 'with sft.documents=12: base 0.00, phase sft 8.00 GB, 1.0 GB too much' in text
+    assert 'with sft.slices=2: base 0.00, phase sft 8.00 GB, 1.0 GB too much' in text
     assert 'None of the changes' in text
     code, text = planned(1e-4, 8e9)  # holds nothing
     assert 'with mesh.model=4 mesh.data=1: base 0.00, phase sft without temporaries' in text

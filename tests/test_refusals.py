@@ -60,6 +60,12 @@ from tests.small_run import config, train
             {'mesh__data': 2, 'sft__documents': 3},
             r'sft.documents=3 cannot be split over mesh.replica x mesh.data = 2 devices: use a multiple of 2',
         ),
+        (
+            {'grpo__documents': 6, 'grpo__slices': 4},
+            r'grpo.documents=6 cannot be split into grpo.slices=4 equal parts on every device: use a multiple of 4',
+        ),
+        ({'grpo__slices': 2, 'grpo__resample': True}, r'grpo.resample=True needs grpo.slices=1: the next document'),
+        ({'phases': ('gumbel',), 'gumbel__slices': 2}, r'gumbel.slices=2 does nothing under the gumbel objective'),
         ({'mesh__data': 16}, r'mesh.data=16 x mesh.model=1 needs 16 devices, but JAX sees 8'),
         ({'subject__path': '/nowhere'}, r'/nowhere does not exist'),
         ({'data__path': '/nowhere'}, r'/nowhere/train/meta.json does not exist'),

@@ -166,6 +166,21 @@ def _run_blocks(blocks, adapters, x_BxTxD, positions, past, together, lo, hi, c,
     return x_BxTxD, collected
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float32_product(spec: str, x, w):
+    """An einsum of two arrays in float32, whose gradients are products in their own dtype: for the float32 cotangent
+    of 16 bits, XLA would make a float32 copy of the weights at each call."""
+    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+
+
+def _product_backward(spec: str, operands, d):
+    out, transpose = jax.vjp(functools.partial(jnp.einsum, spec), *operands)
+    return transpose(d.astype(out.dtype))
+
+
+_float32_product.defvjp(lambda spec, x, w: (_float32_product(spec, x, w), (x, w)), _product_backward)
+
+
 def _keys_values(x_BxTxD, keys_values: KVCache) -> KVCache:
     del x_BxTxD
     return keys_values
@@ -283,7 +298,7 @@ class Transformer(nnx.Module):
 
         def logits(x_BxTxD):
             x = self.final_norm(x_BxTxD, c.norm_eps)
-            return softcap(jnp.einsum(f'btd,{spec}->btv', x, w, preferred_element_type=jnp.float32), c.final_softcap)
+            return softcap(_float32_product(f'btd,{spec}->btv', x, w), c.final_softcap)
 
         return logits
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import config, data, flops, hf, lens_init, places, response, sharding
+from lens import config, data, flops, hf, lens_init, objectives, places, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
@@ -128,9 +128,19 @@ def changes(cfg, mesh, full: list[str], ships_packed: bool) -> Iterator[dict]:
     for size in MODEL_SIZES:
         if size > model and data * model % size == 0:
             yield {'mesh.model': size, 'mesh.data': data * model // size}
-    halves = {name: cfg[name].documents // 2 for name in full}
-    if all(n and n % sharding.row_count(mesh) == 0 and n * cfg[name].vectors >= 2 for name, n in halves.items()):
-        yield {f'{name}.documents': n for name, n in halves.items()}
+    parts = [_part(cfg[name], name, sharding.row_count(mesh)) for name in full]
+    if all(parts):
+        yield {k: v for part in parts for k, v in part.items()}
+
+
+def _part(p, name: str, devices: int) -> dict:
+    """Fewer documents at a time in a phase: slices, where they can be had, change nothing else; else half of them."""
+    if 'slices' in objectives.OBJECTIVES[p.objective].reads and not p.resample:
+        for n in (4 * p.slices, 2 * p.slices):
+            if p.documents % (n * devices) == 0:
+                return {f'{name}.slices': n}
+    n = p.documents // 2
+    return {f'{name}.documents': n} if n % (p.slices * devices) == 0 and n * p.vectors >= 2 else {}
 
 
 def after(
