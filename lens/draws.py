@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lens import sharding
+
 ROUNDS = ((13, 15, 26, 6), (17, 29, 16, 24))  # rotations of Threefry-2x32 (Salmon et al. 2011), 5 times 4 in turn
 PARITY = 0x1BD11BDA
 CHUNK = 128  # numbers that are reduced to their maximum before an index is looked for
@@ -44,6 +46,8 @@ def gumbel(key, shape: tuple[int, ...], spec=None):
 
 def argmax(x_NxV):
     """Gives jnp.argmax(x_NxV, axis=-1) as int32, of numbers none of which is NaN."""
+    if sharding.platform() != 'cpu':
+        return jnp.argmax(x_NxV, axis=-1).astype(jnp.int32)
     x = jax.lax.optimization_barrier(x_NxV)  # what makes x is not to run inside the reductions
     n, v = x.shape
     x = jnp.pad(x, ((0, 0), (0, -v % CHUNK)), constant_values=-jnp.inf).reshape(n, -1, CHUNK)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import losses, sharding
+from lens import draws, losses, sharding
 from lens.models import decoder as dec
 from lens.models.attention import KVCache
 from lens.models.subject import tile_rows
@@ -26,8 +26,8 @@ class Samples(NamedTuple):
 def noise(key, t, shape: tuple[int, int]):
     """Draws standard Gumbel noise NxV for token t, the same on every mesh. key: one, or one for each row [N]."""
     if key.ndim:
-        return jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, t), shape[1:], jnp.float32))(key)
-    return jax.random.gumbel(jax.random.fold_in(key, t), shape, jnp.float32, out_sharding=sharding.out(ROWS))
+        return jax.vmap(lambda k: draws.gumbel(jax.random.fold_in(k, t), shape[1:]))(key)
+    return draws.gumbel(jax.random.fold_in(key, t), shape, sharding.out(ROWS))
 
 
 def perturbed(logits_NxV, key, t, temperature_N):
@@ -48,7 +48,7 @@ def draw(decoder, base, first_NxV, prompt: KVCache, key, *, length: int, tempera
     ids = jnp.full((n, length), UNDRAWN, jnp.int32, out_sharding=sharding.out(ROWS))
 
     def token(logits, ids, kept, t):
-        ids_N = jnp.argmax(perturbed(logits, key, t, temperature_N), axis=-1).astype(jnp.int32)
+        ids_N = draws.argmax(perturbed(logits, key, t, temperature_N))
         put = jax.lax.dynamic_update_index_in_dim
         return ids_N, put(ids, ids_N, t, 1), put(kept, keep(logits, ids_N), t, 1)
 

@@ -82,6 +82,17 @@ def make_mesh(data: int, model: int, replica: int = 1, devices=None) -> jax.shar
     return jax.make_mesh((replica, data, model), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:n])
 
 
+def device():
+    """Returns what the program that is traced runs on, with platform and device_kind: devices of the mesh, which may be
+    elsewhere when it is only compiled, or the first of this machine."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def platform() -> str:
+    """Returns 'cpu', 'gpu' or 'tpu'."""
+    return device().platform
+
+
 def row_count(mesh) -> int:
     """Returns over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[a] for a in ROW_AXES)
@@ -95,12 +106,6 @@ def shards(*axes: str) -> int:
 def out(spec: P) -> P | None:
     """Returns `spec` for an `out_sharding=` argument, or None when no mesh is set (a notebook)."""
     return None if jax.sharding.get_abstract_mesh().empty else spec
-
-
-def platform() -> str:
-    """Returns what the devices of the mesh are, or of JAX where no mesh is set: cpu, gpu or tpu."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def like(x: jax.Array) -> P | None:

@@ -217,7 +217,7 @@ def without_kernels(monkeypatch):
 def test_auto_changes_its_product_with_the_tokens_of_a_shard(monkeypatch, platform, kernel, length):
     """Two of eight rows on each shard: 6 tokens, and 8. Equal to dense on one device in value and gradients."""
     monkeypatch.setattr(moe, 'DENSE_TOKENS', 7)
-    monkeypatch.setattr(moe, 'platform', lambda: platform)
+    monkeypatch.setattr(sharding, 'platform', lambda: platform)
     without_kernels(monkeypatch)
     runs = []
     for name, run in moe.IMPLEMENTATIONS.items():
@@ -310,7 +310,7 @@ def test_kernels_equal_one_product_per_group(out_first, rows):
 def test_says_what_is_slow(monkeypatch):
     assert moe.slow('auto', 6) == moe.slow('ragged', 6) == ''
     assert 'subject.experts=triton interprets' in moe.slow('triton', 6)
-    monkeypatch.setattr(moe, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
     assert 'by all 6 experts' in moe.slow('ragged', 6) and moe.slow('auto', 6) == moe.slow('triton', 6) == ''
 
 

@@ -106,7 +106,7 @@ CUDNN = Kernels(_forward, _backward)
 
 def on_nvidia() -> bool:
     """Returns whether the program that is traced will run on NVIDIA GPUs: those of the mesh, or of this machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    device = sharding.device()
     # Turing and before have no such kernels; data-centre cards of those years are called Tesla.
     return device.platform == 'gpu' and device.device_kind.startswith('NVIDIA')
 

@@ -35,12 +35,6 @@ def alone(w: jax.Array) -> Picked:
     return Picked(w[None], jnp.int32(0))
 
 
-def platform() -> str:
-    """Returns what a program is traced for, 'cpu', 'gpu' or 'tpu': also one compiled for devices that are not here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
 def dot(rows_AxI: jax.Array, w: Picked, sizes_E: jax.Array, out_first: bool) -> jax.Array:
     """Multiplies AxO: the first sizes_E[0] rows by the first matrix of a layer, the next sizes_E[1] by its second, ...
 
@@ -77,7 +71,7 @@ def _call(kernel, out, flops: int, grid: tuple[int, ...], name: str):
         grid=grid,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=0, transcendentals=0),
-        interpret=platform() != 'gpu',
+        interpret=sharding.platform() != 'gpu',
         name=name,
     )
 

@@ -15,7 +15,7 @@ from flax import nnx
 from lens import sharding
 from lens.errors import LensError
 from lens.models import grouped, mxfp4
-from lens.models.grouped import Picked, platform
+from lens.models.grouped import Picked
 from lens.models.norm import normal, zeros
 
 LIMIT = 7.0  # of the gate from above, of `up` on both sides
@@ -100,7 +100,7 @@ def _ragged_dot(rows_AxI, w: Picked, sizes_E, out_first):
 
 def _auto(x_NxD, choice_NxC, weight_NxC, w: Experts):
     """Whatever is fastest on the platform for so many tokens."""
-    kernel = {'gpu': 'triton', 'tpu': 'ragged'}.get(platform())
+    kernel = {'gpu': 'triton', 'tpu': 'ragged'}.get(sharding.platform())
     name = 'dense' if kernel is None or x_NxD.shape[0] <= DENSE_TOKENS else kernel
     return IMPLEMENTATIONS[name](x_NxD, choice_NxC, weight_NxC, w)
 
@@ -116,9 +116,9 @@ IMPLEMENTATIONS = {
 
 def slow(name: str, n_experts: int) -> str:
     """Says what is slow about an implementation where it runs, '' for nothing."""
-    if name == 'ragged' and platform() == 'gpu':
+    if name == 'ragged' and sharding.platform() == 'gpu':
         return f'subject.experts=ragged multiplies every token by all {n_experts} experts on a GPU; auto does not.'
-    if name == 'triton' and platform() != 'gpu':
+    if name == 'triton' and sharding.platform() != 'gpu':
         return 'subject.experts=triton interprets its kernels where there is no GPU; auto does not.'
     return ''
 
@@ -181,7 +181,7 @@ class MoE(nnx.Module):
         layer = jax.tree.map(lambda w: w[i], self)
         for name in () if hasattr(self, 'gate_up_blocks') else ('gate_up', 'down'):
             stack = getattr(self, name)[...]
-            if 'data' not in (sharding.like(stack) or ()) and stack.dtype == (dtype or stack.dtype):
+            if 'data' not in (sharding.like(stack) or ()) and stack.dtype == jnp.dtype(dtype or stack.dtype):
                 setattr(layer, name, nnx.data(Picked(stack, jnp.asarray(i, jnp.int32))))
         return layer
 
