@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from lens import sharding
+
 ROWS, FEW_ROWS = 128, 64  # of a tile; the latter where groups have fewer than MANY rows each
 MANY = 256
 COLUMNS, INNER = 128, 64
