@@ -160,8 +160,11 @@ def _head(text: str) -> tuple[str, str]:
 
 def _group_size(attributes: str) -> int:
     """Devices of one group of a collective."""
-    if found := re.search(r'replica_groups=\[(\d+),(\d+)\]', attributes):
-        return int(found[2])
+    if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):  # by the names of axes
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    if found := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
+        return int(found[1])
     if found := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
         return found[1].count(',') + 1
     return 2 if 'source_target_pairs={{' in attributes else 1
@@ -263,13 +266,13 @@ class _Program:
         inputs = [of[o].out[0] for o in x.operands if o in of and of[o].out]
         out, target = x.out[0], re.search(r'custom_call_target="([^"]*)"', x.attributes)
         target = target[1] if target else ''
+        if 'fmha' in target:
+            return _attention_flops(x, inputs)
         if contracted := re.search(r'lhs_contracting_dim(?:ension)?s\W+([\d",]+)', x.attributes):
             left, right = inputs[:2]
             depth = math.prod(left.dims[int(n)] for n in re.findall(r'\d+', contracted[1]))
             ragged = 'lhs_ragged_dims' in x.attributes and len(right.dims) < len(out.dims)  # a gradient of weights
             return 2 * out.size * depth / (out.dims[0] if ragged else 1)
-        if 'fmha' in target:
-            return _attention_flops(x, inputs)
         if 'triton' in target or 'mosaic' in target or 'pallas' in target:
             return _grouped_flops(inputs, x.out)
         return 0.0

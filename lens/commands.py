@@ -38,11 +38,19 @@ def train() -> None:
         False,
         'Print what each device would need, and what helps where it does not fit (exit code 1); no training.',
     )
-    device_gb = flags.DEFINE_float('device_gb', 80.0, 'Memory of one device in 1e9 bytes, for --plan.', lower_bound=0.0)
+    device = flags.DEFINE_string(
+        'device',
+        '',
+        'Whose compiler --plan asks: h100, v5e or v5p, where the plugin of JAX is installed, or cpu; else the first of '
+        'them that is there.',
+    )
+    device_gb = flags.DEFINE_float(
+        'device_gb', None, 'Memory of one device in 1e9 bytes, for --plan; else that of --device, 80 for cpu.', lower_bound=0.0
+    )
     flags.register_validator(
         'workdir', lambda x: x is not None or plan.value, 'Flag --workdir must have a value other than None.'
     )
-    cli.start('lens.main', config, workdir, profile, *place, plan, device_gb, cli.DEBUG)
+    cli.start('lens.main', config, workdir, profile, *place, plan, device, device_gb, cli.DEBUG)
 
 
 def _subject() -> flags.FlagHolder:

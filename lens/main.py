@@ -29,7 +29,8 @@ def main(
     num_processes: int | None,
     process_id: int | None,
     plan: bool,
-    device_gb: float,
+    device: str,
+    device_gb: float | None,
     debug: bool,
 ) -> int | None:
     with Stop() as stop, contextlib.ExitStack() as held:
@@ -37,7 +38,7 @@ def main(
             prepare(debug)
             from lens.tools import plan  # a command of its own that shares the flags of this one
 
-            return plan.run(config, device_gb)
+            return plan.run(config, device, device_gb)
         ranks = process_id, os.environ.get('SLURM_PROCID'), os.environ.get('OMPI_COMM_WORLD_RANK')
         unknown = coordinator == 'auto'  # JAX knows which process this is
         if not unknown and not any(int(rank or 0) for rank in ranks):

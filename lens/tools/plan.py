@@ -1,9 +1,10 @@
-"""What a configuration needs on each device: `python -m lens.main --config=… --plan [--device_gb=80]`.
+"""What a configuration needs on each device: `python -m lens.main --config=… --plan [--device=h100] [--device_gb=80]`.
 
 Nothing is allocated and no weights are read. What a step is given (base, trained parameters, optimizer, reference) is
-exact, in the dtypes of the run. What it needs besides is read from the program that XLA makes for as many CPU devices,
-with the frozen base in float32: on CPU a 16-bit program would convert whole stacks of weights first. Both are upper
-bounds where the run has 16 bits.
+exact, in the dtypes of the run. What it needs besides is read from the program that XLA makes for as many devices: of
+--device where the plugin of JAX for it is installed, no such device being needed (targets.py). Without a plugin it is the
+program for CPUs, with the frozen base in float32: on CPU a 16-bit program would convert whole stacks of weights first.
+Both are upper bounds then, where the run has 16 bits. Of a device's memory JAX is given targets.SHARE.
 """
 
 import collections
@@ -11,17 +12,18 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lens import config, data, flops, hf, lens_init, objectives, places, response, sharding
+from lens import config, data, flops, hf, keys, lens_init, objectives, places, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
 from lens.models.transformer import Transformer, TransformerConfig
+from lens.tools import targets
 from lens.train import State, abstract_state, trace
 
 GB = 1e9
@@ -29,6 +31,7 @@ DEVICES, MOST_DEVICES = 8, 2048  # with mesh.data=-1; that start within seconds
 MODEL_SIZES = (2, 4, 8)  # of mesh.model, tried where a configuration does not fit
 SEQ_LEN, DOCUMENTS = 4096, 100_000  # where the data is not there
 MARGIN = 0.1  # spare memory below which a plan warns
+CPU_NOTE = 'temporaries: of the CPU program with a float32 subject, an upper bound for 16 bits'
 
 
 class WordTokenizer:
@@ -43,13 +46,15 @@ class WordTokenizer:
 
 
 class Workload(NamedTuple):
-    """What is planned, beside configuration and mesh. ships_packed: the subject's experts are MXFP4 on disk."""
+    """What is planned, beside configuration and mesh. ships_packed: the subject's experts are MXFP4 on disk. devices: for
+    which it is compiled, those of this process where there are none."""
 
     c: TransformerConfig
     texts: Texts
     seq_len: int
     documents: int
     ships_packed: bool
+    devices: Sequence | None = None
 
 
 class Needs(NamedTuple):
@@ -95,22 +100,27 @@ def needs(cfg, job: Workload, mesh) -> dict[str, Needs]:
 def compile_step(cfg, job: Workload, mesh, name: str) -> list[tuple[jax.stages.Traced, jax.stages.Compiled]]:
     """Compiles the reading and the step of phase `name` as the head of this file says, in up to a minute."""
     cfg = cfg.copy_and_resolve_references()
-    cfg.subject.dtype = 'float32'
-    if job.c.n_experts:
-        (cfg.subject.experts,) = moe.PLANNED
+    if on_cpu(mesh):
+        cfg.subject.dtype = 'float32'
+        if job.c.n_experts:
+            (cfg.subject.experts,) = moe.PLANNED
     with jax.set_mesh(mesh):
         step, key = next(x for x in steps(cfg, job, mesh) if x[0].name == name), jax.eval_shape(jax.random.key, 0)
         return [(traced, traced.lower().compile()) for traced in trace(*step, key)]
 
 
+def on_cpu(mesh) -> bool:
+    return mesh.devices.flat[0].platform == 'cpu'
+
+
 def compile_phase(cfg, job: Workload, mesh, name: str) -> tuple[int, dict[str, float]]:
     """Returns (bytes of the temporaries of a step on one device, its FLOPs by part).
 
-    One layer's experts are among the temporaries: a kernel for grouped products may copy them, unlike what is compiled
-    in its place (moe.PLANNED).
+    On CPU one layer's experts are among the temporaries: a kernel for grouped products may copy them, unlike what is
+    compiled in its place (moe.PLANNED).
     """
     programs = compile_step(cfg, job, mesh, name)
-    experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers
+    experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers if on_cpu(mesh) else 0
     temporaries = max(compiled.memory_analysis().temp_size_in_bytes for _, compiled in programs)
     work = collections.Counter()
     for traced, _ in programs:
@@ -152,7 +162,7 @@ def after(
     """
     cfg = cfg.copy_and_resolve_references()
     cfg.update_from_flattened_dict(values)
-    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica, job.devices)
     given, found = needs(cfg, job, mesh), {}
     most = max(given, key=lambda x: given[x].total)
     if given[most].total > device:
@@ -165,23 +175,29 @@ def after(
     return most, found[most]
 
 
-def run(cfg, device_gb: float, compiling=compile_phase) -> int:
-    """Prints the plan of `cfg` for devices of `device_gb` * 1e9 bytes. Returns 0 when it fits, else 1.
+def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile_phase) -> int:
+    """Prints the plan of `cfg` for devices `target` (targets.TARGETS, '' for the first whose compiler is there) of
+    `device_gb` * 1e9 bytes, where given. Returns 0 when it fits, else 1.
 
-    Only CPU devices are made, as many as the mesh has. Raises LensError for what a configuration alone shows to
-    be impossible.
+    No device is touched but those of the CPU. Raises LensError for what a configuration alone shows to be impossible.
     """
     config.check_values(cfg)
-    pretend_devices(cfg)
+    target = target or targets.default()
+    keys.choice(target, targets.TARGETS, '--device')
+    devices = pretend_devices(cfg, target)
     require(len(cfg.phases) > 0, 'phases is empty: there is nothing to plan.')
-    mesh, device = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica), device_gb * GB
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica, devices)
+    card = targets.TARGETS[target].memory_gb if device_gb is None else device_gb
+    device, limit = targets.SHARE * card * GB, f'{targets.SHARE * card:.1f} GB ({targets.SHARE} of {card:.1f})'
     job, notes = open_job(cfg)
+    job = job._replace(devices=devices)
     for name in cfg.phases:
         config.check_phase(cfg, name)
     config.check_batches(cfg, mesh)
     sizes = ', '.join(f'{k} {v}' for k, v in mesh.shape.items() if v > 1) or 'no mesh'
     print(f'{cfg.subject.path} on {mesh.size} device{"s" * (mesh.size > 1)} ({sizes}); no device is touched')
-    notes.append('temporaries: of the CPU program with a float32 subject, an upper bound for 16 bits')
+    notes.append(CPU_NOTE if on_cpu(mesh) else f'temporaries: of the program of the compiler for {target}')
+    bound = 'at most' if on_cpu(mesh) else 'as compiled'
     print('\n'.join(f'  {x}' for x in [*notes, 'not counted: evaluation, fragmentation, workspaces of kernels']))
     found = {}
     for name, given in needs(cfg, job, mesh).items():
@@ -189,15 +205,15 @@ def run(cfg, device_gb: float, compiling=compile_phase) -> int:
         began = time.monotonic()
         temporaries, work = compiling(cfg, job, mesh, name)
         found[name] = given._replace(temporaries=temporaries)
-        print(f'{time.monotonic() - began:.0f} s\n' + '\n'.join(describe(found[name], work, cfg.subject.dtype, device)))
+        print(f'{time.monotonic() - began:.0f} s\n' + '\n'.join(describe(found[name], work, cfg.subject.dtype, device, bound)))
     most = max(found, key=lambda x: found[x].total)
     full = [name for name, n in found.items() if n.total > device]
     if not full:
-        print(f'\nFits in {device_gb:.1f} GB: phase {most} needs most, at most {spare(found[most], device)}.')
+        print(f'\nFits in {limit}: phase {most} needs most, {bound} {spare(found[most], device)}.')
         if found[most].total > (1 - MARGIN) * device:
             print(f'Under {MARGIN:.0%} to spare: fragmentation and workspaces of kernels are not counted.')
         return 0
-    print(f'\nDoes not fit in {device_gb:.1f} GB: phase {most} needs {spare(found[most], device)}.')
+    print(f'\nDoes not fit in {limit}: phase {most} needs {spare(found[most], device)}.')
     fits = False
     for values in changes(cfg, mesh, full, job.ships_packed):
         name, then = after(values, cfg, job, full, device, compiling)
@@ -210,12 +226,12 @@ def run(cfg, device_gb: float, compiling=compile_phase) -> int:
     return 1
 
 
-def describe(n: Needs, work: dict[str, float], dtype: str, device: float) -> list[str]:
-    """Returns lines on the memory of one device, in GB, and on the FLOPs of a step on all."""
-    notes = f'frozen, {dtype}', 'float32', 'its moments', 'the decoder at the start of the phase', 'at most'
+def describe(n: Needs, work: dict[str, float], dtype: str, device: float, bound: str) -> list[str]:
+    """Returns lines on the memory of one device, in GB, and on the FLOPs of a step on all. bound: what temporaries are."""
+    notes = f'frozen, {dtype}', 'float32', 'its moments', 'the decoder at the start of the phase', bound
     lines = [f'  {k:12}{x / GB:8.2f} GB  {note}' for k, x, note in zip(n._fields, n, notes, strict=True) if x]
     named = ', '.join(f'{k} {v:.2g}' for k, v in work.items() if v)
-    return [*lines, f'  total at most {spare(n, device)}', f'  FLOPs of a step, all devices: {named}']
+    return [*lines, f'  total {bound} {spare(n, device)}', f'  FLOPs of a step, all devices: {named}']
 
 
 def spare(n: Needs, device: float) -> str:
@@ -225,16 +241,16 @@ def spare(n: Needs, device: float) -> str:
     return f'{n.total / GB:.2f} GB, {rest}'
 
 
-def pretend_devices(cfg) -> None:
-    """Makes as many CPU devices as the mesh has."""
+def pretend_devices(cfg, target: str) -> list:
+    """Makes as many devices of a target as the mesh has."""
     m = cfg.mesh
     if m.data == -1:
         m.data = max(1, DEVICES // (m.model * m.replica))
         print(f'mesh.data=-1: {m.data} is taken, for {m.data * m.model * m.replica} devices')
     n = m.data * m.model * m.replica
     require(n <= MOST_DEVICES, f'the mesh has {n} devices, a plan can make {MOST_DEVICES}: plan a smaller mesh.data.')
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', max(1, n))
+    targets.prepare(target)
+    return targets.devices(target, max(1, n))
 
 
 def open_job(cfg) -> tuple[Workload, list[str]]:
