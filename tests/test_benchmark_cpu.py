@@ -11,7 +11,7 @@ from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
 
 torch.set_num_threads(1)  # tiny matrices
-# vocabulary 56, d 24, 4 blocks, 6 query and 2 kv heads of 8, feed-forward 40
+# vocabulary 56, d 24, 4 blocks, 6 query and 2 kv heads of 10, feed-forward 40
 TINY = TransformerConfig(
     family='llama',
     vocab_size=56,
@@ -19,14 +19,14 @@ TINY = TransformerConfig(
     n_layers=4,
     n_heads=6,
     n_kv_heads=2,
-    head_dim=8,
+    head_dim=10,
     d_ff=40,
     norm_eps=1e-5,
     tied=True,
     max_positions=64,
     ropes=(Rope(500.0),),
 )
-SHAPE = cpu.Shape(documents=3, width=11, activations=9, length=5, prompt=7)
+SHAPE = cpu.Shape(documents=3, width=11, activations=9, length=5, prompt=8)
 
 
 @pytest.fixture(scope='module')
