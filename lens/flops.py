@@ -93,7 +93,7 @@ def _routed(scopes: str, c: TransformerConfig) -> float:
 
 def _flops(eqn, c: TransformerConfig) -> float:
     if eqn.primitive.name == 'pallas_call':
-        return eqn.params['cost_estimate'].flops  # by its author
+        return eqn.params['cost_estimate'].flops
     left, right, out = (x.aval.shape for x in (*eqn.invars[:2], *eqn.outvars))
     if eqn.primitive.name == 'ragged_dot_general':
         numbers = eqn.params['ragged_dot_dimension_numbers']
