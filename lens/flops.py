@@ -109,7 +109,7 @@ def _routed(scopes: str, c: TransformerConfig) -> float:
 
 def _flops(eqn, scopes: str, c: TransformerConfig) -> float:
     if eqn.primitive.name == 'pallas_call':
-        return eqn.params['cost_estimate'].flops  # by its author
+        return eqn.params['cost_estimate'].flops
     left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if eqn.primitive.name == 'ragged_dot_general':
         numbers = eqn.params['ragged_dot_dimension_numbers']

@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding
 from lens import sharding
 from lens.errors import LensError
 from lens.models import grouped, moe, mxfp4
-from lens.models.grouped import Picked
 from lens.models.moe import MoE
 from lens.sharding import P
 from tests.compare import close
@@ -195,7 +194,7 @@ def test_groups_equal_dense(how, one_sided):
 
 
 def plain_product(x_AxI, stack, layer, sizes_E, out_first):
-    w = Picked(stack, layer).read()
+    w = stack[layer]
     return _poison(jax.lax.ragged_dot(x_AxI, w.swapaxes(1, 2) if out_first else w, sizes_E), sizes_E)
 
 
@@ -293,7 +292,7 @@ def test_kernels_equal_one_product_per_group(out_first, rows):
     stored = w.swapaxes(2, 3) if out_first else w
 
     def product(x, w):
-        return grouped.dot(x, Picked(w, jnp.int32(1)), jnp.asarray(sizes, jnp.int32), out_first)
+        return grouped.dot(x, grouped.pick(w[1], w, 1), jnp.asarray(sizes, jnp.int32), out_first)
 
     y, back = jax.vjp(product, jnp.asarray(x, jnp.float32), jnp.asarray(stored, jnp.float32))
     d_x, d_w = back(jnp.asarray(g, jnp.float32))
@@ -314,10 +313,11 @@ def test_says_what_is_slow(monkeypatch):
     assert 'by all 6 experts' in moe.slow('ragged', 6) and moe.slow('auto', 6) == moe.slow('triton', 6) == ''
 
 
-def test_bfloat16():
+@EVERY
+def test_bfloat16(how):
     """The result is within two roundings of float64 on the same rounded weights, choices included."""
     m, x = random_moe(SIX, dtype=jnp.bfloat16), random_x(SIX, dtype=jnp.bfloat16)
-    y = apply(m, x, SIX)
+    y = apply(m, x, dataclasses.replace(SIX, experts=how))
     assert y.dtype == jnp.bfloat16
     close(y, numpy_moe(m, SIX, x)[0], jnp.bfloat16, steps=2)
 

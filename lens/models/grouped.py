@@ -22,19 +22,19 @@ WARPS, STAGES = 8, 3  # 96 KB of shared memory: two tiles at a time on one proce
 
 
 class Picked(NamedTuple):
-    """The matrices of one layer where they are stored: in a stack LxExOxI or LxExIxO, at `layer`."""
+    """The matrices of one layer, ExOxI or ExIxO, and where they are stored: in a stack of layers, at `layer`.
 
+    A kernel reads the stack, so that nothing takes the layer out of it; a gradient is that of `own`.
+    """
+
+    own: jax.Array
     stack: jax.Array
     layer: jax.Array
 
-    def read(self) -> jax.Array:
-        """Takes them out, in place where XLA can."""
-        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, 0, keepdims=False)
 
-
-def alone(w: jax.Array) -> Picked:
-    """Makes the stack of a layer that is in none."""
-    return Picked(w[None], jnp.int32(0))
+def pick(own: jax.Array, stack: jax.Array | None = None, layer=0) -> Picked:
+    """Makes a Picked of stack[layer], `own`, or (without a stack) of a layer that is in none."""
+    return Picked(own, jax.lax.stop_gradient(own[None] if stack is None else stack), jnp.asarray(layer, jnp.int32))
 
 
 def dot(rows_AxI: jax.Array, w: Picked, sizes_E: jax.Array, out_first: bool) -> jax.Array:
@@ -42,24 +42,24 @@ def dot(rows_AxI: jax.Array, w: Picked, sizes_E: jax.Array, out_first: bool) -> 
 
     out_first: the matrices are OxI, not IxO. Rows beyond the groups are undefined in the product and in its gradient.
     """
-    return _dot(rows_AxI, w.stack, w.layer, sizes_E, out_first)
+    return _dot(rows_AxI, *w, sizes_E, out_first)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _dot(rows_AxI, stack, layer, sizes_E, out_first):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _dot(rows_AxI, own, stack, layer, sizes_E, out_first):
+    del own
     return _product(rows_AxI, stack, layer, sizes_E, out_first)
 
 
-def _forward(rows_AxI, stack, layer, sizes_E, out_first):
-    return _product(rows_AxI, stack, layer, sizes_E, out_first), (rows_AxI, stack, layer, sizes_E)
+def _forward(rows_AxI, own, stack, layer, sizes_E, out_first):
+    return _dot(rows_AxI, own, stack, layer, sizes_E, out_first), (rows_AxI, stack, layer, sizes_E)
 
 
 def _backward(out_first, residuals, g_AxO):
     rows_AxI, stack, layer, sizes_E = residuals
     d_rows = _product(g_AxO, stack, layer, sizes_E, not out_first)
     pair = (g_AxO, rows_AxI) if out_first else (rows_AxI, g_AxO)
-    d_w = _of_matrices(*pair, sizes_E).astype(stack.dtype)
-    return d_rows, jax.lax.dynamic_update_index_in_dim(jnp.zeros_like(stack), d_w, layer, 0), None, None
+    return d_rows, _of_matrices(*pair, sizes_E), None, None, None
 
 
 _dot.defvjp(_forward, _backward)

@@ -69,8 +69,8 @@ def _grouped(multiply, x_NxD, choice_NxC, weight_NxC, w: Experts):
 
     # A permutation, not a gather with repeats: its transpose is then deterministic on GPU too.
     rows_AxD = jnp.repeat(x_NxD, k, axis=0).at[order_A].get(unique_indices=True)
-    stack, layer = w.gate_up_Ex2xFxD
-    joined = Picked(stack.reshape(*stack.shape[:2], 2 * f, -1), layer)
+    own, stack, layer = w.gate_up_Ex2xFxD
+    joined = Picked(own.reshape(n_experts, 2 * f, -1), stack.reshape(-1, n_experts, 2 * f, x_NxD.shape[1]), layer)
     gate_up = product(rows_AxD, joined, True).reshape(-1, 2, f)
     h_AxF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF[expert_A]).astype(x_NxD.dtype)
     y_AxD = product(h_AxF, w.down_ExFxD, False) + w.down_bias_ExD[expert_A]
@@ -86,16 +86,15 @@ def _dense(x_NxD, choice_NxC, weight_NxC, w: Experts):
     chosen_NxCxE = choice_NxC[..., None] == jnp.arange(n_experts)
     weight_NxE = jnp.sum(jnp.where(chosen_NxCxE, weight_NxC[..., None], 0), axis=1)
     with jax.named_scope(f'all_{n_experts}_experts'):  # for lens.flops
-        gate_up = jnp.einsum('nd,ecfd->necf', x_NxD, w.gate_up_Ex2xFxD.read())
+        gate_up = jnp.einsum('nd,ecfd->necf', x_NxD, w.gate_up_Ex2xFxD.own)
         h_NxExF = activate(gate_up.astype(jnp.float32) + w.gate_up_bias_Ex2xF) * weight_NxE[..., None]
-        down_ExFxD = w.down_ExFxD.read()
+        down_ExFxD = w.down_ExFxD.own
         y_NxD = jnp.einsum('nef,efd->nd', h_NxExF.astype(x_NxD.dtype), down_ExFxD, preferred_element_type=jnp.float32)
         return y_NxD + weight_NxE @ w.down_bias_ExD
 
 
 def _ragged_dot(rows_AxI, w: Picked, sizes_E, out_first):
-    w_ExIxO = w.read().swapaxes(1, 2) if out_first else w.read()
-    return jax.lax.ragged_dot(rows_AxI, w_ExIxO, sizes_E)
+    return jax.lax.ragged_dot(rows_AxI, w.own.swapaxes(1, 2) if out_first else w.own, sizes_E)
 
 
 def _auto(x_NxD, choice_NxC, weight_NxC, w: Experts):
@@ -126,7 +125,7 @@ def slow(name: str, n_experts: int) -> str:
 def _planned_dot(rows_AxI, w: Picked, sizes_E, out_first):
     """One product of the shapes, FLOPs and operands of a grouped one, all of whose weights are in memory."""
     del sizes_E
-    w_IxO = jax.lax.optimization_barrier(w.read())[0]
+    w_IxO = jax.lax.optimization_barrier(w.own)[0]
     return rows_AxI @ (w_IxO.T if out_first else w_IxO)
 
 
@@ -182,7 +181,7 @@ class MoE(nnx.Module):
         for name in () if hasattr(self, 'gate_up_blocks') else ('gate_up', 'down'):
             stack = getattr(self, name)[...]
             if 'data' not in (sharding.like(stack) or ()) and stack.dtype == jnp.dtype(dtype or stack.dtype):
-                setattr(layer, name, nnx.data(Picked(stack, jnp.asarray(i, jnp.int32))))
+                setattr(layer, name, nnx.data(grouped.pick(getattr(layer, name)[...], stack, i)))
         return layer
 
     def route(self, x_BxTxD, top_k: int):
@@ -224,7 +223,9 @@ class MoE(nnx.Module):
             return jax.lax.psum(y_BxTxD, axis).astype(x_BxTxD.dtype)
 
         of_stored = {
-            k: Picked(sharding.P(None, axis), sharding.P()) if isinstance(v, Picked) else sharding.P(axis)
+            k: Picked(sharding.P(axis), sharding.P(None, axis), sharding.P())
+            if isinstance(v, Picked)
+            else sharding.P(axis)
             for k, v in stored.items()
         }
         specs = (sharding.ACT, sharding.ACT, sharding.ACT, of_stored)
@@ -237,11 +238,11 @@ def _unpack(stored: dict, dtype) -> Experts:
     def picked(name) -> Picked:
         if f'{name}_blocks' in stored:
             w = mxfp4.dequantise(stored[f'{name}_blocks'], stored[f'{name}_scales'], dtype)
-            return grouped.alone(w if name == 'gate_up' else jnp.swapaxes(w, 1, 2))
+            return grouped.pick(w if name == 'gate_up' else jnp.swapaxes(w, 1, 2))
         w = stored[name]
-        if isinstance(w, Picked) and w.stack.dtype == dtype:
+        if isinstance(w, Picked) and w.own.dtype == dtype:
             return w
-        return grouped.alone((w.read() if isinstance(w, Picked) else w).astype(dtype))
+        return grouped.pick((w.own if isinstance(w, Picked) else w).astype(dtype))
 
     gate_up_bias, down_bias = (stored[name].astype(jnp.float32) for name in ('gate_up_bias', 'down_bias'))
     return Experts(picked('gate_up'), gate_up_bias, picked('down'), down_bias)
