@@ -16,7 +16,7 @@ from lens.models.norm import Norm, normal, zeros
 
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
-MIXED = 'mixed'  # values, by attention: what a policy of rematerialisation knows them by
+KEPT = ('q', 'k', 'v', 'mixed')  # what policies of rematerialisation know what is below by
 
 
 class KVCache(NamedTuple):
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
 
         Returns (output BxTxD, their own keys and values).
         """
-        q, k, v = self._project(x_BxTxD, layer, positions, c, adapters)
+        q, k, v = map(checkpoint_name, self._project(x_BxTxD, layer, positions, c, adapters), KEPT[:3])
         own, out = positions, KVCache(k, v)
         if past is not None:
             own = past.k.shape[1] + jnp.arange(x_BxTxD.shape[1])
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
             mask = mask if mask.ndim == 2 else mask[:, None, None]
             return attend(q, k, v, mask, scale=scale, cap=c.attn_softcap, sinks_KxG=sinks)
 
-        mixed = checkpoint_name(in_chunks(attend_rows, q, positions, own), MIXED)
+        mixed = checkpoint_name(in_chunks(attend_rows, q, positions, own), KEPT[3])
         y = lora.project('btkgh,kghd->btd', mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
         return y, out
 

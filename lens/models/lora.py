@@ -9,7 +9,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lens import sharding
 from lens.errors import LensError
@@ -27,8 +26,7 @@ MATRICES = {
 
 
 def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
-    """Computes einsum(spec, x, w) plus `bias`, plus the adapter `name` when `adapters` has one; a policy of
-    rematerialisation knows it by `name`.
+    """Computes einsum(spec, x, w) plus `bias`, plus the adapter `name` when `adapters` has one.
 
     out_spec: where the result lives; needed where the contraction runs over a sharded axis.
     """
@@ -36,20 +34,15 @@ def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
     y = jnp.einsum(spec, x, w[...], out_sharding=out)
     if bias is not None:
         y = y + bias[...]
-    if adapters is not None and name in adapters:
-        y = y + _low_rank(spec, x, y, adapters[name])
-    return checkpoint_name(y, name)
-
-
-def _low_rank(spec: str, x, y, adapter):
-    """(x A) B, which lives where y does."""
-    a, b = (adapter[k].astype(x.dtype) for k in ('a', 'b'))
+    if adapters is None or name not in adapters:
+        return y
+    a, b = (adapters[name][k].astype(x.dtype) for k in ('a', 'b'))
     x_axes, rest = spec.split(',')
     w_axes, y_axes = rest.split('->')
     inner = ''.join(c for c in w_axes if c not in y_axes)
     outer = ''.join(c for c in w_axes if c in y_axes)
     low = jnp.einsum(f'{x_axes},{inner}r->btr', x, a, out_sharding=sharding.out(sharding.ACT))
-    return jnp.einsum(f'btr,r{outer}->{y_axes}', low, b, out_sharding=sharding.like(y))
+    return y + jnp.einsum(f'btr,r{outer}->{y_axes}', low, b, out_sharding=sharding.like(y))
 
 
 def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key, *, rs: bool = False) -> dict:
