@@ -6,7 +6,8 @@
 time   a GRPO step of a small model, one size doubled at a time: seconds beside the FLOPs that the step needs. Where
        work is linear the seconds are a line (with a start: the other sizes stay), so `of growth` doubles with the size.
 wire   steps on eight fake devices: collectives and bytes that each device sends in a step, read from the compiled
-       program, loops multiplied out; then recipes at full size, with a float32 subject (as --plan compiles).
+       program, loops multiplied out; then recipes at full size, with a float32 subject. Split: over `data`, as trained
+       leaves of a large model are (sharding.SPLIT_ABOVE).
 
 Prints tables, and writes OUT/scaling.json and OUT/scaling.svg.
 """
@@ -53,6 +54,7 @@ MODEL = TransformerConfig(  # DEVICES divide what `model` splits
     max_positions=1024,
     ropes=(Rope(10000.0),),
 )
+UNTUNED = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}  # they are never run
 SIZES = {'rows': 4, 'tokens': 16, 'vectors': 2, 'group': 4, 'text': 64, 'layers': 2}
 TEXTS = config.Texts(response.Prompt([1, 2, 3], [4]), ([5], [6, 7]), (1, 2, 3, 8, 4), response.NO_TAGS)
 TRAINED = ('maps', 'lora', 'full')
@@ -129,11 +131,13 @@ def draw(rows: list[dict], file: pathlib.Path) -> None:
 
 
 def sent(name: str, cfg, job: plan.Workload, mesh, **more) -> dict:
-    """Compiles a phase and prints a row of the table: what a device sends in a step."""
-    programs = plan.compile_step(cfg, job, mesh, name)
+    """Compiles the step of a phase and prints a row of the table: what a device sends in it."""
+    cfg.subject.dtype = 'float32'
     with jax.set_mesh(mesh):
-        _, state, _, _ = next(x for x in plan.steps(cfg, job, mesh) if x[0].name == name)
-    found: list[Collective] = [x for _, compiled in programs for x in collectives(compiled.as_text())]
+        step = next(x for x in plan.steps(cfg, job, mesh) if x[0].name == name)
+        programs = trace(*step, jax.eval_shape(jax.random.key, 0))
+        texts = [x.lower().compile(compiler_options=UNTUNED).as_text() for x in programs]
+    found, state = [x for text in texts for x in collectives(text)], step[1]
     n = sharding.row_count(mesh)
     row = more | {'phase': name, 'mesh': {k: v for k, v in mesh.shape.items() if v > 1}}
     row |= {kind: [sum(x.times for x in found if x.kind == kind), total(found, kind)] for kind in KINDS}
@@ -163,7 +167,7 @@ def wire() -> list[dict]:
         for trained in TRAINED:
             for data, model, split in places:
                 cfg, job = small(objective, trained, sizes)
-                above = 0 if split else sharding.SPLIT_ABOVE  # as leaves of a large model are
+                above = 0 if split else sharding.SPLIT_ABOVE
                 with mock.patch.object(sharding, 'SPLIT_ABOVE', above):
                     mesh = sharding.make_mesh(data, model)
                     rows.append(sent(objective, cfg, job, mesh, model='small', trains=trained + split))

@@ -15,11 +15,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import full_size, roofline
 from benchmarks.full_size import GPT_OSS, NLA, Part, batch
-from benchmarks.timing import report
 from lens import sharding
 from lens.tools import targets
 
@@ -84,5 +83,7 @@ def run(name: str) -> dict:
         except Exception as e:  # the others are compiled all the same
             wrong.append(' '.join(str(e).split())[:600])
     pass
-'''
-'''
+
+
+"""
+"""

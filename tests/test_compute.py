@@ -90,11 +90,11 @@ def test_logits_are_those_of_float32_up_to_roundings_of_the_stream(family, token
 
 def test_every_product_of_matrices_is_of_the_dtype(tokens):
     model = with_compute(make_base(), BF16)
-    text = jax.jit(jax.grad(lambda m: m(tokens).mean())).lower(model).as_text()
+    text = jax.jit(jax.value_and_grad(lambda m: m(tokens).mean())).lower(model).as_text()
     products = [line for line in text.splitlines() if 'stablehlo.dot_general' in line]
     operands = [line.rpartition(': (')[2].partition(')')[0] for line in products]
     assert len(products) > 20
-    # but those with the cotangents of what is wanted in float32: the logits, and the scores of attention
+    # but the four with cotangents of what is wanted in float32: the logits, and the scores of attention
     assert sum('xf32>' in x for x in operands) == 4
 
 

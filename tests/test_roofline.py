@@ -122,7 +122,9 @@ def test_flops_of_libraries_come_from_the_shapes(found):
 
 
 def test_attention_without_a_window_counts_half():
-    whole = PROGRAM.replace('"sliding_window_length":3', '"sliding_window_length":0').replace('[2,32,2,64]', '[2,8,2,64]')
+    whole = PROGRAM.replace('"sliding_window_length":3', '"sliding_window_length":0').replace(
+        '[2,32,2,64]', '[2,8,2,64]'
+    )
     kernels = {k.name: k for k in roofline.kernels(whole)}
     assert kernels['attention'].flops == 2 * 2 * (2 * 6 * 64) * (8 * 9 / 2)
     backward = whole.replace('fmhaSoftmax', 'fmhaSoftmaxBackward')

@@ -19,7 +19,7 @@ from lens.models.norm import Norm, normal, zeros
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
 SLOTS = 8
-MIXED = 'mixed'  # values, by attention: what a policy of rematerialisation knows them by
+KEPT = ('q', 'k', 'v', flash.MIXED)  # what policies of rematerialisation know what is below by
 
 
 class KVCache(struct.PyTreeNode):
@@ -155,7 +155,7 @@ class Attention(nnx.Module):
         past: of the tokens from position 0 on, one part after the other. Returns (output BxTxD, their own keys and
         values).
         """
-        q, k, v = self._project(x_BxTxD, layer, positions, c, adapters)
+        q, k, v = map(checkpoint_name, self._project(x_BxTxD, layer, positions, c, adapters), KEPT[:3])
         n = x_BxTxD.shape[1]
         out = KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), n)
         first = [0, *itertools.accumulate(part.length for part in past[:-1])]
@@ -174,8 +174,7 @@ class Attention(nnx.Module):
         if not past and together and flash.takes(q, c):
             mixed = flash.attend(q, k, v, layer, c, scale=scale, sinks_KxG=sinks)
         else:
-            mixed = in_chunks(attend_rows, q, positions, jnp.arange(n))
-        mixed = checkpoint_name(mixed, MIXED)
+            mixed = checkpoint_name(in_chunks(attend_rows, q, positions, jnp.arange(n)), KEPT[3])
         y = lora.project(mixed, self.o, adapters, 'o', sharding.ACT, bias=self.o_bias)
         return y, out
 

@@ -9,7 +9,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lens import sharding
 from lens.errors import LensError
@@ -27,8 +26,7 @@ MATRICES = {
 
 
 def project(x, w, adapters, name: str, out_spec=None, bias=None):
-    """Computes x W plus `bias`, plus the adapter `name` when `adapters` has one: BxTxO; a policy of rematerialisation knows
-    it by `name`.
+    """Computes x W plus `bias`, plus the adapter `name` when `adapters` has one: BxTxO.
 
     x: BxTxI; I and O stand for any number of axes, those of w IxO. Input and output are one axis each in the product, which
     no kernel has to transpose then. out_spec: where the result lives; needed where a contracted axis is sharded.
@@ -42,7 +40,7 @@ def project(x, w, adapters, name: str, out_spec=None, bias=None):
         low = jnp.einsum('bti,ir->btr', x, a.reshape(x.shape[-1], -1), out_sharding=sharding.out(sharding.ACT))
         y = y + jnp.einsum('btr,ro->bto', low, b.reshape(len(b), -1), out_sharding=sharding.like(y))
     y = y.reshape(*y.shape[:2], *outer)
-    return checkpoint_name(y if bias is None else y + bias[...], name)
+    return y if bias is None else y + bias[...]
 
 
 def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key, *, rs: bool = False) -> dict:

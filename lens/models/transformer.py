@@ -14,18 +14,20 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lens import sharding
 from lens.models import lora
-from lens.models.attention import MIXED, Attention, KVCache, softcap
+from lens.models.attention import KEPT, Attention, KVCache, softcap
 from lens.models.moe import MoE
 from lens.models.norm import Norm, normal, zeros
 from lens.models.rope import Rope
 
+HIDDEN = 'hidden'  # what comes out of gate and up, by name
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
-    'attention': jax.checkpoint_policies.save_only_these_names('q', 'k', 'v', MIXED),
-    'projections': jax.checkpoint_policies.save_only_these_names(*lora.MATRICES, MIXED),
+    'attention': jax.checkpoint_policies.save_only_these_names(*KEPT),
+    'projections': jax.checkpoint_policies.save_only_these_names(*KEPT, HIDDEN),
     'dots': jax.checkpoint_policies.dots_saveable,
 }
 
@@ -36,8 +38,8 @@ class TransformerConfig:
 
     Layer patterns (`windows`, `layer_rope`) repeat over the depth. The last four are not the model's but
     how it is run: `remat`, how a block's activations reach the backward pass ('full' recomputes them,
-    least memory; 'attention' keeps queries, keys, values and their mix; 'projections' these and what o, gate, up and
-    down give; 'dots' all products, scores too, least work); `experts`, how experts multiply (a name of
+    least memory; 'attention' keeps queries, keys, values and their mix; 'projections' also what gate and up
+    give, which most of the work is for; 'dots' all products, scores too); `experts`, how experts multiply (a name of
     moe.IMPLEMENTATIONS); `packed`, whether experts stay in MXFP4; `compute`, dtype of the products and of the stream
     ('' is that of the weights), for weights kept more accurately.
     """
@@ -95,11 +97,14 @@ class MLP(nnx.Module):
     @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c: TransformerConfig, adapters):
         act = jax.nn.silu if c.mlp == 'silu' else jax.nn.gelu  # gelu: the tanh approximation
-        h = lora.project(x_BxTxD, self.up, adapters, 'up', bias=self.up_bias)
-        if self.gate is None:
-            h = act(h)
-        else:
-            h = act(lora.project(x_BxTxD, self.gate, adapters, 'gate', bias=self.gate_bias)) * h
+        up = lora.project(x_BxTxD, self.up, adapters, 'up', bias=self.up_bias)
+        gate = None
+        if self.gate is not None:
+            gate = lora.project(x_BxTxD, self.gate, adapters, 'gate', bias=self.gate_bias)
+        if c.remat == 'projections':
+            # Without the barrier XLA makes them twice on a GPU: the second time right where they are kept.
+            gate, up = checkpoint_name(jax.lax.optimization_barrier((gate, up)), HIDDEN)
+        h = act(up) if gate is None else act(gate) * up
         return lora.project(h, self.down, adapters, 'down', sharding.ACT, bias=self.down_bias)
 
 
