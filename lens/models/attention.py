@@ -19,7 +19,7 @@ from lens.models.norm import Norm, normal, zeros
 # Scores of a long text are made for this many queries at a time: 4096 x 4096 of 64 heads would be 4 GB a row.
 QUERY_CHUNK = 512
 SLOTS = 8
-KEPT = ('q', 'k', 'v', flash.MIXED)  # what policies of rematerialisation know what is below by
+KEPT = ('q', 'k', 'v', flash.NAME)  # what policies of rematerialisation know what is below by
 
 
 class KVCache(struct.PyTreeNode):

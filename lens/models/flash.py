@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lens import sharding
 
-MIXED = 'mixed'  # what policies of rematerialisation know the result by
+NAME = 'mixed'  # what policies of rematerialisation know the result by
 # Shorter texts stay with XLA: there is little to win, and cuDNN's gradients differ in the last bit from run to run.
 LONG = 512
 WIDEST = 128  # of a head, on every GPU that has the kernels
@@ -174,7 +174,7 @@ def _attend_and_keep(windows, scale, kernels, q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, s
         share_BxTxN = jnp.swapaxes(jax.nn.sigmoid(lse_BxNxT - s_Nx1), 1, 2)
         o_BxTxNxh = (o_BxTxNxh * share_BxTxN[..., None]).astype(o_BxTxNxh.dtype)
         lse_BxNxT = jnp.logaddexp(lse_BxNxT, s_Nx1)
-    o_BxTxNxh, lse_BxNxT = (checkpoint_name(x, MIXED) for x in (o_BxTxNxh, lse_BxNxT))
+    o_BxTxNxh, lse_BxNxT = (checkpoint_name(x, NAME) for x in (o_BxTxNxh, lse_BxNxT))
     return o_BxTxNxh, (q_BxTxNxh, k_BxTxKxh, v_BxTxKxh, sinks_N, kind, o_BxTxNxh, lse_BxNxT)
 
 
