@@ -45,7 +45,10 @@ def train() -> None:
         'them that is there.',
     )
     device_gb = flags.DEFINE_float(
-        'device_gb', None, 'Memory of one device in 1e9 bytes, for --plan; else that of --device, 80 for cpu.', lower_bound=0.0
+        'device_gb',
+        None,
+        'Memory of one device in 1e9 bytes, for --plan; else that of --device, 80 for cpu.',
+        lower_bound=0.0,
     )
     flags.register_validator(
         'workdir', lambda x: x is not None or plan.value, 'Flag --workdir must have a value other than None.'

@@ -195,7 +195,10 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
         began = time.monotonic()
         temporaries, work = compiling(cfg, job, mesh, name)
         found[name] = given._replace(temporaries=temporaries)
-        print(f'{time.monotonic() - began:.0f} s\n' + '\n'.join(describe(found[name], work, cfg.subject.dtype, device, bound)))
+        print(
+            f'{time.monotonic() - began:.0f} s\n'
+            + '\n'.join(describe(found[name], work, cfg.subject.dtype, device, bound))
+        )
     most = max(found, key=lambda x: found[x].total)
     full = [name for name, n in found.items() if n.total > device]
     if not full:
