@@ -24,7 +24,7 @@ MODELS = pathlib.Path(__file__).parent.parent / 'tests/hf_configs'
 SMALL = {'d_model': 64, 'd_ff': 96, 'n_layers': 3, 'n_heads': 4, 'n_kv_heads': 2, 'head_dim': 8, 'vocab_size': 1000}
 SMALL_EXPERTS = {'n_experts': 5, 'top_k': 2}
 SMALL_VALUES = {'layer': 1, 'explanation_len': 12, 'lora.rank': 10, 'decoder.patched_blocks': 2}
-SMALL_BATCH = {'documents': 2, 'vectors': 3, 'group': 2}
+SMALL_BATCH = (2, 3, 2)
 SMALL_LEN = 48
 
 
@@ -58,7 +58,7 @@ class Program(NamedTuple):
     carries: bool = False
 
 
-def _batch(documents, vectors, group=1):
+def batch(documents: int, vectors: int, group: int = 1) -> dict[str, int]:
     return {'documents': documents, 'vectors': vectors, 'group': group}
 
 
@@ -67,23 +67,24 @@ GPT_OSS, LLAMA = ('gptoss', 'gpt-oss-20b'), ('qwen2_5_7b', 'Llama-3.1-8B-Instruc
 PARTS = {
     p.name: p
     for p in (
-        Part('qwen_sample', *NLA, 'sample', 'grpo', _batch(8, 4, 8), 2048),
-        Part('qwen_sample_maps', *QWEN, 'sample', 'grpo', _batch(32, 1, 8), 1024, {'explanation_len': 150}),
-        Part('qwen_read', *NLA, 'read', 'sft', _batch(4, 8), 4096),
-        Part('qwen_sft', *NLA, 'step', 'sft', _batch(8, 8), 2048),
-        Part('qwen_grpo', *NLA, 'step', 'grpo', _batch(16, 4, 8), 2048),
-        Part('gptoss_sample', *GPT_OSS, 'sample', 'grpo', _batch(16, 2, 8), 4096, {'explanation_len': 64}),
-        Part('gptoss_read', *GPT_OSS, 'read', 'sft', _batch(2, 10), 4096),
-        Part('gptoss_sft', *GPT_OSS, 'step', 'sft', _batch(3, 10), 4096),
-        Part('llama_sample', *LLAMA, 'sample', 'grpo', _batch(32, 1, 8), 1024, {'explanation_len': 150}),
-        Part('llama_sft', *LLAMA, 'step', 'sft', _batch(32, 8), 1024),
+        Part('qwen_sample', *NLA, 'sample', 'grpo', batch(8, 4, 8), 2048),
+        Part('qwen_sample_maps', *QWEN, 'sample', 'grpo', batch(32, 1, 8), 1024, {'explanation_len': 150}),
+        Part('qwen_read', *NLA, 'read', 'sft', batch(4, 8), 4096),
+        Part('qwen_sft', *NLA, 'step', 'sft', batch(8, 8), 2048),
+        Part('qwen_grpo', *NLA, 'step', 'grpo', batch(16, 4, 8), 2048),
+        Part('gptoss_sample', *GPT_OSS, 'sample', 'grpo', batch(16, 2, 8), 4096, {'explanation_len': 64}),
+        Part('gptoss_read', *GPT_OSS, 'read', 'sft', batch(2, 10), 4096),
+        Part('gptoss_sft', *GPT_OSS, 'step', 'sft', batch(3, 10), 4096),
+        Part('llama_sample', *LLAMA, 'sample', 'grpo', batch(32, 1, 8), 1024, {'explanation_len': 150}),
+        Part('llama_sft', *LLAMA, 'step', 'sft', batch(32, 8), 1024),
     )
 }
 
 
 def small(part: Part) -> Part:
     """Returns a part that any machine runs in seconds."""
-    return part._replace(batch=SMALL_BATCH, tokens=SMALL_LEN, values=SMALL_VALUES, tiny=True)
+    sizes = batch(*map(min, part.batch.values(), SMALL_BATCH))
+    return part._replace(batch=sizes, tokens=SMALL_LEN, values=SMALL_VALUES, tiny=True)
 
 
 def open_part(part: Part):

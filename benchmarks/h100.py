@@ -68,15 +68,16 @@ class Compiled(NamedTuple):
     length: int
 
 
-def compile_part(part: Part, mesh) -> Compiled:
-    """Compiles what a part runs. Call under jax.set_mesh(mesh)."""
+def compile_part(part: Part, mesh, texts: str = '') -> Compiled:
+    """Compiles what a part runs. texts: folder that keeps what was compiled. Call under jax.set_mesh(mesh)."""
     cfg, job = full_size.open_part(part)
     programs, began = full_size.programs(part, cfg, job, mesh), time.monotonic()
     compiled = [p.traced.lower().compile() for p in programs]
-    taken, texts = time.monotonic() - began, [c.as_text() for c in compiled]
-    for i, text in enumerate(texts if TEXTS.value else ()):
-        pathlib.Path(TEXTS.value, f'{part.name}.{i}.txt').write_text(text)
-    kernels = [k for text in texts for k in roofline.kernels(text, trips=cfg.explanation_len)]
+    taken, kernels = time.monotonic() - began, []
+    for i, text in enumerate(c.as_text() for c in compiled):
+        kernels += roofline.kernels(text, trips=cfg.explanation_len)
+        if texts:
+            pathlib.Path(texts, f'{part.name}.{i}.txt').write_text(text)
     figures = roofline.summary(kernels) | {
         'temporaries_gb': max(c.memory_analysis().temp_size_in_bytes for c in compiled) / 1e9,
         'memory_gb': max(map(full_size.memory, compiled)) / 1e9,
@@ -139,13 +140,13 @@ def table(rows: dict[str, dict]) -> str:
     )
 
 
-def run_part(part: Part, mesh) -> dict:
-    """Returns the figures of a part, or what it fails of."""
+def run_part(part: Part, mesh, runs: bool, texts: str = '') -> dict:
+    """Returns the figures of a part, timed where it `runs`, or what it fails of."""
     try:
         with jax.set_mesh(mesh):
-            c = compile_part(part, mesh)
+            c = compile_part(part, mesh, texts)
             figures = c.figures | rates(part, c, c.figures['roof_ms'] / 1e3)
-            if not COMPILE.value:
+            if runs:
                 took = time_part(c)
                 peak = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 1e9
                 figures |= {'seconds': took, 'peak_gb': peak} | rates(part, c, took)
@@ -167,7 +168,8 @@ def main(_):
         if time.monotonic() - began > BUDGET.value:
             rows[name] = {'failed': 'not begun: --budget is spent'}
         else:
-            rows[name] = run_part(full_size.small(PARTS[name]) if tiny else PARTS[name], mesh)
+            part = full_size.small(PARTS[name]) if tiny else PARTS[name]
+            rows[name] = run_part(part, mesh, not COMPILE.value, TEXTS.value)
         report(
             part=name,
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in rows[name].items() if k != 'kernels'},

@@ -119,15 +119,27 @@ def most_expensive(found: list[Kernel], n: int) -> list[str]:
 
 
 def collectives(text: str, trips: int = 1) -> dict[str, tuple[float, float]]:
-    """Returns kind of collective -> (runs, bytes that a device sends at least) of a compiled program."""
-    program, found = _Program(text, trips), collections.defaultdict(lambda: (0.0, 0.0))
-    for _, x, times, _ in program.instructions(None, 1.0, ()):
-        kind = next((k for k in COLLECTIVES if x.op in (k, f'{k}-start')), None)
-        n = kind and _group_size(x.attributes)
-        if kind and n > 1:
-            wire = {'all-reduce': 2 * (n - 1) / n, 'reduce-scatter': n - 1, 'collective-permute': 1}
+    """Returns kind of collective -> (runs, bytes that a device sends at least) of a compiled program.
+
+    What a TPU does in steps beside other work, kernels of one channel, counts once.
+    """
+    program, found, seen = _Program(text, trips), collections.defaultdict(lambda: (0.0, 0.0)), set()
+    for of, x, times, _ in program.instructions(None, 1.0, ()):
+        name = x.called('calls') if x.op == 'fusion' else ''
+        for y in program.computations[name].values() if name else (x,):
+            kind = next((k for k in COLLECTIVES if y.op in (k, f'{k}-start')), None)
+            channel, n = re.search(r'channel_id=(\d+)', y.attributes), _group_size(y.attributes)
+            place = channel and (id(of), channel[1])
+            if kind is None or n < 2 or (place and place in seen):
+                continue
+            seen.add(place)
+            if 'all-reduce-scatter' in name:  # of the sum a device keeps its part
+                kind, share = 'reduce-scatter', (n - 1) / n
+            else:
+                share = {'all-reduce': 2 * (n - 1) / n, 'reduce-scatter': n - 1, 'collective-permute': 1}.get(kind)
+                share = (n - 1) / n if share is None else share
             runs, sent = found[kind]
-            found[kind] = runs + times, sent + times * program.result(x) * wire.get(kind, (n - 1) / n)
+            found[kind] = runs + times, sent + times * program.result(y) * share
     return dict(found)
 
 
@@ -143,7 +155,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             op, operands = rest.split('(', 1)
             operands, attributes = _head(f'({operands}')
             arrays = tuple(Array(t, tuple(int(n) for n in d.split(',') if n)) for t, d in SHAPE.findall(out))
-            names = tuple(re.findall(r'%([\w.\-]+)', operands))
+            names = tuple(re.findall(r'%([\w.\-]+)', operands)) if op != 'constant' else (operands.strip('()'),)
             current[found[2]] = Instruction(found[2], arrays, op, names, attributes, bool(found[1]))
     return computations, entry
 
@@ -186,8 +198,7 @@ class _Program:
         computation = self.computations[name or self.entry]
         for x in computation.values():
             if x.op == 'while':
-                known = re.search(r'known_trip_count\W+n\W+(\d+)', x.attributes)
-                n = int(known[1]) if known else self.trips
+                n = self._count(x, computation)
                 yield from self.instructions(x.called('body'), n * times, (*loops, n))
             elif x.op == 'conditional':
                 names = re.search(r'branch_computations=\{([^}]*)\}', x.attributes)
@@ -200,6 +211,22 @@ class _Program:
                 yield from self.instructions(x.called('to_apply' if x.op == 'call' else 'calls'), times, loops)
             elif x.op not in FREE and not x.op.endswith('-done'):
                 yield computation, x, times, loops
+
+    def _count(self, x: Instruction, of: Computation) -> int:
+        """How often a loop runs: as it is noted, or as its condition says, which is `counter < constant` then."""
+        if known := re.search(r'known_trip_count\W+n\W+(\d+)', x.attributes):
+            return int(known[1])
+        condition = self.computations.get(x.called('condition'), {})
+        (root,) = [y for y in condition.values() if y.is_root] or [None]
+        if root and root.op == 'compare' and 'direction=LT' in root.attributes:
+            counter, end = (condition[o] for o in root.operands)
+            index = re.search(r'index=(\d+)', counter.attributes)
+            carry = of.get(x.operands[0])
+            start = of.get(carry.operands[int(index[1])]) if index and carry and carry.op == 'tuple' else None
+            first = int(start.operands[0]) if start and start.op == 'constant' else 0
+            if end.op == 'constant':
+                return int(end.operands[0]) - first
+        return self.trips
 
     def walk(self, name: str | None, times: float, loops: tuple[int, ...]) -> Iterator[Kernel]:
         for of, x, runs, inside in self.instructions(name, times, loops):

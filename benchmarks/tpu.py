@@ -2,88 +2,111 @@
 
     make tpu-compile
 
-One line a step: memory of a device; collectives, how often each kind runs in a step (loops multiplied out; one that may
-stop early counts whole) and the GB that a device sends at least; what is wrong: errors of the compiler, what does not fit,
-and weights or activations that it gathers whole because it does not know how to split them ("involuntary full
+A line for every step: memory of a device against what there is; collectives, how often each kind runs in a step (loops
+multiplied out, one that may stop early whole) and the GB that a device sends for them at least; what is wrong: what does
+not fit or compile, and what is gathered whole because the compiler does not know how to split it ("involuntary full
 rematerialization").
 """
 
+import collections
 import contextlib
 import os
+import pathlib
 import re
 import tempfile
 import time
 from collections.abc import Iterator
 
-from absl import flags
+import jax
+from absl import app, flags
 
 from benchmarks import full_size, roofline
-from benchmarks.full_size import GPT_OSS, NLA, Part, batch
+from benchmarks.full_size import GPT_OSS, NLA, Part
+from benchmarks.timing import report
 from lens import sharding
 from lens.tools import targets
 
-TENSOR, SPLIT = {'mesh.data': 2, 'mesh.model': 4}, {'mesh.data': 8, 'mesh.shard_base': True}
-QWEN = {'sft': batch(8, 8), 'grpo': batch(8, 4, 8)}  # as the recipes have it
-OSS = {'sft': batch(24, 10), 'grpo': batch(8, 2, 8)}
-# name -> (kind of TPU, part); slices of 8
-STEPS = {
-    f'{model}_{phase}_{how}': (kind, Part('', *of, 'step', phase, sizes[phase], tokens, values))
-    for model, of, sizes, tokens, kind, ways in (
-        ('qwen', NLA, QWEN, 2048, 'v5e', {'data': {'mesh.data': 8}, 'tensor': TENSOR, 'split': SPLIT}),
-        ('gptoss', GPT_OSS, OSS, 4096, 'v5p', {'data': {'mesh.data': 8}, 'tensor': {'mesh.model': 8}}),
-    )
-    for how, values in ways.items()
-    for phase in ('sft', 'grpo')
-}
 CHIPS = 8
+WAYS = {
+    'data': {'mesh.data': 8},
+    'tensor': {'mesh.data': 2, 'mesh.model': 4},  # as many as the model has kv heads
+    'split': {'mesh.data': 8, 'mesh.shard_base': True},
+}
+# model -> (kind of TPU, recipe, tokens of a document, batch of every phase, ways to split the work)
+MODELS = {
+    'qwen': ('v5e', NLA, 2048, {'sft': (8, 8, 1), 'grpo': (8, 4, 8)}, WAYS),
+    'gptoss': (
+        'v5p',
+        GPT_OSS,
+        4096,
+        {'sft': (24, 10, 1), 'grpo': (8, 2, 8)},
+        {'data': WAYS['data'], 'tensor': {'mesh.model': 8}},
+    ),
+}
+STEPS = {
+    f'{model}_{phase}_{way}': (kind, Part('', *recipe, 'step', phase, full_size.batch(*sizes), tokens, values))
+    for model, (kind, recipe, tokens, phases, ways) in MODELS.items()
+    for phase, sizes in phases.items()
+    for way, values in ways.items()
+}
 CHOSEN = flags.DEFINE_list('parts', [*STEPS], 'Which steps, in this order.')
 TEXTS = flags.DEFINE_string('texts', '', 'Folder for the texts of the compiled programs.')
 
 
 @contextlib.contextmanager
 def standard_error() -> Iterator[list[str]]:
-    """Holds back what the compiler writes to standard error; afterwards the list has its lines."""
-    lines, kept = [], os.dup(2)
+    """Holds back what is written to standard error, also by libraries; its lines are in the list afterwards."""
+    lines, before = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
             yield lines
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(before, 2)
+            os.close(before)
             file.seek(0)
             lines += file.read().decode(errors='replace').splitlines()
 
 
-def involuntary(lines: list[str]) -> list[str]:
-    """Returns what was rematerialised involuntarily: the operations by their names in the source, each once."""
-    found = [x for x in lines if 'nvoluntary full rematerialization' in x]
-    return list(dict.fromkeys((re.findall(r'op_name="([^"]*)"', x) or [x[:300]])[0] for x in found))
+def rematerialised(lines: list[str]) -> list[str]:
+    """Returns what the compiler says to gather whole involuntarily, by its place in the program, each once."""
+    said = [x for x in lines if 'nvoluntary full rematerialization' in x]
+    return list(dict.fromkeys((re.findall(r'op_name="([^"]*)"', x) or [x])[0][-200:] for x in said))
 
 
-def run(name: str) -> dict:
-    """Compiles a step; returns what there is to say about it."""
-    kind, part = STEPS[name]
+def run(part: Part, devices: list, texts: str = '') -> dict:
+    """Compiles a step for `devices`. Returns its figures and what is wrong. texts: folder for the programs."""
     cfg, job = full_size.open_part(part)
-    m, began = cfg.mesh, time.monotonic()
-    mesh = sharding.make_mesh(m.data, m.model, devices=targets.devices(kind, CHIPS))
-    out, wire, wrong = {'step': name, 'devices': f'{CHIPS} x {kind}'}, {}, []
-    with standard_error() as lines:
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, devices=devices)
+    needs, sent, wrong = [], collections.Counter(), []
+    with standard_error() as lines, jax.set_mesh(mesh):
         try:
-            with full_size.under(mesh):
-                for i, program in enumerate(full_size.programs(part, cfg, job, mesh)):
-                    compiled = program.traced.lower().compile()
-                    out['memory_gb'] = max(out.get('memory_gb', 0), round(full_size.memory(compiled) / 1e9, 2))
-                    text = compiled.as_text()
-                    if TEXTS.value:
-                        full_size.keep(text, TEXTS.value, f'{name}.{i}')
-                    for kind_of, (runs, sent) in roofline.collectives(text, cfg.explanation_len).items():
-                        before = wire.get(kind_of, (0, 0))
-                        wire[kind_of] = before[0] + runs, before[1] + sent / 1e9
-        except Exception as e:  # the others are compiled all the same
-            wrong.append(' '.join(str(e).split())[:600])
-    pass
+            for i, program in enumerate(full_size.programs(part, cfg, job, mesh)):
+                compiled = program.traced.lower().compile()
+                needs.append(full_size.memory(compiled) / 1e9)
+                text = compiled.as_text()
+                for kind, (runs, n) in roofline.collectives(text, cfg.explanation_len).items():
+                    sent.update({f'{kind}': runs, f'{kind}_gb': n / 1e9})
+                if texts:
+                    pathlib.Path(texts, f'{part.name}.{i}.txt').write_text(text)
+        except Exception as e:  # the other steps are compiled all the same
+            wrong.append(' '.join(str(e).split())[:400])
+    figures = {'memory_gb': max(needs)} if needs else {}
+    return figures | dict(sent) | {'wrong': wrong + [f'rematerialised: {x}' for x in rematerialised(lines)]}
 
 
-"""
-"""
+def main(_):
+    targets.prepare('v5e')
+    for name in CHOSEN.value:
+        kind, part = STEPS[name]
+        began = time.monotonic()
+        row = run(part._replace(name=name), targets.devices(kind, CHIPS), TEXTS.value)
+        limit = targets.SHARE * targets.TARGETS[kind].memory_gb
+        if row.get('memory_gb', 0) > limit:
+            row['wrong'].insert(0, f'does not fit in {limit:.1f} GB')
+        row = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
+        report(step=name, devices=f'{CHIPS} x {kind}', **row, compile_s=round(time.monotonic() - began))
+
+
+if __name__ == '__main__':
+    app.run(main)

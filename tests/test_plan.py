@@ -1,10 +1,11 @@
 """Every recipe's train step at full size, as shapes on eight fake devices: no recipe may rot. And `lens.main --plan`."""
 
-import importlib
+import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from lens import config, flops, sharding
 from lens.errors import LensError
-from lens.tools import plan
+from lens.tools import plan, targets
 from lens.train import trace
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -246,12 +247,12 @@ def test_words_stand_in_for_tokens():
 @pytest.fixture
 def planned(tmp_path, capsys, monkeypatch):
     """plan.run of `small` with given temporaries on the devices of this process: (exit code, what is printed)."""
-    monkeypatch.setattr(plan, 'pretend_devices', lambda cfg: None)
+    monkeypatch.setattr(plan, 'pretend_devices', lambda cfg, target: None)
 
     def run(device_gb, temporaries, change=lambda cfg, folder: None):
         cfg = small(tmp_path)
         change(cfg, tmp_path)
-        code = plan.run(cfg, device_gb, lambda *_: (int(temporaries), {'read': 2e12, 'sample': 1e12}))
+        code = plan.run(cfg, 'cpu', device_gb, lambda *_: (int(temporaries), {'read': 2e12, 'sample': 1e12}))
         return code, capsys.readouterr().out
 
     return run
@@ -265,20 +266,20 @@ def test_a_plan_says_what_is_to_spare(planned):
 
     code, text = planned(10.0, 8e9, data)
     assert code == 0 and 'rows of 36 tokens, 50 documents' in text
-    assert 'on 4 devices (data 4)' in text and 'total at most 8.00 GB, 2.0 GB (20%) to spare' in text
+    assert 'on 4 devices (data 4)' in text and 'total at most 8.00 GB, 1.2 GB (13%) to spare' in text
     assert 'FLOPs of a step, all devices: read 2e+12, sample 1e+12' in text
-    assert 'Fits in 10.0 GB: phase sft needs most' in text and 'Under 10%' not in text
+    assert 'Fits in 9.2 GB (0.92 of 10.0): phase sft needs most, at most 8.00' in text and 'Under 10%' not in text
 
 
 def test_little_to_spare_is_a_warning(planned):
-    assert 'Under 10% to spare' in planned(8.5, 8e9)[1]
+    assert 'Under 10% to spare' in planned(9.0, 8e9)[1]
 
 
 def test_a_plan_says_what_helps(planned):
     code, text = planned(7.0, 8e9)
-    assert code == 1 and 'Does not fit in 7.0 GB: phase sft needs 8.00 GB, 1.0 GB too much' in text
+    assert code == 1 and 'Does not fit in 6.4 GB (0.92 of 7.0): phase sft needs 8.00 GB, 1.6 GB too much' in text
     assert text.count('  with ') == 5 and 'rows of 4096 tokens and 100000 documents are assumed' in text
-    assert 'with sft.slices=2: base 0.00, phase sft 8.00 GB, 1.0 GB too much' in text
+    assert 'with sft.slices=2: base 0.00, phase sft 8.00 GB, 1.6 GB too much' in text
     assert 'None of the changes' in text
     code, text = planned(1e-4, 8e9)  # holds nothing
     assert 'with mesh.model=4 mesh.data=1: base 0.00, phase sft without temporaries' in text
@@ -326,6 +327,28 @@ def test_what_a_configuration_alone_shows_is_refused(planned, change, message):
     assert '\n' not in str(e.value)
 
 
+def test_the_first_compiler_that_is_installed_is_asked(monkeypatch):
+    for plugins, want in (
+        (['jax', 'libtpu', 'jax_cuda13_plugin'], 'h100'),
+        (['jax', 'libtpu'], 'v5e'),
+        (['jax'], 'cpu'),
+    ):
+        found = dict.fromkeys(plugins, types.SimpleNamespace(origin='here'))
+        monkeypatch.setattr(importlib.util, 'find_spec', found.get)
+        assert targets.default() == want
+
+
+def test_devices_that_cannot_be_compiled_for_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(LensError, match=r"--device='h200' is not one of h100, v5e, v5p, cpu"):
+        plan.run(small(tmp_path), 'h200')
+    monkeypatch.setattr(targets, 'installed', lambda name: False)
+    with pytest.raises(LensError, match=r'no compiler for v5p: install libtpu'):
+        targets.devices('v5p', 8)
+    monkeypatch.setattr(targets, 'installed', lambda name: True)
+    with pytest.raises(LensError, match=r'no slice of v5e has 6 devices: 1, 4, 8, 16, 32'):
+        targets.devices('v5e', 6)
+
+
 @pytest.mark.slow
 def test_gpt_oss_fits_eight_devices_of_80_gb():
     """The command itself, on the devices of mesh.data=-1 and without a workdir."""
@@ -336,5 +359,5 @@ def test_gpt_oss_fits_eight_devices_of_80_gb():
     assert 'mesh.data=-1: 8 is taken, for 8 devices' in run.stdout
     assert ' 41.83 GB  frozen, bfloat16' in run.stdout
     last = run.stdout.strip().splitlines()[-1]
-    assert last.startswith('Fits in 80.0 GB')
+    assert last.startswith('Fits in 73.6 GB (0.92 of 80.0)')
     assert int(last.rpartition('(')[2].partition('%')[0]) >= 30

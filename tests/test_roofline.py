@@ -54,6 +54,13 @@ HloModule jit_f, is_scheduled=true
   ROOT %layers = (s32[], bf16[3,1024,2048]{2,1,0}, bf16[16,1024]{1,0}, f32[64,512]{1,0}, f32[1,512]{1,0}) while(%d0), condition=%less, body=%layer, backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step":"1"}}
 }
 
+%less (g0: (s32[], f32[4])) -> pred[] {
+  %g0 = (s32[], f32[4]{0}) parameter(0)
+  %end = s32[]{:T(128)} constant(9)
+  %at.1 = s32[] get-tuple-element(%g0), index=0
+  ROOT %lt = pred[] compare(%at.1, %end), direction=LT
+}
+
 %nothing (e0: f32[64,512]) -> f32[64,512] {
   ROOT %e0 = f32[64,512]{1,0} parameter(0)
 }
@@ -104,6 +111,17 @@ def test_loops_are_multiplied_out_and_an_unknown_count_is_the_one_given(found):
     }
     assert found['attention'].times == 1
     assert roofline.kernels(PROGRAM, trips=1)[0].times == 3
+
+
+def test_a_count_that_is_not_noted_stands_in_the_condition():
+    noted = ', backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step":"1"}}'
+    assert roofline.kernels(PROGRAM.replace(noted, ''), trips=TOKENS)[0].loops == (7, 9)
+    begun = (
+        PROGRAM.replace(noted, '')
+        .replace('while(%d0), condition=%less', 'while(%carry.1), condition=%less')
+        .replace('  ROOT %layers', '  %two = s32[] constant(2)\n  %carry.1 = (s32[]) tuple(%two)\n  ROOT %layers')
+    )
+    assert roofline.kernels(begun, trips=TOKENS)[0].loops == (7, 7)
 
 
 def test_bytes_are_those_that_a_kernel_touches(found):
@@ -163,3 +181,31 @@ def test_collectives_say_what_a_device_sends():
         'all-reduce': (1, 2 * 3 / 4 * 64 * 512 * 4),
         'all-gather': (1, 3 / 4 * 64 * 512 * 4),
     }
+
+
+def test_a_collective_of_several_kernels_counts_once():
+    """As a TPU has them: a gather in steps beside other work, and a sum of which each device keeps its part."""
+    text = """
+%step (h0: bf16[8,128]) -> bf16[32,128] {
+  %h0 = bf16[8,128]{1,0} parameter(0)
+  ROOT %gather = bf16[32,128]{1,0} all-gather(%h0), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%all-reduce-scatter.1 (i0: f32[64,128]) -> f32[16,128] {
+  %i0 = f32[64,128]{1,0} parameter(0)
+  %sum = f32[64,128]{1,0} all-reduce(%i0), channel_id=6, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %start = s32[] constant(0)
+  ROOT %part = f32[16,128]{1,0} dynamic-slice(%sum, %start, %start), dynamic_slice_sizes={16,128}
+}
+
+ENTRY %main (a: bf16[8,128], b: f32[64,128]) -> f32[16,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = f32[64,128]{1,0} parameter(1)
+  %first = bf16[32,128]{1,0} fusion(%a), kind=kCustom, calls=%step
+  %second = bf16[32,128]{1,0} fusion(%a), kind=kCustom, calls=%step
+  %alone = f32[64,128]{1,0} all-reduce(%b), channel_id=7, replica_groups={{0},{1}}, to_apply=%add
+  ROOT %kept = f32[16,128]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    sent = {'all-gather': (1, 3 / 4 * 32 * 128 * 2), 'reduce-scatter': (1, 3 / 4 * 64 * 128 * 4)}
+    assert roofline.collectives(text) == sent

@@ -85,7 +85,8 @@ gpu_device_info {
 
 def installed(name: str) -> bool:
     """Returns whether the compiler for a target is here."""
-    return any(importlib.util.find_spec(plugin) for plugin in PLUGINS[TARGETS[name].platform])
+    found = [importlib.util.find_spec(plugin) for plugin in PLUGINS[TARGETS[name].platform]]
+    return any(spec and spec.origin for spec in found)
 
 
 def default() -> str:
