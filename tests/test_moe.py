@@ -304,6 +304,7 @@ def test_kernels_equal_one_product_per_group(out_first, rows):
     close((y[: ends[-1]], d_x[: ends[-1]]), tuple(want))
     close(d_w[1], np.stack([x[s].T @ g[s] for s in at]))
     assert not np.asarray(d_w[0]).any()
+    assert np.unique(y[ends[-1] :]).size == 1, 'a tile has written rows that are not of its group'
 
 
 def test_says_what_is_slow(monkeypatch):
