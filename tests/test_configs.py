@@ -291,7 +291,7 @@ def test_no_key_takes_what_is_no_value(key):
         (lambda c: c.eval.__delattr__('batch'), 'the configuration lacks the key eval.batch: start it from get_config'),
         (lambda c: c.sft.__delattr__('steps'), 'lacks the key sft.steps'),
         (lambda c: c.__delattr__('mesh'), 'lacks the key mesh.data'),
-        (lambda c: c.__delattr__('subject'), 'lacks the key subject.dtype'),
+        (lambda c: c.__delattr__('subject'), 'lacks the key subject.compute'),
         (lambda c: c.__delattr__('tuned_lens'), 'lacks the key tuned_lens'),
         (lambda c: c._fields.__setitem__('init_from', 5), 'init_from=5 must be a text'),
         (
