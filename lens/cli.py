@@ -37,6 +37,8 @@ MOST_COUNT = 2**53  # of a flag
 # Of a GPU's memory that JAX takes, three quarters where nobody says; what it leaves is for cuBLAS, NCCL and the driver.
 MEMORY_FRACTION = 0.92
 MEMORY_KEYS = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')  # JAX refuses to be told by both
+# cuBLAS reads the weights of a layer where they lie in the stack; kernels by Triton get a copy of them, at every token.
+GPU_FLAGS = {'--xla_gpu_enable_triton_gemm': 'false'}
 DEBUG = flags.DEFINE_bool('debug', False, 'Show tracebacks of user errors; training stops where a NaN arises.')
 
 
@@ -235,10 +237,12 @@ def _leave(code: int) -> NoReturn:
 def start(module: str, *values: flags.FlagHolder, all_keys: str = KEYS) -> None:
     """Runs main(*values) of a module, which is imported after the flags are parsed, as `run` says.
 
-    JAX gets MEMORY_FRACTION of a GPU unless the environment says how much.
+    JAX gets MEMORY_FRACTION of a GPU and GPU_FLAGS unless the environment says something else.
     """
     if not any(key in os.environ for key in MEMORY_KEYS):
         os.environ[MEMORY_KEYS[0]] = str(MEMORY_FRACTION)
+    said = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = ' '.join([said, *(f'{k}={v}' for k, v in GPU_FLAGS.items() if k not in said)]).strip()
     run(lambda _: importlib.import_module(module).main(*(v.value for v in values)), module, all_keys)
 
 

@@ -2,32 +2,22 @@
 
 import gc
 import itertools
-import mmap
 import os
 import pathlib
 import signal
 
-import jaxlib
+import jaxlib.version
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Tiny shapes: compiling is all the time there is.
 FLAGS = ['--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true']
 # Devices must start independent collectives in one order: tests run eight of them on two cores.
 FLAGS += ['--xla_cpu_enable_concurrency_optimized_scheduler=false']
-# Half of what compiling costs. XLA aborts on a flag that it does not know, and these come and go with its versions.
-WHERE_KNOWN = ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
-
-
-def _known(flags: list[str]) -> list[str]:
-    found = set()
-    for library in pathlib.Path(jaxlib.__file__).parent.glob('*.so'):
-        with library.open('rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found |= {x for x in flags if content.find(x[2:].partition('=')[0].encode()) >= 0}
-    return [x for x in flags if x in found]
-
-
+# Half of what compiling costs. XLA aborts on a flag that it does not know, and this one is gone from 0.11 on.
+FLAGS += ['--xla_cpu_parallel_codegen_split_count=1']
+FLAGS += ['--xla_cpu_use_fusion_emitters=false'] if jaxlib.version.__version_info__ < (0, 11) else []
 # What is in XLA_FLAGS already, say --xla_cpu_max_isa=AVX2 to imitate another machine, stays.
-os.environ['XLA_FLAGS'] = ' '.join([*FLAGS, *_known(WHERE_KNOWN), os.environ.get('XLA_FLAGS', '')])
+os.environ['XLA_FLAGS'] = ' '.join([*FLAGS, os.environ.get('XLA_FLAGS', '')])
 # Many tests compile the same programs, in processes of their own too: compile each once.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache/xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
