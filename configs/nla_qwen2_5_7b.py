@@ -49,6 +49,7 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.phases = base.phases(recipe, RECIPES)
     c.subject.path = 'Qwen/Qwen2.5-7B-Instruct'
     c.subject.dtype = 'bfloat16'
+    c.subject.remat = 'projections'
     c.layer = 20
     c.data.path = 'data/nla-qwen2.5-7b'
     c.data.min_pos = 50
@@ -64,7 +65,7 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.lora.pattern, c.lora.rank, c.lora.alpha, c.lora.rs = '.*', 128, 16.0, True
 
     c.sft.table = c.grpo.table = base.FIXED_PROMPTS + base.table()
-    c.sft.documents, c.sft.vectors, c.sft.slices, c.sft.steps = 32, 8, 4, 1000
+    c.sft.documents, c.sft.vectors, c.sft.steps = 32, 8, 1000
     c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-4 1e-5 warmup 50s'
     c.grpo.documents, c.grpo.vectors, c.grpo.group, c.grpo.slices, c.grpo.steps = 32, 4, 8, 4, 4200
     c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 'constant 1e-4', 'constant 8e-5'
@@ -73,6 +74,7 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     if recipe == 'full':
         c.decoder.train = c.encoder.train = 'full'
         c.mesh.shard_base = True
+        c.subject.remat, c.sft.slices = 'full', 4
         c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 2e-5 2e-6 warmup 50s'
         c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = 'constant 1.41e-5', 'constant 7.07e-5'
 
