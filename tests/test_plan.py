@@ -282,6 +282,7 @@ def test_a_plan_says_what_helps(planned):
     assert 'with sft.slices=2: base 0.00, phase sft 8.00 GB, 1.6 GB too much' in text
     assert 'None of the changes' in text
     code, text = planned(1e-4, 8e9)  # holds nothing
+    assert 'Phase sft: too much before it computes anything' in text and 'total at least 0.00 GB' in text
     assert 'with mesh.model=4 mesh.data=1: base 0.00, phase sft without temporaries' in text
 
 
@@ -325,6 +326,21 @@ def test_what_a_configuration_alone_shows_is_refused(planned, change, message):
     with pytest.raises(LensError, match=message) as e:
         planned(80.0, 0, change)
     assert '\n' not in str(e.value)
+
+
+def test_what_the_compiler_refuses_for_its_size_counts_with_the_size_that_it_names(opened, monkeypatch):
+    said = [
+        'RESOURCE_EXHAUSTED: Ran out of memory, the total for HLO temporaries (21.50G) exceeds available HBM (15.75G).'
+    ]
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(said[0])
+
+    monkeypatch.setattr(plan, 'compile_step', refuse)
+    assert plan.compile_phase(*opened, 'sft') == (21.5 * 2**30, {})
+    said[0] = 'INTERNAL: something else (1.00G) exceeds what there is'
+    with pytest.raises(jax.errors.JaxRuntimeError, match='something else'):
+        plan.compile_phase(*opened, 'sft')
 
 
 def test_the_first_compiler_that_is_installed_is_asked(monkeypatch):

@@ -31,6 +31,7 @@ DEVICES, MOST_DEVICES = 8, 2048  # with mesh.data=-1; that start within seconds
 MODEL_SIZES = (2, 4, 8)  # of mesh.model, tried where a configuration does not fit
 SEQ_LEN, DOCUMENTS = 4096, 100_000  # where the data is not there
 MARGIN = 0.1  # spare memory below which a plan warns
+TOO_MUCH = re.compile(r'^RESOURCE_EXHAUSTED.*\(([\d.]+)G\) exceeds', re.DOTALL)  # as the compiler for TPUs says it
 CPU_NOTE = 'temporaries: of the CPU program with a float32 subject, an upper bound for 16 bits'
 
 
@@ -116,10 +117,17 @@ def on_cpu(mesh) -> bool:
 def compile_phase(cfg, job: Workload, mesh, name: str) -> tuple[int, dict[str, float]]:
     """Returns (bytes of the temporaries of a step on one device, its FLOPs by part).
 
-    On CPU one layer's experts are among the temporaries: a kernel for grouped products may copy them, unlike what is
+    Of a program that a compiler refuses since it would not fit, the temporaries that it names, and no FLOPs. On CPU one
+    layer's experts are among the temporaries: a kernel for grouped products may copy them, unlike what is
     compiled in its place (moe.PLANNED).
     """
-    programs = compile_step(cfg, job, mesh, name)
+    try:
+        programs = compile_step(cfg, job, mesh, name)
+    except jax.errors.JaxRuntimeError as e:
+        named = TOO_MUCH.search(str(e))
+        if named is None:
+            raise
+        return int(float(named[1]) * 2**30), {}
     experts = per_device(config.abstract_base(cfg, job.c, mesh).blocks.moe) // job.c.n_layers if on_cpu(mesh) else 0
     temporaries = max(compiled.memory_analysis().temp_size_in_bytes for _, compiled in programs)
     work = collections.Counter()
@@ -201,14 +209,16 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
     print('\n'.join(f'  {x}' for x in [*notes, 'not counted: evaluation, fragmentation, workspaces of kernels']))
     found = {}
     for name, given in needs(cfg, job, mesh).items():
-        print(f'\nPhase {name}: compiling, ', end='', flush=True)
-        began = time.monotonic()
-        temporaries, work = compiling(cfg, job, mesh, name)
-        found[name] = given._replace(temporaries=temporaries)
-        print(
-            f'{time.monotonic() - began:.0f} s\n'
-            + '\n'.join(describe(found[name], work, cfg.subject.dtype, device, bound))
-        )
+        print(f'\nPhase {name}: ', end='', flush=True)
+        began, found[name], work = time.monotonic(), given, {}
+        if given.total > device:
+            print('too much before it computes anything')
+        else:
+            print('compiling, ', end='', flush=True)
+            temporaries, work = compiling(cfg, job, mesh, name)
+            found[name] = given._replace(temporaries=temporaries)
+            print(f'{time.monotonic() - began:.0f} s')
+        print('\n'.join(describe(found[name], work, cfg.subject.dtype, device, bound)))
     most = max(found, key=lambda x: found[x].total)
     full = [name for name, n in found.items() if n.total > device]
     if not full:
@@ -233,8 +243,9 @@ def describe(n: Needs, work: dict[str, float], dtype: str, device: float, bound:
     """Returns lines on the memory of one device, in GB, and on the FLOPs of a step on all. bound: what temporaries are."""
     notes = f'frozen, {dtype}', 'float32', 'its moments', 'the decoder at the start of the phase', bound
     lines = [f'  {k:12}{x / GB:8.2f} GB  {note}' for k, x, note in zip(n._fields, n, notes, strict=True) if x]
+    lines.append(f'  total {bound if n.temporaries is not None else "at least"} {spare(n, device)}')
     named = ', '.join(f'{k} {v:.2g}' for k, v in work.items() if v)
-    return [*lines, f'  total {bound} {spare(n, device)}', f'  FLOPs of a step, all devices: {named}']
+    return [*lines, f'  FLOPs of a step, all devices: {named}'] if named else lines
 
 
 def spare(n: Needs, device: float) -> str:

@@ -38,7 +38,12 @@ PLUGINS = {'cuda': ('jax_cuda13_plugin', 'jax_cuda12_plugin'), 'tpu': ('libtpu',
 # products that XLA writes in Triton do not.
 ENVIRONMENT = {
     'cuda': {'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'},
-    'tpu': {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'TPU_WORKER_HOSTNAMES': 'localhost'},
+    'tpu': {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # it keeps other processes out, for the sake of chips
+    },
     'cpu': {},
 }
 XLA_FLAGS = {'cuda': '--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false'}
