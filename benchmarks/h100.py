@@ -35,6 +35,7 @@ from lens.tools import targets
 PEAK = 989e12  # dense bfloat16 FLOP/s
 RUNS = 3  # after one that is not counted
 TOP = 5  # kernels that are named
+FAMILY = 'gpt_oss'  # that --size=tiny compares alone
 COLUMNS = {
     'seconds': ('s', '.3f'),
     'roof_ms': ('roof ms', '.0f'),
@@ -179,7 +180,7 @@ def main(_):
     if JSON.value:
         files.write_json(pathlib.Path(JSON.value), rows)
     if not COMPILE.value:
-        agreement.main()
+        agreement.main(*(((FAMILY,), ('float32',)) if tiny else ()))
 
 
 if __name__ == '__main__':
