@@ -23,7 +23,7 @@ everything split over the 8 devices; every token that is drawn then gathers the 
 of each device a step.
 
 Hardware: meant for 8 GPUs of 80 GB. Not yet run on this hardware; memory by --plan: base 15.2 GB in
-bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 11 GB; `:full` at most 75 GB.
+bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 11 GB; `:full` at most 66 GB.
 """
 
 import ml_collections
