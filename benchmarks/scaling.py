@@ -35,11 +35,6 @@ from lens.tools import plan
 from lens.train import init_state, micro_step, trace
 from tests.test_plan import open_recipe
 
-PARTS = flags.DEFINE_multi_enum('parts', ['time', 'wire'], ['time', 'wire'], 'What is made.')
-OUT = flags.DEFINE_string('out', 'runs/scaling', 'Folder of the table and the plot.')
-DOUBLINGS = flags.DEFINE_integer('doublings', 3, 'Of every size.')
-RECIPES = flags.DEFINE_multi_string('recipes', ['nla_qwen2_5_7b'], 'NAME or NAME:ARGUMENT, for wire.')
-
 DEVICES = 8
 MODEL = TransformerConfig(  # DEVICES divide what `model` splits
     family='llama',
@@ -192,6 +187,10 @@ def main(_):
 
 
 if __name__ == '__main__':
+    PARTS = flags.DEFINE_multi_enum('parts', ['time', 'wire'], ['time', 'wire'], 'What is made.')
+    OUT = flags.DEFINE_string('out', 'runs/scaling', 'Folder of the table and the plot.')
+    DOUBLINGS = flags.DEFINE_integer('doublings', 3, 'Of every size.')
+    RECIPES = flags.DEFINE_multi_string('recipes', ['nla_qwen2_5_7b'], 'NAME or NAME:ARGUMENT, for wire.')
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', DEVICES)
     app.run(main)

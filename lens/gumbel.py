@@ -100,18 +100,12 @@ def _full(length: int, decoder, base, activation_NxD, table_VxW, key, tau, tempe
 def _forward(length, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N):
     """The loop of sampling.sample; the final cache lacks the last token."""
     ready = for_rollout(decoder, base)
-    first_NxV, prompt = _start(ready, base, activation_NxD)
+    first_NxV, prompt = dec.prefill(ready, base, activation_NxD)
     ids, kept, cache = sampling.draw(
         ready, base, first_NxV, prompt, key, length=length, temperature_N=temperature_N, keep=lambda logits, _: logits
     )
     residuals = decoder, base, activation_NxD, table_VxW, key, tau, temperature_N, ids, (prompt, cache)
     return Words(ids, _lookup(table_VxW, ids), Stream(kept)), residuals
-
-
-def _start(decoder, base, activation_NxD):
-    """Logits of the first token and the prompt's keys and values."""
-    x_Nx1xD, prompt = dec.prefill(decoder, base, activation_NxD)
-    return dec.first_logits(model_of(decoder, base), x_Nx1xD), prompt
 
 
 def _backward(length, residuals, cotangents):
@@ -150,7 +144,7 @@ def _backward(length, residuals, cotangents):
 
     def start(decoder, activation_NxD):
         """Also the rows that the decoder is fed back: its table may be trained."""
-        return *_start(decoder, base, activation_NxD), model_of(decoder, base).lookup(ids_NxT[:, :-1])
+        return *dec.prefill(decoder, base, activation_NxD), model_of(decoder, base).lookup(ids_NxT[:, :-1])
 
     (logits, _, _), transpose = jax.vjp(start, decoder, activation_NxD)
     d_prompt = jax.tree.map(lambda d, x: d.astype(x.dtype), d_prompt, past[0])

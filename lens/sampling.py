@@ -80,8 +80,7 @@ def sample(
     """
     decoder, activation_BxD = for_rollout(decoder, base), jax.lax.stop_gradient(activation_BxD)
     temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
-    x_Bx1xD, prompt = dec.prefill(decoder, base, activation_BxD)
-    first_BxV = dec.first_logits(model_of(decoder, base), x_Bx1xD)
+    first_BxV, prompt = dec.prefill(decoder, base, activation_BxD)
     first_NxV, temperature_N = tile_rows(first_BxV, group), tile_rows(temperature_B, group)
     how = {'length': length, 'temperature_N': temperature_N, 'keep': losses.token_log_probs, 'tags': tags}
     ids, logp, _ = draw(decoder, base, first_NxV, prompt, key, **how)

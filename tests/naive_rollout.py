@@ -27,7 +27,6 @@ def rollout(decoder, base, activation_NxD, table_VxW, key, *, length, tau, tempe
         word = straight_through(jax.lax.stop_gradient(table_VxW), z, ids)
         return (model.logits(x)[:, 0], cache.written(written, t)), gumbel.Words(ids, word, Stream(logits))
 
-    x, prompt = dec.prefill(decoder, base, activation_NxD)
-    first = model.logits(x)[:, 0], prompt.room(len(x), length)
-    _, out = jax.lax.scan(body, first, jnp.arange(length))
+    logits, prompt = dec.prefill(decoder, base, activation_NxD)
+    _, out = jax.lax.scan(body, (logits, prompt.room(len(logits), length)), jnp.arange(length))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)

@@ -158,8 +158,8 @@ def test_a_new_injection_is_one_class_and_one_entry(base, given, monkeypatch):
     @jax.jit
     @jax.value_and_grad
     def run(decoder):
-        x, _ = dec.prefill(decoder, base, jnp.asarray(given[0]))
-        return jnp.mean(jax.nn.log_softmax(base.logits(x))[:, 0, 0])
+        logits, _ = dec.prefill(decoder, base, jnp.asarray(given[0]))
+        return jnp.mean(jax.nn.log_softmax(logits)[:, 0])
 
     got, grad = run(decoder)
     step = jax.tree.map(jnp.zeros_like, decoder)

@@ -77,13 +77,19 @@ def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
     return (injection.overwrite(x, decoder.slots, slot_BxD) if decoder.config.more_slots else x), hook
 
 
-@jax.named_scope('prefill')
-def prefill(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
-    """Runs the prompt. Returns the stream that leaves its last token, Bx1xD, and the prompt's keys and values."""
+def _prompt(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
+    """Runs the prompt: the stream that leaves its last token, Bx1xD, and its keys and values."""
     model = model_of(decoder, base)
     x, hook = prompt_rows(decoder, model, activation_BxD)
     x, cache = model.run_cached(model.enter(x), 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
     return x[:, -1:], cache.padded()
+
+
+@jax.named_scope('prefill')
+def prefill(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
+    """Runs the prompt. Returns the logits of the first token, BxV, and the prompt's keys and values."""
+    x, cache = _prompt(decoder, base, activation_BxD)
+    return _logits(model_of(decoder, base), x), cache
 
 
 @jax.named_scope('decode')
@@ -91,11 +97,11 @@ def step(decoder: Decoder, base: Transformer, row_Nx1xD, past: Sequence[KVCache]
     """Reads generated token t, a row of the decoder's table. Returns the logits of the next one, NxV, and the token's
     own keys and values. past: of the prompt, which rows may share, and of the tokens before."""
     x, written = _continued(decoder, base, row_Nx1xD, past, t)
-    return first_logits(model_of(decoder, base), x), written
+    return _logits(model_of(decoder, base), x), written
 
 
-def first_logits(model: Transformer, x_Nx1xD):
-    """Computes the logits NxV of one token a row, by rows."""
+def _logits(model: Transformer, x_Nx1xD):
+    """Of one token a row, NxV by rows."""
     return sharding.reshard(model.logits(x_Nx1xD)[:, 0], sharding.rows(2))
 
 
@@ -110,12 +116,19 @@ def _continued(decoder: Decoder, base: Transformer, rows_NxTxD, past: Sequence[K
 def teacher_forced(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT) -> jax.Array:
     """Computes the stream NxTxD before final norm and head that every token of given explanations is drawn from.
 
-    The N / B explanations of an activation are contiguous and share its prompt, which runs once.
+    The N / B explanations of an activation are contiguous and share its prompt, which runs once; where there is one, prompt
+    and words are one run, whose weights have one gradient to be summed over the devices.
     """
-    first_Bx1xD, prompt = prefill(decoder, base, activation_BxD)
-    first_Nx1xD = tile_rows(first_Bx1xD, len(ids_NxT) // len(activation_BxD))
-    rest, _ = _continued(decoder, base, model_of(decoder, base).lookup(ids_NxT[:, :-1]), (prompt,))
-    return jnp.concatenate([first_Nx1xD, rest], axis=1)
+    model, group = model_of(decoder, base), len(ids_NxT) // len(activation_BxD)
+    words_NxTxD = model.lookup(ids_NxT[:, :-1])
+    if group == 1:
+        x, hook = prompt_rows(decoder, model, activation_BxD)
+        x = model.enter(jnp.concatenate([x, words_NxTxD], axis=1))
+        x = model.run_layers(x, 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
+        return x[:, decoder.prompt_len - 1 :]
+    first_Bx1xD, prompt = _prompt(decoder, base, activation_BxD)
+    rest, _ = _continued(decoder, base, words_NxTxD, (prompt,))
+    return jnp.concatenate([tile_rows(first_Bx1xD, group), rest], axis=1)
 
 
 @jax.named_scope('natural')
