@@ -41,6 +41,10 @@ def project(spec: str, x, w, adapters, name: str, out_spec=None, bias=None):
     w_axes, y_axes = rest.split('->')
     inner = ''.join(c for c in w_axes if c not in y_axes)
     outer = ''.join(c for c in w_axes if c in y_axes)
+    # split as the matrix is: a gradient is made where its part of the activations is, and gathered itself
+    of = dict(zip(w_axes, sharding.like(w[...]) or (), strict=False))
+    a = sharding.reshard(a, sharding.P(*(of.get(c) for c in inner), None))
+    b = sharding.reshard(b, sharding.P(None, *(of.get(c) for c in outer)))
     low = jnp.einsum(f'{x_axes},{inner}r->btr', x, a, out_sharding=sharding.out(sharding.ACT))
     return y + jnp.einsum(f'btr,r{outer}->{y_axes}', low, b, out_sharding=sharding.like(y))
 
