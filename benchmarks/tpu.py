@@ -49,8 +49,6 @@ STEPS = {
     for phase, sizes in phases.items()
     for way, values in ways.items()
 }
-CHOSEN = flags.DEFINE_list('parts', [*STEPS], 'Which steps, in this order.')
-TEXTS = flags.DEFINE_string('texts', '', 'Folder for the texts of the compiled programs.')
 
 
 @contextlib.contextmanager
@@ -113,4 +111,6 @@ def main(_):
 
 
 if __name__ == '__main__':
+    CHOSEN = flags.DEFINE_list('parts', [*STEPS], 'Which steps, in this order.')
+    TEXTS = flags.DEFINE_string('texts', '', 'Folder for the texts of the compiled programs.')
     app.run(main)

@@ -1,9 +1,12 @@
-"""The scale of adapters at the start."""
+"""The scale of adapters at the start, and what their gradient moves between devices."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import roofline
+from lens import sharding
 from lens.models import lora
 from tests.conftest import TINY
 
@@ -14,3 +17,23 @@ def test_the_scale_of_an_update_is_alpha_by_rank_or_by_its_root(base, rs, scale)
     a = lora.init_adapters(base.blocks, 2, 'up', 9, 6.0, jax.random.key(0), rs=rs)['up']['a']
     unit = jax.random.normal(jax.random.split(jax.random.key(0), 1)[0], (2, TINY.d_model, 9))
     np.testing.assert_allclose(a, scale * TINY.d_model**-0.5 * unit, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('spec', 'w_axes'), [('btf,fd->btd', ('model', None)), ('btd,df->btf', (None, 'model'))])
+def test_the_gradient_of_an_adapter_gathers_no_activations(spec, w_axes):
+    """Of a matrix that is split over `model` it is made where the activations are, and gathered itself."""
+    mesh, rank, wide, narrow = sharding.make_mesh(2, 4), 3, 64, 12
+    first, last = (wide, narrow) if w_axes[0] else (narrow, wide)
+
+    def array(shape, *axes):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, sharding.P(*axes)))
+
+    def loss(adapter, x, w):
+        return jnp.sum(lora.project(spec, x, w, {'m': adapter}, 'm', sharding.ACT if w_axes[0] else None) ** 2)
+
+    adapter = {'a': array((first, rank)), 'b': array((rank, last))}
+    x, w = array((4, 16, first), sharding.ROW_AXES, None, w_axes[0]), array((first, last), *w_axes)
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(adapter, x, w).compile().as_text()
+    _, sent = roofline.collectives(text).get('all-gather', (0, 0.0))
+    assert sent <= 3 / 4 * wide * rank * 4

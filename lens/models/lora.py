@@ -31,15 +31,18 @@ def project(x, w, adapters, name: str, out_spec=None, bias=None):
     x: BxTxI; I and O stand for any number of axes, those of w IxO. Input and output are one axis each in the product, which
     no kernel has to transpose then. out_spec: where the result lives; needed where a contracted axis is sharded.
     """
-    outer = w.shape[x.ndim - 2 :]
-    x = x.reshape(*x.shape[:2], -1)
+    n, x = x.ndim - 2, x.reshape(*x.shape[:2], -1)
     out = sharding.out(out_spec) if out_spec is not None else None
     y = jnp.einsum('bti,io->bto', x, w[...].reshape(x.shape[-1], -1), out_sharding=out)
     if adapters is not None and name in adapters:
         a, b = (adapters[name][k].astype(x.dtype) for k in ('a', 'b'))
-        low = jnp.einsum('bti,ir->btr', x, a.reshape(x.shape[-1], -1), out_sharding=sharding.out(sharding.ACT))
-        y = y + jnp.einsum('btr,ro->bto', low, b.reshape(len(b), -1), out_sharding=sharding.like(y))
-    y = y.reshape(*y.shape[:2], *outer)
+        # split as the matrix is: a gradient is made where its part of the activations is, and gathered itself
+        of_w = sharding.like(w[...]) or (None,) * w.ndim
+        a = sharding.reshard(a, sharding.P(*of_w[:n], None)).reshape(x.shape[-1], -1)
+        b = sharding.reshard(b, sharding.P(None, *of_w[n:])).reshape(len(b), -1)
+        low = jnp.einsum('bti,ir->btr', x, a, out_sharding=sharding.out(sharding.ACT))
+        y = y + jnp.einsum('btr,ro->bto', low, b, out_sharding=sharding.like(y))
+    y = y.reshape(*y.shape[:2], *w.shape[n:])
     return y if bias is None else y + bias[...]
 
 
