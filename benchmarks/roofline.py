@@ -58,6 +58,11 @@ class Instruction(NamedTuple):
     def bytes(self) -> float:
         return sum(x.bytes for x in self.out)
 
+    @property
+    def source(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ''
+
     def called(self, attribute: str) -> str:
         return re.search(rf'{attribute}=%?([\w.\-]+)', self.attributes)[1]
 
@@ -118,12 +123,26 @@ def most_expensive(found: list[Kernel], n: int) -> list[str]:
     return lines
 
 
-def collectives(text: str, trips: int = 1) -> dict[str, tuple[float, float]]:
-    """Returns kind of collective -> (runs, bytes that a device sends at least) of a compiled program.
+class Collective(NamedTuple):
+    """One that a program names. sent: bytes that a device sends at least each time, in a ring; source: names of the traced
+    program that it is from."""
+
+    kind: str
+    times: float
+    sent: float
+    source: str
+
+    @property
+    def total(self) -> float:
+        return self.times * self.sent
+
+
+def collectives(text: str, trips: int = 1) -> list[Collective]:
+    """Returns the collectives of a compiled program.
 
     What a TPU does in steps beside other work, kernels of one channel, counts once.
     """
-    program, found, seen = _Program(text, trips), collections.defaultdict(lambda: (0.0, 0.0)), set()
+    program, found, seen = _Program(text, trips), [], set()
     for of, x, times, _ in program.instructions(None, 1.0, ()):
         name = x.called('calls') if x.op == 'fusion' else ''
         for y in program.computations[name].values() if name else (x,):
@@ -138,9 +157,14 @@ def collectives(text: str, trips: int = 1) -> dict[str, tuple[float, float]]:
             else:
                 share = {'all-reduce': 2 * (n - 1) / n, 'reduce-scatter': n - 1, 'collective-permute': 1}.get(kind)
                 share = (n - 1) / n if share is None else share
-            runs, sent = found[kind]
-            found[kind] = runs + times, sent + times * program.result(y) * share
-    return dict(found)
+            found.append(Collective(kind, times, program.result(y) * share, y.source))
+    return found
+
+
+def by_kind(found: list[Collective]) -> dict[str, tuple[float, float]]:
+    """Returns kind -> (runs, bytes that a device sends) of all of them together."""
+    kinds = dict.fromkeys(x.kind for x in found)
+    return {k: (sum(x.times for x in found if x.kind == k), sum(x.total for x in found if x.kind == k)) for k in kinds}
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -231,9 +255,7 @@ class _Program:
     def walk(self, name: str | None, times: float, loops: tuple[int, ...]) -> Iterator[Kernel]:
         for of, x, runs, inside in self.instructions(name, times, loops):
             moved, flops = self._traffic(of, x), self._flops(of, x)
-            source = re.search(r'op_name="([^"]*)"', x.attributes)
-            source = source[1] if source else ''
-            yield Kernel(x.name, x.op, inside, runs, moved, flops or 0.0, self._copied(x), flops is None, source)
+            yield Kernel(x.name, x.op, inside, runs, moved, flops or 0.0, self._copied(x), flops is None, x.source)
 
     def result(self, x: Instruction) -> float:
         """Bytes of what an instruction gives; one that only starts it names its operands as well."""

@@ -24,8 +24,8 @@ from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
 
+from benchmarks.roofline import COLLECTIVES, by_kind, collectives
 from benchmarks.timing import seconds
-from benchmarks.wire import KINDS, Collective, collectives
 from configs import base
 from lens import config, files, flops, lens_init, response, sharding
 from lens.models.rope import Rope
@@ -134,13 +134,13 @@ def sent(name: str, cfg, job: plan.Workload, mesh, **more) -> dict:
         step = next(x for x in plan.steps(cfg, job, mesh) if x[0].name == name)
         programs = trace(*step, jax.eval_shape(jax.random.key, 0))
         texts = [x.lower().compile(compiler_options=UNTUNED).as_text() for x in programs]
-    found, state = [x for text in texts for x in collectives(text)], step[1]
+    found, state = [x for text in texts for x in collectives(text, step[0].hparams.length)], step[1]
     n = sharding.row_count(mesh)
     row = more | {'phase': name, 'mesh': {k: v for k, v in mesh.shape.items() if v > 1}}
-    row |= {kind: [sum(x.times for x in found if x.kind == kind), total(found, kind)] for kind in KINDS}
-    row['in_sampling'] = sum(x.total for x in found if '/decode/' in x.scope)
+    row |= {kind: by_kind(found).get(kind, (0, 0)) for kind in COLLECTIVES}
+    row['in_sampling'] = sum(x.total for x in found if '/decode/' in x.source)
     row['gradients'] = 2 * (n - 1) / n * sum(x.size * 4 for x in jax.tree.leaves(state.params))
-    cells = (f'{k:,} x {b / 1e6:.3f}' if k else '' for k, b in (row[kind] for kind in KINDS))
+    cells = (f'{k:,.0f} x {b / 1e6:.3f}' if k else '' for k, b in (row[kind] for kind in COLLECTIVES))
     what = f'{more["model"]} | {name} | {more["trains"]} | {", ".join(f"{k} {v}" for k, v in row["mesh"].items())}'
     all_of_it = sum(x.total for x in found)
     last = f'{all_of_it / 1e6:.3f} | {row["in_sampling"] / 1e6:.3f} | {row["gradients"] / 1e6:.3f}'
@@ -148,16 +148,11 @@ def sent(name: str, cfg, job: plan.Workload, mesh, **more) -> dict:
     return row
 
 
-def total(found: list[Collective], kind: str) -> float:
-    """Returns bytes that one device sends by collectives of a kind."""
-    return sum(x.total for x in found if x.kind == kind)
-
-
 def wire() -> list[dict]:
     """Compiles objectives x what trains x meshes, then recipes at full size; prints their table."""
     print('MB that each device sends in a step: collectives x MB of all of them; gradients: those of all that trains')
-    print(f'| model | phase | trains | mesh | {" | ".join(KINDS)} | all | in sampling | gradients |')
-    print('|---' * (len(KINDS) + 7) + '|')
+    print(f'| model | phase | trains | mesh | {" | ".join(COLLECTIVES)} | all | in sampling | gradients |')
+    print('|---' * (len(COLLECTIVES) + 7) + '|')
     rows, sizes = [], SIZES | {'rows': DEVICES}
     places = ((DEVICES, 1, ''), (DEVICES, 1, ', split'), (1, DEVICES, ''))
     for objective in OBJECTIVES:

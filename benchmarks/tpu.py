@@ -87,7 +87,7 @@ def run(part: Part, devices: list, limit_gb: float, texts: str = '') -> dict:
                 compiled = program.traced.lower().compile()
                 needs.append(full_size.memory(compiled) / 1e9)
                 text = compiled.as_text()
-                for kind, (runs, n) in roofline.collectives(text, cfg.explanation_len).items():
+                for kind, (runs, n) in roofline.by_kind(roofline.collectives(text, cfg.explanation_len)).items():
                     sent.update({f'{kind}': runs, f'{kind}_gb': n / 1e9})
                 if texts:
                     pathlib.Path(texts, f'{part.name}.{i}.txt').write_text(text)

@@ -177,7 +177,7 @@ def test_the_roof_is_the_sum_of_the_longer_of_both_times(found):
 
 
 def test_collectives_say_what_a_device_sends():
-    assert roofline.collectives(PROGRAM) == {
+    assert roofline.by_kind(roofline.collectives(PROGRAM)) == {
         'all-reduce': (1, 2 * 3 / 4 * 64 * 512 * 4),
         'all-gather': (1, 3 / 4 * 64 * 512 * 4),
     }
@@ -208,4 +208,4 @@ ENTRY %main (a: bf16[8,128], b: f32[64,128]) -> f32[16,128] {
 }
 """
     sent = {'all-gather': (1, 3 / 4 * 32 * 128 * 2), 'reduce-scatter': (1, 3 / 4 * 64 * 128 * 4)}
-    assert roofline.collectives(text) == sent
+    assert roofline.by_kind(roofline.collectives(text)) == sent

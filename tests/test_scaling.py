@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
-from benchmarks.wire import collectives
+from benchmarks.roofline import collectives
 from lens import sharding
 from lens.tools import plan
 
@@ -68,4 +68,4 @@ def test_nothing_is_sent_while_a_data_parallel_step_samples(monkeypatch):
     """Adapters that are split over the devices are put together before the loop."""
     monkeypatch.setattr(sharding, 'SPLIT_ABOVE', 0)
     found, _ = compiled_step('grpo', 'lora')
-    assert found and not [x for x in found if '/decode/' in x.scope]
+    assert found and not [x for x in found if '/decode/' in x.source]
