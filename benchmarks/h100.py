@@ -12,11 +12,6 @@ counts whole. Timed are medians after a first run; then a second table compares 
 on the CPU (benchmarks/agreement.py).
 """
 
-import os
-
-os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')  # before JAX starts
-os.environ['XLA_FLAGS'] = f'--xla_gpu_enable_triton_gemm=false {os.environ.get("XLA_FLAGS", "")}'
-
 import pathlib
 import statistics
 import time
@@ -29,7 +24,7 @@ from absl import app, flags
 from benchmarks import agreement, full_size, roofline
 from benchmarks.full_size import PARTS, Part, Program
 from benchmarks.timing import report, seconds
-from lens import files, sharding
+from lens import cli, files, sharding
 from lens.tools import targets
 
 PEAK = 989e12  # dense bfloat16 FLOP/s
@@ -158,6 +153,7 @@ def run_part(part: Part, mesh, runs: bool, texts: str = '') -> dict:
 
 def main(_):
     began, tiny = time.monotonic(), SIZE.value == 'tiny'
+    cli.set_up_accelerators()
     if COMPILE.value:
         targets.prepare('h100')
         mesh = sharding.make_mesh(1, 1, devices=targets.devices('h100', 1))

@@ -234,15 +234,18 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def start(module: str, *values: flags.FlagHolder, all_keys: str = KEYS) -> None:
-    """Runs main(*values) of a module, which is imported after the flags are parsed, as `run` says.
-
-    JAX gets MEMORY_FRACTION of a GPU and GPU_FLAGS unless the environment says something else.
-    """
+def set_up_accelerators() -> None:
+    """Gives JAX, which has not started yet, MEMORY_FRACTION of a GPU and GPU_FLAGS, where the environment says nothing
+    else."""
     if not any(key in os.environ for key in MEMORY_KEYS):
         os.environ[MEMORY_KEYS[0]] = str(MEMORY_FRACTION)
     said = os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = ' '.join([said, *(f'{k}={v}' for k, v in GPU_FLAGS.items() if k not in said)]).strip()
+
+
+def start(module: str, *values: flags.FlagHolder, all_keys: str = KEYS) -> None:
+    """Runs main(*values) of a module, which is imported after the flags are parsed, as `run` says."""
+    set_up_accelerators()
     run(lambda _: importlib.import_module(module).main(*(v.value for v in values)), module, all_keys)
 
 

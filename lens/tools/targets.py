@@ -34,8 +34,7 @@ TARGETS = {
     'cpu': Target('cpu', 80.0),
 }
 PLUGINS = {'cuda': ('jax_cuda13_plugin', 'jax_cuda12_plugin'), 'tpu': ('libtpu',), 'cpu': ('jax',)}
-# Before JAX starts. Without a device nothing can be tried out; cuBLAS reads a layer of a stack in place, which the
-# products that XLA writes in Triton do not.
+# Before JAX starts. Without a device nothing can be tried out.
 ENVIRONMENT = {
     'cuda': {'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'},
     'tpu': {
@@ -46,7 +45,7 @@ ENVIRONMENT = {
     },
     'cpu': {},
 }
-XLA_FLAGS = {'cuda': '--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false'}
+XLA_FLAGS = {'cuda': '--xla_gpu_autotune_level=0'}
 # What XLA asks a device for, of an H100 SXM with CUDA 13 and the cuDNN of jax[cuda13].
 H100 = """
 platform_name: "CUDA"
