@@ -148,7 +148,7 @@ def collectives(text: str, trips: int = 1) -> list[Collective]:
         for y in program.computations[name].values() if name else (x,):
             kind = next((k for k in COLLECTIVES if y.op in (k, f'{k}-start')), None)
             channel, n = re.search(r'channel_id=(\d+)', y.attributes), _group_size(y.attributes)
-            place = channel and (id(of), channel[1])
+            place = name and channel and (id(of), channel[1])
             if kind is None or n < 2 or (place and place in seen):
                 continue
             seen.add(place)

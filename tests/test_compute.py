@@ -122,7 +122,8 @@ def test_float32_changes_nothing(own):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize('objective', ['sft', pytest.param('grpo', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['sft', 'grpo'])
 def test_thirty_steps_follow_those_of_float32(own, objective):
     """All that is trained, its moments too, is float32; the losses go down the same way."""
     (_, want), (state, got) = steps(own, 30, objective), steps(with_compute(own, BF16), 30, objective)
@@ -135,6 +136,7 @@ def test_thirty_steps_follow_those_of_float32(own, objective):
         assert (got_T != want_T).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['full', 'two_pass'])
 def test_gradients_through_words_are_those_of_float32_up_to_rounding(own, form):
     (a, want), (b, got) = (steps(x, 1, 'gumbel', form=form) for x in (own, with_compute(own, BF16)))
@@ -189,6 +191,7 @@ def test_auto_is_bfloat16_on_accelerators(world, asked, platform, want):
     assert lens_init.compute_of(config(world)) == 'float32'  # without a mesh: what JAX has
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_by_bit_and_exports_its_float32_weights(world, tmp_path):
     cfg = config(world)
     cfg.phases, cfg.sft.steps, cfg.subject.compute = ('sft',), 6, BF16

@@ -64,6 +64,7 @@ def test_a_data_parallel_step_sends_the_gradients_of_what_trains(trained):
     assert gradients + figures <= sum(x.total for x in found) / (2 * 7 / 8 * 4) <= gradients + figures + 20
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_while_a_data_parallel_step_samples(monkeypatch):
     """Adapters that are split over the devices are put together before the loop."""
     monkeypatch.setattr(sharding, 'SPLIT_ABOVE', 0)

@@ -116,6 +116,7 @@ def step(phase, mesh, base, batch):
         return micro_step(phase, init_state(make_lens(base), phase, mesh), base, batch, KEY, phase.knobs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', ['sft', 'grpo'])
 def test_a_step_has_the_same_work_in_less_memory(objective):
     """FLOPs of utilisation; temporaries of wide rows, of which the step holds a quarter; the texts are drawn once."""
@@ -136,7 +137,7 @@ def test_a_step_has_the_same_work_in_less_memory(objective):
     assert memory[1] < 0.6 * memory[0]
 
 
-@pytest.mark.parametrize('objective', ['sft', 'grpo'])
+@pytest.mark.parametrize('objective', ['sft', pytest.param('grpo', marks=pytest.mark.slow)])
 def test_a_step_goes_where_that_of_all_at_once_goes(base, batch, objective):
     mesh = sharding.make_mesh(1, 1)
     whole, sliced = (step(phase_of(objective, group=2, slices=n), mesh, base, batch) for n in (1, 4))
