@@ -273,7 +273,10 @@ class _Program:
             return 2 * of[x.operands[UPDATES[x.op]]].bytes
         body = self._body(x)
         if body is None:
-            return self.result(x) + sum(of[o].bytes for o in x.operands if o in of)
+            read = [of[o] for o in x.operands if o in of]
+            if 'gpu.triton"' in x.attributes:  # of a stack of matrices by layer and expert it reads one layer
+                return self.result(x) + sum(y.bytes / (y.out[0].dims[0] if len(y.out[0].dims) == 4 else 1) for y in read)
+            return self.result(x) + sum(y.bytes for y in read)
         users = collections.defaultdict(list)
         for y in body.values():
             for operand in y.operands:
@@ -352,14 +355,17 @@ def _attention_flops(x: Instruction, inputs: list[Array]) -> float:
 
 
 def _grouped_flops(inputs: list[Array], out: tuple[Array, ...]) -> float | None:
-    """Of a grouped product written in Triton or Pallas: rows [M, I] times [E, I, O], or [M, I] and [M, O] to [E, I, O].
-    None for every other kernel."""
+    """Of the kernels of lens/models/grouped.py: rows [A, I] in tiles times the matrices [L, E, ., .] of their experts, the
+    last tile of each on average half empty; or [A, I] and [A, O] to [E, I, O]. None for every other kernel."""
     dims, result = [a.dims for a in inputs], out[0].dims
-    rows = [d for d in dims if len(d) == 2]
-    stacks = [d for d in dims if len(d) == 3]
+    rows, stacks = [d for d in dims if len(d) == 2], [d for d in dims if len(d) in (3, 4)]
     for left in rows:
-        if len(result) == 2 and any(set(s[1:]) == {left[1], result[1]} for s in stacks) and left[0] == result[0]:
-            return 2.0 * math.prod(result) * left[1]
+        if len(result) == 2 and left[0] == result[0]:
+            for *_, experts, m, n in stacks:
+                if {m, n} == {left[1], result[1]}:
+                    tiles = max((d[0] for d in dims if len(d) == 1), default=0)
+                    tile = left[0] / (tiles - experts + 1) if tiles >= experts else 0
+                    return 2.0 * (left[0] + experts * tile / 2) * left[1] * result[1]
         if len(result) == 3 and any(r[0] == left[0] and {left[1], r[1]} == set(result[1:]) for r in rows):
             return 2.0 * left[0] * result[1] * result[2]
     return None

@@ -70,7 +70,7 @@ HloModule jit_f, is_scheduled=true
   ROOT %turned = f32[64,512]{0,1} copy(%f0)
 }
 
-ENTRY %main (a: bf16[3,1024,2048], b: bf16[16,1024], c: f32[64,512], d: f32[1,512], q: bf16[2,8,6,64], k: bf16[2,32,2,64], rows: bf16[40,96], stack: bf16[5,96,128], sizes: s32[5], on: pred[]) -> f32[64,512] {
+ENTRY %main (a: bf16[3,1024,2048], b: bf16[16,1024], c: f32[64,512], d: f32[1,512], q: bf16[2,8,6,64], k: bf16[2,32,2,64], rows: bf16[40,96], stack: bf16[3,5,96,128], sizes: s32[9], on: pred[]) -> f32[64,512] {
   %a = bf16[3,1024,2048]{2,1,0} parameter(0), metadata={op_name="base.blocks.w"}
   %b = bf16[16,1024]{1,0} parameter(1)
   %c = f32[64,512]{1,0} parameter(2)
@@ -78,8 +78,8 @@ ENTRY %main (a: bf16[3,1024,2048], b: bf16[16,1024], c: f32[64,512], d: f32[1,51
   %q = bf16[2,8,6,64]{3,2,1,0} parameter(4)
   %k = bf16[2,32,2,64]{3,2,1,0} parameter(5)
   %rows = bf16[40,96]{1,0} parameter(6)
-  %stack = bf16[5,96,128]{2,1,0} parameter(7)
-  %sizes = s32[5]{0} parameter(8)
+  %stack = bf16[3,5,96,128]{3,2,1,0} parameter(7)
+  %sizes = s32[9]{0} parameter(8)
   %on = pred[] parameter(9)
   %start = s32[] constant(0)
   %carry = (s32[], bf16[3,1024,2048]{2,1,0}, bf16[16,1024]{1,0}, f32[64,512]{1,0}, f32[1,512]{1,0}) tuple(%start, %a, %b, %c, %d)
@@ -135,7 +135,9 @@ def test_flops_of_libraries_come_from_the_shapes(found):
     assert found['read'].flops == 2 * 16 * 1024 * 2048
     # 8 queries at the end of 32 positions, each sees 3 keys; 6 heads of 64 in 2 rows; two products
     assert found['attention'].flops == 2 * 2 * (2 * 6 * 64) * (8 * 3)
-    assert found['grouped'].flops == 2 * 40 * 96 * 128
+    # 40 rows in 9 tiles at most, so of 8 rows; the last of each of 5 groups half empty; of 3 layers one is read
+    assert found['grouped'].flops == 2 * (40 + 5 * 8 / 2) * 96 * 128
+    assert found['grouped'].bytes == 2 * (40 * 96 + 5 * 96 * 128 + 40 * 128) + 4 * 9
     assert [n for n, k in found.items() if k.unknown] == ['other']
 
 
