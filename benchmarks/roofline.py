@@ -275,7 +275,9 @@ class _Program:
         if body is None:
             read = [of[o] for o in x.operands if o in of]
             if 'gpu.triton"' in x.attributes:  # of a stack of matrices by layer and expert it reads one layer
-                return self.result(x) + sum(y.bytes / (y.out[0].dims[0] if len(y.out[0].dims) == 4 else 1) for y in read)
+                return self.result(x) + sum(
+                    y.bytes / (y.out[0].dims[0] if len(y.out[0].dims) == 4 else 1) for y in read
+                )
             return self.result(x) + sum(y.bytes for y in read)
         users = collections.defaultdict(list)
         for y in body.values():
