@@ -27,20 +27,21 @@ from lens import sharding
 from lens.tools import plan, targets
 
 CHIPS = 8
+SMALL = {'subject.remat': 'full', 'sft.slices': 4, 'grpo.slices': 4}  # for 16 GB
 WAYS = {
-    'data': {'mesh.data': 8},
-    'tensor': {'mesh.data': 2, 'mesh.model': 4},  # as many as the model has kv heads
-    'split': {'mesh.data': 8, 'mesh.shard_base': True},
+    'data': {'mesh.data': 8} | SMALL,
+    'tensor': {'mesh.data': 2, 'mesh.model': 4} | SMALL,  # as many as the model has kv heads
+    'split': {'mesh.data': 8, 'mesh.shard_base': True} | SMALL,
 }
 # model -> (kind of TPU, recipe, tokens of a document, batch of every phase, ways to split the work)
 MODELS = {
-    'qwen': ('v5e', NLA, 2048, {'sft': (8, 8, 1), 'grpo': (8, 4, 8)}, WAYS),
+    'qwen': ('v5e', NLA, 2048, {'sft': (32, 2, 1), 'grpo': (32, 1, 8)}, WAYS),
     'gptoss': (
         'v5p',
         GPT_OSS,
         4096,
         {'sft': (24, 10, 1), 'grpo': (8, 2, 8)},
-        {'data': WAYS['data'], 'tensor': {'mesh.model': 8}},
+        {'data': {'mesh.data': 8}, 'tensor': {'mesh.model': 8}},
     ),
 }
 STEPS = {
