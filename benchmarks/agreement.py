@@ -45,10 +45,11 @@ MOST = {'float32': 1e-3, 'bfloat16': 0.1}  # that a figure may be
 
 def outputs(lens, base, batch, knobs, key, roll, *, phase):
     """Computes (logits, hidden states, gradients on the explanations `roll` or on its own; sampler; its own)."""
-    hp, loss = phase.hparams, phase.objective.loss
+    hp = phase.hparams
     own = phase.objective.rollout(lens, base, objectives.read(base, batch, **phase.reading), key, hp)
-    _, metrics = loss(lens, base, own, key, hp, knobs, ())
-    gradients, _ = jax.grad(loss, has_aux=True)(lens, base, roll or own, key, hp, knobs, ())
+    gradient = functools.partial(objectives.gradient, phase.objective, lens, base)
+    _, metrics = gradient(own, key, hp, knobs, ())
+    gradients, _ = gradient(roll or own, key, hp, knobs, ())
     hidden = base.run_layers(base.embed(batch['tokens']), 0, base.config.n_layers)
     values = {'logits': base.logits(hidden), 'hidden': hidden, 'gradients': gradients}
     return values, metrics['logp_diff_max'], own

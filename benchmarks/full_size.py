@@ -84,7 +84,7 @@ PARTS = {
 def small(part: Part) -> Part:
     """Returns a part that any machine runs in seconds."""
     sizes = batch(*map(min, part.batch.values(), SMALL_BATCH))
-    return part._replace(batch=sizes, tokens=SMALL_LEN, values=SMALL_VALUES, tiny=True)
+    return part._replace(batch=sizes, tokens=SMALL_LEN, values=SMALL_VALUES | {f'{part.phase}.slices': 1}, tiny=True)
 
 
 def open_part(part: Part):

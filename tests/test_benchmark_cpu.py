@@ -39,7 +39,7 @@ def sides(tmp_path_factory):
         yield cpu.ours(base, SHAPE, g, mesh), cpu.Theirs(TINY, SHAPE, g, lens, compiled=False)
 
 
-@pytest.mark.parametrize('work', cpu.WORKS)
+@pytest.mark.parametrize('work', [pytest.param(w, marks=pytest.mark.slow if w == 'sft' else ()) for w in cpu.WORKS])
 def test_both_sides_give_the_same_numbers(sides, work):
     ours, theirs = sides
     for _ in range(2):  # the second training step sees what the optimizer did in the first

@@ -14,7 +14,8 @@ def mesh():
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=() if n == 'llama_sft' else pytest.mark.slow) for n in full_size.PARTS]
+    'name',
+    ['llama_sft', *(pytest.param(n, marks=pytest.mark.slow) for n in ('qwen_grpo', 'gptoss_sft', 'gptoss_sample'))],
 )
 def test_a_part_runs_in_small(mesh, name):
     part = full_size.small(full_size.PARTS[name])
