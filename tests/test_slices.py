@@ -119,12 +119,12 @@ def step(phase, mesh, base, batch):
 
 
 @pytest.mark.slow
-def test_a_step_has_the_same_work_in_less_memory(objective='grpo'):
+def test_a_step_has_the_same_work_in_less_memory():
     """FLOPs of utilisation; temporaries of wide rows, of which the step holds a quarter; the texts are drawn once."""
     mesh = sharding.make_mesh(1, 1)
     work, memory = [], []
     for slices in (1, 4):
-        phase = phase_of(objective, natural_prefix=(3, 1), group=8, length=20, slices=slices)
+        phase = phase_of('grpo', natural_prefix=(3, 1), group=8, length=20, slices=slices)
         shapes = {'tokens': (8, 30), 'positions': (8, 2), 'explanations': (8, 2, 20)}
         batch = {k: jax.ShapeDtypeStruct(s, np.int32) for k, s in shapes.items()}
         with jax.set_mesh(mesh):
@@ -138,8 +138,8 @@ def test_a_step_has_the_same_work_in_less_memory(objective='grpo'):
     assert memory[1] < 0.6 * memory[0]
 
 
-def test_a_step_goes_where_that_of_all_at_once_goes(base, batch, objective='sft'):
+def test_a_step_goes_where_that_of_all_at_once_goes(base, batch):
     mesh = sharding.make_mesh(1, 1)
-    whole, sliced = (step(phase_of(objective, group=2, slices=n), mesh, base, batch) for n in (1, 4))
+    whole, sliced = (step(phase_of('sft', group=2, slices=n), mesh, base, batch) for n in (1, 4))
     for name in ('grad_norm_decoder', 'grad_norm_encoder', 'loss_encoder', 'fve', 'entropy_nats'):
         close(sliced[1][name], whole[1][name], steps=2048)
