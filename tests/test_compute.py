@@ -115,6 +115,7 @@ def test_the_gradient_of_a_table_is_summed_in_float32():
     assert (grad.embedding[7] == 1000).all()
 
 
+@pytest.mark.slow
 def test_float32_changes_nothing(own):
     (plain, a), (named, b) = steps(own, 2), steps(with_compute(own, 'float32'), 2)
     assert a == b

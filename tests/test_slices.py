@@ -138,6 +138,7 @@ def test_a_step_has_the_same_work_in_less_memory():
     assert memory[1] < 0.6 * memory[0]
 
 
+@pytest.mark.slow
 def test_a_step_goes_where_that_of_all_at_once_goes(base, batch):
     mesh = sharding.make_mesh(1, 1)
     whole, sliced = (step(phase_of('sft', group=2, slices=n), mesh, base, batch) for n in (1, 4))
