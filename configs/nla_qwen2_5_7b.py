@@ -19,8 +19,7 @@ KL 0.01 to the decoder that SFT has made, failed responses at -2.
 Different: the closing tag without the newline before it, which the tokenizer joins to a full stop; adapters of
 rank 128 (rank-stabilised, alpha 16, of all matrices) in place of training in full, and the rates that such adapters
 take (1e-4, 8e-5). `:full` trains both sides in full at the released rates (SFT 2e-5; GRPO 1.41e-5 and 7.07e-5),
-everything split over the 8 devices; every token that is drawn then gathers the decoder anew, some 3.6 TB on the wire
-of each device a step.
+everything split over the 8 devices; the decoder is put together once for a rollout, in bfloat16.
 
 Hardware: meant for 8 GPUs of 80 GB. Not yet run on this hardware; memory by --plan: base 15.2 GB in
 bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 11 GB; `:full` at most 66 GB.

@@ -39,7 +39,8 @@ def sides(tmp_path_factory):
         yield cpu.ours(base, SHAPE, g, mesh), cpu.Theirs(TINY, SHAPE, g, lens, compiled=False)
 
 
-@pytest.mark.parametrize('work', [pytest.param(w, marks=pytest.mark.slow if w == 'sft' else ()) for w in cpu.WORKS])
+@pytest.mark.slow
+@pytest.mark.parametrize('work', cpu.WORKS)
 def test_both_sides_give_the_same_numbers(sides, work):
     ours, theirs = sides
     for _ in range(2):  # the second training step sees what the optimizer did in the first
@@ -47,6 +48,7 @@ def test_both_sides_give_the_same_numbers(sides, work):
         assert cpu.difference(numbers, getattr(theirs, work)()) < 1e-5
 
 
+@pytest.mark.slow
 def test_floor_counts_the_products_of_the_model(sides):
     c, (b, t, n, length, layer) = TINY, (3, 11, 9, 5, 2)
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim

@@ -69,7 +69,7 @@ def own():
     return make_lens(make_base(), own_base=True)
 
 
-@pytest.mark.parametrize('family', CONFIGS)
+@pytest.mark.parametrize('family', [pytest.param(f, marks=() if f == 'gpt2' else pytest.mark.slow) for f in CONFIGS])
 def test_logits_are_those_of_float32_up_to_roundings_of_the_stream(family, tokens):
     """And norms, the sums of a table's gradient and all that is returned to the weights are float32."""
     model = make_base(CONFIGS[family])
@@ -115,12 +115,9 @@ def test_the_gradient_of_a_table_is_summed_in_float32():
     assert (grad.embedding[7] == 1000).all()
 
 
-@pytest.mark.slow
-def test_float32_changes_nothing(own):
-    (plain, a), (named, b) = steps(own, 2), steps(with_compute(own, 'float32'), 2)
-    assert a == b
-    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(named), strict=True):
-        np.testing.assert_array_equal(x, y)
+def test_float32_changes_nothing(tokens):
+    one, other = make_base(), with_compute(make_base(), 'float32')
+    np.testing.assert_array_equal(programs.hidden(one, tokens)[0], programs.hidden(other, tokens)[0])
 
 
 @pytest.mark.slow

@@ -9,10 +9,9 @@ from tests.mesh_runs import assert_same, run
 
 SPLIT = (2, 2, 2)  # (replica, data, model), everything that can be is split over `data`
 CASES = [
-    ('frozen-grpo', SPLIT),
     ('llama-sft', (1, 8, 1)),
+    ('frozen-grpo', SPLIT),
     ('llama-grpo', (1, 2, 4)),
-    ('llama-gumbel', (1, 4, 2)),
     ('llama-gumbel_full', SPLIT),
     ('gpt_oss-sft', (1, 1, 8)),
     ('gpt_oss-grpo', (1, 4, 2)),
