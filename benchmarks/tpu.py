@@ -27,7 +27,7 @@ from lens import sharding
 from lens.tools import plan, targets
 
 CHIPS = 8
-SMALL = {'subject.remat': 'full', 'sft.slices': 4, 'grpo.slices': 4}  # for 16 GB
+SMALL = {'subject.remat': 'full', 'sft.slices': 4, 'grpo.slices': 16}  # for 16 GB
 WAYS = {
     'data': {'mesh.data': 8} | SMALL,
     'tensor': {'mesh.data': 2, 'mesh.model': 4} | SMALL,  # as many as the model has kv heads
