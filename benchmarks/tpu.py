@@ -31,7 +31,7 @@ SMALL = {'subject.remat': 'full', 'sft.slices': 4, 'grpo.slices': 16}  # for 16 
 WAYS = {
     'data': {'mesh.data': 8} | SMALL,
     'tensor': {'mesh.data': 2, 'mesh.model': 4} | SMALL,  # as many as the model has kv heads
-    'split': {'mesh.data': 8, 'mesh.shard_base': True} | SMALL,
+    'split': {'mesh.data': 8, 'mesh.shard_base': True} | SMALL | {'grpo.slices': 4},  # a document a device and slice
 }
 # model -> (kind of TPU, recipe, tokens of a document, batch of every phase, ways to split the work)
 MODELS = {
