@@ -133,13 +133,6 @@ def test_thirty_steps_follow_those_of_float32(own):
         assert (got_T != want_T).any()
 
 
-@pytest.mark.slow
-def test_gradients_through_words_are_those_of_float32_up_to_rounding(own):
-    (a, want), (b, got) = (steps(x, 1, 'gumbel', form='two_pass') for x in (own, with_compute(own, BF16)))
-    assert [x.dtype for x in jax.tree.leaves(a)] == [x.dtype for x in jax.tree.leaves(b)]
-    close(got[0]['loss_encoder'], want[0]['loss_encoder'], jnp.bfloat16, steps=16)
-
-
 def test_a_sampler_with_weights_rounded_once_draws_what_the_scorer_scores(own):
     decoder, base = with_compute(own, BF16).decoder, make_base()
     a = np.random.default_rng(0).standard_normal((8, TINY.d_model)).astype(np.float32)

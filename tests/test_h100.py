@@ -15,7 +15,7 @@ def mesh():
 
 @pytest.mark.parametrize(
     'name',
-    ['llama_sft', *(pytest.param(n, marks=pytest.mark.slow) for n in ('qwen_grpo', 'gptoss_sft', 'gptoss_sample'))],
+    ['llama_sft', *(pytest.param(n, marks=pytest.mark.slow) for n in ('qwen_grpo',))],
 )
 def test_a_part_runs_in_small(mesh, name):
     part = full_size.small(full_size.PARTS[name])
@@ -83,5 +83,5 @@ def test_the_difference_of_trees_is_relative():
 
 @pytest.mark.slow
 def test_a_small_model_on_this_device_is_the_one_on_the_cpu(capsys):
-    assert agreement.main(['gpt_oss'], ['float32'])
-    assert '"family": "gpt_oss", "dtype": "float32"' in capsys.readouterr().out
+    assert agreement.main(['llama'], ['float32'])
+    assert '"family": "llama", "dtype": "float32"' in capsys.readouterr().out

@@ -11,7 +11,6 @@ SPLIT = (2, 2, 2)  # (replica, data, model), everything that can be is split ove
 CASES = [
     ('llama-sft', (1, 8, 1)),
     ('frozen-grpo', SPLIT),
-    ('llama-grpo', (1, 2, 4)),
     ('llama-gumbel_full', SPLIT),
     ('gpt_oss-sft', (1, 1, 8)),
     ('gpt_oss-grpo', (1, 4, 2)),
