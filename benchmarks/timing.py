@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -21,3 +22,16 @@ def seconds(run, *args) -> float:
         jax.block_until_ready(run(*args))
         laps.append(time.perf_counter() - begin)
     return statistics.median(laps[1:])
+
+
+def in_turn(
+    programs: Mapping[str, Callable[[], object]], repeats: int, now: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Returns the median seconds of each, run one after the other `repeats` times; what they give is waited for."""
+    laps: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, run in programs.items():
+            begin = now()
+            jax.block_until_ready(run())
+            laps[name].append(now() - begin)
+    return {name: statistics.median(x) for name, x in laps.items()}

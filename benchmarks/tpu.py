@@ -11,7 +11,6 @@ rematerialization").
 import collections
 import contextlib
 import os
-import pathlib
 import re
 import tempfile
 import time
@@ -23,7 +22,7 @@ from absl import app, flags
 from benchmarks import full_size, roofline
 from benchmarks.full_size import GPT_OSS, NLA, Part
 from benchmarks.timing import report
-from lens import sharding
+from lens import cli, sharding
 from lens.tools import plan, targets
 
 CHIPS = 8
@@ -91,7 +90,7 @@ def run(part: Part, devices: list, limit_gb: float, texts: str = '') -> dict:
                 for kind, (runs, n) in roofline.by_kind(roofline.collectives(text, cfg.explanation_len)).items():
                     sent.update({f'{kind}': runs, f'{kind}_gb': n / 1e9})
                 if texts:
-                    pathlib.Path(texts, f'{part.name}.{i}.txt').write_text(text)
+                    full_size.keep(text, texts, f'{part.name}.{i}')
         except Exception as e:  # the other steps are compiled all the same
             wrong.append(' '.join(str(e).split())[:400])
     if max(needs, default=0) > limit_gb:
@@ -105,7 +104,7 @@ def main(_):
     for name in CHOSEN.value:
         kind, part = STEPS[name]
         began = time.monotonic()
-        limit_gb = targets.SHARE * targets.TARGETS[kind].memory_gb
+        limit_gb = cli.MEMORY_FRACTION * targets.TARGETS[kind].memory_gb
         row = run(part._replace(name=name), targets.devices(kind, CHIPS), limit_gb, TEXTS.value)
         row = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
         report(step=name, devices=f'{CHIPS} x {kind}', **row, compile_s=round(time.monotonic() - began))

@@ -74,8 +74,7 @@ def _lookup(table_VxW, ids_NxT):
 
 def _two_pass(length: int, decoder, base, activation_NxD, table_VxW, key, tau, temperature_N) -> Words:
     base, table_VxW = jax.lax.stop_gradient((base, table_VxW))
-    frozen = jax.lax.stop_gradient(decoder)
-    ids, logp = sampling.sample(frozen, base, activation_NxD, key, length=length, temperature=temperature_N)
+    ids, logp = sampling.sample(decoder, base, activation_NxD, key, length=length, temperature=temperature_N)
     stream = Stream(dec.teacher_forced(decoder, base, activation_NxD, ids), model_of(decoder, base))
     head = stream.head()
 

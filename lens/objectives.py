@@ -132,9 +132,9 @@ def given_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
 
 def sampled_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
     """Draws group * mean_of responses of every activation."""
-    frozen, n = jax.lax.stop_gradient(lens.decoder), hp.group * hp.mean_of
+    n = hp.group * hp.mean_of
     how = {'length': hp.length, 'group': n, 'tags': hp.tags}
-    s = sampling.sample(frozen, base, _vectors(frozen, roll), key, **how)
+    s = sampling.sample(lens.decoder, base, _vectors(lens.decoder, roll), key, **how)
     tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
     return Rollout(*tiled, roll.batch, s.ids_NxT, s.logp_NxT)
 

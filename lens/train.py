@@ -71,8 +71,12 @@ def micro_step(phase: Phase, state: State, base, batch, key, knobs) -> tuple[Sta
 def trace(phase: Phase, state: State, base, batch, key) -> tuple[jax.stages.Traced, jax.stages.Traced]:
     """Traces the two programs of micro_step; arrays may be abstract. What cannot run raises here."""
     reading = objectives.read.trace(base, batch, **phase.reading)
-    roll = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), reading.out_info)
-    return reading, train_step.trace(state, base, roll, key, phase.knobs(0), **phase.program)
+    return reading, train_step.trace(state, base, results(reading), key, phase.knobs(0), **phase.program)
+
+
+def results(traced: jax.stages.Traced):
+    """Returns shapes and placements of what a traced program gives, as the arguments of another."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), traced.out_info)
 
 
 def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cpu
+from benchmarks import cpu, timing
 from lens import hf, sharding
 from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
@@ -93,7 +93,7 @@ def test_a_difference_is_seen():
 
 def test_programs_run_in_turn():
     order = []
-    times = cpu.in_turn({k: lambda k=k: order.append(k) for k in 'abc'}, 3)
+    times = timing.in_turn({k: lambda k=k: order.append(k) for k in 'abc'}, 3)
     assert ''.join(order) == 'abcabcabc' and set(times) == set('abc')
 
 

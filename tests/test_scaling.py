@@ -16,17 +16,6 @@ from lens.tools import plan
 SIZES = {'rows': 8, 'tokens': 5, 'vectors': 1, 'group': 2, 'text': 12, 'layers': 2}
 
 
-def compiled_step(objective, trained):
-    """(the collectives of a step on eight devices that split the batch, its state)."""
-    cfg, job = scaling.small(objective, trained, SIZES)
-    mesh = sharding.make_mesh(8, 1)
-    (_, reading), (_, step) = plan.compile_step(cfg, job, mesh, objective)
-    assert not collectives(reading.as_text())
-    with jax.set_mesh(mesh):
-        ((_, state, _, _),) = plan.steps(cfg, job, mesh)
-    return collectives(step.as_text()), state
-
-
 def test_loops_are_multiplied_out_and_rings_counted():
     """A 4 x 2 mesh: kinds and bytes by hand."""
     mesh = jax.make_mesh((4, 2), ('a', 'b'))
@@ -57,5 +46,8 @@ def test_loops_are_multiplied_out_and_rings_counted():
 def test_nothing_is_sent_while_a_data_parallel_step_samples(monkeypatch):
     """Adapters that are split over the devices are put together before the loop."""
     monkeypatch.setattr(sharding, 'SPLIT_ABOVE', 0)
-    found, _ = compiled_step('grpo', 'lora')
+    cfg, job = scaling.small('grpo', 'lora', SIZES)
+    (_, reading), (_, step) = plan.compile_step(cfg, job, sharding.make_mesh(8, 1), 'grpo')
+    assert not collectives(reading.as_text())
+    found = collectives(step.as_text())
     assert found and not [x for x in found if '/decode/' in x.source]

@@ -4,7 +4,7 @@ Nothing is allocated and no weights are read. What a step is given (base, traine
 exact, in the dtypes of the run. What it needs besides is read from the program that XLA makes for as many devices: of
 --device where the plugin of JAX for it is installed, no such device being needed (targets.py). Without a plugin it is the
 program for CPUs, with the frozen base in float32: on CPU a 16-bit program would convert whole stacks of weights first.
-Both are upper bounds then, where the run has 16 bits. Of a device's memory JAX is given targets.SHARE.
+Both are upper bounds then, where the run has 16 bits. Of a device's memory JAX is given cli.MEMORY_FRACTION.
 """
 
 import collections
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import config, data, flops, hf, keys, lens_init, objectives, places, response, sharding
+from lens import cli, config, data, flops, hf, keys, lens_init, objectives, places, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
 from lens.models import moe
@@ -196,7 +196,8 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
     require(len(cfg.phases) > 0, 'phases is empty: there is nothing to plan.')
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica, devices)
     card = targets.TARGETS[target].memory_gb if device_gb is None else device_gb
-    device, limit = targets.SHARE * card * GB, f'{targets.SHARE * card:.1f} GB ({targets.SHARE} of {card:.1f})'
+    share = cli.MEMORY_FRACTION
+    device, limit = share * card * GB, f'{share * card:.1f} GB ({share} of {card:.1f})'
     job, notes = open_job(cfg)
     job = job._replace(devices=devices)
     for name in cfg.phases:

@@ -14,8 +14,6 @@ from jax.experimental import topologies
 
 from lens.errors import LensError
 
-SHARE = 0.92  # of a device's memory that arrays may take: what XLA_PYTHON_CLIENT_MEM_FRACTION is set to
-
 
 class Target(NamedTuple):
     """A kind of device. platform: as XLA names it; memory_gb: of one, in 1e9 bytes; slices: shapes in which TPUs are let."""
