@@ -1,9 +1,9 @@
 """Chats with thinking from OpenAI-compatible servers: python -m data_gen.generate --input_dataset=… --output_path=…
 
 In every chat one assistant turn is chosen by the length of the prompt before it and written anew by the served
-model; later turns are dropped. Answers stream to OUTPUT/data.jsonl; a run that was stopped, in whatever way, goes
-on with --resume. At the end OUTPUT/parquet and OUTPUT/dataset hold the rows in the order of the input, and
-OUTPUT/stats.json the lengths. rejected.jsonl, failed.jsonl and skipped.jsonl name the other rows and why.
+model; later turns are dropped. A question without an answer gets its first (data_gen.questions makes such). Answers
+stream to OUTPUT/data.jsonl; a run that was stopped, in whatever way, goes on with --resume. At the end OUTPUT/parquet
+and OUTPUT/dataset hold the rows in the order of the input, and OUTPUT/stats.json the lengths. rejected.jsonl, failed.jsonl and skipped.jsonl name the other rows and why.
 """
 
 import contextlib
@@ -38,7 +38,9 @@ class GenerateOptions:
     api_key_env: str = option('', 'Environment variable that holds the API key, for servers that want one.')
     model: str = option('openai/gpt-oss-20b', 'Name of the served model.')
     tokenizer: str = option('', 'Folder or Hub id of the tokenizer that counts; --model where not given.')
-    reasoning_level: str = option('high', 'Sent as the system line "Reasoning: LEVEL"; empty: no line.')
+    reasoning_level: str = option(
+        'high', 'Sent as the system line "Reasoning: LEVEL"; empty, for models that do not think: no line.'
+    )
     system_prompt: str = option('', 'Sent in place of that line.')
     target_total_tokens: int = option(4000, 'Tokens that prompt and answer may have together.', turns.MARGIN + 1)
     anchor_prompt_tokens: int = option(3000, 'The assistant turn with a prompt nearest to this is written anew.', 0)

@@ -79,6 +79,8 @@ class Planner:
             raise Skip(str(e)) from None
         roles = [m['role'] for m in turns]
         places = [i for i, role in enumerate(roles) if role == 'assistant' and 'user' in roles[:i]]
+        if not places and roles[-1] == 'user':  # a question that nobody has answered
+            places = [len(turns)]
         if not places:
             raise Skip('no assistant turn after a user turn')
         called = next((i for i, m in enumerate(turns) if m['role'] == 'tool' or 'tool_calls' in m), len(turns))

@@ -83,12 +83,20 @@ def test_what_is_sent(tokenizer):
     assert plain.plan(0, value).messages[2]['content'] == '<think>Hm.</think>\nOld answer 0.'
 
 
+def test_a_question_without_an_answer_gets_its_first(tokenizer):
+    value = [{'role': 'user', 'content': 'Hi'}]
+    plan = planner(tokenizer, reasoning_level='').plan(0, value)
+    assert plan.turns == plan.messages == value
+    # with an answer, that is written anew, and what is asked after it is dropped
+    assert planner(tokenizer).plan(0, [*talk(0), *value]).turns == talk(0)[:1]
+
+
 @pytest.mark.parametrize(
     ('value', 'reason'),
     [
         (None, 'no list of messages'),
         ([], 'no list of messages'),
-        ([{'role': 'user', 'content': 'Hi'}], 'no assistant turn after a user turn'),
+        ([{'role': 'system', 'content': 'Hi'}], 'no assistant turn after a user turn'),
         ([{'role': 'assistant', 'content': 'Hi'}], 'no assistant turn after a user turn'),
         ([{'role': 'user', 'content': None}], 'message 0 has no text'),
         ([{'role': 'robot', 'content': 'Hi'}], "message 0 has the role 'robot'"),
