@@ -1,7 +1,14 @@
-"""Explanations for the SFT warm-up: python -m data_gen.label --data=data/mine --tokenizer=MODEL_DIR --model=NAME
+"""Explanations for the SFT warm-up: python -m data_gen.label --data=data/mine --tokenizer=MODEL_DIR --method=self
 
-Every document of the folder is cut at --positions sampled positions (label_prompts says by which rule); an
-OpenAI-compatible server, local or paid, is asked for 2-3 features of the text up to there. Answers stream to
+Every document of the folder is cut at --positions sampled positions (label_prompts says by which rule). With
+--method=self the label of each is made of the text and the subject, in minutes and without a server:
+`topic: volcano, ash, magma | next: destroys the slope | now: flows down the`. --parts says which parts in which order, and
+how many words each has at most: words are taken off until a label has --explanation_len tokens, and the last words grow
+into the room that is left. What comes next (--next) is taken from the text where it is an answer of a chat, which the
+subject is taken to have written, and elsewhere asked of the subject. meta.json keeps the format as label_parts.
+
+With --method=server an OpenAI-compatible server, local or paid, that serves --model is asked for 2-3 features of the text
+up to there. Answers stream to
 DATA-labels/labels.jsonl, those without a label to failures.jsonl; a command that was stopped, in whatever way,
 goes on when it is given again. --dry_run prints three prompts and what all would cost, and sends nothing.
 
@@ -24,7 +31,7 @@ import pathlib
 
 from lens.errors import LensError, need_package
 
-from . import chat_data, journal, label_files, label_prompts, requests
+from . import chat_data, journal, label_files, label_prompts, label_self, requests
 from .ledger import Ledger
 from .options import command, need, option
 from .requests import LOCAL, Request
@@ -43,12 +50,19 @@ class LabelOptions:
     tokenizer: str = option('', 'Directory or Hub id of the subject, whose tokenizer made the data.')
     out: str = option('', 'New folder with the labelled documents alone; empty: the arrays go into --data.')
     labels: str = option('', 'Folder for labels.jsonl and failures.jsonl; DATA-labels where not given.')
+    method: str = option(
+        'server', 'Who writes them: a server, or the text and the subject.', choices=('server', 'self')
+    )
     splits: str = option('train,validation', 'Splits that get labels.')
     max_documents: int = option(0, 'Only the first documents of each split; 0: all.', 0)
     positions: int = option(10, 'Positions of each document.', 1)
     min_position: int = option(50, 'First position that may be sampled.', 0)
     seed: int = option(42, 'Of the positions.', 0)
     explanation_len: int = option(16, 'Tokens of an explanation, as in the training configuration.', 1, 1 << 16)
+    parts: str = option('topic:4,next:4,now:4', 'Parts of a label of --method=self, in order, and most words of each.')
+    bare: bool = option(False, 'Labels of --method=self have no names of parts and no commas.')
+    context_tokens: int = option(0, 'Last tokens of the source whose words are no topic: encoder.context_tokens.', 0)
+    next: str = option('auto', 'Where --method=self has what comes next from.', choices=label_self.NEXT)
     words: int = option(0, 'Words that the instruction allows; 0: what fits into --explanation_len.', 0)
     instruction: str = option('', 'File with another instruction; it holds {text} and may hold {words}.')
     server_urls: str = option(LOCAL, 'Servers, separated by commas.')
@@ -68,21 +82,15 @@ class LabelOptions:
     force: bool = option(False, 'Replace given explanations or a folder that this command did not make.')
 
 
-class Labelling:
-    """What a command works on, and its requests.Work. Raises LensError before anything is written."""
-
-    unit = 'labels'
+class Documents:
+    """The documents that get labels, and where those go. Raises LensError before anything is written."""
 
     def __init__(self, o: LabelOptions):
         self.o, self.data = o, pathlib.Path(o.data)
-        self.folder = pathlib.Path(o.labels or f'{o.data.rstrip("/")}-labels')
         self.out = pathlib.Path(o.out) if o.out else None
         names = [n.strip() for n in o.splits.split(',') if n.strip()]
         if not names or len(set(names)) < len(names) or set(names) - {'train', 'validation'}:
             raise LensError(f'--splits={o.splits!r} is not train, validation or train,validation.')
-        if o.max_cost and not (o.price_in or o.price_out):
-            raise LensError('--max_cost needs the prices: give --price_in and --price_out.')
-        self.template = label_prompts.instruction(_instruction(o.instruction), o.explanation_len, o.words)
         from lens import hf  # with JAX, which --help needs not
 
         self.tokenizer = hf.load_tokenizer(o.tokenizer)
@@ -91,11 +99,6 @@ class Labelling:
         for part in self.parts:
             self._check(part, hf.tokenizer_sha256(o.tokenizer))
         self._check_places()
-        self.made = {k: getattr(o, k) for k in ('seed', 'positions', 'min_position', 'model', 'temperature')}
-        self.made['instruction'] = self.template
-        self.journal = Ledger(self.folder, self.parts, {'data': self._fingerprint()} | self.made, o)
-        self.total = sum(int((p.positions >= 0).sum()) for p in self.parts)
-        self._jobs, self._useless = self.jobs(), 0
 
     def _check(self, part: label_prompts.Part, tokenizer_sha256: str) -> None:
         folder = part.split.directory
@@ -119,7 +122,6 @@ class Labelling:
 
     def _check_places(self) -> None:
         labels = sum(p.positions.size for p in self.parts)
-        journal.check_folder(self.folder, 1000 * labels)
         if not self.out:
             for part in self.parts:
                 journal.check_folder(part.split.directory, 4 * part.positions.size * (self.o.explanation_len + 1))
@@ -132,6 +134,44 @@ class Labelling:
         if self.out.exists() and not made and not self.o.force:
             raise LensError(f'{self.out} exists and was not made by this command: --force replaces it.')
         journal.check_folder(self.out.parent, 4 * labels * (self.o.explanation_len + 1))
+
+    def write(self, labels, again: str) -> str:
+        """Makes the arrays; returns where they are. again: what goes on after an error. Raises LensError."""
+        labelled = {p.name: labels.labelled(p) for p in self.parts}
+        try:
+            if self.out:
+                counts = label_files.write_folder(self.out, self.data, self.parts, labels)
+            else:
+                counts = {p.name: label_files.write_in_place(p, labels) for p in self.parts}
+        except OSError as e:
+            raise journal.cannot_write(self.out or self.data, e, again) from None
+        total = {k: sum(c[k] for c in counts.values()) for k in ('labels', 'cut', 'filled_tokens')}
+        filled = total['filled_tokens'] / (total['labels'] * self.o.explanation_len)
+        documents = ', '.join(f'{int(x.any(1).sum())} of {len(x)} {name}' for name, x in labelled.items())
+        return (
+            f'{total["labels"]} labels of {self.o.explanation_len} tokens: {total["cut"]} were cut to that, '
+            f'{filled:.0%} of the tokens are filling.{labels.remark()}\n'
+            f'{self.out or self.data}: {documents} documents have labels'
+        )
+
+
+class Labelling(Documents):
+    """The documents of a command and its requests.Work. Raises LensError before anything is written."""
+
+    unit = 'labels'
+
+    def __init__(self, o: LabelOptions):
+        if o.max_cost and not (o.price_in or o.price_out):
+            raise LensError('--max_cost needs the prices: give --price_in and --price_out.')
+        self.folder = pathlib.Path(o.labels or f'{o.data.rstrip("/")}-labels')
+        self.template = label_prompts.instruction(_instruction(o.instruction), o.explanation_len, o.words)
+        super().__init__(o)
+        journal.check_folder(self.folder, 1000 * sum(p.positions.size for p in self.parts))
+        self.made = {k: getattr(o, k) for k in ('seed', 'positions', 'min_position', 'model', 'temperature')}
+        self.made['instruction'] = self.template
+        self.journal = Ledger(self.folder, self.parts, {'data': self._fingerprint()} | self.made, o)
+        self.total = sum(int((p.positions >= 0).sum()) for p in self.parts)
+        self._jobs, self._useless = self.jobs(), 0
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -222,14 +262,13 @@ class Labelling:
     def progress(self) -> str:
         return f'{self.journal.counts["data"]} labels ({self.journal.spent()})'
 
-    def write(self) -> str:
-        """Makes the arrays; returns where they are. Raises LensError."""
+    def finish(self) -> str:
+        """Makes the arrays of the answers; returns where they are. Raises LensError."""
         if not (log := self.journal.paths['labels']).exists():
             raise LensError(f'{log} does not exist: there are no labels yet, leave --finish away.')
         self.journal.open()
-        labelled = {p.name: self.journal.labelled(p) for p in self.parts}
         for part in self.parts:
-            missing = int((~labelled[part.name].any(1)).sum())
+            missing = int((~self.journal.labelled(part).any(1)).sum())
             if missing == len(part.split):
                 raise LensError(f'No document of {part.split.directory} has a label: {self.journal.why()}.')
             if missing and not self.out:
@@ -239,25 +278,8 @@ class Labelling:
                 )
         made = self.made | {'explanation_len': self.o.explanation_len, 'without_label': self.journal.reasons()}
         made['ledger'] = self.journal.as_dict()
-        labels = label_files.Labels(self.journal, self.tokenizer, self.o.explanation_len, made)
-        try:
-            if self.out:
-                counts = label_files.write_folder(self.out, self.data, self.parts, labels)
-            else:
-                counts = {p.name: label_files.write_in_place(p, labels) for p in self.parts}
-        except OSError as e:
-            raise journal.cannot_write(self.out or self.data, e, self.journal.again) from None
-        return self._report(labelled, counts)
-
-    def _report(self, labelled: dict, counts: dict) -> str:
-        total = {k: sum(c[k] for c in counts.values()) for k in ('labels', 'cut', 'filled_tokens')}
-        filled = total['filled_tokens'] / (total['labels'] * self.o.explanation_len)
-        documents = ', '.join(f'{int(x.any(1).sum())} of {len(x)} {name}' for name, x in labelled.items())
-        return (
-            f'{total["labels"]} labels of {self.o.explanation_len} tokens: {total["cut"]} were cut to that, '
-            f'{filled:.0%} of the tokens are filling. Without a label: {self.journal.why()}. {self.journal.spent()}.\n'
-            f'{self.out or self.data}: {documents} documents have labels'
-        )
+        labels = label_files.Labels(self.journal, self.tokenizer, self.o.explanation_len, made, {})
+        return self.write(labels, self.journal.again)
 
 
 def _instruction(path: str) -> str:
@@ -269,6 +291,11 @@ def _instruction(path: str) -> str:
 
 def label(o: LabelOptions) -> str:
     """Runs to the end; the last line says where the result is. Raises LensError."""
+    if o.method == 'self':
+        need(o, 'data', 'tokenizer')
+        form = label_self.form(o)
+        documents = Documents(o)
+        return documents.write(label_self.make(documents.parts, documents.tokenizer, form, o), 'the same command')
     need(o, 'data', 'tokenizer', 'model')
     asks = not (o.dry_run or o.finish)
     if asks:
@@ -281,7 +308,7 @@ def label(o: LabelOptions) -> str:
         if not o.finish and work.estimate()[0]:
             servers = Servers(o.server_urls, o.model, o.timeout, key=key)
             requests.Engine(work, servers, o.max_concurrency, o.max_cost).run()
-        return work.write()
+        return work.finish()
 
 
 def main() -> None:

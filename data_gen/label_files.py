@@ -23,42 +23,49 @@ MADE = 'labels.json'  # beside the arrays: how they were made
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What the arrays are made of."""
+    """What the arrays are made of: the answers of servers. label_self.Labels makes them of the texts."""
 
     ledger: Ledger
     tokenizer: object
     explanation_len: int
     made: dict  # for labels.json
+    meta: dict  # what meta.json says of the labels besides
+
+    def labelled(self, part: Part) -> np.ndarray:
+        """Returns bool [N, V]: which of the drawn positions have a label."""
+        return self.ledger.labelled(part)
+
+    def remark(self) -> str:
+        """Says after the counts which labels are missing and what was spent."""
+        return f' Without a label: {self.ledger.why()}. {self.ledger.spent()}.'
+
+    def explanations(self, part: Part, filler: int) -> tuple[np.ndarray, dict]:
+        """int32 [N, V, T]; how many labels were cut at T tokens, and the tokens of filling."""
+        missing, length = self.labelled(part), self.explanation_len  # a label counts once
+        out = np.full((*missing.shape, length), filler, np.int32)
+        counts = {'labels': int(missing.sum()), 'cut': 0, 'filled_tokens': 0}
+        records = (r for r in self.ledger.records('labels') if r['split'] == part.name)
+        while batch := list(itertools.islice(records, ROWS)):
+            # a label that quotes a special token spells it
+            encoded = self.tokenizer([r['text'] for r in batch], add_special_tokens=False, split_special_tokens=True)
+            for r, ids in zip(batch, encoded['input_ids'], strict=True):
+                place = r['row'], r['slot']
+                if missing[place]:
+                    missing[place] = False
+                    out[*place, : len(ids)] = ids[:length]
+                    counts['cut'] += len(ids) > length
+                    counts['filled_tokens'] += max(length - len(ids), 0)
+        return out, counts
 
 
-def _explanations(part: Part, labels: Labels, filler: int) -> tuple[np.ndarray, dict]:
-    """int32 [N, V, T]; how many labels were cut at T tokens, and the tokens of filling."""
-    missing, length = labels.ledger.labelled(part), labels.explanation_len  # a label counts once
-    out = np.full((*missing.shape, length), filler, np.int32)
-    counts = {'labels': int(missing.sum()), 'cut': 0, 'filled_tokens': 0}
-    records = (r for r in labels.ledger.records('labels') if r['split'] == part.name)
-    while batch := list(itertools.islice(records, ROWS)):
-        # a label that quotes a special token spells it
-        encoded = labels.tokenizer([r['text'] for r in batch], add_special_tokens=False, split_special_tokens=True)
-        for r, ids in zip(batch, encoded['input_ids'], strict=True):
-            place = r['row'], r['slot']
-            if missing[place]:
-                missing[place] = False
-                out[*place, : len(ids)] = ids[:length]
-                counts['cut'] += len(ids) > length
-                counts['filled_tokens'] += max(length - len(ids), 0)
-    return out, counts
-
-
-def _write_split(folder: pathlib.Path, part: Part, keep_N: np.ndarray, labels: Labels, meta: dict) -> dict:
+def _write_split(folder: pathlib.Path, part: Part, keep_N: np.ndarray, labels, meta: dict) -> dict:
     """positions.npy, explanations.npy, meta.json and labels.json of the kept documents; returns the counts of labels."""
     filler = meta.get('pad_id') or 0  # follows a label shorter than T tokens, and fills slots without one
-    explanations, counts = _explanations(part, labels, filler)
+    explanations, counts = labels.explanations(part, filler)
     np.save(folder / 'explanations.npy', explanations[keep_N])
-    np.save(
-        folder / 'positions.npy', np.where(labels.ledger.labelled(part), part.positions, -1)[keep_N].astype(np.int32)
-    )
-    write_json(folder / 'meta.json', meta | {'explanation_len': labels.explanation_len, 'filler_id': filler})
+    np.save(folder / 'positions.npy', np.where(labels.labelled(part), part.positions, -1)[keep_N].astype(np.int32))
+    said = {'explanation_len': labels.explanation_len, 'filler_id': filler} | labels.meta
+    write_json(folder / 'meta.json', {k: v for k, v in meta.items() if k != 'label_parts'} | said)
     write_json(folder / MADE, labels.made | counts)
     return counts
 
@@ -88,7 +95,7 @@ def write_folder(out: pathlib.Path, data: pathlib.Path, parts: list[Part], label
     shutil.rmtree(new, ignore_errors=True)  # of a killed command
     with new_folder(new) as temporary:
         for part in parts:
-            folder, keep = temporary / part.name, labels.ledger.labelled(part).any(1)
+            folder, keep = temporary / part.name, labels.labelled(part).any(1)
             folder.mkdir()
             meta = part.split.meta | {'documents': int(keep.sum())}
             for path in sorted(part.split.directory.glob('[!.]*.npy')):

@@ -291,6 +291,10 @@ class Transformer(nnx.Module):
         """Runs layers for tokens each for itself: it sees what of `past` is before its position, and not the others."""
         return self._run(x_BxTxD, lo, hi, positions_BxT, (past,), together=False)[0]
 
+    def run_cached_apart(self, x_BxTxD, lo: int, hi: int, past: KVCache, positions_BxT):
+        """Runs layers as run_apart does, and keeps what run_cached keeps."""
+        return self._run(x_BxTxD, lo, hi, positions_BxT, (past,), together=False, collect=_keys_values)
+
     def collect(self, x_BxTxD, lo: int, hi: int, of: Callable):
         """Runs layers and collects: (the stream after them, of(x_BxTxD) of the stream entering each, stacked)."""
         return self._run(x_BxTxD, lo, hi, jnp.arange(x_BxTxD.shape[1]), collect=lambda x, _: of(x))
