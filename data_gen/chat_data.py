@@ -175,11 +175,6 @@ def check_column(table: Table, name: str) -> bool:
     return False
 
 
-def special_ids(tokenizer) -> list[int]:
-    """Returns what decoding leaves out."""
-    return [*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)]
-
-
 def control_tokens(tokenizer) -> re.Pattern:
     """Returns what finds the control tokens of a tokenizer in a text: special ones, and others of the form <|…|>."""
     tokens = {str(t) for t in tokenizer.all_special_tokens}

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import chat_data, turns
+from . import turns
 from .servers import Failed
 
 if TYPE_CHECKING:
     from lens.data import Split
 from lens.errors import LensError
+from lens.words import special_ids
 
 INSTRUCTION = """Below stands the beginning of a text. A language model has read exactly this much and now predicts \
 what comes next. Name the 2-3 features of the text so far that the model would use most for this prediction.
@@ -139,7 +140,7 @@ def open_part(path: str, name: str, tokenizer, *, seed: int, count: int, min_pos
     split = data.open_split(path, name, vocab_size=len(tokenizer))
     codes = split.meta.get('roles') or {}
     role = split.role if split.meta.get('template') else None
-    special_I = np.isin(np.arange(len(tokenizer)), chat_data.special_ids(tokenizer))
+    special_I = np.isin(np.arange(len(tokenizer)), special_ids(tokenizer))
     corpus = corpus_of(split.meta)
     positions = np.full((len(split), min(count, split.tokens.shape[1])), -1, np.int32)
     for i in range(min(rows or len(split), len(split))):

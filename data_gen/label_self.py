@@ -16,20 +16,13 @@ from lens import words
 from lens.errors import LensError
 from lens.words import Format
 
-from . import chat_data
 from .label_prompts import Part
 
 NEXT = ('auto', 'text', 'subject')
 OWN_ROLES = ('thinking', 'final')  # what the subject has written of its chats
-NO_WORDS = ('special', 'system')  # roles whose words are no topic
 SPARE = 8  # topic words beyond the wanted ones, of which one may fit into the room that is left
 TOKENS_PER_WORD, TOKENS = 2, 2  # of a continuation: asked of the subject for each word, and besides
 TICK = 500  # labels between two lines of progress
-
-
-def left_out(tokenizer) -> set[int]:
-    """Returns the tokens that belong to no word."""
-    return set(chat_data.special_ids(tokenizer))
 
 
 @dataclasses.dataclass
@@ -42,14 +35,12 @@ class Labels:
     form: Format
     next: str
     explanation_len: int
-    context_tokens: int
     made: dict
 
     def __post_init__(self):
-        self.reader = words.Reader(self.tokenizer, left_out(self.tokenizer))
+        self.reader = words.Reader(self.tokenizer)
         train = min(self.parts, key=lambda p: p.name != 'train')
-        rows = words.some(len(train.split))
-        self.frequency = words.document_frequency(self.reader, (self._text(train, i) for i in rows))
+        self.frequency = words.document_frequency(self.reader, train.split)
         self.meta, self.first = self.form.to_meta(), ''
 
     def labelled(self, part: Part) -> np.ndarray:
@@ -59,14 +50,6 @@ class Labels:
     def remark(self) -> str:
         """Shows a label."""
         return f' The first one: {self.first!r}.'
-
-    def _text(self, part: Part, row: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The tokens of a document, and which of them may be part of a topic word."""
-        ids = np.asarray(part.split.tokens[row, : part.split.lengths[row]])
-        if part.role is None:
-            return ids, None
-        no_words = [code for code, name in part.role_names.items() if name in NO_WORDS]
-        return ids, ~np.isin(part.role[row, : len(ids)], no_words)
 
     def _own_words(self, part: Part) -> np.ndarray:
         """Which positions [N, V] take what comes next from the text."""
@@ -97,7 +80,7 @@ class Labels:
         for row in range(len(out)):
             places = np.flatnonzero(part.positions[row] >= 0)
             if len(places):
-                document = _Document(self, *self._text(part, row))
+                document = _Document(self, *words.own_text(part.split, row))
             for slot in places:
                 ids, cut = document.label(int(part.positions[row, slot]), given.get((row, int(slot))))
                 out[row, slot, : len(ids)] = ids
@@ -116,7 +99,7 @@ class _Document:
     def __init__(self, labels: Labels, ids: np.ndarray, mask: np.ndarray | None):
         self.labels, self.ids, self.reader = labels, ids.tolist(), labels.reader
         self.words = self.reader.words(self.ids, mask)
-        special = np.flatnonzero(np.isin(ids, list(left_out(labels.tokenizer))))
+        special = np.flatnonzero(np.isin(ids, list(self.reader.special)))
         self.breaks = [-1, *special.tolist(), len(self.ids)]
         self.begins = [_begins(a, b) for a, b in itertools.pairwise(['', *self.reader.pieces(self.ids)])]
 
@@ -125,7 +108,7 @@ class _Document:
         counts = dict(self.labels.form.parts)
         end = min(b for b in self.breaks if b > at)
         start = max(b for b in self.breaks if b <= at) + 1
-        new = self.ids[at + 1 : end] if given is None else _before(given.tolist(), self.labels)
+        new = self.ids[at + 1 : end] if given is None else self._unbroken(given.tolist())
         units = {
             'topic': self._topic(at, counts),
             'next': self._next(new, counts.get('next', 0)),
@@ -134,15 +117,18 @@ class _Document:
         take = {name: min(n, len(units[name])) for name, n in counts.items()}
         return _Fit(self.labels, units, {k: n for k, n in take.items() if n}).ids(self.begins, self.ids, start, at)
 
+    def _unbroken(self, ids: list[int]) -> list[int]:
+        return list(itertools.takewhile(lambda i: i not in self.reader.special, ids))
+
     def _topic(self, at: int, counts: dict[str, int]) -> list[str]:
         """Rare words, without those that stand beside the label or in the part `now`."""
         said = [w for w in self.words if w.last <= at]
-        near = {w for w in said if w.last > at - self.labels.context_tokens} | {
+        near = {w for w in said if w.last > at - self.labels.form.context_tokens} | {
             *said[len(said) - counts.get('now', 0) :]
         }
         near = words.keys_of(w.text for w in near)
         far = [w.text for w in said if words.fold(w.text) not in near]
-        return words.rarest(far, *self.labels.frequency, counts.get('topic', 0) + SPARE)
+        return words.rarest(far, self.labels.frequency, counts.get('topic', 0) + SPARE)
 
     def _next(self, ids: list[int], count: int) -> list[list[int]]:
         """Tokens of the next words, word by word, up to the end of the line."""
@@ -161,11 +147,6 @@ class _Document:
 def _begins(before: str, piece: str) -> bool:
     """Tells whether a word begins with this token, or none is in it."""
     return not (before[-1:].isalnum() and piece[:1].isalnum())
-
-
-def _before(ids: list[int], labels: Labels) -> list[int]:
-    special = left_out(labels.tokenizer)
-    return list(itertools.takewhile(lambda i: i not in special, ids))
 
 
 class _Fit:
@@ -221,7 +202,7 @@ class _Fit:
 
 def form(o) -> Format:
     """Reads the format of a command. Raises LensError where it says nothing of the text so far."""
-    out = Format.parse(o.parts, o.bare)
+    out = Format.parse(o.parts, o.bare, o.context_tokens)
     if not {'topic', 'now'} & dict(out.parts).keys():
         raise LensError(f'--parts={o.parts} says nothing of the text so far: name topic or now.')
     return out
@@ -229,6 +210,6 @@ def form(o) -> Format:
 
 def make(parts: list[Part], tokenizer, form: Format, o) -> Labels:
     """Returns what the labels of a command are made by; o: LabelOptions. Counts the words of its training documents."""
-    names = 'method', 'seed', 'positions', 'min_position', 'explanation_len', 'next', 'context_tokens'
+    names = 'method', 'seed', 'positions', 'min_position', 'explanation_len', 'next'
     made = {k: getattr(o, k) for k in names}
-    return Labels(parts, tokenizer, o.tokenizer, form, o.next, o.explanation_len, o.context_tokens, made)
+    return Labels(parts, tokenizer, o.tokenizer, form, o.next, o.explanation_len, made)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lens.errors import LensError, shown
+from lens.words import special_ids
 
 from . import chat_data
 from .documents import EFFORT_LINE, BadRow, Chat
@@ -175,7 +176,7 @@ class Renderer:
             self.template, self.dates = pin_date(self.own_template, date)
             self.native = chat_data.native_thinking(self.template)
         self.controls = chat_data.control_tokens(tokenizer)
-        special = chat_data.special_ids(tokenizer)
+        special = special_ids(tokenizer)
         self.special = np.zeros(max(len(tokenizer), *special, 0) + 1, bool)
         self.special[special] = True
         one = np.array(tokenizer('a')['input_ids'])

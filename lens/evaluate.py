@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import data, files, metrics, report, sampling, sharding
+from lens import data, files, metrics, report, sampling, sharding, truth
 from lens.config import Run
 from lens.metrics import FIGURES, Collected, Figure, meaning
 from lens.models.decoder import without_position
@@ -172,6 +172,13 @@ class Evaluator:
         most = min(max(self.settings.batch // self.vectors, 1), self.documents)
         self.rows = -(-most // shards) * shards  # documents per batch
 
+    @functools.cached_property
+    def _sources(self) -> truth.Sources:
+        """What is true of the text of every held-out activation; words are rare in the training documents, if there are any."""
+        split = self.run.validation
+        rows = split.read_rows[: self.documents]
+        return truth.sources(split, self.run.train or split, rows, self.held['positions'], self.run.tokenizer)
+
     def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
         """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""
         run, arrays = self.run, ('tokens', 'positions', 'previous', 'index', 'explanations')
@@ -195,6 +202,7 @@ class Evaluator:
             fields=self.fields,
             tagged=bool(run.texts.tags),
             error=run.error,
+            sources=self._sources.first(documents * self.vectors),
         )
 
     def quick(self, lens: Lens) -> dict[str, float]:

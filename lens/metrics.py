@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lens import truth
+
 RESAMPLES = 1000
 
 
@@ -55,6 +57,12 @@ def _positive(variance):
 def mean(values_N, doc_N) -> dict:
     """Computes the mean of a number, or of a yes or no, per activation."""
     return _figure(_sums(values_N, doc_N) / _sums(np.ones(len(values_N)), doc_N))
+
+
+def share(hits_N, of_N, doc_N) -> dict | None:
+    """Computes a sum over a sum, of counts per activation; None where there is nothing to count."""
+    of = _sums(of_N, doc_N)
+    return _figure(_sums(hits_N, doc_N) / np.where(of > 0, of, np.nan)) if of[0] else None
 
 
 def _float64(*arrays):
@@ -132,7 +140,7 @@ class Collected:
     reconstruction NxD (the zero vector where a response holds no explanation), ids, its tokens NxT (-1 outside of the
     explanation), and found, whether there is an explanation [N].
 
-    doc_N, truth_NxF: as above, the second None without `fields`. tagged: whether an explanation stands between tags.
+    sources: what is true of the text of each; None where its words are not known. doc_N, truth_NxF: as above, the second None without `fields`. tagged: whether an explanation stands between tags.
     error: encoder.error of the run, as which `a` and pred are compared.
     """
 
@@ -145,6 +153,7 @@ class Collected:
     fields: list[dict]
     tagged: bool
     error: str
+    sources: truth.Sources | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +251,51 @@ FIGURES = {
     'facts_recall_sampled': Figure('facts', 'facts recall at temperature 1', _RECALL),
     'facts_hallucinated_sampled': Figure('facts', 'facts hallucinated at temperature 1', _HALLUCINATED),
 }
+
+
+# name -> (formula, whether words must come from the activation, what it says of greedy explanations)
+_TRUTH = {
+    'grounded': (truth.grounded, True, 'content words of the greedy explanation that stand in the text so far'),
+    'grounded_ahead': (
+        truth.grounded_ahead,
+        False,
+        f'those that stand in the next {truth.AHEAD} tokens of the document alone',
+    ),
+    'invented': (truth.invented, False, 'those that stand in neither'),
+    'topic_recall': (truth.topic_recall, True, 'of the rarest words of the text so far, those that it names'),
+    'next_match': (
+        truth.next_match,
+        True,
+        'words it writes as what comes next that stand at that place of the document',
+    ),
+}
+
+
+def _of_truth(formula: Callable, shuffled: bool = False) -> Callable:
+    def figure(c: Collected, text: str) -> dict | None:
+        if c.sources is None:
+            return None
+        ids = c.ids[text][other_document(c.doc_N)] if shuffled else c.ids[text]
+        return share(*formula(c.sources, ids), c.doc_N)
+
+    return figure
+
+
+for _name, (_formula, _controlled, _says) in _TRUTH.items():
+    FIGURES[_name] = Figure('truth', _says, _of_truth(_formula), 'greedy', quick=_name != 'next_match')
+for _name, (_formula, _controlled, _says) in _TRUTH.items():
+    FIGURES[f'{_name}_sampled'] = Figure('truth', f'{_name} at temperature 1', _of_truth(_formula))
+for _name in (name for name, (_, controlled, _) in _TRUTH.items() if controlled):
+    _formula = _TRUTH[_name][0]
+    FIGURES |= {
+        f'{_name}_shuffled': Figure(
+            'truth', f'{_name} of the explanation of another document', _of_truth(_formula, True), 'greedy'
+        ),
+        f'{_name}_no_activation': Figure(
+            'truth', f'{_name} when the decoder gets the zero vector', _of_truth(_formula), 'no_activation'
+        ),
+        f'{_name}_given': Figure('truth', f'{_name} of the given explanation', _of_truth(_formula), 'given'),
+    }
 
 
 def meaning(name: str, error: str) -> str:

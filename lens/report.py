@@ -29,7 +29,7 @@ from lens.errors import LensError, harmless
 SAMPLES = 10
 BEFORE, AFTER = 60, 40  # tokens shown around the read position
 PHASES = {'sft': 'SFT', 'grpo': 'GRPO', 'gumbel': 'Gumbel'}
-GROUPS = ('lens', 'controls', 'facts')  # of figures, in the order of the page
+GROUPS = ('lens', 'controls', 'facts', 'truth')  # of figures, in the order of the page
 REMEDY = '--workdir must be the folder of a run'
 
 

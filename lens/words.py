@@ -21,6 +21,7 @@ BROKEN = '\ufffd'  # of a token that holds a part of a character
 BREAK = '\0'  # stands for what is left out: no word goes across it
 ANCHOR = 'a'  # what a token is decoded after, so that its space stays
 SHORTEST = 3  # letters of a content word
+NO_WORDS = ('special', 'system')  # roles whose words are none of a chat
 COUNTED = 4000  # documents that document frequencies are of, at most
 _STOP = """
     a about above after again against all almost also although always am among an and another any are aren't around as
@@ -46,6 +47,11 @@ class Word(NamedTuple):
     text: str
     first: int
     last: int
+
+
+def special_ids(tokenizer) -> list[int]:
+    """Returns the tokens that decoding leaves out."""
+    return [*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)]
 
 
 @functools.lru_cache(1 << 16)
@@ -82,10 +88,10 @@ def keys_of(words: Iterable[str]) -> set[str]:
 
 
 class Reader:
-    """Reads the words of token ids, with any tokenizer. Tokens of `left_out` belong to no word."""
+    """Reads the words of token ids, with any tokenizer. Special tokens, `special`, belong to no word."""
 
-    def __init__(self, tokenizer, left_out: Iterable[int]):
-        self._tokenizer, self._left_out, self._pieces = tokenizer, frozenset(left_out), {}
+    def __init__(self, tokenizer):
+        self._tokenizer, self.special, self._pieces = tokenizer, frozenset(special_ids(tokenizer)), {}
         self._anchor = tokenizer(ANCHOR, add_special_tokens=False)['input_ids']
 
     def _decode(self, ids) -> str:
@@ -97,7 +103,7 @@ class Reader:
             text = self._decode([*self._anchor, i])
             # a decoder that changes what stands before is asked for the token alone
             piece = text[len(start) :] if text.startswith(start) else self._decode([i])
-            self._pieces[i] = BREAK if i in self._left_out else piece
+            self._pieces[i] = BREAK if i in self.special else piece
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of every token, the space before a word with it."""
@@ -123,21 +129,32 @@ class Reader:
         return out
 
 
-def document_frequency(reader: Reader, texts: Iterable[tuple]) -> tuple[collections.Counter, int]:
-    """Counts in how many of the texts (ids, mask) each folded content word stands. Returns (counts, M)."""
-    counts, documents = collections.Counter(), 0
-    for ids, mask in texts:
-        counts.update(keys_of(w.text for w in reader.words(ids, mask)))
-        documents += 1
-    return counts, documents
+class Frequency(NamedTuple):
+    """In how many of M documents each folded content word stands."""
+
+    counts: collections.Counter
+    documents: int
 
 
-def some(n: int) -> np.ndarray:
-    """Picks the documents of n that document frequencies are of, spread evenly."""
-    return np.unique(np.linspace(0, n - 1, min(n, COUNTED)).astype(int))
+def document_frequency(reader: Reader, split) -> Frequency:
+    """Counts the words of the documents of a split, of so many as COUNTED, spread evenly."""
+    n, counts = len(split.tokens), collections.Counter()
+    rows = np.unique(np.linspace(0, n - 1, min(n, COUNTED)).astype(int))
+    for row in rows:
+        counts.update(keys_of(w.text for w in reader.words(*own_text(split, row))))
+    return Frequency(counts, len(rows))
 
 
-def rarest(words: Sequence[str], frequency: collections.Counter, documents: int, count: int) -> list[str]:
+def own_text(split, row: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the tokens of a document, and in chats which of them are words of it: bool, without system and headers."""
+    ids = np.asarray(split.tokens[row, : split.lengths[row]])
+    if split.role is None or not split.meta.get('template'):
+        return ids, None
+    codes = [code for name, code in (split.meta.get('roles') or {}).items() if name in NO_WORDS]
+    return ids, ~np.isin(split.role[row, : len(ids)], codes)
+
+
+def rarest(words: Sequence[str], frequency: Frequency, count: int) -> list[str]:
     """Picks the distinct content words of a text that say most about it, best first, as they stand in it.
 
     By rarity, ln((M + 1) / (frequency + 1)), times 1 + ln(how often the text has the word); of equals the later one.
@@ -152,7 +169,8 @@ def rarest(words: Sequence[str], frequency: collections.Counter, documents: int,
                 forms[key] = word
 
     def weight(key):
-        return math.log((documents + 1) / (frequency[key] + 1)) * (1 + math.log(times[key])), place[key]
+        rarity = math.log((frequency.documents + 1) / (frequency.counts[key] + 1))
+        return rarity * (1 + math.log(times[key])), place[key]
 
     return [forms[key] for key in sorted(forms, key=weight, reverse=True)[:count]]
 
@@ -165,13 +183,17 @@ BAR = ' |'
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a label is written: its parts in order, with how many words each has at most. bare: without names and commas."""
+    """How a label is written: its parts in order, with how many words each has at most.
+
+    bare: without names and commas. context_tokens: last tokens of the source whose words are no topic.
+    """
 
     parts: tuple[tuple[str, int], ...]
     bare: bool = False
+    context_tokens: int = 0
 
     @classmethod
-    def parse(cls, text: str, bare: bool = False) -> 'Format':
+    def parse(cls, text: str, bare: bool = False, context_tokens: int = 0) -> 'Format':
         """Reads topic:4,next:4,now:4. Raises LensError."""
         found = [re.fullmatch(r'\s*(\w+)\s*:\s*(\d{1,3})\s*', x) for x in text.split(',')]
         parts = tuple((m[1], int(m[2])) for m in found if m)
@@ -181,16 +203,21 @@ class Format:
                 f'parts={shown(repr(text))} is no list such as topic:4,next:4,now:4: each of {", ".join(PARTS)} once at '
                 'most, with a number of words above 0.'
             )
-        return cls(parts, bare)
+        return cls(parts, bare, context_tokens)
 
     @classmethod
     def of(cls, meta: dict) -> 'Format | None':
         """Reads what meta.json of a split says about its labels; None where they are others."""
         said = meta.get('label_parts')
-        return None if not isinstance(said, dict) else cls.parse(str(said.get('parts')), bool(said.get('bare')))
+        if not isinstance(said, dict):
+            return None
+        context = said.get('context_tokens')
+        return cls.parse(str(said.get('parts')), bool(said.get('bare')), context if isinstance(context, int) else 0)
 
     def to_meta(self) -> dict:
-        return {'label_parts': {'parts': ','.join(f'{name}:{n}' for name, n in self.parts), 'bare': self.bare}}
+        """Returns what `of` reads."""
+        parts = ','.join(f'{name}:{n}' for name, n in self.parts)
+        return {'label_parts': {'parts': parts, 'bare': self.bare, 'context_tokens': self.context_tokens}}
 
     def lead(self, name: str, first: bool) -> str:
         """What stands before the words of a part."""

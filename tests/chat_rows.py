@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data_gen import render
@@ -24,6 +24,26 @@ def letters(template=CHATML, specials=('<|im_start|>', '<|im_end|>', '<|pad|>'))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token='<|pad|>')
     tokenizer.add_special_tokens({'additional_special_tokens': list(specials)})
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained(kind: str):
+    """A tokenizer that cuts words in pieces, as GPT-2 does or as sentencepiece does, bytes where it has no letter."""
+    gpt2 = kind == 'gpt2'
+    backend = Tokenizer(models.BPE())
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme='first')
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if gpt2 else metaspace
+    known = pre_tokenizers.ByteLevel.alphabet() if gpt2 else sorted('▁abcdefghijklmnopqrstuvwxyzTZ')
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=known, show_progress=False)
+    backend.train_from_iterator(['the volcanoes and the words of ashes fell on them two by two'] * 9, trainer)
+    if not gpt2:
+        model = json.loads(backend.to_str())['model']
+        vocab = model['vocab'] | {f'<0x{i:02X}>': len(model['vocab']) + i for i in range(256)}
+        backend.model = models.BPE(vocab, [tuple(m) for m in model['merges']], byte_fallback=True)
+    plain = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+    backend.decoder = decoders.ByteLevel() if gpt2 else decoders.Sequence(plain)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token='<|pad|>')
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>']})
     return tokenizer
 
 

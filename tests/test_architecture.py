@@ -13,10 +13,10 @@ LAYERS = {
     'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate report',
     'objectives': 'objectives gumbel sampling flops',
     'models': 'models hf lens_folder translators',
-    'ground': 'response losses draws data optimizer schedules sharding distributed signals metrics words charts files cli errors',
+    'ground': 'response losses draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors',
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
-KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'words', 'files')
+KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'truth', 'words', 'files')
 # package -> who may import it
 ONLY = {
     'transformers': ('lens.hf', 'data_gen'),

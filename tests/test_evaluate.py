@@ -49,7 +49,7 @@ def split(tmp_path_factory):
 
 def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS):
     settings = config.EvalSettings(quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=batch, samples=4)
-    tokenizer = types.SimpleNamespace(decode=lambda ids: f' {ids[0]}')
+    tokenizer = hf.load_tokenizer('configs/tiny_subject')
     return Evaluator(
         types.SimpleNamespace(
             evaluation=settings,
@@ -62,6 +62,7 @@ def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS):
             texts=types.SimpleNamespace(tags=tags),
             error='nmse',
             min_pos=2,
+            train=None,
             validation=split,
         )
     )
@@ -169,7 +170,8 @@ def test_figures_are_those_of_what_was_collected(result):
     assert {'fve_sft', 'extracted'}.isdisjoint(values)  # no SFT phase, no tags
     assert [s['doc_id'] for s in full.samples] == [-5, 3, 9, 2**60]
     assert [len(s['tokens']) for s in full.samples] == [10, 9, 10, 8]
-    assert full.samples[1]['given']['tokens'][0]['text'] == f' {e.held["explanations"][1, 1, 0]}'
+    text = e.run.tokenizer.decode(e.held['explanations'][1, 1, :1])
+    assert full.samples[1]['given']['tokens'][0]['text'] == text
 
 
 def test_another_figure_is_one_entry(result):
@@ -194,7 +196,8 @@ def test_quick_figures_another_batch_size_and_another_text(split, placed, result
     with jax.set_mesh(mesh):
         quick = evaluator(split, base, mesh, batch=2 * VECTORS).quick(lens)
     assert quick.pop('is_reversed') == 1
-    assert quick.keys() == {'fve', 'fve_greedy', 'cosine', 'facts_recall', 'facts_hallucinated'}
+    truth = {'grounded', 'grounded_ahead', 'invented'}  # no text here has a content word before a position
+    assert quick.keys() == {'fve', 'fve_greedy', 'cosine', 'facts_recall', 'facts_hallucinated'} | truth
     n = 4 * VECTORS
     doc = np.repeat([0, 1, 2, 3], VECTORS)
     close = {'rtol': 1e-4}  # float32 sums in another order
