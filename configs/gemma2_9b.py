@@ -1,14 +1,16 @@
 """gemma-2-9b-it, read after block 30 of 42: explanations of 8 tokens, on one GPU.
 
-    python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=google/gemma-2-9b-it --out=data/gemma-2-9b-it \
-        --seq_len=1024
+    PRETOKENIZE_ARGS='--seq_len=1024' launch/generate_local.sh google/gemma-2-9b-it \
+        --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts/gemma-2-9b-it
+    python -m data_gen.label --data=data/rollouts/gemma-2-9b-it/tokens --tokenizer=google/gemma-2-9b-it --method=self \
+        --next=text --bare --parts=topic:2,next:2,now:2 --explanation_len=8 --out=data/gemma-2-9b-it
     python -m lens.main --config=configs/gemma2_9b.py --workdir=runs/gemma2_9b
     python -m lens.main --config=configs/gemma2_9b.py:sft --workdir=runs/gemma2_9b_sft
     python -m lens.main --config=configs/gemma2_9b.py:grpo --workdir=runs/gemma2_9b_grpo
 
-Prepare: the model in the folder google/gemma-2-9b-it (elsewhere: --config.subject.path), and chats in
-texts.jsonl (the original recipe: WildChat-1M), rendered with the chat template in a field "text" without the
-leading <bos>, which the tokenizer adds. The sft phase needs labels of 8 tokens (data_gen.label); without them: `:grpo`.
+Prepare: the model in the folder google/gemma-2-9b-it (elsewhere: --config.subject.path). The first command
+serves it and lets it answer a chat data set (the original recipe read WildChat-1M as it is), the second makes the labels
+of the sft phase from these chats alone.
 
 Hardware: 1 GPU of 80 GB. Not yet run on this hardware; memory computed from shapes: base 18.5 GB in bfloat16;
 64.2 M parameters of 5 maps with gradient and Adam 1.0 GB; logits of the sft phase 2.1 GB a copy. All 42

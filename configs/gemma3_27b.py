@@ -1,7 +1,9 @@
 """gemma-3-27b-it (its text model), read after block 45 of 62: explanations of 8 tokens.
 
-    python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=google/gemma-3-27b-it --out=data/gemma-3-27b-it \
-        --seq_len=1024
+    PRETOKENIZE_ARGS='--seq_len=1024' launch/generate_local.sh google/gemma-3-27b-it \
+        --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts/gemma-3-27b-it
+    python -m data_gen.label --data=data/rollouts/gemma-3-27b-it/tokens --tokenizer=google/gemma-3-27b-it --method=self \
+        --next=text --bare --parts=topic:2,next:2,now:2 --explanation_len=8 --out=data/gemma-3-27b-it
     python -m lens.main --config=configs/gemma3_27b.py --workdir=runs/gemma3_27b
     python -m lens.main --config=configs/gemma3_27b.py:sft --workdir=runs/gemma3_27b_sft
     python -m lens.main --config=configs/gemma3_27b.py:grpo --workdir=runs/gemma3_27b_grpo

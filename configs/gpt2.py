@@ -1,13 +1,15 @@
 """gpt2 (124 M parameters), read after block 6 of 12: explanations of 10 tokens, on one small GPU.
 
     python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=openai-community/gpt2 --out=data/gpt2 --seq_len=128
+    python -m data_gen.label --data=data/gpt2 --tokenizer=openai-community/gpt2 --method=self --bare \
+        --parts=topic:2,next:2,now:2 --explanation_len=10 --min_position=8
     python -m lens.main --config=configs/gpt2.py --workdir=runs/gpt2
     python -m lens.main --config=configs/gpt2.py:sft --workdir=runs/gpt2_sft
     python -m lens.main --config=configs/gpt2.py:grpo --workdir=runs/gpt2_grpo
 
 Prepare: the model in the folder openai-community/gpt2 (elsewhere: --config.subject.path), and web texts in
-texts.jsonl (the original recipe: openwebtext) in a field "text". The sft phase needs labels of 10 tokens
-(data_gen.label); without them: `:grpo`.
+texts.jsonl (the original recipe: openwebtext) in a field "text". The second command makes the labels
+of the sft phase: of the texts, and of what the model would write next.
 
 Hardware: meant for one small GPU. Not yet run on this hardware; memory computed from shapes: base
 0.5 GB in float32; 1.2 M parameters (one map, read-out) with gradient and Adam 19 MB; logits of the sft phase

@@ -1,7 +1,9 @@
 """gpt-oss-20b, read after block 16 of 24: explanations of 8 tokens. `:120b` reads gpt-oss-120b after block 24 of 36.
 
-    python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=openai/gpt-oss-20b --out=data/gpt-oss-20b \
-        --seq_len=4096 --min_tokens=32
+    PRETOKENIZE_ARGS='--seq_len=4096 --min_tokens=32' launch/generate_local.sh openai/gpt-oss-20b \
+        --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts/gpt-oss-20b
+    python -m data_gen.label --data=data/rollouts/gpt-oss-20b/tokens --tokenizer=openai/gpt-oss-20b --method=self \
+        --next=text --bare --parts=topic:2,next:2,now:2 --explanation_len=8 --out=data/gpt-oss-20b
     python -m lens.main --config=configs/gptoss.py --workdir=runs/gptoss
     python -m lens.main --config=configs/gptoss.py:sft --workdir=runs/gptoss_sft
     python -m lens.main --config=configs/gptoss.py:grpo --workdir=runs/gptoss_grpo
@@ -9,9 +11,9 @@
     python -m lens.main --config=configs/gptoss.py:120b --workdir=runs/gptoss_120b
 
 Prepare: the model in the folder openai/gpt-oss-20b (config.json, safetensors, tokenizer; elsewhere:
---config.subject.path), and chats in texts.jsonl, rendered with the chat template in a field "text". The
-sequence length belongs to the data folder. `:120b` reads openai/gpt-oss-120b and data/gpt-oss-120b. The sft
-phase needs labels of 8 tokens (data_gen.label); without them: `:grpo`.
+--config.subject.path). The first command serves it and lets it answer a chat data set with thinking, VLLM_ARGS has the
+options of vLLM; the second makes the labels of the sft phase from these chats alone. `:120b` reads
+openai/gpt-oss-120b and data/gpt-oss-120b. `make demo-data` is the same chain on a tiny gpt-oss.
 
 Hardware: 8 GPUs of 80 GB, the batch split, a copy of the model on each; tensor parallel instead:
 --config.mesh.model=8 --config.mesh.data=1, which `:120b` sets by itself. Not yet run on this hardware;

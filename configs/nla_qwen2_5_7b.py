@@ -10,7 +10,8 @@
     python -m lens.main --config=configs/nla_qwen2_5_7b.py:full --workdir=runs/nla_qwen2_5_7b_full
 
 Prepare: the model in the folder Qwen/Qwen2.5-7B-Instruct (elsewhere: --config.subject.path), texts in
-texts.jsonl (the released run: Ultra-FineWeb, then WildChat as well), and labels of 2-3 features for the sft phase.
+texts.jsonl (the released run: Ultra-FineWeb, then WildChat as well), and labels of 2-3 features for the sft phase. Without
+a server that writes them, in place of --model and --words: --method=self --parts=topic:24,next:24,now:24.
 
 From the released run: templates, marker, norm 150, positions from 50 on, head without bias on 21 blocks,
 2 - 2 cosine, SFT of 1000 steps of 256 (2e-5 to 2e-6), then 4200 steps of 128 x 8 responses of at most 150 tokens with

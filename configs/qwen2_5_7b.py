@@ -1,7 +1,9 @@
 """Qwen2.5-7B-Instruct, read after block 20 of 28: explanations of 8 tokens, on one GPU.
 
-    python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=Qwen/Qwen2.5-7B-Instruct \
-        --out=data/Qwen2.5-7B-Instruct --seq_len=1024
+    PRETOKENIZE_ARGS='--seq_len=1024' launch/generate_local.sh Qwen/Qwen2.5-7B-Instruct \
+        --input_dataset=HuggingFaceH4/ultrachat_200k --input_split=train_sft --output_path=data/rollouts/Qwen2.5-7B-Instruct
+    python -m data_gen.label --data=data/rollouts/Qwen2.5-7B-Instruct/tokens --tokenizer=Qwen/Qwen2.5-7B-Instruct --method=self \
+        --next=text --bare --parts=topic:2,next:2,now:2 --explanation_len=8 --out=data/Qwen2.5-7B-Instruct
     python -m lens.main --config=configs/qwen2_5_7b.py --workdir=runs/qwen2_5_7b
     python -m lens.main --config=configs/qwen2_5_7b.py:sft --workdir=runs/qwen2_5_7b_sft
     python -m lens.main --config=configs/qwen2_5_7b.py:grpo --workdir=runs/qwen2_5_7b_grpo

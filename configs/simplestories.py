@@ -2,13 +2,15 @@
 
     python -m data_gen.pretokenize --input=texts.jsonl --tokenizer=SimpleStories/SimpleStories-35M \
         --out=data/simplestories --seq_len=64
+    python -m data_gen.label --data=data/simplestories --tokenizer=SimpleStories/SimpleStories-35M --method=self \
+        --bare --parts=topic:3,next:3,now:3 --explanation_len=16 --min_position=8
     python -m lens.main --config=configs/simplestories.py --workdir=runs/simplestories
     python -m lens.main --config=configs/simplestories.py:sft --workdir=runs/simplestories_sft
     python -m lens.main --config=configs/simplestories.py:grpo --workdir=runs/simplestories_grpo
 
 Prepare: the model in the folder SimpleStories/SimpleStories-35M (elsewhere: --config.subject.path), and the
-stories of the dataset SimpleStories/SimpleStories in texts.jsonl in a field "text". The sft phase needs
-labels of 16 tokens (data_gen.label); without them: `:grpo`.
+stories of the dataset SimpleStories/SimpleStories in texts.jsonl in a field "text". The second
+command makes the labels of the sft phase: of the stories, and of what the model would write next.
 
 Hardware: meant for one small GPU or a CPU. Not yet run on this hardware; memory computed from shapes: base 0.14 GB in
 float32; 3.2 M parameters of 12 maps and an encoder of its own of 26.9 M (embedding and 9 blocks) with gradient

@@ -295,48 +295,37 @@ FIGURES = {
 }
 
 
-# name -> (formula, whether words must come from the activation, what it says of greedy explanations)
-_TRUTH = {
-    'grounded': (truth.grounded, True, 'content words of the greedy explanation that stand in the text so far'),
-    'grounded_ahead': (
-        truth.grounded_ahead,
-        False,
-        f'those that stand in the next {truth.AHEAD} tokens of the document alone',
-    ),
-    'invented': (truth.invented, False, 'those that stand in neither'),
-    'topic_recall': (truth.topic_recall, True, 'of the rarest words of the text so far, those that it names'),
-    'next_match': (
-        truth.next_match,
-        True,
-        'words it writes as what comes next that stand at that place of the document',
-    ),
-}
+def _of_words(formula: Callable, other: bool = False) -> Callable:
+    """other: of the explanation of another document."""
 
-
-def _of_truth(formula: Callable, shuffled: bool = False) -> Callable:
     def figure(c: Collected, text: str) -> dict | None:
         if c.sources is None:
             return None
-        ids = c.ids[text][other_document(c.doc_N)] if shuffled else c.ids[text]
+        ids = c.ids[text][other_document(c.doc_N)] if other else c.ids[text]
         return share(*formula(c.sources, ids), c.doc_N)
 
     return figure
 
 
-for _name, (_formula, _controlled, _says) in _TRUTH.items():
-    FIGURES[_name] = Figure('truth', _says, _of_truth(_formula), 'greedy', quick=_name != 'next_match')
-for _name, (_formula, _controlled, _says) in _TRUTH.items():
-    FIGURES[f'{_name}_sampled'] = Figure('truth', f'{_name} at temperature 1', _of_truth(_formula))
-for _name in (name for name, (_, controlled, _) in _TRUTH.items() if controlled):
-    _formula = _TRUTH[_name][0]
+_SAYS = {  # formula of truth.py -> its meaning
+    'grounded': 'content words of the greedy explanation that stand in the text so far',
+    'grounded_ahead': f'those that stand in the next {truth.AHEAD} tokens of the document alone',
+    'invented': 'those that stand in neither',
+    'topic_recall': 'of the rarest words of the text so far, those that the greedy explanation names',
+    'next_match': 'words it gives as what comes next that stand at that place of the document',
+}
+for _name, _says in _SAYS.items():
+    FIGURES[_name] = Figure('truth', _says, _of_words(getattr(truth, _name)), 'greedy', quick=_name != 'next_match')
+for _name in _SAYS:
+    FIGURES[f'{_name}_sampled'] = Figure('truth', f'{_name} at temperature 1', _of_words(getattr(truth, _name)))
+for _name in ('grounded', 'topic_recall', 'next_match'):
+    _formula, _of_another = (_of_words(getattr(truth, _name), other) for other in (False, True))
     FIGURES |= {
-        f'{_name}_shuffled': Figure(
-            'truth', f'{_name} of the explanation of another document', _of_truth(_formula, True), 'greedy'
-        ),
+        f'{_name}_shuffled': Figure('truth', f'{_name} by the explanation of another document', _of_another, 'greedy'),
         f'{_name}_no_activation': Figure(
-            'truth', f'{_name} when the decoder gets the zero vector', _of_truth(_formula), 'no_activation'
+            'truth', f'{_name} at temperature 1 when the decoder gets the zero vector', _formula, 'no_activation'
         ),
-        f'{_name}_given': Figure('truth', f'{_name} of the given explanation', _of_truth(_formula), 'given'),
+        f'{_name}_given': Figure('truth', f'{_name} of the given explanation', _formula, 'given'),
     }
 
 

@@ -166,7 +166,7 @@ def rarest(words: Sequence[str], frequency: Frequency, count: int) -> list[str]:
             times[key] += 1
             place[key] = at
             if key not in forms or word.islower() > forms[key].islower():
-                forms[key] = word
+                forms[key] = re.sub("['\u2019]s$", '', word)
 
     def weight(key):
         rarity = math.log((frequency.documents + 1) / (frequency.counts[key] + 1))
