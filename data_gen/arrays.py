@@ -15,6 +15,7 @@ from lens import files
 
 BLOCK_BYTES = 1 << 23  # of padded token ids that are in memory at a time
 NO_ROLE = -1  # role of the padding
+SHORT = 1 << 16  # token ids that two bytes tell apart
 
 
 def write_splits(out: pathlib.Path, splits) -> None:
@@ -70,17 +71,19 @@ def merge(
     width: int,
     pad_id: int,
     roles: int,
+    vocab_size: int,
     on_rows=lambda n: None,
 ) -> np.ndarray:
     """Writes tokens.npy [kept, width] and role.npy of the kept rows; returns the tokens of every role code [roles].
 
+    Ids have two bytes where a vocabulary of vocab_size allows that, otherwise four.
     shard_N: which of `paths` a row is in. keep_N: bool. on_rows is told how many rows were written.
     """
     shape, totals = (np.count_nonzero(keep_N), width), np.zeros(roles, np.int64)
     step = max(BLOCK_BYTES // (4 * width), 1)
     bounds = np.searchsorted(shard_N, np.arange(len(paths) + 1))
     with (
-        open_npy(folder / 'tokens.npy', np.int32, shape) as add_tokens,
+        open_npy(folder / 'tokens.npy', np.uint16 if vocab_size <= SHORT else np.int32, shape) as add_tokens,
         open_npy(folder / 'role.npy', np.int8, shape) as add_role,
     ):
         for path, lo, hi in zip(paths, bounds[:-1], bounds[1:], strict=True):

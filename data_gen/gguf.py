@@ -122,20 +122,22 @@ def _load(path: pathlib.Path, content: Content):
     """(model of transformers in bfloat16, tokenizer). Raises LensError, and whatever the library does."""
     import transformers
 
+    from lens.models import families
+
     folder, file = str(path.parent), {'gguf_file': path.name}
     config = transformers.AutoConfig.from_pretrained(folder, **file)
     for key, value in changes(content, config.to_dict()).items():
         setattr(config, key, value)
+    families.from_hf(config.to_dict())  # refuses what lens does not run
     _check_factors(content, config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **file)
     more = {'config': config, 'dtype': 'bfloat16', 'output_loading_info': True}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **file, **more)
-    lost = [k for k in info['missing_keys'] if not (config.tie_word_embeddings and k == 'lm_head.weight')]
-    there = sum(n for name, n in content.sizes.items() if name != SCALED)
-    if lost or there != model.num_parameters():
-        raise LensError(
-            f'it holds {there} weights, and {model.num_parameters()} of such a model: {shown(str(lost[:1]))}'
-        )
+    if lost := [k for k in info['missing_keys'] if not (config.tie_word_embeddings and k == 'lm_head.weight')]:
+        raise LensError(f'it lacks {shown(lost[0])}')
+    there, wanted = sum(n for name, n in content.sizes.items() if name != SCALED), model.num_parameters()
+    if there != wanted:
+        raise LensError(f'it holds {there} weights where such a model has {wanted}: some would be lost')
     if not all(bool(x.isfinite().all()) for x in model.parameters()):
         raise LensError('it holds weights that are not finite')
     model.hf_quantizer = None  # otherwise it refuses to be saved
@@ -145,10 +147,15 @@ def _load(path: pathlib.Path, content: Content):
     return model, tokenizer
 
 
-def convert(path: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the model directory `out` of a GGUF file. Raises LensError; `out` is then not there."""
+def need_packages() -> None:
+    """Raises LensError where a package that reading a file needs is not installed."""
     for name in ('gguf', 'torch', 'accelerate'):
         need_package(name, 'gguf', 'Reading a GGUF file')
+
+
+def convert(path: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes the model directory `out` of a GGUF file. Raises LensError; `out` is then not there."""
+    need_packages()
     if not path.is_file():
         raise LensError(f'{path} {"is no file" if path.exists() else "does not exist"}: name a GGUF file.')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -168,8 +175,10 @@ def convert(path: pathlib.Path, out: pathlib.Path) -> None:
         tokenizer.save_pretrained(tmp)
         for file in tmp.iterdir():
             os.chmod(file, 0o644)  # the library makes weights private
-        hf.read_config(tmp)  # refuses what lens does not run
-        hf.load_tokenizer(tmp)
+        try:
+            hf.load_tokenizer(tmp)
+        except LensError as e:
+            raise LensError(f'{path} cannot be converted ({str(e).rstrip(".")}).') from None
 
 
 def act(o: GgufOptions) -> str:

@@ -145,7 +145,7 @@ def pretokenize(o: PretokenizeOptions) -> str:
     meta = {
         'format': FORMAT,
         'seq_len': o.seq_len,
-        'vocab_size': len(tokenizer),
+        'vocab_size': max(tokenizer.get_vocab().values()) + 1,  # some have gaps
         'pad_id': next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         'tokenizer_sha256': hf.tokenizer_sha256(o.tokenizer),
         'template_sha256': renderer.template_sha256() if chats else None,
@@ -216,7 +216,9 @@ def write_split(folder: pathlib.Path, paths, rows: dict[str, np.ndarray], keep_N
     """Writes the arrays of the kept rows, and meta.json with the counts that follow from them."""
     folder.mkdir(parents=True)
     width, roles = int(rows['lengths'][keep_N].max()), meta['roles']
-    totals = arrays.merge(paths, rows['shard'], keep_N, folder, width, meta['pad_id'], len(roles), bar.update)
+    totals = arrays.merge(
+        paths, rows['shard'], keep_N, folder, width, meta['pad_id'], len(roles), meta['vocab_size'], bar.update
+    )
     for name in ('lengths', 'doc_id'):
         np.save(folder / f'{name}.npy', rows[name][keep_N])
     flags = rows['flags'][keep_N]

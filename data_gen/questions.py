@@ -11,7 +11,7 @@ The whole chain, with the subject itself as the author of the answers (2 cores: 
     VLLM_ARGS='--dtype bfloat16 --max-num-seqs 64 --max-model-len 1024' \\
       PRETOKENIZE_ARGS='--seq_len=208 --validation_fraction=0.25' launch/generate_local.sh data/smollm2/model \\
       --input_dataset=data/smollm2/questions.jsonl --output_path=data/smollm2/chats --reasoning_level= \\
-      --temperature=0.9 --max_completion_tokens=140 --target_total_tokens=1000 --max_concurrency=64 --timeout=900
+      --temperature=0.9 --top_p=1 --max_completion_tokens=140 --target_total_tokens=1000 --max_concurrency=64 --timeout=900
 
 --rows=20000 is the full size. A model that thinks gets its level back (--reasoning_level=high) and more tokens.
 """

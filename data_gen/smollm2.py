@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 
 from lens import files
-from lens.errors import LensError, need_package, shown
+from lens.errors import LensError, shown
 
 from . import gguf
 from .options import command, option
@@ -113,8 +113,7 @@ def from_hub(model: pathlib.Path, why: str) -> None:
 
 def get(o: Options) -> str:
     """Makes OUT/model where it is not there; returns a line that ends with its place. Raises LensError."""
-    for name in ('gguf', 'torch', 'accelerate'):
-        need_package(name, 'gguf', 'Reading a GGUF file')
+    gguf.need_packages()
     out = pathlib.Path(o.out)
     model = out / 'model'
     if (model / 'config.json').exists():

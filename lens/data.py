@@ -3,7 +3,7 @@
 A split is a folder of memory-mapped arrays (N documents, S tokens, P labelled positions, T tokens
 of an explanation, F known facts):
 
-    tokens.npy int32 [N, S] right padded   lengths.npy int32 [N]    doc_id.npy int64 [N]
+    tokens.npy integers [N, S] right padded   lengths.npy int32 [N]    doc_id.npy int64 [N]
     meta.json  {"format": "lens-tokens/1", "vocab_size", "pad_id", ...}
     positions.npy int32 [N, P], explanations.npy int32 [N, P, T]    optional: given explanations
     facts.npy int8 [N, S, F]                                        optional: known answers
@@ -236,7 +236,7 @@ def check_disjoint(train: Split, validation: Split) -> None:
 def fingerprint(split: Split) -> str:
     """Digests which documents the split holds and where they are labelled, in their order, and some of their texts."""
     digest, some = hashlib.sha256(), slice(None, None, max(len(split.tokens) // DIGESTED_ROWS, 1))
-    texts = (x if x is None else x[some] for x in (split.tokens, split.explanations))
+    texts = (x if x is None else np.asarray(x[some], np.int32) for x in (split.tokens, split.explanations))
     for x in (split.doc_id, split.lengths, split.positions, *texts):
         digest.update(b'' if x is None else np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]

@@ -197,8 +197,8 @@ def llama(tmp_path_factory):
 @pytest.mark.parametrize(
     ('more', 'says'),
     [
-        ({'lose': 'blk.1.ffn_up.weight'}, 'weights, and'),
-        ({'add': ['blk.1.attn_q.bias']}, 'weights, and'),
+        ({'lose': 'blk.1.ffn_up.weight'}, r'it lacks model\.layers\.1\.mlp\.up_proj'),
+        ({'add': ['blk.1.attn_q.bias']}, 'some would be lost'),
         ({'rope.scaling.type': 'longrope'}, 'longrope is not supported'),
         ({'rope.scaling.type': 'yarn', 'rope.scaling.factor': 2.0}, 'no factor or original length'),
         ({'split.count': 2}, 'one of 2 parts'),

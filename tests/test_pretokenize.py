@@ -51,6 +51,15 @@ def written(tmp_path_factory):
     return root, lines, pretokenize(root / 'in.jsonl', root / 'out', **FLAGS)
 
 
+@pytest.mark.parametrize(('vocab_size', 'dtype'), [(1 << 16, np.uint16), ((1 << 16) + 1, np.int32)])
+def test_ids_are_as_short_as_the_vocabulary_allows(tmp_path, vocab_size, dtype):
+    ids = np.array([vocab_size - 1, 3, 0], np.int32)
+    np.savez(tmp_path / 's.npz', lengths=np.array([2, 1]), tokens=ids, role=np.zeros(3, np.int8))
+    arrays.merge([tmp_path / 's.npz'], np.zeros(2, int), np.ones(2, bool), tmp_path, 2, 1, 1, vocab_size)
+    written = np.load(tmp_path / 'tokens.npy')
+    assert written.dtype == dtype and written.tolist() == [[vocab_size - 1, 3], [0, 1]]
+
+
 def open_both(root):
     return [data.open_split(str(root), s, vocab_size=VOCAB) for s in ('train', 'validation')]
 
@@ -70,6 +79,7 @@ def test_every_document_is_in_exactly_one_split(written):
     assert got == expected and len(got) == 41
     for s in splits:
         assert s.meta['documents'] == len(s) and s.meta['vocab_size'] == VOCAB
+        assert s.tokens.dtype == np.uint16  # which hold such a vocabulary
         assert s.meta['tokenizer_sha256'] == hf.tokenizer_sha256(SUBJECT) and s.meta['template_sha256'] is None
         assert all(
             (r[n:] == s.meta['pad_id']).all() and r[0] == tokenizer.bos_token_id
