@@ -49,7 +49,7 @@ def permuted(batch, sampled_NxT, keys_N, tags: Tags):
     """Puts the words of the sampled explanation in another order; tags and what is outside of them stay."""
     length = sampled_NxT.shape[1]
     noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_N)
-    inside, at = _inside(find(sampled_NxT, tags), length), jnp.arange(length)
+    inside, at = find(sampled_NxT, tags).inside(length), jnp.arange(length)
     start = jnp.argmax(inside, axis=1, keepdims=True)
     order = jnp.argsort(jnp.where(inside, start + noise, at), axis=1)
     return jnp.take_along_axis(sampled_NxT, order, axis=1)
@@ -141,7 +141,7 @@ def _evaluate_batch(
         'a': comparable(roll.a_NxD, error),
         'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()}
         | {k: comparable(x, error) for k, x in alone.items()},
-        'ids': {k: jnp.where(_inside(found[k], length), x, -1) for k, x in texts.items()},
+        'ids': {k: jnp.where(found[k].inside(length), x, -1) for k, x in texts.items()},
         'found': {k: f.found_N for k, f in found.items()},
     }
 
@@ -161,12 +161,6 @@ def _quoted(ids_NxT) -> Found:
     """A quoted text: all of it but -1 at its beginning, where the source has no more tokens."""
     t, start_N = ids_NxT.shape[1], jnp.sum(ids_NxT < 0, axis=1)
     return Found(start_N, t - start_N, jnp.full_like(start_N, t), start_N >= 0)
-
-
-def _inside(found, length: int):
-    """Which tokens of the responses are explanation, NxT."""
-    start, at = found.start_N[:, None], jnp.arange(length)
-    return (at >= start) & (at < start + found.length_N[:, None])
 
 
 def _interleave(parts: Iterable):
