@@ -201,7 +201,7 @@ def ours(base, shape: Shape, g: Given, mesh) -> dict[str, Program]:
 
     p, key = phase(shape, layer), jax.random.key(0)
     positions = g.positions.reshape(shape.documents, -1)
-    source = Source(ids_NxT[:, 0], jnp.zeros(shape.activations, jnp.int32))
+    source = Source(ids_NxT[:, :1], jnp.zeros(shape.activations, jnp.int32))
     labels = sharding.put_batch(
         {'positions': positions, 'explanations': g.ids_NxT.reshape(*positions.shape, shape.length)}, mesh
     )

@@ -108,7 +108,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.encoder.prompt = '<text>'  # soft prompt around the explanation
     c.encoder.output_layer = -1  # 0-based block that is read out; -1 = layer
     c.encoder.readout = 'affine'  # affine | linear | none: what follows it, identity at the start
-    c.encoder.current_token = False  # show the token that was read after the prompt
+    c.encoder.context_tokens = 0  # last source tokens, up to that which was read, shown after the words
     c.encoder.error = 'nmse'  # nmse (|A - reconstruction|^2 / |A|^2) | direction (2 - 2 cosine)
     c.encoder.init = 'identity'  # of the read-out: identity | scale (ratio of norms) | tuned_lens
     c.encoder.train = 'maps'  # maps (base frozen) | lora | full

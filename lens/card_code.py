@@ -92,11 +92,13 @@ def within(ids):
 
 
 @torch.no_grad()
-def reconstruct(ids, token=0, position=0):
-    # token ids of an explanation of that token at that position -> activation [d]
+def reconstruct(ids, before=(), position=0):
+    # token ids of an explanation, and of the text up to and with the token at that position -> activation [d]
     c, table = spec['encoder'], encoder.get_input_embeddings().weight
-    current = table[token].float()[None] if c['current_token'] else lens['encoder/prompt_right'][:0]
-    rows = torch.cat([lens['encoder/prompt_left'], table[ids].float(), lens['encoder/prompt_right'], current])
+    before = torch.as_tensor(before, dtype=torch.long)
+    context = before[max(0, len(before) - c['context_tokens']) :]
+    left, right = lens['encoder/prompt_left'], lens['encoder/prompt_right']
+    rows = torch.cat([left, table[ids].float(), right, table[context].float()])
     rows[-1] += lens['encoder/special_last']
     x = block_output(encoder, c['output_layer'], inputs_embeds=inputs(encoder, rows))[-1]
     if c['readout'] != 'none':
@@ -112,5 +114,5 @@ tokens = tokenizer(text, return_tensors='pt').input_ids
 activation = block_output(subject, spec['layer'], input_ids=tokens)[-1]
 position = tokens.shape[1] - 1
 ids = explain(activation, position)
-reconstruction = reconstruct(ids, tokens[0, -1], position)
+reconstruction = reconstruct(ids, tokens[0], position)
 print(tokenizer.decode(ids), torch.cosine_similarity(activation, reconstruction, dim=0).item())

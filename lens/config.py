@@ -76,7 +76,7 @@ class Phase:
     @property
     def reading(self) -> dict:
         """Returns the static arguments of objectives.read."""
-        return {'layer': self.hparams.layer, 'again': self.hparams.reads_again}
+        return {'layer': self.hparams.layer, 'again': self.hparams.reads_again, 'recent': self.hparams.recent}
 
     @property
     def program(self) -> dict:
@@ -260,6 +260,7 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Te
         on=frozenset(k for k, v in values.items() if v),
         tags=texts.tags,
         error=cfg.encoder.error,
+        context=cfg.encoder.context_tokens,
         natural_prefix=texts.natural,
         **counts,
         **{k: p[k] for k in ('advantage', 'kl_to', 'form', 'resample', 'resample_stop_grad')},
@@ -321,9 +322,12 @@ def check_subject(cfg, c: TransformerConfig) -> None:
 def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
     """Raises LensError where the subject has no positions for a prompt with its explanation."""
     left, right = texts.decoder[:2]
-    for side, tokens in {'decoder': len(left) + len(right), 'encoder': sum(map(len, texts.encoder))}.items():
-        total, most = tokens + 1 + cfg.explanation_len, c.max_positions  # 1: the slot, or the token that was read
+    context = cfg.encoder.context_tokens
+    lengths = {'decoder': len(left) + 1 + len(right), 'encoder': sum(map(len, texts.encoder)) + context}  # 1: the slot
+    for side, tokens in lengths.items():
+        total, most = tokens + cfg.explanation_len, c.max_positions
         what = f'{side}.prompt and explanation_len={cfg.explanation_len}'
+        what = f'encoder.context_tokens={context}, {what}' if side == 'encoder' and context else what
         require(total <= most, f'{what} make {total} tokens, the subject reads {most}.')
     n, around = cfg.explanation_len, len(texts.tags.opening) + len(texts.tags.closing)
     require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')
@@ -359,6 +363,9 @@ def check_phase(cfg, name: str) -> None:
     for key, off in objectives.OPTIONAL.items():
         idle = f'{name}.{key}={shown(repr(p[key]))} does nothing under the {p.objective} objective'
         require(key in reads or p[key] == off, f'{idle}: use {off}.')
+    untrained = cfg.encoder.context_tokens > 0 and p.mse_weight == 0
+    why = 'the encoder would not learn the context without words, which figures compare with'
+    require(not untrained, f'{name}.mse_weight=0 with encoder.context_tokens={cfg.encoder.context_tokens}: {why}.')
     together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
     require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')
     n, some = cfg.explanation_len, p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len

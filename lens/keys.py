@@ -71,7 +71,7 @@ KEYS = {
     'encoder.prompt': str,
     'encoder.output_layer': Whole(),
     'encoder.readout': READOUTS,
-    'encoder.current_token': bool,
+    'encoder.context_tokens': Whole(0),
     'encoder.error': objectives.ERRORS,
     'encoder.init': str,
     'encoder.train': TRAIN,

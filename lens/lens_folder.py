@@ -41,7 +41,7 @@ def settings(lens: Lens) -> dict:
         'encoder.train': trained(e),
         'encoder.output_layer': e.config.output_layer,
         'encoder.readout': e.config.readout,
-        'encoder.current_token': e.config.current_token,
+        'encoder.context_tokens': e.config.context_tokens,
         'position_vectors': e.positions is not None,
     }
 

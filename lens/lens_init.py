@@ -29,7 +29,7 @@ class Start(NamedTuple):
 
 def _encoder_config(cfg) -> EncoderConfig:
     e = cfg.encoder
-    return EncoderConfig(cfg.layer if e.output_layer == -1 else e.output_layer, e.readout, e.current_token)
+    return EncoderConfig(cfg.layer if e.output_layer == -1 else e.output_layer, e.readout, e.context_tokens)
 
 
 def compute_of(cfg) -> str:

@@ -29,14 +29,15 @@ def masked_mean(x, mask, total=None):
     return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask) if total is None else total, 1)
 
 
-def fve(pred_NxD, target_NxD, group: int = 1):
+def fve(pred_NxD, target_NxD, group: int = 1, mask_N=None):
     """Returns the fraction of variance explained, bias penalised: 1 - mean_n |target - pred|^2 / sum_d Var_d(target).
 
     Var around the mean of these rows, ddof 1; of rows repeated in contiguous groups, each target counts
-    once. The mean as prediction gives about 0.
+    once. The mean as prediction gives about 0. mask: 1 for rows whose error counts; None: all.
     """
     pred, target = pred_NxD.astype(jnp.float32), target_NxD.astype(jnp.float32)
-    error = jnp.mean(jnp.sum((target - pred) ** 2, -1))
+    error = jnp.sum((target - pred) ** 2, -1)
+    error = jnp.mean(error) if mask_N is None else masked_mean(error, mask_N)
     spread = jnp.sum(jnp.var(target.reshape(-1, group, target.shape[-1])[:, 0], axis=0, ddof=1))
     return 1 - error / jnp.maximum(spread, 1e-12)
 

@@ -24,7 +24,7 @@ from lens import gumbel as relaxed
 from lens import losses, sampling, sharding
 from lens.models import decoder as dec
 from lens.models import subject
-from lens.models.encoder import Source, encode, encode_rows
+from lens.models.encoder import Source, encode, encode_context, encode_rows
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
 from lens.models.transformer import model_of
@@ -35,7 +35,8 @@ ERRORS = ('nmse', 'direction')  # what the encoder minimises: losses.normalised_
 REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
 # Keys of a phase whose value is a schedule, and so an argument of a step.
 KNOBS = ('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp')
-ARRAYS = ('pred_NxD', 'logp_NxT', 'reward_N', 'advantage_N')  # of what a loss returns, read by `figures`
+ARRAYS = ('pred_NxD', 'logp_NxT', 'reward_N', 'advantage_N', 'quote_AxD')  # of what a loss returns, for `figures`
+QUOTES = 2**31 - 1  # folded into the key of a step for the contexts without words; sampling folds in indices of tokens
 # Keys of a phase that only some objectives read (Objective.reads), with the value that asks for nothing.
 OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updates': 1, 'slices': 1}
 
@@ -63,6 +64,12 @@ class Hparams:
     form: str = 'two_pass'
     resample: bool = False
     resample_stop_grad: bool = True
+    context: int = 0
+
+    @property
+    def recent(self) -> int:
+        """Returns how many source tokens a step is given of each activation."""
+        return max(1, self.context)
 
     @property
     def reads_again(self) -> bool:
@@ -91,7 +98,8 @@ class Counted(NamedTuple):
 
 class Rollout(NamedTuple):
     """What a step works on, all constants. N rows; rows of one activation are contiguous. batch: without tokens where
-    no text is read again. counted: where there are texts, once their loss is asked for."""
+    no text is read again. counted: where there are texts, once their loss is asked for. shown_A: how many tokens of the
+    context the encoder is shown without words, of each activation; where it has a context, once a gradient is asked for."""
 
     a_NxD: jax.Array
     source: Source
@@ -99,19 +107,26 @@ class Rollout(NamedTuple):
     ids_NxT: jax.Array | None = None
     logp_NxT: jax.Array | None = None
     counted: Counted | None = None
+    shown_A: jax.Array | None = None
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'again'))
-def read(base, batch, *, layer: int, again: bool = False) -> Rollout:
-    """Returns the activations NxD in float32 and where they are from.
+@functools.partial(jax.jit, static_argnames=('layer', 'again', 'recent'))
+def read(base, batch, *, layer: int, again: bool = False, recent: int = 1) -> Rollout:
+    """Returns the activations NxD in float32 and where they are from, with the last `recent` source tokens of each.
 
     A program of its own, since it alone depends on the width of the texts. again: keep the tokens for a second reading.
     """
     a = subject.activations(base, batch['tokens'], batch['positions'], layer)
-    token = jnp.take_along_axis(batch['tokens'], batch['positions'], axis=1)
-    a, token, position = (_joined(x) for x in (a.astype(jnp.float32), token, batch['positions']))
     rest = batch if again else {k: x for k, x in batch.items() if k != 'tokens'}
-    return Rollout(a, Source(token, position), rest)
+    return Rollout(_joined(a.astype(jnp.float32)), source_of(batch['tokens'], batch['positions'], recent), rest)
+
+
+def source_of(tokens_BxS, positions_BxP, recent: int) -> Source:
+    """Makes the Source of N = B * P activations with the last `recent` tokens of each; before the beginning of a text its
+    first token is repeated."""
+    (b, p), at_BxPxR = positions_BxP.shape, positions_BxP[..., None] - jnp.arange(recent)[::-1]
+    tokens = jnp.take_along_axis(tokens_BxS, jnp.maximum(at_BxPxR, 0).reshape(b, p * recent), axis=1)
+    return Source(_joined(tokens.reshape(b, p, recent)), _joined(positions_BxP))
 
 
 def _joined(x_BxPxD):
@@ -234,9 +249,18 @@ def gradient(objective: Objective, lens: Lens, base, roll: Rollout, key, hp: Hpa
     """Returns (gradient of the loss on a whole rollout, metrics); hp.slices above 1: in float32, summed over slices."""
     if roll.ids_NxT is not None:
         roll = _count(roll, hp, knobs)
+    if hp.context:
+        roll = roll._replace(shown_A=_shown(roll.batch['positions'].size, hp.context, key))
+
+    def loss(lens: Lens, part: Rollout):
+        value, out = objective.loss(lens, base, part, key, hp, knobs, reference)
+        if hp.context:
+            mse, quotes = _quotes(lens.encoder, base, part, hp)
+            value, out = value + knobs['mse_weight'] * mse, out | quotes
+        return value, out
 
     def of_part(part: Rollout):
-        return jax.grad(objective.loss, has_aux=True)(lens, base, part, key, hp, knobs, reference)
+        return jax.grad(loss, has_aux=True)(lens, part)
 
     def add(sums, part: Rollout):
         grads, out = of_part(part)
@@ -265,6 +289,9 @@ def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
             metrics['extracted'] = jnp.mean(extracted)
             metrics['response_tokens'] = jnp.mean(c.found.end_N.astype(jnp.float32))
             metrics['text_len'] = losses.masked_mean(c.found.length_N.astype(jnp.float32), extracted)
+    if 'quote_AxD' in out:
+        metrics['fve_quote'] = quote = _fve_quote(roll, out['quote_AxD'], hp)
+        metrics['fve_beyond'] = 1 - (1 - metrics['fve']) / jnp.maximum(1 - quote, 1e-12)
     if 'logp_NxT' in out:
         metrics['repeated'] = repeated(roll.ids_NxT, c.mask_NxT)
         if roll.logp_NxT is not None:
@@ -277,6 +304,39 @@ def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
         metrics['reward_group_std'] = jnp.mean(jnp.std(reward.reshape(-1, hp.group * hp.mean_of), axis=1))
         metrics['zero_advantage_fraction'] = jnp.mean(jnp.abs(out['advantage_N']) < 1e-6)
     return metrics
+
+
+def _shown(activations: int, context: int, key):
+    """How many tokens of the context stand alone, of each activation: all for every second one, else 0..context.
+
+    All of it is what figures compare with, so half of the work goes there; shorter ones make those of fewer tokens fair.
+    """
+    which, how_many = jax.random.split(jax.random.fold_in(key, QUOTES))
+    full = (jnp.arange(activations) + jax.random.bernoulli(which)) % 2 == 0
+    return jnp.where(full, context, jax.random.randint(how_many, (activations,), 0, context + 1))
+
+
+def _quotes(encoder, base, roll: Rollout, hp: Hparams):
+    """The encoder's error on the context alone, a mean over activations, of which a slice has its share; its arrays.
+
+    What the words add is told against an encoder that was trained without them as well, with the same weight.
+    """
+    a, source = _once(roll, (roll.a_NxD, roll.source))
+    pred = encode_context(encoder, base, source, sharding.reshard(roll.shown_A, sharding.rows(1)))
+    mse = jnp.mean(error_rows(pred, a, hp.error)) / hp.slices
+    return mse, {'loss_quote': mse, 'quote_AxD': pred}
+
+
+def _fve_quote(roll: Rollout, quote_AxD, hp: Hparams):
+    """FVE of the whole context without words, over those activations that it was shown of."""
+    full = (roll.shown_A == hp.context).astype(jnp.float32)
+    return losses.fve(comparable(quote_AxD, hp.error), comparable(_once(roll, roll.a_NxD), hp.error), mask_N=full)
+
+
+def _once(roll: Rollout, tree):
+    """The first row of every activation in arrays of N rows."""
+    a = roll.batch['positions'].size
+    return jax.tree.map(lambda x: x.reshape(a, -1, *x.shape[1:])[:, 0], tree)
 
 
 def error_rows(pred_NxD, target_NxD, error: str):

@@ -21,7 +21,7 @@ from lens.models.lens import Lens
 PLACES = (
     *('layer', 'position_vectors'),
     *(f'decoder.{k}' for k in ('train', 'injection', 'marker')),
-    *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'current_token')),
+    *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'context_tokens')),
 )
 ANOTHER_VERSION = 'it is of another version or damaged; train again'
 

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from safetensors.numpy import load_file
 
-from lens import export, hf, lens_folder, lens_init, sampling, sharding
+from lens import export, hf, lens_folder, lens_init, objectives, sampling, sharding
 from lens.config import Texts, load, plan
 from lens.errors import LensError, shown
 from lens.models import lora
@@ -32,7 +32,7 @@ from lens.models.lens import Lens
 from lens.response import NO_TAGS, Prompt
 from tests import hf_models, small_run
 
-KINDS = ('lora', 'maps', 'full')
+KINDS, CONTEXT = ('lora', 'maps', 'full'), 3
 SUMMARY = {'steps': 2, 'fve': 0.25, 'cosine': 0.5, 'activations': 24, 'documents': 6, 'device': 'a CPU'}
 SUMMARY |= {'commit': 'abc', 'command': 'python -m lens.main'}
 
@@ -47,6 +47,7 @@ def config(world, kind, **changes):
         'lora__pattern': 'q|v|down',
         'lora__rank': 3,
         'mesh__data': 1,
+        'encoder__context_tokens': CONTEXT,
         'decoder__train': kind,
         'encoder__train': kind,
     }
@@ -118,8 +119,11 @@ def check_card(names, lens, base, length):
     theirs = [names['explain'](torch.tensor(x)) for x in a]
     np.testing.assert_array_equal(np.stack(theirs), ids)
     assert len({tuple(x) for x in ids.tolist()}) > 1, 'the text must depend on the activation'
-    expected = np.asarray(reconstructions(lens.encoder, base, ids))
-    ours = np.stack([names['reconstruct'](x) for x in theirs])
+    text = names['tokens'][0].numpy()
+    at = np.array([[len(text) - 1, 5, 1, 0]])  # from 1 on the context is longer than the text
+    source = objectives.source_of(text[None], at, CONTEXT)
+    expected = np.asarray(reconstructions(lens.encoder, base, ids, source))
+    ours = np.stack([names['reconstruct'](x, text[: p + 1], p) for x, p in zip(theirs, at[0], strict=True)])
     np.testing.assert_allclose(ours, expected, atol=1e-4 * expected.std())
     assert expected.std(axis=0).mean() > 1e-3 * expected.std(), 'the reconstruction must depend on the text'
 
@@ -376,7 +380,7 @@ def card_of(world, text):
     cfg['phases'] = ['sft', 'grpo']
     sides = {
         'decoder': {'injection': 'affine', 'patched_blocks': 1, 'shared_map': True, 'prompt': text},
-        'encoder': {'output_layer': 1, 'readout': text, 'prompt': text},
+        'encoder': {'output_layer': 1, 'readout': text, 'context_tokens': 0, 'prompt': text},
     }
     spec = dict.fromkeys(('subject', 'family', 'exported'), text) | dict.fromkeys(('d_model', 'layer', 'step'), 1)
     spec |= {'explanation_len': 2, 'trained': dict.fromkeys(sides, 'maps'), 'config': cfg, 'lora': None} | sides

@@ -286,20 +286,6 @@ def test_position_vectors_leave_the_activation_and_come_back(base, lens, batch, 
     close(metrics['loss_decoder'], -jnp.mean(SCORE(lens.decoder, base, activations - e, ids)[0]))
 
 
-def test_the_current_token_is_read_after_the_prompt(base, lens, batch):
-    source = objectives.read(base, batch, layer=LAYER).source
-    token = np.take_along_axis(batch['tokens'], batch['positions'], 1).ravel()
-    np.testing.assert_array_equal(source.token_N, token)
-    e = jax.tree.map(lambda x: x, lens.encoder)
-    e.config = dataclasses.replace(e.config, current_token=True)
-    ids = batch['explanations'].reshape(-1, LENGTH)
-    left, right = (np.tile(x[...], (16, 1, 1)) for x in (e.prompt_left, e.prompt_right))
-    rows = np.concatenate([left, base.embedding[...][ids], right, base.embedding[...][token][:, None]], axis=1)
-    rows[:, -1] += e.special_last[...]
-    stream = jax.jit(lambda x: base.run_layers(x, 0, LAYER + 1)[:, -1])(jnp.asarray(rows))
-    close(ENCODE(e, base, ids, source), stream @ e.readout_w[...] + e.readout_b[...])
-
-
 def test_sampler_and_scorer_agree_in_bfloat16(base, full, batch, plain):
     """The mean gap of log-probabilities that grpo logs, with base and lens in half precision."""
     half, lens = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), t) for t in (base, full))

@@ -238,7 +238,7 @@ def test_other_documents_under_the_same_path_are_refused(world, finished, monkey
 def test_weights_of_a_run_that_reads_elsewhere_are_refused(world, finished, tmp_path):
     for key, value, theirs in (
         ('layer', 2, 'layer=1'),
-        ('encoder__current_token', True, 'encoder.current_token=False'),
+        ('encoder__context_tokens', 1, 'encoder.context_tokens=0'),
     ):
         with pytest.raises(LensError, match=f'init_from={finished[0]} holds a lens with {theirs}'):
             train(config(world, init_from=str(finished[0]), **{key: value}), tmp_path / 'w')

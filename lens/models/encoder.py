@@ -14,20 +14,22 @@ READOUTS = ('affine', 'linear', 'none')
 
 
 class Source(NamedTuple):
-    """Where an activation is from: the token that was read and its position. Rows of activations NxD."""
+    """Where activations NxD are from: the last R tokens up to and with the one that was read, and its position. Where the
+    text has fewer before it, the first ones of a row are no part of it."""
 
-    token_N: jax.Array
+    tokens_NxR: jax.Array
     position_N: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """output_layer: 0-based block whose output is read; nothing after it runs. readout: what follows it,
-    one of READOUTS. current_token: whether the token that was read is shown after the prompt."""
+    one of READOUTS. context_tokens: how many of the last source tokens, that which was read the last of them, are shown
+    after the prompt."""
 
     output_layer: int
     readout: str
-    current_token: bool = False
+    context_tokens: int = 0
 
 
 class Encoder(Side):
@@ -58,36 +60,47 @@ class Encoder(Side):
 
 
 def encode(encoder: Encoder, base: Transformer, ids_BxT, source: Source | None = None, span=None):
-    """Reconstructs the activation BxD (float32) from the token ids alone; arguments of encode_rows."""
+    """Reconstructs the activation BxD (float32) from token ids; arguments of encode_rows."""
     return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT), source, span)
 
 
+def encode_context(encoder: Encoder, base: Transformer, source: Source, shown_B):
+    """Reconstructs the activation BxD (float32) without any words, from the last shown_B tokens of the source."""
+    no_words_Bx0xD = model_of(encoder, base).lookup(source.tokens_NxR[:, :0])
+    return encode_rows(encoder, base, no_words_Bx0xD, source, shown_B=shown_B)
+
+
 @jax.named_scope('encode')
-def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source | None = None, span=None):
+def encode_rows(
+    encoder: Encoder, base: Transformer, words_BxTxD, source: Source | None = None, span=None, shown_B=None
+):
     """Reconstructs the activation BxD (float32) from words given as rows of the encoder's embedding table.
 
-    Input rows: [left, words, right, current token], the special vector added to the last one, all in the units of
-    the embedding table. source: needed by an encoder with a current token or positions. span: (start_B, length_B)
-    of the words that are read; None: all. What is right of a row's last position is never seen by it, so rows of
-    any length run together.
+    Input rows: [left, words, right, context], the special vector added to the last one, all in the units of the
+    embedding table. source: needed by an encoder with a context or positions. span: (start_B, length_B) of the words
+    that are read; None: all. shown_B: how many tokens of the context are; None: all; never those before the beginning of
+    the text. What is right of a row's last position is never seen by it, so rows of any length run together.
     """
     model = model_of(encoder, base)
-    left, dtype = len(encoder.prompt_left), model.dtype
+    left, dtype, m = len(encoder.prompt_left), model.dtype, encoder.config.context_tokens
 
     def rows(p_QxD):
         return rows_for(len(words_BxTxD), p_QxD, dtype)
 
     tail = rows(encoder.prompt_right[...])
-    if encoder.config.current_token:
-        tail = jnp.concatenate([tail, model.lookup(source.token_N[:, None])], axis=1)
+    if m:
+        tail = jnp.concatenate([tail, model.lookup(source.tokens_NxR[:, -m:])], axis=1)
     x = jnp.concatenate([rows(encoder.prompt_left[...]), words_BxTxD, tail], axis=1)
-    last = jnp.full(len(x), x.shape[1] - 1)
-    if span is not None:
-        x, last = _close_up(x, left, words_BxTxD.shape[1], *span)
+    last, words = jnp.full(len(x), x.shape[1] - 1), words_BxTxD.shape[1]
+    gaps = span is not None or shown_B is not None or m > 1  # the token that was read is always there
+    if gaps:
+        start, length = (jnp.zeros_like(last), jnp.full_like(last, words)) if span is None else span
+        seen = jnp.minimum(source.position_N + 1, m if shown_B is None else shown_B) if m else 0 * length
+        x, last = _close_up(x, left, words, m, start, length, seen)
     hit_BxT = jnp.arange(x.shape[1]) == last[:, None]
     x = x + jnp.where(hit_BxT[..., None], rows(encoder.special_last[...][None]), 0)
     x = model.run_layers(model.enter(x), 0, encoder.config.output_layer + 1, adapters=encoder.adapters)
-    y = jnp.sum(jnp.where(hit_BxT[..., None], x.astype(jnp.float32), 0), axis=1) if span is not None else x[:, -1]
+    y = jnp.sum(jnp.where(hit_BxT[..., None], x.astype(jnp.float32), 0), axis=1) if gaps else x[:, -1]
     y = y.astype(jnp.float32)
     if encoder.readout_w is not None:
         y = jnp.einsum('bd,de->be', y, sharding.gathered(encoder.readout_w[...]))
@@ -98,11 +111,13 @@ def encode_rows(encoder: Encoder, base: Transformer, words_BxTxD, source: Source
     return y
 
 
-def _close_up(x_BxTxD, left: int, words: int, start_B, length_B):
-    """Rows [left, words[start : start + length], tail] of each row, and the index of its last one."""
-    at_T, tail = jnp.arange(x_BxTxD.shape[1]), x_BxTxD.shape[1] - left - words
-    start, length = start_B[:, None], length_B[:, None]
+def _close_up(x_BxTxD, left: int, words: int, context: int, start_B, length_B, seen_B):
+    """Rows [left, words[start : start + length], right, the last `seen` of the context] of each row, and the index of its
+    last one."""
+    n, at_T = x_BxTxD.shape[1], jnp.arange(x_BxTxD.shape[1])
+    start, length, hidden, prompt = start_B[:, None], length_B[:, None], context - seen_B[:, None], n - words - context
     from_BxT = jnp.where(at_T < left, at_T, at_T + start)
     from_BxT = jnp.where(at_T < left + length, from_BxT, at_T - length + words)
-    x = jnp.take_along_axis(x_BxTxD, jnp.minimum(from_BxT, x_BxTxD.shape[1] - 1)[..., None], axis=1)
-    return x, left + length_B + tail - 1
+    from_BxT += jnp.where(at_T < prompt + length, 0, hidden)
+    x = jnp.take_along_axis(x_BxTxD, jnp.minimum(from_BxT, n - 1)[..., None], axis=1)
+    return x, prompt + length_B + seen_B - 1
