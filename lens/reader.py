@@ -72,14 +72,15 @@ class _Said:
 class Reader:
     """A lens with its subject on the devices; `load` makes it.
 
-    layer: 0-based block after which it reads. tokenizer: of the subject. length: tokens of a response.
+    layer: 0-based block after which it reads. tokenizer: of the subject. length: tokens of a response. context_tokens: how
+    many of the last tokens of the text its encoder is shown beside the words.
     """
 
     def __init__(self, opened: Reopened, name: str, batch: int = BATCH):
         self.name, self.batch, self.run, self.lens = name, batch, opened.run, opened.params
         self.config, self.step = opened.config, opened.step
         self.tokenizer, self.base, self.layer = self.run.tokenizer, self.run.base, self.run.layer
-        self.length = self.run.length
+        self.length, self.context_tokens = self.run.length, self.lens.encoder.config.context_tokens
 
     def tokens(self, text: Text) -> spoken.Tokens:
         """Returns the tokens of a text as `explain` reads them. Raises LensError."""
@@ -157,8 +158,8 @@ class Reader:
     def describe(self, vectors, context: Sequence[Sequence[int]] | None = None, **how) -> Reading:
         """Explains vectors NxD, or one of D, as if they were activations: rows without a token, `position` their number.
 
-        context: the tokens that each comes after, itself included, for a lens whose encoder reads the last of them, or that
-        knows positions. how: samples, greedy, temperature, seed, salience of `explain`. Raises LensError.
+        context: the text up to and with the token that each is of, as tokens or a str, for a lens whose encoder is shown
+        the last of them, or that knows positions. how: samples, greedy, temperature, seed, salience of `explain`. Raises LensError.
         """
         a_NxD, settings = self._vectors(vectors), Settings(**how)
         source = self._after(context, len(a_NxD))
@@ -250,17 +251,20 @@ class Reader:
 
     def _source(self, ids: Sequence[int], at_P) -> Source:
         """Where activations of a text are from."""
-        return Source(np.asarray(ids, np.int32)[at_P], np.asarray(at_P, np.int32))
+        at_P = np.asarray(at_P, np.int32) % len(ids)
+        recent = at_P[:, None] - np.arange(max(1, self.context_tokens))[::-1]
+        return Source(np.asarray(ids, np.int32)[np.maximum(recent, 0)], at_P)
 
     def _after(self, context, n: int) -> Source:
         """Where n vectors are from, as far as it is said: the tokens that each comes after."""
         if context is None:
-            return Source(np.zeros(n, np.int32), np.full(n, self.run.min_pos, np.int32))
+            if self.lens.encoder.positions is not None:
+                raise LensError('This lens knows positions: give the tokens before each vector or text as context.')
+            return Source(np.zeros((n, max(1, self.context_tokens)), np.int32), np.full(n, -1, np.int32))
         if len(context) != n:
             raise LensError(f'context has {len(context)} entries for {n} vectors or texts: give one for each.')
-        parts = [self._source(self.tokens(c).ids, [-1]) for c in context]
-        at = np.asarray([len(self.tokens(c).ids) - 1 for c in context], np.int32)
-        return Source(np.concatenate([p.token_N for p in parts]), at)
+        sources = [self._source(self.tokens(c).ids, [-1]) for c in context]
+        return jax.tree.map(lambda *x: np.concatenate(x), *sources)
 
     def _read(self, ids: Sequence[int]) -> instrument.Text:
         """What instrument.read says of the tokens of a text, on the host."""
@@ -370,8 +374,8 @@ class Reader:
     @functools.cached_property
     def _blind(self) -> list[int]:
         """What the decoder says most probably where there is no activation."""
-        nothing = np.zeros((1, self.base.config.d_model), np.float32)
-        return self._said(nothing, self._after(None, 1), np.zeros(1, int), Settings(salience=False))[0][0].ids
+        nothing, somewhere = np.zeros((1, self.base.config.d_model), np.float32), [0] * (self.run.min_pos + 1)
+        return self._said(nothing, self._source(somewhere, [-1]), np.zeros(1, int), Settings(salience=False))[0][0].ids
 
     @functools.cached_property
     def _filler(self) -> int | None:
@@ -382,17 +386,16 @@ class Reader:
     def _rows(self, found: spoken.Tokens, read: instrument.Text, at_P: np.ndarray, s: 'Settings') -> Iterator[Row]:
         """The rows of one batch of positions."""
         a, source = read.a_SxD[at_P], self._source(found.ids, at_P)
-        said, blind = self._said(a, source, at_P, s), self._encode([self._blind] * len(at_P), source)
-        norm_S = np.linalg.norm(read.a_SxD, axis=1)
-        usual, mean = (
-            np.median(norm_S[1:] if len(norm_S) > 1 else norm_S),
-            read.a_SxD[1:].mean(0) if len(norm_S) > 1 else a[0],
-        )
+        said = self._said(a, source, at_P, s)
+        others = {'blind': self._blind} | ({'context': []} if self.context_tokens else {})
+        others = {name: self._encode([ids] * len(at_P), source) for name, ids in others.items()}
+        norm_S, after_first = np.linalg.norm(read.a_SxD, axis=1), slice(min(1, len(read.a_SxD) - 1), None)
+        usual, mean = np.median(norm_S[after_first]), read.a_SxD[after_first].mean(0)
         for k, p in enumerate(at_P.tolist()):
             explanations = tuple(self._explanation(x, a[k]) for x in said[k])
             odd = not usual / OUTLIER <= norm_S[p] <= usual * OUTLIER
             flags = {'early': p < self.run.min_pos, 'norm': odd, 'failed': not explanations[0].found}
-            controls = {'mean': self._error(mean, a[k])[0], 'blind': self._error(blind[k], a[k])[0]}
+            controls = {name: self._error(pred[k], a[k])[0] for name, pred in others.items()}
             yield Row(
                 token=found.texts[p],
                 token_id=found.ids[p],
@@ -402,7 +405,7 @@ class Reader:
                 explanations=explanations,
                 next_tokens=self.choices(*(x[p] for x in read.next)),
                 logit_lens=self.choices(*(x[p] for x in read.logit_lens)),
-                controls=controls,
+                controls={'mean': self._error(mean, a[k])[0]} | controls,
                 flags=tuple(name for name, on in flags.items() if on),
                 message=found.messages[p],
                 fragment=found.fragments[p],

@@ -14,6 +14,7 @@ from lens import config, evaluate, explain, export, files, hf, lens_init, metric
 from lens.checkpoint import Checkpoints, Keep
 from lens.errors import LensError
 from lens.models import subject
+from lens.models.encoder import encode_context
 from lens.reading import Reading, label
 from tests import small_run
 
@@ -23,7 +24,9 @@ CHAT = [{'role': 'user', 'content': 'Who found it?'}, {'role': 'assistant', 'con
 
 def made(world, **changes):
     """(configuration, run, a lens of random numbers in its structure)."""
-    short = {'lora__rank': 3, 'mesh__data': 1, 'decoder__train': 'lora', 'encoder__train': 'lora'}
+    short = {'lora__rank': 3, 'mesh__data': 1, 'decoder__train': 'lora', 'encoder__train': 'lora'} | {
+        'encoder__context_tokens': 3
+    }
     cfg, rng = small_run.config(world, **short | changes), np.random.default_rng(4)
     run = config.load(cfg, config.plan(cfg))
 
@@ -35,6 +38,11 @@ def made(world, **changes):
     with jax.set_mesh(run.mesh):
         params = lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh)
         return cfg, run, jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def asarray(x):
+    """Outside any mesh."""
+    return jnp.asarray(np.asarray(x))
 
 
 @pytest.fixture(scope='module')
@@ -84,11 +92,11 @@ def test_figures_are_those_of_evaluate(folders, opened):
 
 
 def test_a_row_says_what_was_read(opened, reading, folders):
-    _, run, _ = folders
+    _, run, params = folders
     ids = run.tokenizer(TEXT)['input_ids']
     assert [r.token_id for r in reading] == ids and [r.position for r in reading] == list(range(len(ids)))
     assert ''.join(r.token for r in reading[1:]) == TEXT and reading[0].role == 'special'
-    base = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), opened.base)  # outside any mesh
+    base = jax.tree.map(asarray, opened.base)
     a = np.asarray(subject.activations(base, np.array([ids]), np.arange(len(ids))[None], run.layer))[0]
     np.testing.assert_allclose([r.norm for r in reading], np.linalg.norm(a, axis=1), rtol=1e-5)
     np.testing.assert_allclose(opened.activations(TEXT, [-1, 2]), a[[-1, 2]], rtol=0, atol=1e-5 * a.std())
@@ -101,6 +109,11 @@ def test_a_row_says_what_was_read(opened, reading, folders):
         assert drawn.sampled and not greedy.sampled and len(greedy.ids) == run.length
         assert all(w.probability == pytest.approx(w.alternatives[0].probability, rel=1e-4) for w in greedy.words)
         assert ('early' in r.flags) == (r.position < run.min_pos)
+    source = opened._source(ids, np.arange(len(ids)))
+    quote = np.asarray(encode_context(*jax.tree.map(asarray, (params.encoder, opened.base)), source, 3))
+    for r, p, x in zip(reading, quote, a, strict=True):
+        assert r.controls['context'] == pytest.approx(((x - p) ** 2).sum() / (x**2).sum(), rel=1e-4)
+        assert r.beyond == pytest.approx(1 - r.nmse / r.controls['context'])
     assert any(r.explanations[0].ids != r.explanations[1].ids for r in reading)
 
 
@@ -207,8 +220,8 @@ def test_an_edit_puts_the_difference_at_its_token(opened, folders):
     ids = np.array([opened.tokens(TEXT).ids[:10]])
     a = opened.activations(TEXT, [9])
     base, change = (
-        jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), opened.base),
-        0.5 * (opened.reconstruct([new]) - opened.reconstruct([old])),
+        jax.tree.map(asarray, opened.base),
+        0.5 * (opened.reconstruct([new], ids) - opened.reconstruct([old], ids)),
     )
     assert edit.size == pytest.approx(np.linalg.norm(change) / np.linalg.norm(a), rel=1e-4)
     for name, value in (('none', a), ('edit', a + change)):
