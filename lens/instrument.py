@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from lens import losses, sampling, sharding
-from lens.models import subject
 from lens.models.attention import KVCache
 from lens.models.decoder import without_position
 from lens.models.encoder import Source, encode
@@ -26,8 +25,8 @@ class Top(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Of every token of a text: a_SxD, the stream after the block that is read; next, what the subject predicts after
-    it; logit_lens, what it would predict if that stream were its last."""
+    """Of every token of texts, a leading axis of rows first: a_SxD, the stream after the block that is read; next, what
+    the subject predicts after it; logit_lens, what it would predict if that stream were its last."""
 
     a_SxD: jax.Array
     next: Top
@@ -64,13 +63,13 @@ def _top(logits, k: int) -> Top:
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'top'))
-def read(base: Transformer, tokens_1xS, *, layer: int, top: int) -> Text:
-    """Reads a text after block `layer`; what stands after its last token changes nothing before it."""
-    x = base.run_layers(base.embed(tokens_1xS), 0, layer + 1)
+def read(base: Transformer, tokens_BxS, *, layer: int, top: int) -> Text:
+    """Reads texts after block `layer`; what stands after a token changes nothing before it."""
+    x = base.run_layers(base.embed(tokens_BxS), 0, layer + 1)
     last = base.run_layers(x, layer + 1, base.config.n_layers)
     streams = {'next': Stream(last, base), 'logit_lens': Stream(x, base)}
     tops = by_slices(lambda logits: {k: _top(v, top) for k, v in logits.items()}, streams)
-    return jax.tree.map(lambda y: y[0], Text(x.astype(jnp.float32), **tops))
+    return Text(x.astype(jnp.float32), **tops)
 
 
 @functools.partial(jax.jit, static_argnames=('length', 'tags', 'top'))
@@ -108,22 +107,21 @@ def reconstruct(lens: Lens, base, ids_NxT, length_N, source: Source):
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'steps', 'top'))
-def go_on(base: Transformer, tokens_1xS, position, values_VxD, *, layer: int, steps: int, top: int) -> Continued:
+def go_on(base: Transformer, tokens_VxS, position, values_VxD, *, layer: int, steps: int, top: int) -> Continued:
     """Puts each value in place of the stream after block `layer` at `position` of a text, of which what comes after is
-    not read: what the subject predicts there, and the `steps` tokens that it goes on with. S - steps > position."""
-    c, rows = base.config, len(values_VxD)
-    hit_Sx1 = (jnp.arange(tokens_1xS.shape[1]) == position)[:, None]
+    not read: what the subject predicts there, and the `steps` tokens that it goes on with. tokens_VxS: that text, V times;
+    S - steps > position."""
+    c, hit_Sx1 = base.config, (jnp.arange(tokens_VxS.shape[1]) == position)[:, None]
 
     def put(x_VxSxD, block):
         value = values_VxD[:, None].astype(x_VxSxD.dtype)
         return jnp.where((block == layer + 1) & hit_Sx1, value, x_VxSxD)
 
-    x = base.embed(subject.tile_rows(tokens_1xS, rows))
-    x, cache = base.run_cached(x, 0, c.n_layers, before_block=put)
+    x, cache = base.run_cached(base.embed(tokens_VxS), 0, c.n_layers, before_block=put)
     x = put(x, c.n_layers)  # after the last block, if that is read
     first = base.logits(jax.lax.dynamic_slice_in_dim(x, position, 1, axis=1))[:, 0]
     first = sharding.reshard(first, sharding.rows(2))
-    ids = jnp.zeros((rows, steps), jnp.int32, out_sharding=sharding.out(sharding.rows(2)))
+    ids = jnp.zeros((len(values_VxD), steps), jnp.int32, out_sharding=sharding.out(sharding.rows(2)))
 
     def step(t, carry):
         logits, cache, ids = carry

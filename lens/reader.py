@@ -77,7 +77,8 @@ class Reader:
     """
 
     def __init__(self, opened: Reopened, name: str, batch: int = BATCH):
-        self.name, self.batch, self.run, self.lens = name, batch, opened.run, opened.params
+        self.name, self.run, self.lens = name, opened.run, opened.params
+        self.batch = -(-batch // self._rows) * self._rows
         self.config, self.step = opened.config, opened.step
         self.tokenizer, self.base, self.layer = self.run.tokenizer, self.run.base, self.run.layer
         self.length, self.context_tokens = self.run.length, self.lens.encoder.config.context_tokens
@@ -137,7 +138,7 @@ class Reader:
         at_P = self.positions(positions, len(found.ids))
         read, size = self._read(found.ids), max(self.batch // settings.samples, 1)
         parts = (at_P[i : i + size] for i in range(0, len(at_P), size))
-        return (row for at in parts for row in self._rows(found, read, at, settings))
+        return (row for at in parts for row in self._explained(found, read, at, settings))
 
     def best_of(self, text: Text, k: int = 8, positions: Sequence[int] | None = None, **how) -> Reading:
         """Draws k explanations of each token and puts the one first that its activation is best recovered from.
@@ -270,19 +271,22 @@ class Reader:
         """What instrument.read says of the tokens of a text, on the host."""
         tokens = np.zeros((1, self.width(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
-        with jax.set_mesh(self.run.mesh):
-            batch = sharding.put_batch({'tokens': tokens}, self.run.mesh)
-            out = sharding.fetch(instrument.read(self.base, batch['tokens'], layer=self.layer, top=TOP))
-        return jax.tree.map(lambda x: x[: len(ids)], out)
+        program = functools.partial(instrument.read, self.base, layer=self.layer, top=TOP)
+        return jax.tree.map(lambda x: x[0, : len(ids)], self.in_batches(program, tokens, self._rows))
+
+    @property
+    def _rows(self) -> int:
+        """The fewest rows that the devices can split."""
+        return sharding.row_count(self.run.mesh)
 
     def width(self, n: int) -> int:
         """Returns the width of the program that reads n tokens: one of few."""
         fits = (w for k in range(5, 31) for w in (2**k, 3 * 2 ** (k - 1)) if w >= n)
         return min(next(fits), self.base.config.max_positions)
 
-    def _in_batches(self, program: Callable, arrays, rows: int):
+    def in_batches(self, program: Callable, arrays, rows: int):
         """Runs program(arrays) on `rows` rows at a time, the last of them repeated to fill it: a tree on the host."""
-        n, parts = len(jax.tree.leaves(arrays)[0]), []
+        n, parts, rows = len(jax.tree.leaves(arrays)[0]), [], -(-rows // self._rows) * self._rows
         for i in range(0, n, rows):
             pick = np.minimum(np.arange(i, i + rows), n - 1)
             leaves, tree = jax.tree.flatten(jax.tree.map(lambda x, pick=pick: np.asarray(x)[pick], arrays))
@@ -298,7 +302,7 @@ class Reader:
         ids_NxT = np.zeros((len(texts), self.length), np.int32)
         for row, text in zip(ids_NxT, texts, strict=True):
             row[: len(text)] = text
-        return self._in_batches(
+        return self.in_batches(
             lambda x: instrument.reconstruct(self.lens, self.base, *x), (ids_NxT, lengths, source), ENCODED * self.batch
         )
 
@@ -311,7 +315,7 @@ class Reader:
         repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), (a_NxD, source))
         how = {'length': self.length, 'tags': self.run.texts.tags, 'top': TOP}
         explain = functools.partial(instrument.explain, self.lens, self.base)
-        out = self._in_batches(
+        out = self.in_batches(
             lambda x: explain(*x[0], s.seed, *x[1:], **how), (repeated, fold, temperature), self.batch
         )
         said = []
@@ -383,7 +387,7 @@ class Reader:
         *_, before, last = self._blind[-2:] * 2
         return last if before == last or last in self.tokenizer.all_special_ids else None
 
-    def _rows(self, found: spoken.Tokens, read: instrument.Text, at_P: np.ndarray, s: 'Settings') -> Iterator[Row]:
+    def _explained(self, found: spoken.Tokens, read: instrument.Text, at_P: np.ndarray, s: 'Settings') -> Iterator[Row]:
         """The rows of one batch of positions."""
         a, source = read.a_SxD[at_P], self._source(found.ids, at_P)
         said = self._said(a, source, at_P, s)

@@ -7,10 +7,9 @@ controls are moved as far: in a random direction, and by an edit that is not thi
 
 import dataclasses
 
-import jax
 import numpy as np
 
-from lens import instrument, sharding
+from lens import instrument
 from lens.errors import LensError, number
 from lens.reading import Choice
 
@@ -130,14 +129,9 @@ def _sized(direction: np.ndarray, size: float) -> np.ndarray:
 
 
 def _go_on(reader, ids: list[int], values_VxD: np.ndarray, steps: int) -> instrument.Continued:
-    mesh, tokens = reader.run.mesh, np.zeros((1, reader.width(len(ids) + steps)), np.int32)
-    tokens[0, : len(ids)] = ids
-    with jax.set_mesh(mesh):
-        placed = (
-            sharding.put_batch({'tokens': tokens}, mesh)['tokens'],
-            sharding.put_batch({'a': values_VxD}, mesh)['a'],
-        )
-        out = instrument.go_on(
-            reader.base, placed[0], len(ids) - 1, placed[1], layer=reader.layer, steps=steps, top=TOP
-        )
-        return sharding.fetch(out)
+    tokens = np.zeros((len(values_VxD), reader.width(len(ids) + steps)), np.int32)
+    tokens[:, : len(ids)] = ids
+    how = {'layer': reader.layer, 'steps': steps, 'top': TOP}
+    return reader.in_batches(
+        lambda x: instrument.go_on(reader.base, x[0], len(ids) - 1, x[1], **how), (tokens, values_VxD), len(values_VxD)
+    )
