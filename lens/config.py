@@ -127,6 +127,7 @@ class Run:
     min_pos: int
     seed: int
     error: str  # one of objectives.ERRORS
+    context_tokens: int  # that the encoder reads
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
 
@@ -182,6 +183,7 @@ def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
         min_pos=cfg.data.min_pos,
         seed=cfg.seed,
         error=cfg.encoder.error,
+        context_tokens=cfg.encoder.context_tokens,
         evaluation=EvalSettings(**{f.name: cfg.eval[f.name] for f in dataclasses.fields(EvalSettings)}),
         phases=make_phases(cfg, texts, len(train)) if trains else (),
     )

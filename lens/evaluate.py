@@ -22,13 +22,13 @@ import numpy as np
 
 from lens import data, files, metrics, report, sampling, sharding
 from lens.config import Run
-from lens.metrics import FIGURES, Collected, Figure, meaning
+from lens.metrics import Collected, Figure, meaning
 from lens.models.decoder import without_position
-from lens.models.encoder import encode
+from lens.models.encoder import encode, encode_context
 from lens.models.lens import Lens
-from lens.objectives import OBJECTIVES, Rollout, comparable, read
+from lens.objectives import OBJECTIVES, Rollout, comparable, read, source_of
 from lens.reopen import reopen
-from lens.response import NO_TAGS, Tags, find
+from lens.response import Found, Tags, find
 
 
 class Text(NamedTuple):
@@ -75,7 +75,7 @@ TEXTS = {
 class Evaluation:
     """figures: name -> {'value', 'ci95'}; facts: one row per field; samples: one dict per explanation.
 
-    error: encoder.error of the run. fve_quick: FVE on the documents of the quick figures alone.
+    error, context: encoder.error and encoder.context_tokens of the run. fve_quick: FVE on the documents of the quick figures alone.
     """
 
     error: str
@@ -85,22 +85,26 @@ class Evaluation:
     figures: dict[str, dict]
     facts: list[dict]
     samples: list[dict]
+    context: int = 0
 
     def values(self) -> dict[str, float]:
         return {k: v['value'] for k, v in self.figures.items()}
 
     def to_json(self, step: int) -> dict:
         """Returns the content of evaluation.json."""
-        what = {k: {'group': FIGURES[k].group, 'meaning': meaning(k, self.error)} for k in self.figures}
+        known, how = metrics.figures(self.context), (self.error, self.context)
+        what = {k: {'group': known[k].group, 'meaning': meaning(k, *how)} for k in self.figures}
         counts = {'step': step, 'documents': self.documents, 'activations': self.activations}
         return counts | {'figures': {k: v | what[k] for k, v in self.figures.items()}, 'facts': self.facts}
 
 
-@functools.partial(jax.jit, static_argnames=('tags', 'error', 'names'))
-def _evaluate_batch(lens: Lens, base, roll: Rollout, key, *, tags: Tags, error: str, names: tuple[str, ...]) -> dict:
+@functools.partial(jax.jit, static_argnames=('tags', 'error', 'names', 'quotes'))
+def _evaluate_batch(
+    lens: Lens, base, roll: Rollout, key, *, tags: Tags, error: str, names: tuple[str, ...], quotes: tuple[int, ...]
+) -> dict:
     """Computes the arrays a, pred, ids, found of Collected for what was read of one batch and the texts `names`.
 
-    All texts are drawn in one call and encoded in one call. The randomness of a text depends on its activation's place
+    All texts are drawn in one call and encoded in one call, and in another one contexts of `quotes` tokens. The randomness of a text depends on its activation's place
     in the held-out data, batch['index'] [R, V], alone.
     """
     batch, a = roll.batch, without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
@@ -122,16 +126,41 @@ def _evaluate_batch(lens: Lens, base, roll: Rollout, key, *, tags: Tags, error: 
     for k in names:
         if k not in texts:
             texts[k] = TEXTS[k].text(batch, texts['sampled'], keys[k], tags)
-    found = {k: find(x, tags if TEXTS[k].tagged else NO_TAGS) for k, x in texts.items()}
-    span = tuple(_interleave(x) for x in zip(*(f.span for f in found.values()), strict=True)) if tags else None
+    found = {k: find(x, tags) if TEXTS[k].tagged else _quoted(x) for k, x in texts.items()}
+    gaps = tags or quotes
+    span = tuple(_interleave(x) for x in zip(*(f.span for f in found.values()), strict=True)) if gaps else None
     source = jax.tree.map(lambda x: _interleave([x] * len(texts)), roll.source)
-    pred = _separate(encode(lens.encoder, base, _interleave(texts.values()), source, span), texts)
+    words = jnp.maximum(_interleave(texts.values()), 0)
+    pred = _separate(encode(lens.encoder, base, words, source, span), texts)
+    alone = {}
+    if quotes:
+        source = jax.tree.map(lambda x: _interleave([x] * len(quotes)), roll.source)
+        shown = _interleave(jnp.full_like(roll.source.position_N, m) for m in quotes)
+        alone = _separate(encode_context(lens.encoder, base, source, shown), [f'quote_{m}' for m in quotes])
     return {
         'a': comparable(roll.a_NxD, error),
-        'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()},
+        'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()}
+        | {k: comparable(x, error) for k, x in alone.items()},
         'ids': {k: jnp.where(_inside(found[k], length), x, -1) for k, x in texts.items()},
         'found': {k: f.found_N for k, f in found.items()},
     }
+
+
+@functools.partial(jax.jit, static_argnames=('error', 'context'))
+def _encode_batch(lens: Lens, base, batch: dict, *, error: str, context: int):
+    """Reconstructs from the context of a batch and texts [R, V, T], -1 outside of the explanation; the zero vector where
+    batch['found'] [R, V] is False."""
+    ids_NxT, found_N = (batch[k].reshape(-1, *batch[k].shape[2:]) for k in ('ids', 'found'))
+    span = jnp.argmax(ids_NxT >= 0, axis=1), jnp.sum(ids_NxT >= 0, axis=1)
+    source = source_of(batch['tokens'], batch['positions'], context)
+    pred = encode(lens.encoder, base, jnp.maximum(ids_NxT, 0), source, span)
+    return jnp.where(found_N[:, None], comparable(pred, error), 0)
+
+
+def _quoted(ids_NxT) -> Found:
+    """A quoted text: all of it but -1 at its beginning, where the source has no more tokens."""
+    t, start_N = ids_NxT.shape[1], jnp.sum(ids_NxT < 0, axis=1)
+    return Found(start_N, t - start_N, jnp.full_like(start_N, t), start_N >= 0)
 
 
 def _inside(found, length: int):
@@ -161,9 +190,11 @@ class Evaluator:
         count = {'documents': self.settings.documents, 'vectors': self.settings.vectors}
         self.held = data.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
         self.documents, self.vectors = self.held['positions'].shape
-        # the tokens that end at each position, left-padded with the first one
-        before = np.maximum(self.held['positions'][..., None] - np.arange(run.length)[::-1], 0)
-        self.held['previous'] = np.take_along_axis(self.held['tokens'][:, None], before, axis=2)
+        # the tokens that end at each position or, where the encoder has a context, before it; to the left of a text they
+        # are its first one or, there, none
+        before = self.held['positions'][..., None] - run.context_tokens - np.arange(run.length)[::-1]
+        previous = np.take_along_axis(self.held['tokens'][:, None], np.maximum(before, 0), axis=2)
+        self.held['previous'] = np.where(before < 0, -1, previous) if run.context_tokens else previous
         self.held['index'] = np.arange(self.documents * self.vectors, dtype=np.int32).reshape(-1, self.vectors)
         if 'explanations' in self.held and self.held['explanations'].shape[2] != run.length:
             del self.held['explanations']  # only read as a control, in the format of this run
@@ -174,47 +205,77 @@ class Evaluator:
 
     def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
         """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""
-        run, arrays = self.run, ('tokens', 'positions', 'previous', 'index', 'explanations')
-        wanted = {'sampled'} | {f.text for f in figures}
+        run, key, m = self.run, jax.random.key(self.run.seed), self.run.context_tokens
+        wanted = {'sampled', f'quote_{m}'} | {f.text for f in figures}
         names = tuple(k for k, text in TEXTS.items() if k in wanted and text.needs in self.held)
-        parts, key = [], jax.random.key(run.seed)
-        order = np.argsort(self.held['lengths'][:documents], kind='stable')  # texts of about one length together
-        for i in range(0, documents, self.rows):
-            pick = order[np.minimum(np.arange(i, i + self.rows), documents - 1)]  # the last batch is padded and cut
-            batch = {k: self.held[k][pick] for k in arrays if k in self.held}
-            batch['tokens'] = batch['tokens'][:, : run.validation.width_for(self.held['lengths'][pick])]
-            roll = read(run.base, sharding.put_batch(batch, run.mesh), layer=run.layer)
-            out = _evaluate_batch(lens, run.base, roll, key, tags=run.texts.tags, error=run.error, names=names)
-            keep = min(self.rows, documents - i) * self.vectors
-            parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sharding.fetch(out)))
-        back = (np.argsort(order)[:, None] * self.vectors + np.arange(self.vectors)).reshape(-1)
-        return Collected(
-            **jax.tree.map(lambda *x: np.concatenate(x)[back], *parts),
+        how = {'tags': run.texts.tags, 'error': run.error, 'names': names}
+        how['quotes'] = tuple(k for k in metrics.quoted(m) if f'quote_{k}' in wanted)
+
+        def evaluate(batch):
+            roll = read(run.base, batch, layer=run.layer, recent=max(1, m))
+            return _evaluate_batch(lens, run.base, roll, key, **how)
+
+        arrays = ('tokens', 'positions', 'previous', 'index', 'explanations')
+        c = Collected(
+            **self._by_batch(evaluate, documents, {k: self.held[k] for k in arrays if k in self.held}),
             doc_N=np.repeat(self.held['doc_id'][:documents], self.vectors),
             truth_NxF=self.held['facts'][:documents].reshape(-1, len(self.fields)) if self.fields else None,
             fields=self.fields,
             tagged=bool(run.texts.tags),
             error=run.error,
+            context=m,
         )
+        if m and 'shuffled' in wanted:
+            c.pred['shuffled'] = self._shuffled(lens, c, documents)
+        return c
+
+    def _by_batch(self, function: Callable, documents: int, arrays: dict[str, np.ndarray]):
+        """Calls function(batch) on rows of `arrays`, of the first `documents` documents, tokens as wide as they must be;
+        returns what it gives for each activation in their order."""
+        parts, lengths = [], self.held['lengths']
+        order = np.argsort(lengths[:documents], kind='stable')  # texts of about one length together
+        for i in range(0, documents, self.rows):
+            pick = order[np.minimum(np.arange(i, i + self.rows), documents - 1)]  # the last batch is padded and cut
+            batch = {k: x[pick] for k, x in arrays.items()}
+            batch['tokens'] = batch['tokens'][:, : self.run.validation.width_for(lengths[pick])]
+            keep = min(self.rows, documents - i) * self.vectors
+            out = sharding.fetch(function(sharding.put_batch(batch, self.run.mesh)))
+            parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], out))
+        back = (np.argsort(order)[:, None] * self.vectors + np.arange(self.vectors)).reshape(-1)
+        return jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
+
+    def _shuffled(self, lens: Lens, c: Collected, documents: int) -> np.ndarray:
+        """Reconstructions from the sampled words of another document, with the own context."""
+        other, run = metrics.other_document(c.doc_N), self.run
+        arrays = {k: self.held[k][:documents] for k in ('tokens', 'positions')}
+        arrays['ids'] = c.ids['sampled'][other].reshape(documents, self.vectors, -1)
+        arrays['found'] = c.found['sampled'][other].reshape(documents, self.vectors)
+
+        def encode(batch):
+            return _encode_batch(lens, run.base, batch, error=run.error, context=run.context_tokens)
+
+        return self._by_batch(encode, documents, arrays)
 
     def quick(self, lens: Lens) -> dict[str, float]:
         """Computes the few figures that a learning curve needs, on the first documents."""
-        quick = {k: f for k, f in FIGURES.items() if f.quick}
+        quick = {k: f for k, f in metrics.figures(self.run.context_tokens).items() if f.quick}
         c = self._collect(lens, self.quick_documents, quick.values())
         return {k: v['value'] for k, v in _figures(c, quick).items()}
 
     def full(self, lens: Lens) -> Evaluation:
         """Computes every figure that the run and its data allow, and sample explanations."""
-        c = self._collect(lens, self.documents, FIGURES.values())
+        known = metrics.figures(self.run.context_tokens)
+        c = self._collect(lens, self.documents, known.values())
         n = self.quick_documents * self.vectors
         return Evaluation(
             error=c.error,
             fve_quick=metrics.fve(c.pred['sampled'][:n], c.a[:n], c.doc_N[:n])['value'],
             documents=self.documents,
             activations=len(c.a),
-            figures=_figures(c, FIGURES),
+            figures=_figures(c, known),
             facts=_facts_by_field(c),
             samples=[self._sample(c, d) for d in range(min(self.settings.samples, self.documents))],
+            context=c.context,
         )
 
     def _sample(self, c: Collected, d: int) -> dict:

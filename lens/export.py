@@ -25,7 +25,7 @@ from markupsafe import Markup
 from lens import files, hf, lens_folder, logger
 from lens.config import Run
 from lens.errors import LensError, shown
-from lens.metrics import FIGURES, meaning
+from lens.metrics import FIGURES, figures, meaning
 from lens.models.lens import Lens
 from lens.reopen import reopen
 
@@ -88,10 +88,11 @@ def command(spec: dict) -> str:
 
 def card(spec: dict, summary: dict) -> str:
     """Renders README.md of the folder. spec: lens.json; summary: summary.json of the run, {} where there is none."""
+    how = [spec['config']['encoder'][k] for k in ('error', 'context_tokens')]
     return CARDS.get_template('card.md.jinja').render(
         spec=spec,
         summary=summary,
-        meanings={k: meaning(k, spec['config']['encoder']['error']) for k in spec['figures']},
+        meanings={k: meaning(k, *how) for k in spec['figures']},
         code=importlib.resources.files('lens').joinpath('card_code.py').read_text(),
         command=command(spec),
     )
@@ -118,6 +119,7 @@ def write_folder(
         side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
         for side, (left, right) in ids.items()
     }
+    known = figures(config['encoder']['context_tokens'])
     about = {
         'subject': config['subject']['path'],
         'subject_content': hf.content(source),
@@ -125,7 +127,7 @@ def write_folder(
         'tags': {'opening': list(run.texts.tags.opening), 'closing': list(run.texts.tags.closing)},
         'lora': config['lora'] if 'lora' in (config['decoder']['train'], config['encoder']['train']) else None,
         'step': step,
-        'figures': {k: summary[k] for k in FIGURES if isinstance(summary.get(k), int | float)},
+        'figures': {k: summary[k] for k in known if isinstance(summary.get(k), int | float)},
         'exported': time.strftime('%Y-%m-%d', time.gmtime()),
         'provenance': logger.provenance(),
         'config': config,

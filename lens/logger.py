@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lens import data, files, flops, sharding
+from lens import data, files, flops, metrics, sharding
 from lens.collapse import Collapse
 from lens.config import Phase, Run, fires
 from lens.distributed import is_first
@@ -263,7 +263,7 @@ class Logger(contextlib.ExitStack):
     def _progress(self, phase: Phase, step: int, values: Mapping[str, float], step_s: float) -> None:
         """Moves the bar on; where there is no terminal, says a line every five lines of metrics.jsonl, and of slow steps
         every SILENCE_S."""
-        names = dict(phase.objective.shows) | {'loss_encoder': 'encoder loss', 'fve': 'FVE'}
+        names = dict(phase.objective.shows) | {'fve_beyond': 'beyond', 'loss_encoder': 'encoder loss', 'fve': 'FVE'}
         text = '  '.join(f'{text} {values[k]:.3f}' for k, text in names.items() if k in values)
         text += f'  ETA {clock(step_s * (self.run.steps - step))}'
         self._bar.update(self._task, completed=step, description=phase.name, text=text)
@@ -276,7 +276,7 @@ class Logger(contextlib.ExitStack):
         """Writes the held-out figures, if they are not there, and says some of them."""
         if step not in self._checked:
             self.write(step, phase, 'eval', {'full': full} | values)
-        said = (f'{k} {values[k]:.3f}' for k in SAID if k in values)
+        said = (f'{k} {values[k]:.3f}' for k in (*metrics.headline(values), *SAID) if k in values)
         self.say(f'held out at step {step}: {"  ".join(said)}')
 
     def time(self) -> dict[str, float]:

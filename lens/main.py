@@ -17,7 +17,8 @@ from lens.signals import Stop
 
 # JAX and what needs it take seconds to import: main() does, when signals count and the user has read a first line.
 
-HEADLINE = ('facts_recall', 'facts_hallucinated', 'fve', 'fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')
+HEADLINE = ('fve_beyond_greedy', 'fve_beyond_given', 'fve_beyond_shuffled', 'facts_recall', 'facts_hallucinated', 'fve')
+HEADLINE += ('fve_greedy', 'fve_sft', 'fve_shuffled', 'fve_no_activation')
 CACHE = '~/.cache/lens/xla'  # programs that this machine has compiled before; JAX_COMPILATION_CACHE_DIR moves it
 
 
@@ -44,7 +45,7 @@ def main(
         if not unknown and not any(int(rank or 0) for rank in ranks):
             held.enter_context(begin(workdir))
         prepare(debug)
-        from lens import distributed
+        from lens import distributed, metrics
         from lens.train import Stopped, train
 
         distributed.initialize(coordinator, num_processes, process_id)
@@ -57,7 +58,8 @@ def main(
             if distributed.is_first():
                 print(f'{e}: saved in {workdir}; the same command goes on from there.')
         if summary:
-            print('  '.join(f'{k} {summary[k]:.3f}' for k in HEADLINE if k in summary))
+            names = *metrics.headline(summary), *HEADLINE
+            print('  '.join(f'{k} {summary[k]:.3f}' for k in names if k in summary))
             print(f'Done in {summary["wall_s"]:.0f} s. Figures: {workdir}/summary.json  Report: {workdir}/report.html')
 
 

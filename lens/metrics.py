@@ -10,7 +10,8 @@ prediction always. No other percentiles hold it then; the interval is widened to
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -61,11 +62,29 @@ def _float64(*arrays):
     return (np.asarray(x, np.float64) for x in arrays)
 
 
+def _error(pred_NxD, target_NxD, doc_N):
+    """Returns mean_i |A_i - pred_i|^2 of the data and of every resample."""
+    pred, target = _float64(pred_NxD, target_NxD)
+    return _sums(((target - pred) ** 2).sum(1), doc_N) / _sums(np.ones(len(target)), doc_N)
+
+
 def fve(pred_NxD, target_NxD, doc_N) -> dict:
     """Computes 1 - mean_i |R_i|^2 / sum_d Var_d(A), R = A - pred: a constant bias counts. Variances have ddof 1."""
-    pred, target = _float64(pred_NxD, target_NxD)
-    error = _sums(((target - pred) ** 2).sum(1), doc_N) / _sums(np.ones(len(target)), doc_N)
-    return _figure(1 - error / _positive(_variance(target, doc_N)))
+    (target,) = _float64(target_NxD)
+    return _figure(1 - _error(pred_NxD, target, doc_N) / _positive(_variance(target, doc_N)))
+
+
+def fve_gain(pred_NxD, other_NxD, target_NxD, doc_N) -> dict:
+    """Computes the FVE of pred minus that of another prediction; its interval is that of the difference."""
+    (target,) = _float64(target_NxD)
+    more = _error(other_NxD, target, doc_N) - _error(pred_NxD, target, doc_N)
+    return _figure(more / _positive(_variance(target, doc_N)))
+
+
+def fve_beyond(pred_NxD, other_NxD, target_NxD, doc_N) -> dict:
+    """Computes 1 - sum_i |A_i - pred_i|^2 / sum_i |A_i - other_i|^2: what pred explains of what another prediction leaves
+    open."""
+    return _figure(1 - _error(pred_NxD, target_NxD, doc_N) / _error(other_NxD, target_NxD, doc_N))
 
 
 def variance_recovered(pred_NxD, target_NxD, doc_N) -> dict:
@@ -133,7 +152,8 @@ class Collected:
     explanation), and found, whether there is an explanation [N].
 
     doc_N, truth_NxF: as above, the second None without `fields`. tagged: whether an explanation stands between tags.
-    error: encoder.error of the run, as which `a` and pred are compared.
+    error: encoder.error of the run, as which `a` and pred are compared. context: encoder.context_tokens of the run; of it
+    alone and of fewer tokens pred has the texts quote_0, …, quote_{context}, which have no words and so no ids.
     """
 
     a: np.ndarray
@@ -145,6 +165,7 @@ class Collected:
     fields: list[dict]
     tagged: bool
     error: str
+    context: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +195,10 @@ def _of_facts(formula: Callable) -> Callable:
 
 def _extracted(c: Collected, text: str) -> dict | None:
     return mean(c.found[text], c.doc_N) if c.tagged else None
+
+
+def _beyond(c: Collected, text: str) -> dict | None:
+    return fve_beyond(c.pred[text], c.pred[f'quote_{c.context}'], c.a, c.doc_N) if c.context else None
 
 
 def _fve_direction(c: Collected, text: str) -> dict | None:
@@ -216,6 +241,16 @@ FIGURES = {
     # read from metrics.jsonl: evaluate.figure_after_sft
     'fve_sft': Figure('lens', 'FVE at temperature 1 at the end of the SFT phase', lambda c, text: None),
     'fve_given': Figure('lens', 'FVE of the given explanation: the ceiling of the text format', _FVE, 'given'),
+    'fve_beyond_greedy': Figure('lens', 'fve_beyond with the most probable explanation', _beyond, 'greedy'),
+    'fve_beyond_given': Figure(
+        'lens', 'fve_beyond of the given explanation: the ceiling of the text format', _beyond, 'given'
+    ),
+    'gain_over_quote': Figure(
+        'lens',
+        'FVE minus fve_previous_tokens: what explanations say more than as many quoted tokens',
+        lambda c, text: fve_gain(c.pred['sampled'], c.pred[text], c.a, c.doc_N),
+        'previous_tokens',
+    ),
     'fve_shuffled': Figure(
         'controls',
         'FVE when each explanation is paired with the activation of another document',
@@ -225,9 +260,15 @@ FIGURES = {
     'fve_words_permuted': Figure('controls', 'FVE of the words in another order', _FVE, 'words_permuted'),
     'fve_previous_tokens': Figure(
         'controls',
-        'FVE of the last tokens of the source, on which the encoder was not trained',
+        'FVE of the last tokens of the source (before the context) as words, on which the encoder was not trained',
         _FVE,
         'previous_tokens',
+    ),
+    'fve_beyond_shuffled': Figure(
+        'controls', 'fve_beyond of the words of another document with the own context', _beyond, 'shuffled'
+    ),
+    'fve_beyond_no_activation': Figure(
+        'controls', 'fve_beyond when the decoder gets the zero vector', _beyond, 'no_activation'
     ),
     'fve_mean_baseline': Figure(
         'controls',
@@ -244,7 +285,32 @@ FIGURES = {
 }
 
 
-def meaning(name: str, error: str) -> str:
-    """Returns a phrase on a figure. error: encoder.error of the run."""
-    figure = FIGURES[name]
+def quoted(context: int) -> list[int]:
+    """Returns how many of the last source tokens are quoted without words: 0, 1, 2, 4, … and the whole context."""
+    powers = (2**i for i in range(context.bit_length()))
+    return [*(m for m in (0, *powers) if m < context), context] if context else []
+
+
+def figures(context: int) -> dict[str, Figure]:
+    """Returns FIGURES, and before them those that are named after tokens of the context, encoder.context_tokens."""
+    if not context:
+        return FIGURES
+    beyond = f'share of what the last {context} source tokens leave open that sampled words explain: 1 - mean |A - '
+    beyond += f'reconstruction|^2 / the same without words (fve_quote_{context}); a failed response is the zero vector'
+    quote = 'FVE of the last {} source tokens and no words, by the encoder, which was trained on them'
+    quotes = {
+        f'fve_quote_{m}': Figure('controls', quote.format(m), _FVE, f'quote_{m}', m == context) for m in quoted(context)
+    }
+    return {f'fve_beyond_{context}': Figure('lens', beyond, _beyond, quick=True)} | quotes | FIGURES
+
+
+def headline(values: Mapping) -> list[str]:
+    """Returns those of the named figures that come first where there are any: fve_beyond_m and its fve_quote_m."""
+    m = next((k.rpartition('_')[2] for k in values if re.fullmatch(r'fve_beyond_\d+', k)), None)
+    return [k for k in (f'fve_beyond_{m}', f'fve_quote_{m}') if k in values]
+
+
+def meaning(name: str, error: str, context: int = 0) -> str:
+    """Returns a phrase on a figure. error, context: encoder.error and encoder.context_tokens of the run."""
+    figure = figures(context)[name]
     return figure.of_directions.format(figure.meaning) if error == 'direction' else figure.meaning

@@ -106,10 +106,14 @@ def decode_by_hand(decoder, model, a_BxD, ids_BxT):
     return np.asarray(head(model, x))[:, decoder.prompt_len - 1 :]
 
 
-def encode_by_hand(encoder, model, words: list[list[int]]):
-    """Reconstructions of explanations of any lengths, block by block, of each alone; rows below it are zero."""
+def encode_by_hand(encoder, model, words: list[list[int]], contexts: list[list[int]] | None = None):
+    """Reconstructions of explanations of any lengths, each with its context, block by block, of each alone; rows below it
+    are zero."""
     left, right, table = (np.asarray(p[...]) for p in (encoder.prompt_left, encoder.prompt_right, model.embedding))
-    rows = [np.concatenate([left, table[np.asarray(ids)], right]) for ids in words]
+    rows = [
+        np.concatenate([left, table[np.asarray(ids, int)], right, table[np.asarray(context, int)]])
+        for ids, context in zip(words, contexts or [()] * len(words), strict=True)
+    ]
     last = [len(r) - 1 for r in rows]
     x = np.stack([np.pad(r, ((0, max(last) + 1 - len(r)), (0, 0))) for r in rows])
     x[np.arange(len(x)), last] += np.asarray(encoder.special_last[...])

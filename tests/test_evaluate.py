@@ -18,6 +18,7 @@ from lens.metrics import Figure
 from lens.models import subject
 from lens.models.encoder import encode
 from lens.response import NO_TAGS, Tags
+from tests import programs
 from tests.conftest import LAYER, LENGTH, TINY, make_base, make_lens
 
 DOCUMENTS, VECTORS = 7, 2
@@ -47,7 +48,7 @@ def split(tmp_path_factory):
     return data.open_split(str(d.parent), 'validation', vocab_size=TINY.vocab_size)
 
 
-def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS):
+def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS, context=0):
     settings = config.EvalSettings(quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=batch, samples=4)
     tokenizer = types.SimpleNamespace(decode=lambda ids: f' {ids[0]}')
     return Evaluator(
@@ -61,6 +62,7 @@ def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS):
             length=LENGTH,
             texts=types.SimpleNamespace(tags=tags),
             error='nmse',
+            context_tokens=context,
             min_pos=2,
             validation=split,
         )
@@ -80,9 +82,9 @@ def result(split, placed):
     mesh, base, lens = placed
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as m:
         e = evaluator(split, base, mesh)
-        c, full = e._collect(lens, DOCUMENTS, evaluate.FIGURES.values()), e.full(lens)
-        m.setitem(evaluate.FIGURES, 'sum', Figure('controls', 'sum of A', lambda c, text: value(c.a.sum())))
-        m.setitem(evaluate.FIGURES, 'none', Figure('controls', 'means nothing here', lambda c, text: None))
+        c, full = e._collect(lens, DOCUMENTS, metrics.FIGURES.values()), e.full(lens)
+        m.setitem(metrics.FIGURES, 'sum', Figure('controls', 'sum of A', lambda c, text: value(c.a.sum())))
+        m.setitem(metrics.FIGURES, 'none', Figure('controls', 'means nothing here', lambda c, text: None))
         more = e.full(lens)
         return e, c, full, more, more.to_json(3)
 
@@ -154,6 +156,10 @@ def test_figures_are_those_of_what_was_collected(result):
     for name, pred in preds.items():
         np.testing.assert_allclose(values[name], fve(pred), rtol=1e-6, err_msg=name)
     assert len({values[k] for k in preds}) == len(preds)
+    gain = metrics.fve_gain(c.pred['sampled'], c.pred['previous_tokens'], a, doc)
+    assert full.figures['gain_over_quote'] == gain
+    np.testing.assert_allclose(gain['value'], values['fve'] - values['fve_previous_tokens'], rtol=1e-6)
+    assert not [k for k in values if 'beyond' in k or k.startswith('fve_quote')]
     units = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (c.pred['sampled'].astype(np.float64), a))
     expected = metrics.fve(*units, doc)
     assert full.figures['fve_direction']['ci95'] == pytest.approx(expected['ci95'])
@@ -190,7 +196,7 @@ def test_quick_figures_another_batch_size_and_another_text(split, placed, result
     found = Figure(
         'controls', '', lambda c, text: value((c.ids[text] == c.ids['sampled'][:, ::-1]).all()), 'reversed', True
     )
-    monkeypatch.setitem(evaluate.FIGURES, 'is_reversed', found)
+    monkeypatch.setitem(metrics.FIGURES, 'is_reversed', found)
     with jax.set_mesh(mesh):
         quick = evaluator(split, base, mesh, batch=2 * VECTORS).quick(lens)
     assert quick.pop('is_reversed') == 1
@@ -206,12 +212,67 @@ def test_quick_figures_another_batch_size_and_another_text(split, placed, result
     np.testing.assert_allclose(quick['facts_recall'], recall, **close)
 
 
+@pytest.mark.parametrize('tagged', [False, True])
+def test_figures_of_a_context_are_those_of_explicit_rows(split, placed, result, tagged):
+    """Positions from 2 on, a context of 4 and quotes of 5 before it, which texts do not always have; with and without a
+    tag that some responses lack."""
+    mesh, base, lens = placed
+    lens = jax.tree.map(lambda x: x, lens)
+    lens.encoder.config = dataclasses.replace(lens.encoder.config, context_tokens=4)
+    commonest = int(np.bincount(result[1].ids['sampled'].ravel()).argmax())
+    tags = Tags((), (commonest,)) if tagged else NO_TAGS
+    with jax.set_mesh(mesh):
+        e, fewer = (evaluator(split, base, mesh, n * VECTORS, tags, context=4) for n in (3, 2))
+        c, full, other, quick = (
+            e._collect(lens, DOCUMENTS, metrics.figures(4).values()),
+            *(f(lens) for f in (e.full, fewer.full, e.quick)),
+        )
+    at = [(row, p) for row, ps in zip(e.held['tokens'], e.held['positions'], strict=True) for p in ps]
+    partner = metrics.other_document(c.doc_N)
+    texts = {k: [row[row >= 0] for row in x] for k, x in c.ids.items()}
+    texts['shuffled'] = [texts['sampled'][i] for i in partner]
+    texts['previous_tokens'] = [row[max(0, p - 4 - LENGTH + 1) : max(0, p - 3)] for row, p in at]
+    texts |= {f'quote_{m}': [()] * len(at) for m in (0, 1, 2, 4)}
+    assert {len(x) for x in texts['previous_tokens']} == set(range(LENGTH))
+    found = c.found | {'shuffled': c.found['sampled'][partner]}
+    outside = jax.tree.map(np.asarray, (lens.encoder, base))
+    preds = {}
+    for name, words in texts.items():
+        m = int(name[6:]) if name.startswith('quote') else 4
+        contexts = [row[max(0, p + 1 - m) : p + 1] for row, p in at]
+        preds[name] = programs.encode_by_hand(*outside, words, contexts) * found.get(name, np.ones(len(at)))[:, None]
+        np.testing.assert_allclose(c.pred[name], preds[name], rtol=0, atol=1e-5 * preds[name].std(), err_msg=name)
+    assert c.pred.keys() == preds.keys() and c.found['sampled'].all() == (not tagged)
+    values, a = full.values(), c.a.astype(np.float64)
+    error = {k: ((a - x) ** 2).sum() for k, x in preds.items()}
+    variance = a.var(0, ddof=1).sum() * len(a)
+    want = {f'fve_quote_{m}': 1 - error[f'quote_{m}'] / variance for m in (0, 1, 2, 4)}
+    names = {'4': 'sampled'} | {k: k for k in ('greedy', 'given', 'shuffled', 'no_activation')}
+    want |= {f'fve_beyond_{k}': 1 - error[text] / error['quote_4'] for k, text in names.items()}
+    want['gain_over_quote'] = (error['previous_tokens'] - error['sampled']) / variance
+    for name, x in want.items():
+        np.testing.assert_allclose(values[name], x, rtol=1e-4, err_msg=name)
+        low, high = full.figures[name]['ci95']
+        assert low <= values[name] <= high and high - low > 1e-3
+    for name, x in other.values().items():
+        np.testing.assert_allclose(x, values[name], rtol=1e-3, atol=1e-3 * values['nmse'], err_msg=name)
+    assert (
+        metrics.headline(values)
+        == ['fve_beyond_4', 'fve_quote_4']
+        == [k for k in quick if 'fve_quote' in k or 'bey' in k]
+    )
+    assert (
+        next(iter(values)) == 'fve_beyond_4'
+        and 'last 4 source tokens' in full.to_json(1)['figures']['fve_quote_4']['meaning']
+    )
+
+
 def test_a_response_without_an_explanation_is_the_zero_vector(split, placed, result):
     """The commonest word as closing tag: the responses are those that were drawn without tags."""
     mesh, base, lens = placed
     responses = result[1].ids['sampled']
     closing = int(np.bincount(responses.ravel()).argmax())
-    figure = evaluate.FIGURES['extracted']
+    figure = metrics.FIGURES['extracted']
     with jax.set_mesh(mesh):
         e = evaluator(split, base, mesh, tags=Tags((), (closing,)))
         c = e._collect(lens, DOCUMENTS, [figure])
