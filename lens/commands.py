@@ -67,7 +67,34 @@ def evaluate() -> None:
 
 def export() -> None:
     out = flags.DEFINE_string('out', None, 'New folder for the lens.', required=True)
-    cli.start('lens.export', *_checkpoint(), out, _subject())
+    form = flags.DEFINE_enum(
+        'format',
+        'hf',
+        ['hf', 'lens'],
+        'hf: two whole models for Hugging Face; lens: maps, prompts and adapters alone in bfloat16, megabytes, for use with '
+        'the subject.',
+    )
+    cli.start('lens.export', *_checkpoint(), out, _subject(), form)
+
+
+def explain() -> None:
+    cli.start(
+        'lens.explain',
+        flags.DEFINE_string(
+            'lens', None, 'Workdir of a run, folder of lens.export, or name of a lens that ships.', required=True
+        ),
+        flags.DEFINE_string('text', None, 'Text to read.'),
+        flags.DEFINE_string('chat', None, 'JSON file of messages to read: role, content, perhaps thinking, of each.'),
+        flags.DEFINE_string('file', None, 'Text file to read.'),
+        flags.DEFINE_string('positions', '', 'Tokens to explain: 3,7,-1 or 10:20; default all.'),
+        flags.DEFINE_integer('samples', 1, 'Explanations of each token: the most probable one, the others drawn.'),
+        flags.DEFINE_integer('best_of', 0, 'Draw so many explanations of each token and show the best first.'),
+        flags.DEFINE_float('temperature', 1.0, 'Of what is drawn.'),
+        flags.DEFINE_integer('seed', 0, 'Of what is drawn.'),
+        flags.DEFINE_string('json', '', 'File for the reading in JSON.'),
+        flags.DEFINE_string('html', '', 'File for the reading as a page.'),
+        _subject(),
+    )
 
 
 def report() -> None:

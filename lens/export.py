@@ -1,6 +1,7 @@
-"""A trained lens as Hugging Face directories, with a model card.
+"""A trained lens as Hugging Face directories, or as a small folder beside its subject, with a model card.
 
 python -m lens.export --workdir=runs/tiny --out=exports/tiny      # the newest checkpoint of a run
+python -m lens.export --workdir=runs/x --out=lenses/x --format=lens  # maps, prompts, adapters alone, in bfloat16
 
 Layout: lens/lens_folder.py; the card: lens/card.md.jinja; its PyTorch program: lens/card_code.py. Training and
 evaluation start from such a folder with --config.init_from=DIR.
@@ -30,6 +31,7 @@ from lens.reopen import reopen
 
 # Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
 KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'
+FORMATS = ('hf', 'lens')  # two whole models and what is beside them; or that alone, for use with the subject
 # What the card tells of summary.json besides figures.
 TOLD = {'steps': int, 'activations': int, 'documents': int, 'device': str, 'commit': str, 'command': str}
 SPECIAL = re.compile(r'[\\`*_\[\]<>#|~&!$]')  # in Markdown
@@ -97,12 +99,21 @@ def card(spec: dict, summary: dict) -> str:
 
 
 def write_folder(
-    out: pathlib.Path, lens: Lens, run: Run, config: dict, step: int, summary: dict, subject: str = ''
+    out: pathlib.Path,
+    lens: Lens,
+    run: Run,
+    config: dict,
+    step: int,
+    summary: dict,
+    subject: str = '',
+    form: str = 'hf',
 ) -> None:
     """Writes the whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh).
 
-    config: of the run; summary: its summary.json, {} where there is none; subject: where it is, if not where config says.
+    config: of the run; summary: its summary.json, {} where there is none; subject: where it is, if not where config says;
+    form: one of FORMATS.
     """
+    models, source = form == 'hf', subject or config['subject']['path']
     ids = {'decoder': run.texts.decoder[:2], 'encoder': run.texts.encoder}
     prompts = {
         side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
@@ -111,6 +122,7 @@ def write_folder(
     known = figures(config['encoder']['context_tokens'])
     about = {
         'subject': config['subject']['path'],
+        'subject_content': hf.content(source),
         'explanation_len': run.length,
         'tags': {'opening': list(run.texts.tags.opening), 'closing': list(run.texts.tags.closing)},
         'lora': config['lora'] if 'lora' in (config['decoder']['train'], config['encoder']['train']) else None,
@@ -121,12 +133,12 @@ def write_folder(
         'config': config,
     }
     with files.new_folder(out) as tmp:
-        spec = lens_folder.write(tmp, lens, run.base, prompts, about)
+        spec = lens_folder.write(tmp, lens, run.base, prompts, about, models)
         files.write_text(tmp / 'README.md', card(spec, summary))
-        for side in lens_folder.SIDES:
+        for side in spec['models']:
             model = lens_folder.model(lens, run.base, side)
             print(f'Writing {side}: {model.config.n_layers} blocks, {model.embedding.dtype}', flush=True)
-            hf.save_model(model, tmp / side, source=subject or config['subject']['path'])
+            hf.save_model(model, tmp / side, source=source)
 
 
 def _summary(workdir: pathlib.Path, step: int) -> dict:
@@ -139,19 +151,19 @@ def _summary(workdir: pathlib.Path, step: int) -> dict:
     return summary if summary.get('steps') == step else {}
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest', subject: str = '') -> None:
+def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest', subject: str = '', form: str = 'hf') -> None:
     """Writes a checkpoint of a run, by `step` of reopen, to `out`; no data is needed. Raises LensError.
 
-    subject: where it is, if not where the run found it.
+    subject: where it is, if not where the run found it. form: one of FORMATS.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LensError(f'{out} holds something already: give an empty or a new folder as --out.')
     again = reopen(workdir, step, data=1, needs=(), subject_path=subject)  # there is no batch to split
     summary = _summary(workdir, again.step)
     with jax.set_mesh(again.run.mesh):
-        write_folder(out, again.params, again.run, again.config, again.step, summary, again.subject)
+        write_folder(out, again.params, again.run, again.config, again.step, summary, again.subject, form)
 
 
-def main(workdir: str, step: str, out: str, subject: str) -> None:
-    export(pathlib.Path(workdir), pathlib.Path(out), step, subject)
+def main(workdir: str, step: str, out: str, subject: str, form: str) -> None:
+    export(pathlib.Path(workdir), pathlib.Path(out), step, subject, form)
     print(f'Exported to {out}: how to use it, with its figures, is in {out}/README.md')

@@ -178,14 +178,19 @@ def read_metrics(path: pathlib.Path, say: Callable[[str], None] = print, keep: b
 
 def find(path: str | os.PathLike, *roots: pathlib.Path, holds: str = '') -> pathlib.Path:
     """Returns where a relative path is: from the current folder, else from the first of `roots` that has it, else, for
-    configs/…, what ships with the package, which stands in it or, in a checkout, beside it. A path that is nowhere comes
+    configs/… and lenses/…, what ships with the package, which stands in it or, in a checkout, beside it. A path that is nowhere comes
     back as it is. holds: a file that a folder must hold to be taken from elsewhere."""
-    path, package = pathlib.Path(path), pathlib.Path(__file__).parent
+    path = pathlib.Path(path)
     if os.path.exists(path):  # false for a name that no file can have
         return path
-    home = package if (package / 'configs').is_dir() else package.parent
-    shipped = [home] if path.parts[:1] == ('configs',) else []
+    shipped = [home()] if path.parts[:1] in (('configs',), ('lenses',)) else []
     return next((p for p in (root / path for root in (*roots, *shipped)) if os.path.exists(p / holds)), path)
+
+
+def home() -> pathlib.Path:
+    """Returns where what ships with the package is, configs/ and lenses/: in it or, in a checkout, beside it."""
+    package = pathlib.Path(__file__).parent
+    return package if (package / 'configs').is_dir() else package.parent
 
 
 def take_lock(file, message: str) -> None:

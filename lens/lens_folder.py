@@ -1,6 +1,6 @@
-"""A trained lens as a folder: two Hugging Face models, and what no Hugging Face model has beside them.
+"""A trained lens as a folder: two Hugging Face models, and what no Hugging Face model has beside them; or that alone.
 
-DIR/decoder, DIR/encoder   complete models (adapters merged; the encoder cut after its read-out block)
+DIR/decoder, DIR/encoder   complete models (adapters merged; the encoder cut after its read-out block), or none
 DIR/lens.safetensors       maps, soft prompts, special vector, read-out, adapters: all trained leaves but own bases
 DIR/lens.json              shapes and meanings of those, settings, figures
 """
@@ -55,15 +55,17 @@ def _small(lens: Lens) -> dict:
     return {name: x for name, x in _leaves(lens).items() if name.split('/')[1] != 'base'}
 
 
-def _meaning(name: str, keys: dict, place: str) -> str:
-    """One sentence on a tensor of lens.safetensors; keys: settings of the lens; place: of Injection."""
+def _meaning(name: str, keys: dict, place: str, models: bool) -> str:
+    """One sentence on a tensor of lens.safetensors; keys: settings of the lens; place: of Injection; models: whether
+    they stand beside it."""
     side, _, leaf = name.partition('/')
     if leaf.startswith('adapters/'):
         _, matrix, factor = leaf.split('/')
         shape = '[blocks, inputs, rank]' if factor == 'a' else '[blocks, rank, outputs]'
+        merged = f'; already merged into {side}/ and kept here so that training can go on' if models else ''
         return (
             f'Low-rank factor {factor.upper()} {shape} of matrix {matrix}, used as x W + (x A) B with alpha / rank '
-            f'inside A; already merged into {side}/ and kept here so that training can go on.'
+            f'inside A{merged}.'
         )
     position = 'Vectors [positions, d], in units of the residual stream, that are {} at the position that was read.'
     rows = 'Soft prompt [tokens, d] {} the {}, in units of the embedding table (times embed_scale = inputs_embeds).'
@@ -101,12 +103,22 @@ def model(lens: Lens, base: Transformer, side: str) -> Transformer:
     return copy if part.adapters is None else lora.merge(copy, part.adapters)
 
 
-def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, dict], about: dict) -> dict:
-    """Writes lens.safetensors, in float32, and lens.json, which it returns.
+def write(
+    directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, dict], about: dict, models: bool = True
+) -> dict:
+    """Writes lens.safetensors and lens.json, which it returns.
 
-    prompts: of each side, what lens.json says of it; about: further entries.
+    prompts: of each side, what lens.json says of it; about: further entries. models: whether decoder/ and encoder/ come
+    beside; without them the lens is to be small, and tensors are in bfloat16, not float32. Raises LensError where a side
+    has a base of its own, of which nothing would be left.
     """
-    arrays = {name: np.asarray(x, np.float32) for name, x in _small(lens).items()}
+    if full := [side for side in SIDES if getattr(lens, side).base is not None and not models]:
+        raise LensError(
+            f'--format=lens keeps maps, prompts and adapters alone, and {full[0]}.train=full trains the whole {full[0]}: use '
+            '--format=hf, or train it with lora or maps.'
+        )
+    dtype = np.float32 if models else jnp.bfloat16
+    arrays = {name: np.asarray(x).astype(dtype) for name, x in _small(lens).items()}
     hf.write_tensors(directory / 'lens.safetensors', arrays)
     keys, place = settings(lens), lens.decoder.config.injection.place
     sides = {
@@ -118,13 +130,14 @@ def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[
         'layer': keys['layer'],
         'position_vectors': keys['position_vectors'],
         'trained': {side: sides[side].pop('train') for side in SIDES},
+        'models': list(SIDES) if models else [],
         'family': base.config.family,
         'd_model': base.config.d_model,
         # inputs_embeds = embed_scale * rows of the embedding table; 1 but for Gemma
         'embed_scale': float(jnp.asarray(base.config.embed_scale, base.embedding.dtype)),
         **sides,
         'tensors': {
-            name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'meaning': _meaning(name, keys, place)}
+            name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'meaning': _meaning(name, keys, place, models)}
             for name, x in arrays.items()
         },
         **about,
@@ -133,12 +146,18 @@ def write(directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[
     return content
 
 
-def _read_settings(directory: pathlib.Path) -> dict:
-    """The settings of lens.json by configuration key, among others that it has."""
+def read_spec(directory: pathlib.Path) -> dict:
+    """Returns lens.json. Raises LensError."""
     file = directory / 'lens.json'
     spec = files.read_json(file, 'init_from must be a folder of lens.export')
     if spec.get('format') != FORMAT:
         raise LensError(f'{file} is not of format {FORMAT}: export the lens again with this version.')
+    return spec
+
+
+def _read_settings(directory: pathlib.Path) -> dict:
+    """The settings of lens.json by configuration key, among others that it has."""
+    spec, file = read_spec(directory), directory / 'lens.json'
     try:
         sides = {f'{side}.{k}': v for side in SIDES for k, v in spec[side].items()}
         shared = {k: spec[k] for k in ('layer', 'position_vectors')}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from lens import config, files, keys, lens_init, places
+from lens import config, files, hf, keys, lens_folder, lens_init, places
 from lens.checkpoint import Checkpoints, Keep
 from lens.config import Run
 from lens.errors import LensError
@@ -93,6 +93,31 @@ def reopen(
     here = places.identity(cfg, run) | {'contents': places.contents(cfg, ('subject.path',))}
     places.check_contents(info, here, workdir)
     return Reopened(stored, cfg.subject.path, run, number, params)
+
+
+def open_folder(directory: pathlib.Path, **given: str) -> Reopened:
+    """Returns an exported lens, whole or light, beside its subject; no data is needed. given: as in places.locate.
+
+    Raises LensError, also where the subject is another than that of its training, before weights are read.
+    """
+    spec, file = lens_folder.read_spec(directory), directory / 'lens.json'
+    stored, step, content = (spec.get(k) for k in ('config', 'step', 'subject_content'))
+    try:
+        cfg = ml_collections.ConfigDict(stored)
+        cfg.update(phases=(), tuned_lens='', init_from=str(directory.absolute()))
+        cfg = places.locate(cfg, directory, **given)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise LensError(f'{file} cannot be used ({str(e).rstrip(".")}): {ANOTHER_VERSION}.') from e
+    cfg.mesh.update(data=1, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
+    if hf.content(cfg.subject.path) != content:
+        raise LensError(
+            f'{directory} holds a lens of another subject than {cfg.subject.path}, whose weights are not those of its '
+            'training: give the folder of its own as subject.'
+        )
+    run = config.load(cfg, config.plan(cfg, ()))
+    with jax.set_mesh(run.mesh):
+        params = lens_folder.read(directory, lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh))
+    return Reopened(stored, cfg.subject.path, run, step, params)
 
 
 def _is_run(folder: str) -> bool:

@@ -17,7 +17,8 @@ UNDRAWN = -1  # equals no token of a tag
 
 
 class Samples(NamedTuple):
-    """Explanations ids_NxT with their log-probabilities logp_NxT; rows of one activation contiguous."""
+    """Explanations ids_NxT with their log-probabilities logp_NxT, or what else was kept of their tokens; rows of one
+    activation contiguous."""
 
     ids_NxT: jax.Array
     logp_NxT: jax.Array
@@ -70,18 +71,27 @@ def draw(decoder, base, first_NxV, prompt: KVCache, key, *, length: int, tempera
 
 
 def sample(
-    decoder, base, activation_BxD, key, *, length: int, group: int = 1, temperature=1.0, tags: Tags = NO_TAGS
+    decoder,
+    base,
+    activation_BxD,
+    key,
+    *,
+    length: int,
+    group: int = 1,
+    temperature=1.0,
+    tags: Tags = NO_TAGS,
+    keep=losses.token_log_probs,
 ) -> Samples:
     """Draws `length` tokens for each activation, `group` times: N = B * group rows; with tags as draw does. No gradient.
 
     Exact draws from softmax(logits / temperature) as argmax(logits + temperature * Gumbel noise), so 0
-    is greedy; a number, or one per activation [B]. logp is at temperature 1. The noise of a row depends
+    is greedy; a number, or one per activation [B]. logp is at temperature 1. keep: as draw does. The noise of a row depends
     on key, step and row alone: every mesh draws the same tokens from the same logits.
     """
     decoder, activation_BxD = for_rollout(decoder, base), jax.lax.stop_gradient(activation_BxD)
     temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
     first_BxV, prompt = dec.prefill(decoder, base, activation_BxD)
     first_NxV, temperature_N = tile_rows(first_BxV, group), tile_rows(temperature_B, group)
-    how = {'length': length, 'temperature_N': temperature_N, 'keep': losses.token_log_probs, 'tags': tags}
+    how = {'length': length, 'temperature_N': temperature_N, 'keep': keep, 'tags': tags}
     ids, logp, _ = draw(decoder, base, first_NxV, prompt, key, **how)
     return Samples(ids, logp)

@@ -23,7 +23,12 @@ from lens.models.transformer import Transformer
 from tests.tiny_world import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
-FOLDERS = {'lens': 'lens', 'configs': 'lens/configs', 'data_gen': 'lens/data_gen'}  # in a checkout: where installed
+FOLDERS = {
+    'lens': 'lens',
+    'configs': 'lens/configs',
+    'data_gen': 'lens/data_gen',
+    'lenses': 'lens/lenses',
+}  # in a checkout: where installed
 COMMANDS = sorted(
     '.'.join(p.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')
     for folder in FOLDERS
