@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lens import hf
 from lens.models.attention import KVCache
 from lens.models.transformer import Transformer
 
@@ -20,6 +21,11 @@ ROWS = 32  # positions that are continued together
 BATCH_TOKENS = 4096  # of documents that are read together
 FINE, COARSE = 64, 512  # widths of batches are multiples of the first, above COARSE tokens of the second
 SHOWN_S = 20  # between two lines of progress
+
+
+def load(subject: str) -> Transformer:
+    """Loads a subject on one device, in the dtype that this kind of device multiplies fastest. Raises LensError."""
+    return hf.load_model(subject, dtype=jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnames='length')
@@ -73,5 +79,6 @@ def greedy(model: Transformer, split, positions_NxV: np.ndarray, length: int) ->
         i += len(some)
         if (now := time.monotonic()) - shown > SHOWN_S or i == len(rows):
             shown, left = now, (now - begun) * (len(rows) - i) / i
-            print(f'{i}/{len(rows)} documents of {split.directory} continued, ETA {left / 60:.0f} min', flush=True)
+            eta = f'ETA {left // 60:.0f}:{left % 60:02.0f}'
+            print(f'{i}/{len(rows)} documents of {split.directory} continued  {eta}', flush=True)
     return out

@@ -41,7 +41,7 @@ class Labels:
         self.reader = words.Reader(self.tokenizer)
         train = min(self.parts, key=lambda p: p.name != 'train')
         self.frequency = words.document_frequency(self.reader, train.split)
-        self.meta, self.first = self.form.to_meta(), ''
+        self.meta, self.first, self.model = self.form.to_meta(), '', None
 
     def labelled(self, part: Part) -> np.ndarray:
         """Returns bool [N, V]: which of the drawn positions have a label."""
@@ -64,13 +64,11 @@ class Labels:
         asked = self.labelled(part) & ~self._own_words(part)
         if not count or not asked.any():
             return {}
-        from lens import hf
-
         from . import continuations  # with JAX, which texts alone need not
 
-        model = hf.load_model(self.subject)
+        self.model = self.model or continuations.load(self.subject)
         length = TOKENS_PER_WORD * count + TOKENS
-        return continuations.greedy(model, part.split, np.where(asked, part.positions, -1), length)
+        return continuations.greedy(self.model, part.split, np.where(asked, part.positions, -1), length)
 
     def explanations(self, part: Part, filler: int) -> tuple[np.ndarray, dict]:
         """int32 [N, V, T]; how many labels there are, how many were cut, and the tokens of filling."""
