@@ -285,12 +285,14 @@ class Evaluator:
         v, held = d % self.vectors, self.held
         i, position = d * self.vectors + v, int(held['positions'][d, v])
         truth = c.truth_NxF[i] if self.fields else []
+        alone = {'nmse_without_words': _nmse(c, f'quote_{c.context}', i)} if c.context else {}
         return {
             'doc_id': int(held['doc_id'][d]),
             'position': position,
             'tokens': [self.run.tokenizer.decode([t]) for t in held['tokens'][d][: held['lengths'][d]]],
             'read': position,
             'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
+            **alone,
         } | {k: self._text(c, k, i, truth) if k in c.pred else None for k in ('greedy', 'sampled', 'given')}
 
     def _text(self, c: Collected, text: str, i: int, truth) -> dict:
@@ -299,11 +301,16 @@ class Evaluator:
         values = {t for f in self.fields for t in f['token_ids']}
         words = c.ids[text][i][c.ids[text][i] >= 0].tolist()
         status = ['right' if t in right else 'wrong' if t in values else 'plain' for t in words]
-        decode, a, error = self.run.tokenizer.decode, c.a[i], c.pred[text][i] - c.a[i]
+        decode = self.run.tokenizer.decode
         return {
             'tokens': [{'text': decode([t]), 'status': s} for t, s in zip(words, status, strict=True)],
-            'nmse': float((error**2).sum() / max((a**2).sum(), 1e-12)),
+            'nmse': _nmse(c, text, i),
         }
+
+
+def _nmse(c: Collected, text: str, i: int) -> float:
+    """The normalised error of one reconstruction."""
+    return float(((c.pred[text][i] - c.a[i]) ** 2).sum() / max((c.a[i] ** 2).sum(), 1e-12))
 
 
 def _figures(c: Collected, figures: dict[str, Figure]) -> dict[str, dict]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens import losses, objectives, response
+from lens import losses, objectives, response, sharding
 from lens.models.encoder import Source, encode, encode_context
 from tests import programs
 from tests.compare import close, differs, size
@@ -173,6 +173,22 @@ def test_slices_add_up(base, lens, roll, name):
     close(got, want, steps=1024)
     for key in {'loss_encoder', 'loss_quote', 'fve_quote', 'fve_beyond', 'reward', 'copied'} & figures.keys():
         close(metrics[key], figures[key], steps=1024)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_as_on_one_device(base, lens, early, roll):
+    objective = objectives.OBJECTIVES['grpo']
+    want, figures = GRADIENT(objective, lens, base, rollout('grpo', lens, base, roll), KEY, HP, KNOBS, ())
+    mesh = sharding.make_mesh(2, 2, 1)
+    with jax.set_mesh(mesh):
+        placed = sharding.place(lens, mesh, 0), sharding.place(base, mesh, 0)
+        read = objectives.read(placed[1], sharding.put_batch(early, mesh), layer=LAYER, recent=HP.recent)
+        whole = rollout('grpo', *placed, read)
+        sliced = dataclasses.replace(HP, slices=2)
+        got, metrics = jax.tree.map(np.asarray, GRADIENT(objective, *placed, whole, KEY, sliced, KNOBS, ()))
+    close(got, want, steps=2048)
+    for key in ('loss_encoder', 'loss_quote', 'fve_quote', 'fve_beyond', 'reward', 'copied'):
+        close(metrics[key], figures[key], steps=2048)
 
 
 @pytest.mark.slow
