@@ -67,6 +67,7 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.kl_skip = 3  # grpo, gumbel: first tokens left out of that KL
     p.entropy_weight = free(0.0)  # V, grpo, gumbel: weight of the entropy bonus
     p.entropy_clamp = free(1.0)  # V, grpo: nats; no bonus for texts above it
+    p.copy_price = free(0.0)  # V, grpo: reward that a text loses whose tokens all are among the last 32 of the source
     return p
 
 

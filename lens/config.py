@@ -128,7 +128,7 @@ class Run:
     length: int
     min_pos: int
     seed: int
-    error: str  # one of objectives.ERRORS
+    error: str  # one of losses.ERRORS
     context_tokens: int  # that the encoder reads
     evaluation: EvalSettings
     phases: tuple[Phase, ...]

@@ -51,7 +51,7 @@ def permuted(batch, sampled_NxT, keys_N, tags: Tags):
     """Puts the words of the sampled explanation in another order; tags and what is outside of them stay."""
     length = sampled_NxT.shape[1]
     noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_N)
-    inside, at = _inside(find(sampled_NxT, tags), length), jnp.arange(length)
+    inside, at = find(sampled_NxT, tags).inside(length), jnp.arange(length)
     start = jnp.argmax(inside, axis=1, keepdims=True)
     order = jnp.argsort(jnp.where(inside, start + noise, at), axis=1)
     return jnp.take_along_axis(sampled_NxT, order, axis=1)
@@ -143,7 +143,7 @@ def _evaluate_batch(
         'a': comparable(roll.a_NxD, error),
         'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()}
         | {k: comparable(x, error) for k, x in alone.items()},
-        'ids': {k: jnp.where(_inside(found[k], length), x, -1) for k, x in texts.items()},
+        'ids': {k: jnp.where(found[k].inside(length), x, -1) for k, x in texts.items()},
         'found': {k: f.found_N for k, f in found.items()},
     }
 
@@ -163,12 +163,6 @@ def _quoted(ids_NxT) -> Found:
     """A quoted text: all of it but -1 at its beginning, where the source has no more tokens."""
     t, start_N = ids_NxT.shape[1], jnp.sum(ids_NxT < 0, axis=1)
     return Found(start_N, t - start_N, jnp.full_like(start_N, t), start_N >= 0)
-
-
-def _inside(found, length: int):
-    """Which tokens of the responses are explanation, NxT."""
-    start, at = found.start_N[:, None], jnp.arange(length)
-    return (at >= start) & (at < start + found.length_N[:, None])
 
 
 def _interleave(parts: Iterable):
@@ -294,12 +288,14 @@ class Evaluator:
         v, held = d % self.vectors, self.held
         i, position = d * self.vectors + v, int(held['positions'][d, v])
         truth = c.truth_NxF[i] if self.fields else []
+        alone = {'nmse_without_words': _nmse(c, f'quote_{c.context}', i)} if c.context else {}
         return {
             'doc_id': int(held['doc_id'][d]),
             'position': position,
             'tokens': [self.run.tokenizer.decode([t]) for t in held['tokens'][d][: held['lengths'][d]]],
             'read': position,
             'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
+            **alone,
         } | {k: self._text(c, k, i, truth) if k in c.pred else None for k in ('greedy', 'sampled', 'given')}
 
     def _text(self, c: Collected, text: str, i: int, truth) -> dict:
@@ -308,11 +304,16 @@ class Evaluator:
         values = {t for f in self.fields for t in f['token_ids']}
         words = c.ids[text][i][c.ids[text][i] >= 0].tolist()
         status = ['right' if t in right else 'wrong' if t in values else 'plain' for t in words]
-        decode, a, error = self.run.tokenizer.decode, c.a[i], c.pred[text][i] - c.a[i]
+        decode = self.run.tokenizer.decode
         return {
             'tokens': [{'text': decode([t]), 'status': s} for t, s in zip(words, status, strict=True)],
-            'nmse': float((error**2).sum() / max((a**2).sum(), 1e-12)),
+            'nmse': _nmse(c, text, i),
         }
+
+
+def _nmse(c: Collected, text: str, i: int) -> float:
+    """The normalised error of one reconstruction."""
+    return float(((c.pred[text][i] - c.a[i]) ** 2).sum() / max((c.a[i] ** 2).sum(), 1e-12))
 
 
 def _figures(c: Collected, figures: dict[str, Figure]) -> dict[str, dict]:

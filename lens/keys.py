@@ -72,7 +72,7 @@ KEYS = {
     'encoder.output_layer': Whole(),
     'encoder.readout': READOUTS,
     'encoder.context_tokens': Whole(0),
-    'encoder.error': objectives.ERRORS,
+    'encoder.error': losses.ERRORS,
     'encoder.init': str,
     'encoder.train': TRAIN,
     'lora.pattern': REGEX,

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from lens import sharding
 
 
 def normalised_mse_rows(pred_NxD, target_NxD):
@@ -18,6 +21,22 @@ def direction_mse_rows(pred_NxD, target_NxD):
     pred, target = pred_NxD.astype(jnp.float32), target_NxD.astype(jnp.float32)
     size = jnp.sqrt(jnp.maximum(jnp.sum(pred**2, -1) * jnp.sum(target**2, -1), 1e-24))
     return 2 * (1 - jnp.sum(pred * target, -1) / size)
+
+
+ERRORS = ('nmse', 'direction')  # what the encoder minimises: the first or the second of those
+
+
+def error_rows(pred_NxD, target_NxD, error: str):
+    """Returns the encoder's error of every row, one of ERRORS."""
+    return (direction_mse_rows if error == 'direction' else normalised_mse_rows)(pred_NxD, target_NxD)
+
+
+def comparable(x_NxD, error: str):
+    """Gives rows as figures compare them: as they are, or rescaled to norm sqrt(d) where only directions count."""
+    if error != 'direction':
+        return x_NxD
+    x = x_NxD.astype(jnp.float32)
+    return x * jnp.sqrt(x.shape[-1] / jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
 
 
 def masked_mean(x, mask, total=None):
@@ -120,3 +139,26 @@ def kl(logits_p, logits_q):
     logp = jax.nn.log_softmax(jax.lax.stop_gradient(logits_p).astype(jnp.float32), axis=-1)
     logq = jax.nn.log_softmax(logits_q.astype(jnp.float32), axis=-1)
     return jnp.sum(jnp.exp(logp) * (logp - logq), -1)
+
+
+def repeated(ids_NxT, mask_NxT):
+    """Returns the share of the texts that equal an earlier one; tokens where mask is 0 do not count.
+
+    Two hashes of 32 bits are compared, sums over mixed words: texts that differ in one place never agree, others by
+    chance once in 2^64 pairs.
+    """
+    words = jnp.where(mask_NxT > 0, ids_NxT + 1, 0).astype(jnp.uint32)
+    factors = np.random.default_rng(0).integers(2**31, size=(2, words.shape[1]), dtype=np.uint32) * 2 + 1
+    hashes = []
+    for factor_T in factors:
+        x = words * factor_T
+        x = (x ^ (x >> 15)) * np.uint32(0x2C1B3C6D)
+        hashes.append(sharding.reshard(jnp.sum(x ^ (x >> 12), axis=1, dtype=jnp.uint32), sharding.P()))
+    first, second = jax.lax.sort(hashes, num_keys=2)
+    return jnp.sum((first[1:] == first[:-1]) & (second[1:] == second[:-1])) / len(first)
+
+
+def copied_rows(ids_NxT, inside_NxT, recent_NxR):
+    """Returns how many of the tokens that are inside stand among the recent ones, over T, [N]."""
+    there_NxT = (ids_NxT[:, :, None] == recent_NxR[:, None, :]).any(-1)
+    return jnp.mean(there_NxT & inside_NxT, axis=1, dtype=jnp.float32)

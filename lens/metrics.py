@@ -306,8 +306,8 @@ def figures(context: int) -> dict[str, Figure]:
 
 def headline(values: Mapping) -> list[str]:
     """Returns those of the named figures that come first where there are any: fve_beyond_m and its fve_quote_m."""
-    m = next((k.rpartition('_')[2] for k in values if re.fullmatch(r'fve_beyond_\d+', k)), None)
-    return [k for k in (f'fve_beyond_{m}', f'fve_quote_{m}') if k in values]
+    pairs = ([k, k.replace('beyond', 'quote')] for k in values if re.fullmatch(r'fve_beyond_\d+', k))
+    return next((pair for pair in pairs if pair[1] in values), [])
 
 
 def meaning(name: str, error: str, context: int = 0) -> str:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lens import gumbel as relaxed
 from lens import losses, sampling, sharding
+from lens.losses import comparable, error_rows
 from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import Source, encode, encode_context, encode_rows
@@ -31,14 +31,14 @@ from lens.models.transformer import model_of
 from lens.response import NO_TAGS, Found, Tags, find
 
 FAILED = -2.0  # reward of a response without an explanation
-ERRORS = ('nmse', 'direction')  # what the encoder minimises: losses.normalised_mse_rows, losses.direction_mse_rows
 REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
 # Keys of a phase whose value is a schedule, and so an argument of a step.
-KNOBS = ('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp')
+KNOBS = ('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp', 'copy_price')
 ARRAYS = ('pred_NxD', 'logp_NxT', 'reward_N', 'advantage_N', 'quote_AxD')  # of what a loss returns, for `figures`
 QUOTES = 2**31 - 1  # folded into the key of a step for the contexts without words; sampling folds in indices of tokens
 # Keys of a phase that only some objectives read (Objective.reads), with the value that asks for nothing.
-OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'mean_of': 1, 'updates': 1, 'slices': 1}
+OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'copy_price': 0, 'mean_of': 1, 'updates': 1, 'slices': 1}
+COPIES = 32  # last tokens of the source, words among which copy_price is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Hparams:
     @property
     def recent(self) -> int:
         """Returns how many source tokens a step is given of each activation."""
-        return max(1, self.context)
+        return max(1, self.context, COPIES if 'copy_price' in self.on else 0)
 
     @property
     def reads_again(self) -> bool:
@@ -178,7 +178,10 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
     if hp.mean_of > 1:
         pred = _mean_of(pred, hp.mean_of)
     loss, out = _reconstruction(base, roll, pred, hp, knobs)
-    reward = jnp.where(c.found.found_N, -error_rows(pred, roll.a_NxD, hp.error), FAILED)
+    worth = -error_rows(pred, roll.a_NxD, hp.error)
+    if 'copy_price' in hp.on:
+        worth -= knobs['copy_price'] * _copied(roll, hp)
+    reward = jnp.where(c.found.found_N, worth, FAILED)
     advantage = _advantages(jax.lax.stop_gradient(reward), hp)
 
     words = _words(_scored(lens.decoder, base, roll), base, roll, hp, reference)
@@ -291,9 +294,10 @@ def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
             metrics['text_len'] = losses.masked_mean(c.found.length_N.astype(jnp.float32), extracted)
     if 'quote_AxD' in out:
         metrics['fve_quote'] = quote = _fve_quote(roll, out['quote_AxD'], hp)
-        metrics['fve_beyond'] = 1 - (1 - metrics['fve']) / jnp.maximum(1 - quote, 1e-12)
+        if 'fve' in metrics:
+            metrics['fve_beyond'] = 1 - (1 - metrics['fve']) / jnp.maximum(1 - quote, 1e-12)
     if 'logp_NxT' in out:
-        metrics['repeated'] = repeated(roll.ids_NxT, c.mask_NxT)
+        metrics['repeated'] = losses.repeated(roll.ids_NxT, c.mask_NxT)
         if roll.logp_NxT is not None:
             gap = jnp.abs(out['logp_NxT'] - roll.logp_NxT)
             metrics['logp_diff_max'] = jnp.max(gap * c.mask_NxT)
@@ -303,7 +307,15 @@ def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
         metrics['reward'], metrics['reward_std'] = jnp.mean(reward), jnp.std(reward)
         metrics['reward_group_std'] = jnp.mean(jnp.std(reward.reshape(-1, hp.group * hp.mean_of), axis=1))
         metrics['zero_advantage_fraction'] = jnp.mean(jnp.abs(out['advantage_N']) < 1e-6)
+        if 'copy_price' in hp.on:
+            metrics['copied'] = jnp.mean(_copied(roll, hp))
     return metrics
+
+
+def _copied(roll: Rollout, hp: Hparams):
+    """Which share of the length of a response are words that stand among the last COPIES tokens of the source [N]."""
+    recent_NxR = roll.source.tokens_NxR[:, -COPIES:]
+    return losses.copied_rows(roll.ids_NxT, roll.counted.found.inside(hp.length), recent_NxR)
 
 
 def _shown(activations: int, context: int, key):
@@ -337,36 +349,6 @@ def _once(roll: Rollout, tree):
     """The first row of every activation in arrays of N rows."""
     a = roll.batch['positions'].size
     return jax.tree.map(lambda x: x.reshape(a, -1, *x.shape[1:])[:, 0], tree)
-
-
-def error_rows(pred_NxD, target_NxD, error: str):
-    """Returns the encoder's error of every row, one of ERRORS."""
-    return (losses.direction_mse_rows if error == 'direction' else losses.normalised_mse_rows)(pred_NxD, target_NxD)
-
-
-def comparable(x_NxD, error: str):
-    """Gives rows as figures compare them: as they are, or rescaled to norm sqrt(d) where only directions count."""
-    if error != 'direction':
-        return x_NxD
-    x = x_NxD.astype(jnp.float32)
-    return x * jnp.sqrt(x.shape[-1] / jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
-
-
-def repeated(ids_NxT, mask_NxT):
-    """Returns the share of the texts that equal an earlier one; tokens where mask is 0 do not count.
-
-    Two hashes of 32 bits are compared, sums over mixed words: texts that differ in one place never agree, others by
-    chance once in 2^64 pairs.
-    """
-    words = jnp.where(mask_NxT > 0, ids_NxT + 1, 0).astype(jnp.uint32)
-    factors = np.random.default_rng(0).integers(2**31, size=(2, words.shape[1]), dtype=np.uint32) * 2 + 1
-    hashes = []
-    for factor_T in factors:
-        x = words * factor_T
-        x = (x ^ (x >> 15)) * np.uint32(0x2C1B3C6D)
-        hashes.append(sharding.reshard(jnp.sum(x ^ (x >> 12), axis=1, dtype=jnp.uint32), sharding.P()))
-    first, second = jax.lax.sort(hashes, num_keys=2)
-    return jnp.sum((first[1:] == first[:-1]) & (second[1:] == second[:-1])) / len(first)
 
 
 def _kept(found: Found, hp: Hparams):

@@ -25,6 +25,7 @@ import numpy as np
 from lens import charts, files
 from lens.charts import Series, Stretch
 from lens.errors import LensError, harmless
+from lens.metrics import headline
 
 SAMPLES = 10
 BEFORE, AFTER = 60, 40  # tokens shown around the read position
@@ -107,6 +108,7 @@ def _checked_sample(sample: dict) -> dict:
         'cut': (first > 0, end < len(tokens)),
         'before': _words([*tokens[first:read], (tokens[read][0], 'read')]),
         'after': _words(tokens[read + 1 : end]),
+        'without_words': _number(sample.get('nmse_without_words')),
         'said': [(kind, _words(words), _number(given[kind].get('nmse'))) for kind, words in said.items()],
         'facts': [
             (field, value, re.search(rf'(?<!\w){re.escape(value)}(?!\w)', greedy, re.IGNORECASE))
@@ -142,7 +144,7 @@ def stretches(metrics: list[dict], total: float | None = None) -> list[Stretch]:
     return [Stretch(PHASES.get(name, name), a, b - a) for name, a, b in zip(first, begin, end, strict=True)]
 
 
-def _charts(run: RunFiles, phases: list[Stretch]) -> list[str]:
+def _charts(run: RunFiles, phases: list[Stretch], beyond: str) -> list[str]:
     def of(kind, key, label, color):  # [curve], or []; of a step logged twice (resume) the last counts
         found = {m['step']: _number(m.get(key)) for m in run.metrics if m.get('kind') == kind}
         points = sorted((step, y) for step, y in found.items() if y is not None)
@@ -150,8 +152,10 @@ def _charts(run: RunFiles, phases: list[Stretch]) -> list[str]:
 
     fve = of('train', 'fve', 'training batches', 2) + of('eval', 'fve', 'sampled', 0)
     facts = of('eval', 'facts_recall', 'recall', 4) + of('eval', 'facts_hallucinated', 'hallucinated', 3)
+    more = of('train', 'fve_beyond', 'training batches', 2) + of('eval', beyond, 'sampled', 0)
     loss = 'Cross-entropy in SFT, policy gradient in GRPO: not comparable.'
     panels = [
+        ('Share beyond the context', 'share', more, 0.0),
         ('Variance explained', 'FVE', fve + of('eval', 'fve_greedy', 'greedy', 1), 0.0),
         ('Facts in greedy explanations', 'share', facts, 0.0, 1.0),
         ('Decoder loss', 'nats', 'loss_decoder', None, None, loss * ({'SFT', 'GRPO'} <= {p.name for p in phases})),
@@ -187,13 +191,18 @@ def _page(run: RunFiles, reading: bool) -> str:
     phases = stretches(run.metrics, _number(summary.get('steps')))
     checks = {k: x for m in run.metrics if m.get('kind') == 'eval' for k, x in m.items()}  # the last value of each
     versions, n = summary.get('versions'), len(run.samples)
+    values = checks | summary | {k: f['value'] for k, f in run.figures.items()}
+    beyond, quote = headline(values) or ('', '')
     return PAGES.get_template('report.html').render(
         run=run,
         reading=reading,
         line=_line(run, phases),
-        values=checks | summary | {k: f['value'] for k, f in run.figures.items()},
+        values=values,
+        beyond=beyond,
+        quote=quote,
+        context=beyond.rpartition('_')[2],
         samples=[run.samples[i] for i in np.unique(np.linspace(0, n - 1, min(n, SAMPLES)).round().astype(int))],
-        charts=_charts(run, phases),
+        charts=_charts(run, phases, beyond),
         groups=sorted(dict.fromkeys(f['group'] for f in run.figures.values()), key=lambda g: [*GROUPS, g].index(g)),
         facts={
             'Seed': summary.get('seed', run.config.get('seed')),

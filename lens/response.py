@@ -56,6 +56,11 @@ class Found(NamedTuple):
         """Returns 1.0 on the tokens of the response NxT, 0.0 after its end."""
         return (jnp.arange(length) < self.end_N[:, None]).astype(jnp.float32)
 
+    def inside(self, length: int):
+        """Returns which tokens of the response are explanation, NxT."""
+        start, at = self.start_N[:, None], jnp.arange(length)
+        return (at >= start) & (at < start + self.length_N[:, None])
+
 
 def _first(ids_NxT, tag: tuple[int, ...], begin_N):
     """(index of the first occurrence of `tag` at or after begin, whether there is one)."""

@@ -288,13 +288,18 @@ def test_a_response_without_an_explanation_is_the_zero_vector(split, placed, res
 
 
 @pytest.mark.slow
-def test_another_mesh_gives_the_same_figures(split, result):
-    mesh = sharding.make_mesh(4, 2)
-    with jax.set_mesh(mesh):
-        base = sharding.place(make_base(), mesh)
-        full = evaluator(split, base, mesh).full(sharding.place(make_lens(make_base()), mesh))
-    for name, value in result[2].values().items():
-        np.testing.assert_allclose(full.values()[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+@pytest.mark.parametrize('context', [0, 4])
+def test_another_mesh_gives_the_same_figures(split, context):
+    found = []
+    for shape in (1, 1), (4, 2):
+        mesh, lens = sharding.make_mesh(*shape), make_lens(make_base())
+        lens.encoder.config = dataclasses.replace(lens.encoder.config, context_tokens=context)
+        with jax.set_mesh(mesh):
+            base = sharding.place(make_base(), mesh)
+            found.append(evaluator(split, base, mesh, context=context).full(sharding.place(lens, mesh)).values())
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_meanings_say_what_a_figure_of_directions_is():

@@ -96,10 +96,10 @@ def test_repeated_texts_are_counted_up_to_their_end(shape):
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
         rows = put_batch({'ids': ids, 'mask': (np.arange(7) < ends[:, None]).astype(np.float32)}, mesh)
-        np.testing.assert_allclose(jax.jit(objectives.repeated)(rows['ids'], rows['mask']), share, atol=1e-6)
-    assert objectives.repeated(jnp.zeros((5, 3), jnp.int32), jnp.ones((5, 3))) == np.float32(0.8)
+        np.testing.assert_allclose(jax.jit(losses.repeated)(rows['ids'], rows['mask']), share, atol=1e-6)
+    assert losses.repeated(jnp.zeros((5, 3), jnp.int32), jnp.ones((5, 3))) == np.float32(0.8)
     alike = jnp.asarray([[1, 2, 3], [3, 2, 1], [2, 1, 3], [1, 2, 2]])  # another order, one other word
-    assert objectives.repeated(alike, jnp.ones((4, 3))) == 0
+    assert losses.repeated(alike, jnp.ones((4, 3))) == 0
 
 
 def test_equal_rewards_give_the_decoder_no_gradient(base, deaf, batch):

@@ -225,6 +225,29 @@ def test_headline_with_and_without_facts(workdir):
     assert 'Facts' not in page_of(workdir)
 
 
+def test_what_words_add_comes_first_where_the_encoder_reads_a_context(workdir):
+    assert 'eyond' not in page_of(workdir)
+    evaluation = _evaluation()
+    more = {'fve_beyond_8': 0.31, 'fve_quote_0': 0.02, 'fve_quote_8': 0.64, 'fve_beyond_shuffled': -0.2}
+    evaluation['figures'] |= {k: {'value': v, 'ci95': [v - 0.01, v + 0.01], 'meaning': ''} for k, v in more.items()}
+    (workdir / 'evaluation.json').write_text(json.dumps(evaluation))
+    rows = [{'kind': 'train', 'fve_beyond': 0.2}, {'kind': 'eval', 'fve_beyond_8': 0.25}]
+    write_metrics(workdir, [{'step': i} | row for i in (1, 2) for row in rows])
+    sample = next(_samples(np.random.default_rng(0))) | {'nmse_without_words': 0.75}
+    write_lines(workdir / 'samples.jsonl', [sample])
+    page = page_of(workdir)
+    tiles = re.findall(r'<div class="tile"><h3>(.*?)</h3><p class="big">(.*?)</p>', page)
+    assert tiles[:2] == [('Beyond the last 8 tokens', '0.310'), ('FVE, last 8 tokens', '0.640')]
+    assert tiles[3] == ('FVE, beyond shuffled', '\N{MINUS SIGN}0.200') and 'FVE, quote 0' in page
+    assert 'the last 8 tokens of the text' in page and 'words and nothing else' not in page
+    assert '; error without words 0.750</p>' in page
+    curves = figure_of(page, 'Share beyond the context')
+    assert 'sampled, step 2: 0.250' in curves and 'training batches' in curves
+    parser = _Balance()
+    parser.feed(page)
+    assert not parser.open
+
+
 def fill(workdir, evil):
     """Writes files whose every text is this one."""
     words = {'tokens': [{'text': f' {evil}', 'status': 'wrong'}, {'text': evil, 'status': evil}], 'nmse': 0.1}
