@@ -140,6 +140,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval.vectors = 4  # activations per document
     c.eval.batch = 250  # activations per evaluation step
     c.eval.samples = 10  # explanations shown in the report
+    c.eval.reading = 48  # tokens of a held-out text that reading.html explains one by one; 0 = no such page
 
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = free('200s')  # D; 0 = only at the end of a phase

@@ -92,13 +92,15 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    """Held-out figures: `documents` with `vectors` activations each, `batch` activations per step."""
+    """Held-out figures: `documents` with `vectors` activations each, `batch` activations per step; `samples` and tokens
+    of a `reading` to be shown."""
 
     quick_documents: int
     documents: int
     vectors: int
     batch: int
     samples: int
+    reading: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

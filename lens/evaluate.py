@@ -27,7 +27,9 @@ from lens.models.decoder import without_position
 from lens.models.encoder import encode, encode_context
 from lens.models.lens import Lens
 from lens.objectives import OBJECTIVES, Rollout, comparable, read, source_of
-from lens.reopen import reopen
+from lens.reader import Reader
+from lens.reading import Reading
+from lens.reopen import Reopened, reopen
 from lens.response import Found, Tags, find
 
 
@@ -280,6 +282,15 @@ class Evaluator:
             context=c.context,
         )
 
+    def reading(self, lens: Lens, config: dict, step: int, name: str) -> Reading | None:
+        """Returns what the lens says of the beginning of the first document, token by token; None where none is wanted.
+        config, step: of the run. name: of the lens."""
+        if not self.settings.reading:
+            return None
+        first, end = self.run.min_pos, min(self.run.min_pos + self.settings.reading, int(self.held['lengths'][0]))
+        opened = Reader(Reopened(config, config['subject']['path'], self.run, step, lens), name)
+        return opened.explain(self.held['tokens'][0, :end], range(first, end))
+
     def _sample(self, c: Collected, d: int) -> dict:
         """The explanations of one activation of document d; positions vary with d."""
         v, held = d % self.vectors, self.held
@@ -343,10 +354,12 @@ def figure_after_sft(workdir: pathlib.Path, config: dict) -> dict[str, dict]:
     return {'fve_sft': {'value': found[-1], 'ci95': None}} if found else {}
 
 
-def write_results(workdir: pathlib.Path, result: Evaluation, step: int) -> None:
-    """Writes evaluation.json, samples.jsonl and report.html of a run."""
+def write_results(workdir: pathlib.Path, result: Evaluation, step: int, reading: Reading | None) -> None:
+    """Writes evaluation.json, samples.jsonl, reading.html where there is a reading, and report.html of a run."""
     files.write_json(workdir / 'evaluation.json', result.to_json(step))
     files.write_jsonl(workdir / 'samples.jsonl', result.samples)
+    if reading:
+        reading.to_page(workdir / 'reading.html')
     report.write_report(workdir)
 
 
@@ -354,9 +367,11 @@ def main(workdir: str, step: str, subject: str, data: str) -> None:
     workdir = pathlib.Path(workdir)
     again = reopen(workdir, step, subject_path=subject, data_path=data)
     with jax.set_mesh(again.run.mesh):
-        result = Evaluator(again.run).full(again.params)
+        evaluator = Evaluator(again.run)
+        result = evaluator.full(again.params)
+        reading = evaluator.reading(again.params, again.config, again.step, workdir.name)
     result.figures.update(figure_after_sft(workdir, again.config))
-    write_results(workdir, result, again.step)
+    write_results(workdir, result, again.step, reading)
     for name, figure in result.figures.items():
         interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''
         print(f'{name:28} {figure["value"]:7.3f}{interval}')

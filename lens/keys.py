@@ -91,6 +91,7 @@ KEYS = {
     'eval.vectors': Whole(1),
     'eval.batch': Whole(1),
     'eval.samples': Whole(0),
+    'eval.reading': Whole(0),
     'checkpoint.every': object,
     'checkpoint.keep': Whole(1),
     'checkpoint.best': Whole(0),

@@ -18,7 +18,7 @@
     next: pairs(r[7]), logitLens: pairs(r[8]),
     explanations: r[9].map(([nmse, cosine, sampled, words]) => ({
       nmse, cosine, sampled: !!sampled,
-      words: words.map(([t, p, others, salience]) => ({ token: strings[t], p, others: pairs(others), salience })),
+      words: words.map(([t, p, salience = 0, ...others]) => ({ token: strings[t], p, salience, others: pairs(others) })),
     })),
   });
   const pairs = flat => flat.flatMap((t, k) => k % 2 ? [] : [[strings[t], flat[k + 1]]]);
@@ -52,11 +52,10 @@
   const hideTip = () => { tip.hidden = true; };
 
   const wordNode = w => {
-    const s = w.salience, strong = s === undefined ? 0 : s >= 50 ? 3 : s >= 15 ? 2 : s >= 4 ? 1 : 0;
+    const s = w.salience, strong = s >= 50 ? 3 : s >= 15 ? 2 : s >= 4 ? 1 : 0;
     const node = el('span', { class: `w s${strong}`, tabindex: '0' }, w.token.trimStart() || visible(w.token));
-    const lines = w.others.map(([t, p]) => `${percent(p).padStart(4)}  ${visible(t)}`);
-    if (!w.others.some(([t]) => t === w.token)) lines.push(`${percent(w.p).padStart(4)}  ${visible(w.token)}  (drawn)`);
-    if (s !== undefined) lines.push(`without it the error ${s < 0 ? 'falls' : 'rises'} by ${Math.abs(s)}%`);
+    const lines = [[w.token, w.p], ...w.others].sort((a, b) => b[1] - a[1]).map(([t, p]) => `${percent(p).padStart(4)}  ${visible(t)}`);
+    if (s) lines.push(`without it the error ${s < 0 ? 'falls' : 'rises'} by ${Math.abs(s)}%`);
     for (const [on, off] of [['mouseenter', 'mouseleave'], ['focus', 'blur']]) {
       node.addEventListener(on, () => showTip(node, lines.join('\n')));
       node.addEventListener(off, hideTip);
@@ -107,7 +106,7 @@
   const showNotes = () => {
     for (const r of all) {
       chip(r.position)?.classList.toggle('lit', !!(notes[r.position]?.lit || notes[r.position]?.text));
-      const cell = document.querySelector(`#r${r.position} .note`);
+      const cell = document.querySelector(`#r${r.position} td:last-child`);
       if (cell) cell.textContent = notes[r.position]?.text ?? '';
     }
   };
@@ -243,6 +242,17 @@
     showNotes();
     if (parts.has('t')) choose(Number(parts.get('t')), { scroll: true });
   };
+  for (const [k, v] of Object.entries({ role: 'listbox', 'aria-label': 'Tokens of the text', 'aria-orientation': 'horizontal' })) tokens.setAttribute(k, v);
+  for (const node of tokens.querySelectorAll('.message')) {
+    node.setAttribute('role', 'group');
+    node.setAttribute('aria-label', node.querySelector('.who')?.textContent || 'text');
+  }
+  for (const node of tokens.querySelectorAll('.t')) {
+    const r = byPosition.get(Number(node.id.slice(1) || NaN)), error = r?.explanations[0].nmse;
+    const said = r ? { 'aria-label': `${visible(r.token)}, error ${error.toFixed(2)}, ${label(error)}` } : { 'aria-disabled': 'true' };
+    const how = { role: 'option', 'aria-selected': 'false', tabindex: r === all[0] ? '0' : '-1', ...said };
+    for (const [k, v] of Object.entries(how)) node.setAttribute(k, v);
+  }
   document.querySelector('.tools').hidden = false;
   document.querySelector('.all').open = false;
   addEventListener('hashchange', fromHash);

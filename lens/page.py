@@ -17,7 +17,7 @@ from markupsafe import Markup
 from lens.errors import harmless
 
 KEPT = '\n\t\u200c\u200d'  # of what is not printable: lines may break, letters join
-MOST_ALTERNATIVES, LEAST_PERCENT = 4, 2  # of a token of an explanation
+OTHERS, LEAST_PERCENT = 3, 5  # most alternatives of a token of an explanation, and how probable they are
 STEPS = (0.15, 0.3, 0.5, 0.8)  # of the error: a colour from each to the next
 CONTROLS = {  # of a row -> what the page says of it
     'context': 'no words, the last tokens of the text alone',
@@ -53,19 +53,25 @@ def _compact(row: dict, strings: _Strings) -> list:
     """A row of Reading.to_json as page.js reads it: texts by number, probabilities and saliences in percent."""
 
     def choices(values, most: int, least: float = 0.0) -> list[int]:
-        some = [(t, p) for t, p in values if 100 * p >= least] or values[:1]
-        return [n for t, p in some[:most] for n in (strings[t], _percent(p))]
+        some = [(t, p) for t, p in values if 100 * p >= least][:most]
+        return [n for t, p in some for n in (strings[t], _percent(p))]
+
+    def word(w: dict) -> list:
+        others = choices([c for c in w['alternatives'] if c[0] != w['token']], OTHERS, LEAST_PERCENT)
+        own = [
+            strings[w['token']],
+            _percent(w['p']),
+            0 if w.get('salience') is None else _percent(w['salience']),
+            *others,
+        ]
+        return own if others or own[2] else own[:2]
 
     explanations = [
         [
             e['nmse'],
             e['cosine'],
             int(e['sampled']),
-            [
-                [strings[w['token']], _percent(w['p']), choices(w['alternatives'], MOST_ALTERNATIVES, LEAST_PERCENT)]
-                + ([_percent(w['salience'])] if w.get('salience') is not None else [])
-                for w in e['words']
-            ],
+            [word(w) for w in e['words']],
         ]
         for e in row['explanations']
     ]
@@ -138,7 +144,6 @@ def html(reading) -> str:
         data=_json(payload),
         css=Markup(css),
         js=Markup(js),
-        first=min((row['position'] for row in value['rows']), default=0),
         policy=f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(js)}; base-uri 'none'; form-action 'none'",
         beyond=any(row['beyond'] is not None for row in value['rows']),
     )

@@ -186,7 +186,7 @@ PAGES = jinja2.Environment(
 PAGES.filters |= {'number': _number, 'figure': lambda x, name: charts.text(_number(x), name)}
 
 
-def _page(run: RunFiles) -> str:
+def _page(run: RunFiles, reading: bool) -> str:
     summary = run.summary
     phases = stretches(run.metrics, _number(summary.get('steps')))
     checks = {k: x for m in run.metrics if m.get('kind') == 'eval' for k, x in m.items()}  # the last value of each
@@ -195,6 +195,7 @@ def _page(run: RunFiles) -> str:
     beyond, quote = headline(values) or ('', '')
     return PAGES.get_template('report.html').render(
         run=run,
+        reading=reading,
         line=_line(run, phases),
         values=values,
         beyond=beyond,
@@ -216,7 +217,7 @@ def _page(run: RunFiles) -> str:
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes workdir/report.html at once and returns its path. Raises LensError."""
-    page, out = _page(load(workdir)), workdir / 'report.html'
+    page, out = _page(load(workdir), (workdir / 'reading.html').exists()), workdir / 'report.html'
     files.write_text(out, page)
     return out
 

@@ -218,7 +218,9 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
                     last_figures = evaluator.full(state.params)
                 if run.phases:
                     log.held_out(run.phases[-1], step, last_figures.values(), full=True)
-            return _finish(cfg, run, workdir, here['config'], last_figures, checkpoints, log)
+            with log.part('evaluation'):
+                reading = evaluator.reading(state.params, here['config'], run.steps, workdir.name)
+            return _finish(cfg, run, workdir, here['config'], last_figures, reading, checkpoints, log)
 
 
 def _batches(run: Run, phase: Phase, iterator_state: dict | None):
@@ -237,7 +239,7 @@ def _batches(run: Run, phase: Phase, iterator_state: dict | None):
     return batches
 
 
-def _finish(cfg, run: Run, workdir: pathlib.Path, stored: dict, result, checkpoints: Checkpoints, log) -> dict:
+def _finish(cfg, run: Run, workdir: pathlib.Path, stored: dict, result, reading, checkpoints: Checkpoints, log) -> dict:
     """Writes final figures, samples, summary and report; returns the summary."""
     if not distributed.is_first():
         return {}
@@ -259,5 +261,5 @@ def _finish(cfg, run: Run, workdir: pathlib.Path, stored: dict, result, checkpoi
         | logger.provenance()
     )
     files.write_json(workdir / 'summary.json', summary)
-    evaluate.write_results(workdir, result, run.steps)
+    evaluate.write_results(workdir, result, run.steps, reading)
     return summary

@@ -32,6 +32,7 @@ def config(world, **changes):
     c.grpo.learning_rate_decoder, c.grpo.learning_rate_encoder = rate(3e-4, 3e-5), rate(6e-4, 6e-5)
     c.sft.documents, c.grpo.documents, c.grpo.group = 4, 2, 3
     c.eval.documents, c.eval.quick_documents, c.eval.every, c.eval.samples = 6, 4, 3, 2
+    c.eval.reading = 0
     c.log.every, c.checkpoint.every = 1, 3
     for key, value in changes.items():
         block, _, name = key.rpartition('__')

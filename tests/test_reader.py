@@ -76,7 +76,7 @@ def test_figures_are_those_of_evaluate(folders, opened):
     _, run, params = folders
     with jax.set_mesh(run.mesh):
         e = evaluate.Evaluator(run)
-        c = e._collect(params, 3, [evaluate.FIGURES['fve_greedy']])
+        c = e._collect(params, 3, [metrics.figures(run.context_tokens)['fve_greedy']])
     for d, (tokens, n, positions) in enumerate(
         zip(*(e.held[k] for k in ('tokens', 'lengths', 'positions')), strict=True)
     ):
@@ -89,6 +89,17 @@ def test_figures_are_those_of_evaluate(folders, opened):
         for name, f in (('nmse', metrics.nmse), ('cosine', metrics.cosine)):
             theirs = [f(c.pred['greedy'][rows][[i]], c.a[rows][[i]], doc[:1])['value'] for i in doc]
             np.testing.assert_allclose([getattr(r, name) for r in found], theirs, rtol=1e-5, err_msg=name)
+
+
+def test_the_page_of_a_run_is_the_same_on_any_mesh(world, opened, tmp_path):
+    cfg, run, params = made(world, mesh__data=2, mesh__model=2, eval__reading=5)
+    with jax.set_mesh(run.mesh):
+        e = evaluate.Evaluator(run)
+        found = e.reading(params, json.loads(cfg.to_json()), 7, 'it')
+    assert [r.position for r in found] == list(range(run.min_pos, run.min_pos + 5))
+    theirs = opened.explain(e.held['tokens'][0, : run.min_pos + 5], range(run.min_pos, run.min_pos + 5))
+    assert [r.explanations[0].ids for r in found] == [r.explanations[0].ids for r in theirs]
+    np.testing.assert_allclose([r.nmse for r in found], [r.nmse for r in theirs], rtol=1e-4)
 
 
 def test_a_row_says_what_was_read(opened, reading, folders):
@@ -224,13 +235,12 @@ def test_an_edit_puts_the_difference_at_its_token(opened, folders):
         0.5 * (opened.reconstruct([new], ids) - opened.reconstruct([old], ids)),
     )
     assert edit.size == pytest.approx(np.linalg.norm(change) / np.linalg.norm(a), rel=1e-4)
+    patched = jax.jit(subject.patch, static_argnums=4)
     for name, value in (('none', a), ('edit', a + change)):
-        row, said = ids, []
-        for _ in range(3):
-            logits = np.asarray(subject.patch(base, row, np.array([9]), value, run.layer))[0, -1]
-            said.append(int(logits.argmax()))
-            row = np.append(row, [[said[-1]]], axis=1)
-        assert edit.outcomes[name].continuation == run.tokenizer.decode(said)
+        row = np.pad(ids, [(0, 0), (0, 3)])
+        for k in range(10, 13):
+            row[0, k] = np.asarray(patched(base, row, np.array([9]), value, run.layer))[0, k - 1].argmax()
+        assert edit.outcomes[name].continuation == run.tokenizer.decode(row[0, 10:])
     assert edit.outcomes['none'].kl == pytest.approx(0, abs=1e-6) and edit.outcomes['edit'].kl > 1e-4
     assert 'unrelated' in str(edit) and json.loads(json.dumps(edit.to_json()))['position'] == 9
 
