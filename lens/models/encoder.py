@@ -79,7 +79,8 @@ def encode_rows(
     Input rows: [left, words, right, context], the special vector added to the last one, all in the units of the
     embedding table. source: needed by an encoder with a context or positions. span: (start_B, length_B) of the words
     that are read; None: all. shown_B: how many tokens of the context are; None: all; never those before the beginning of
-    the text. Raises ValueError for a source of too few tokens. What is right of a row's last position is never seen by it, so rows of any length run together.
+    the text. What is right of a row's last position is never seen by it, so rows of any length run together. Raises
+    ValueError for a source of fewer tokens than the context has.
     """
     model = model_of(encoder, base)
     left, dtype, m = len(encoder.prompt_left), model.dtype, encoder.config.context_tokens
