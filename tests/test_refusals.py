@@ -210,15 +210,9 @@ def command(world, workdir, *extra):
     ]
 
 
-@pytest.mark.parametrize(
-    ('extra', 'message'),
-    [
-        (['--config.grpo.lerning_rate_decoder=1'], 'learning_rate_decoder'),
-        (['--config.layer=9'], 'layer=9 is not a block'),
-    ],
-)
-def test_the_command_prints_one_sentence_and_fails(world, tmp_path, extra, message):
-    run = subprocess.run(command(world, tmp_path / 'w', *extra), capture_output=True, text=True)
+def test_the_command_prints_one_sentence_and_fails(world, tmp_path):
+    misspelt = command(world, tmp_path / 'w', '--config.grpo.lerning_rate_decoder=1')
+    run = subprocess.run(misspelt, capture_output=True, text=True)
     assert run.returncode != 0 and 'Traceback' not in run.stderr
     lines = [line for line in run.stderr.strip().splitlines() if not re.match(r'[IWE]\d{4}', line)]
-    assert len(lines) == 1 and message in lines[0], run.stderr
+    assert len(lines) == 1 and 'learning_rate_decoder' in lines[0], run.stderr
