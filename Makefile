@@ -14,6 +14,8 @@ BIN := .venv/bin
 WORKDIR ?= runs/tiny
 N ?= 20
 export HF_HUB_OFFLINE := 1
+# where the environment sets it, each of many processes compiles every module
+export PYTHONDONTWRITEBYTECODE :=
 export JAX_PLATFORMS ?= cpu
 CHAT := data/demo_chats
 # a few steps, read from the thinking of the tiny gpt-oss

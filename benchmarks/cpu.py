@@ -81,7 +81,7 @@ class Given(NamedTuple):
     """What both sides start from, numpy and torch."""
 
     directory: pathlib.Path
-    model: transformers.LlamaForCausalLM
+    model: 'transformers.LlamaForCausalLM'
     tokens: np.ndarray
     positions: np.ndarray
     a_NxD: np.ndarray

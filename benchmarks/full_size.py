@@ -20,6 +20,20 @@ from lens.tools import plan
 from lens.train import results, trace
 
 MODELS = pathlib.Path(__file__).parent.parent / 'tests/hf_configs'
+# recipe, NAME or NAME:ARGUMENT -> tokens of a row of its data
+RECIPES = {
+    'gptoss': 4096,
+    'gptoss:gumbel': 4096,
+    'gptoss:120b': 4096,
+    'gemma3_27b': 1024,
+    'gemma2_9b': 1024,
+    'qwen2_5_14b': 1024,
+    'qwen2_5_7b': 1024,
+    'nla_qwen2_5_7b': 2048,
+    'nla_qwen2_5_7b:full': 2048,
+    'gpt2': 128,
+    'simplestories': 64,
+}
 # --size=tiny: every dimension differs.
 SMALL = {'d_model': 64, 'd_ff': 96, 'n_layers': 3, 'n_heads': 4, 'n_kv_heads': 2, 'head_dim': 8, 'vocab_size': 1000}
 SMALL_EXPERTS = {'n_experts': 5, 'top_k': 2}
@@ -87,15 +101,23 @@ def small(part: Part) -> Part:
     return part._replace(batch=sizes, tokens=SMALL_LEN, values=SMALL_VALUES | {f'{part.phase}.slices': 1}, tiny=True)
 
 
+def open_recipe(recipe: str, model: str = '', values: Mapping[str, object] = MappingProxyType({}), tokens: int = 0):
+    """Returns (configuration, job) of 'name' or 'name:argument', as it is but for `values` of dotted keys, the model and the
+    tokens of a document that are given."""
+    name, _, argument = recipe.partition(':')
+    cfg = importlib.import_module(f'configs.{name}').get_config(argument)
+    cfg.update_from_flattened_dict(dict(values))
+    model = (model or cfg.subject.path.rpartition('/')[2]).lower()
+    cfg.subject.path, cfg.data.path = str(next(f for f in MODELS.glob('*.json') if f.stem.lower() == model)), 'absent'
+    return cfg, plan.open_job(cfg)[0]._replace(seq_len=tokens or RECIPES[recipe])
+
+
 def open_part(part: Part):
     """Returns (configuration, job) of a part: one optimizer step a micro-step, one device where it does not say more."""
-    cfg = importlib.import_module(f'configs.{part.recipe}').get_config(part.phase)
-    cfg.update_from_flattened_dict({'mesh.data': 1, 'mesh.model': 1, f'{part.phase}.accumulate': 1} | part.values)
-    cfg[part.phase].update(part.batch)
-    cfg.subject.path, cfg.data.path = str(MODELS / f'{part.model}.json'), 'absent'
-    job, _ = plan.open_job(cfg)
-    c = shrunk(job.c, **SMALL) if part.tiny else job.c
-    return cfg, job._replace(c=c, seq_len=part.tokens)
+    values = {'mesh.data': 1, 'mesh.model': 1, f'{part.phase}.accumulate': 1} | part.values
+    values |= {f'{part.phase}.{k}': n for k, n in part.batch.items()}
+    cfg, job = open_recipe(f'{part.recipe}:{part.phase}', part.model, values, part.tokens)
+    return cfg, job._replace(c=shrunk(job.c, **SMALL)) if part.tiny else job
 
 
 def shrunk(c: TransformerConfig, **sizes) -> TransformerConfig:

@@ -124,12 +124,13 @@ def most_expensive(found: list[Kernel], n: int) -> list[str]:
 
 
 class Collective(NamedTuple):
-    """One that a program names. sent: bytes that a device sends at least each time, in a ring; source: names of the traced
-    program that it is from."""
+    """One that a program names. sent: bytes that a device sends at least each time, in a ring; arrays: what it gives;
+    source: names of the traced program that it is from."""
 
     kind: str
     times: float
     sent: float
+    arrays: tuple[Array, ...]
     source: str
 
     @property
@@ -157,7 +158,8 @@ def collectives(text: str, trips: int = 1) -> list[Collective]:
             else:
                 share = {'all-reduce': 2 * (n - 1) / n, 'reduce-scatter': n - 1, 'collective-permute': 1}.get(kind)
                 share = (n - 1) / n if share is None else share
-            found.append(Collective(kind, times, program.result(y) * share, y.source))
+            arrays = program.result(y)
+            found.append(Collective(kind, times, sum(a.bytes for a in arrays) * share, arrays, y.source))
     return found
 
 
@@ -257,10 +259,10 @@ class _Program:
             moved, flops = self._traffic(of, x), self._flops(of, x)
             yield Kernel(x.name, x.op, inside, runs, moved, flops or 0.0, self._copied(x), flops is None, x.source)
 
-    def result(self, x: Instruction) -> float:
-        """Bytes of what an instruction gives; one that only starts it names its operands as well."""
+    def result(self, x: Instruction) -> tuple[Array, ...]:
+        """What an instruction gives; one that only starts it names its operands as well."""
         half = len(x.out) // 2
-        return sum(a.bytes for a in x.out[half : 2 * half]) if x.op.endswith('-start') and half else x.bytes
+        return x.out[half : 2 * half] if x.op.endswith('-start') and half else x.out
 
     def _body(self, x: Instruction) -> Computation | None:
         return self.computations.get(x.called('calls')) if x.op in ('fusion', 'fusion-start') else None
@@ -273,12 +275,10 @@ class _Program:
             return 2 * of[x.operands[UPDATES[x.op]]].bytes
         body = self._body(x)
         if body is None:
-            read = [of[o] for o in x.operands if o in of]
+            read, given = [of[o] for o in x.operands if o in of], sum(a.bytes for a in self.result(x))
             if 'gpu.triton"' in x.attributes:  # of a stack of matrices by layer and expert it reads one layer
-                return self.result(x) + sum(
-                    y.bytes / (y.out[0].dims[0] if len(y.out[0].dims) == 4 else 1) for y in read
-                )
-            return self.result(x) + sum(y.bytes for y in read)
+                return given + sum(y.bytes / (y.out[0].dims[0] if len(y.out[0].dims) == 4 else 1) for y in read)
+            return given + sum(y.bytes for y in read)
         users = collections.defaultdict(list)
         for y in body.values():
             for operand in y.operands:

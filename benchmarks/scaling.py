@@ -24,6 +24,7 @@ from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
 
+from benchmarks.full_size import open_recipe
 from benchmarks.roofline import COLLECTIVES, by_kind, collectives
 from benchmarks.timing import seconds
 from configs import base
@@ -33,7 +34,6 @@ from lens.models.transformer import Transformer, TransformerConfig
 from lens.objectives import OBJECTIVES
 from lens.tools import plan
 from lens.train import init_state, micro_step, trace
-from tests.test_plan import open_recipe
 
 DEVICES = 8
 MODEL = TransformerConfig(  # DEVICES divide what `model` splits
@@ -164,7 +164,8 @@ def wire() -> list[dict]:
                     mesh = sharding.make_mesh(data, model)
                     rows.append(sent(objective, cfg, job, mesh, model='small', trains=trained + split))
     for recipe in RECIPES.value:
-        cfg, job, mesh = open_recipe(recipe)
+        cfg, job = open_recipe(recipe)
+        mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model)
         for name in cfg.phases:
             rows.append(sent(name, cfg, job, mesh, model=recipe, trains=cfg.decoder.train))
     return rows

@@ -5,6 +5,7 @@ how well the words recover the activation: high below LABELS['high'], medium bel
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import rich.table
 import rich.text
 
 from lens import files
-from lens.errors import LensError, harmless, need_package, shown
+from lens.errors import LensError, harmless, shown
 
 FORMAT = 'lens-reading/1'
 LABELS = {'high': 0.3, 'medium': 0.5, 'low': float('inf')}  # how well words recover an activation: below which error
@@ -241,7 +242,8 @@ class Reading:
 
     def to_frame(self):
         """Returns a pandas.DataFrame, a row for each explanation. Raises LensError where pandas is not installed."""
-        need_package('pandas', '', 'to_frame')
+        if importlib.util.find_spec('pandas') is None:
+            raise LensError('to_frame needs the package pandas: pip install pandas.')
         import pandas
 
         own = ('position', 'token', 'role', 'norm', 'beyond')

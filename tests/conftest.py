@@ -8,6 +8,8 @@ import signal
 
 import jaxlib.version
 
+# Imports and traces make millions of objects and next to no garbage: looking for it takes a quarter of their time.
+gc.disable()
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Tiny shapes: compiling is all the time there is.
 FLAGS = ['--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true']
@@ -35,14 +37,39 @@ del os.environ['NPROC']
 
 import numpy as np
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from lens.signals import OF_TERMINALS, SIGNALS
 from tests import small_run
 from tests.tiny_world import LAYER as LAYER
 from tests.tiny_world import LENGTH, TINY, make_base, make_lens
 
+# Files whose tests run the same programs, or import the models of transformers (seconds), are one process's.
+TOGETHER = {
+    'runs': 'extension refusals resume train',
+    'models': 'benchmark_cpu export families families_sharded functional hf_errors moe mxfp4 pretrain roles_families '
+    'tiny_chat transformer',
+}
+OF_FILE = {f'tests/test_{name}.py': key for key, names in TOGETHER.items() for name in names.split()}
 MAPS, MOST_MAPS, LOOK_EVERY = pathlib.Path('/proc/self/maps'), 30_000, 20
 _tests_run = itertools.count(1)
+
+
+class Scheduling(LoadFileScheduling):
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return OF_FILE.get(file, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log) if config.getvalue('dist') == 'loadfile' else None
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 def pytest_runtest_teardown():

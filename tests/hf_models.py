@@ -13,7 +13,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lens import hf
 from lens.models.transformer import Transformer
@@ -136,7 +135,7 @@ class Pair(NamedTuple):
     """One random model twice."""
 
     directory: pathlib.Path
-    torch: transformers.PreTrainedModel
+    torch: 'transformers.PreTrainedModel'
     jax: Transformer
 
     def logits(self, ids) -> np.ndarray:
@@ -178,6 +177,7 @@ def mxfp4(directory, seed: int = 0):
     size = {'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 3}
     model = _random('GptOss', FAMILIES['gpt_oss'][1] | size, seed)
     tensors = {}
+    unpacked = transformers.integrations.mxfp4.convert_moe_packed_tensors
     rng = torch.Generator().manual_seed(seed)
     for name, w in model.named_parameters():
         if w.ndim != 3:  # no expert matrix: bfloat16, as published
@@ -189,7 +189,7 @@ def mxfp4(directory, seed: int = 0):
         blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=rng)
         low = 122 if 'gate_up' in name else 118
         scales = torch.randint(low, low + 4, shape, dtype=torch.uint8, generator=rng)
-        w.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        w.data = unpacked(blocks, scales, dtype=torch.float32)
         tensors |= {f'{name}_blocks': blocks, f'{name}_scales': scales}
     directory.mkdir()
     safetensors.torch.save_file(tensors, directory / 'model.safetensors', metadata={'format': 'pt'})

@@ -1,27 +1,21 @@
 """One compiled train step of a small plan: its bytes and FLOPs, and what it moves between devices."""
 
 import collections
-import math
-import re
 
 import jax
 import pytest
 
+from benchmarks import roofline
 from lens import sharding
 from lens.tools import plan
 from tests.test_plan import SMALL_EXPERTS, small
-
-COLLECTIVE = re.compile(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(.*')
-ALONE = re.compile(r'replica_groups=(\[\d+,1\]<=|\{\{\d+\})')  # devices that work with nobody
 
 
 def moved(text):
     """Kind of collective -> elements of an array that it gives -> how often the text of a program names such."""
     found = collections.defaultdict(collections.Counter)
-    for line in COLLECTIVE.finditer(text):
-        if not ALONE.search(line[0]):
-            sizes = re.findall(r'[a-z]+\d*\[([\d,]*)\]', line[1])
-            found[line[2]].update(math.prod(int(n) for n in s.split(',') if n) for s in sizes)
+    for x in roofline.collectives(text):
+        found[x.kind].update(a.size for a in x.arrays)
     return found
 
 

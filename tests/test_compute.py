@@ -69,7 +69,7 @@ def own():
     return make_lens(make_base(), own_base=True)
 
 
-@pytest.mark.parametrize('family', [pytest.param(f, marks=() if f == 'gpt2' else pytest.mark.slow) for f in CONFIGS])
+@pytest.mark.parametrize('family', [pytest.param(f, marks=() if f == 'gemma' else pytest.mark.slow) for f in CONFIGS])
 def test_logits_are_those_of_float32_up_to_roundings_of_the_stream(family, tokens):
     """And norms, the sums of a table's gradient and all that is returned to the weights are float32."""
     model = make_base(CONFIGS[family])

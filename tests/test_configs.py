@@ -23,6 +23,7 @@ RECIPES = [n for n in NAMES if n not in ('base', 'tiny_subject')]  # those that 
 DOCUMENTED = [n for n in NAMES if n != 'base']
 PHASE_KEYS = frozenset(base.phase('sft').keys())
 HF_CONFIGS = ROOT / 'tests' / 'hf_configs'
+MADE = {'data/smollm2/model': 'SmolLM2-135M-Instruct'}  # by `make smollm2`
 
 
 def load(name):
@@ -132,7 +133,11 @@ def test_unknown_recipe_argument_names_the_accepted_ones(name):
 def test_recipe_fits_its_model(name, argument):
     c = load(name).get_config(argument)
     shipped = ROOT / c.subject.path / 'config.json'
-    file = shipped if shipped.exists() else HF_CONFIGS / f'{pathlib.Path(c.subject.path).name}.json'
+    file = (
+        shipped
+        if shipped.exists()
+        else HF_CONFIGS / f'{MADE.get(c.subject.path, pathlib.Path(c.subject.path).name)}.json'
+    )
     hf = json.loads(file.read_text())
     hf = hf.get('text_config', hf)
     layers, heads = hf.get('num_hidden_layers', hf.get('n_layer')), hf.get('num_key_value_heads', hf.get('n_head'))

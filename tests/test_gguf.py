@@ -29,7 +29,6 @@ LOCAL = {'rope_type': 'default', 'rope_theta': 10000.0}
 CASES = {
     'llama': ('llama', 'llama', SIZES | {'rope_parameters': PLAIN, 'head_dim': 32}),
     'llama3': ('llama', 'llama', SIZES | {'rope_parameters': LLAMA3, 'tie_word_embeddings': True}),
-    'llama_linear': ('llama', 'llama', SIZES | {'rope_parameters': LINEAR}),
     'qwen2': ('qwen2', 'qwen2', SIZES | {'rope_parameters': YARN, 'use_sliding_window': False}),
     'qwen3': ('qwen3', 'qwen3', SIZES | {'rope_parameters': PLAIN}),
     'gemma2': ('gemma2', 'gemma2', SIZES | {'layer_types': None, 'query_pre_attn_scalar': 256}),

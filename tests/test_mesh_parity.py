@@ -9,7 +9,7 @@ from tests.mesh_runs import assert_same, run
 
 SPLIT = (2, 2, 2)  # (replica, data, model), everything that can be is split over `data`
 CASES = [
-    ('llama-sft', (1, 8, 1)),
+    ('frozen-sft', SPLIT),
     ('frozen-grpo', SPLIT),
     ('llama-gumbel_full', SPLIT),
     ('gpt_oss-sft', (1, 1, 8)),

@@ -211,8 +211,10 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(grouped, '_of_matrices', plain_of_matrices)
 
 
-@pytest.mark.parametrize(('platform', 'kernel'), [('gpu', 'triton'), ('tpu', 'ragged'), ('cpu', 'dense')])
-@pytest.mark.parametrize('length', [3, 4])
+@pytest.mark.parametrize(
+    ('platform', 'kernel', 'length'),
+    [('gpu', 'triton', 3), ('gpu', 'triton', 4), ('tpu', 'ragged', 4), ('cpu', 'dense', 4)],
+)
 def test_auto_changes_its_product_with_the_tokens_of_a_shard(monkeypatch, platform, kernel, length):
     """Two of eight rows on each shard: 6 tokens, and 8. Equal to dense on one device in value and gradients."""
     monkeypatch.setattr(moe, 'DENSE_TOKENS', 7)

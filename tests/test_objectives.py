@@ -75,8 +75,9 @@ def difference(a, b):
 def test_grpo_gradients_are_strictly_separated(base, full, plain):
     """The decoder's is the expected policy gradient, whatever the encoder's weights beyond the reward; the encoder's
     is the error's alone."""
-    (grads, _), roll = plain
+    (grads, metrics), roll = plain
     ids, a = roll.ids_NxT, roll.a_NxD
+    assert 0 < metrics['logp_diff_mean'] <= metrics['logp_diff_max'] < 1e-4  # of the sampler's and the scorer's
     mse = jax.jit(jax.grad(lambda e: losses.normalised_mse_rows(encode(e, base, ids), a).mean()))(full.encoder)
     close(grads.encoder, mse)
     advantage = losses.advantages(-losses.normalised_mse_rows(ENCODE(full.encoder, base, ids), a), GROUP)
@@ -284,14 +285,6 @@ def test_position_vectors_leave_the_activation_and_come_back(base, lens, batch, 
     close(ENCODE(moved.encoder, base, ids, source), ENCODE(lens.encoder, base, ids) + e)
     (_, metrics), _ = gradient('sft', moved, base, batch, PLAIN)
     close(metrics['loss_decoder'], -jnp.mean(SCORE(lens.decoder, base, activations - e, ids)[0]))
-
-
-def test_sampler_and_scorer_agree_in_bfloat16(base, full, batch, plain):
-    """The mean gap of log-probabilities that grpo logs, with base and lens in half precision."""
-    half, lens = (jax.tree.map(lambda x: x.astype(jnp.bfloat16), t) for t in (base, full))
-    (_, metrics), _ = gradient('grpo', lens, half, batch, PLAIN)
-    assert 0 < metrics['logp_diff_mean'] < 1e-2
-    assert plain[0][1]['logp_diff_max'] < 1e-4
 
 
 def test_what_stands_after_the_last_position_does_not_matter(base, batch, activations):

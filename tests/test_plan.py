@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import full_size
+from benchmarks.full_size import RECIPES
 from lens import config, flops, sharding
 from lens.errors import LensError
 from lens.tools import plan, targets
@@ -18,32 +20,27 @@ from lens.train import trace
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODELS = ROOT / 'tests/hf_configs'
-# recipe -> (published parameters of its subject in billions, tokens of a row of its data)
-RECIPES = {
-    'gptoss': (20.915, 4096),
-    'gptoss:gumbel': (20.915, 4096),
-    'gptoss:120b': (116.83, 4096),
-    'gemma3_27b': (27.009, 1024),
-    'gemma2_9b': (9.242, 1024),
-    'qwen2_5_14b': (14.770, 1024),
-    'qwen2_5_7b': (7.616, 1024),
-    'nla_qwen2_5_7b': (7.616, 2048),
-    'nla_qwen2_5_7b:full': (7.616, 2048),
-    'gpt2': (0.1244, 128),
-    'simplestories': (None, 64),
+# recipe -> published parameters of its subject in billions, where they are known
+BILLIONS = {
+    'gptoss': 20.915,
+    'gptoss:gumbel': 20.915,
+    'gptoss:120b': 116.83,
+    'gemma3_27b': 27.009,
+    'gemma2_9b': 9.242,
+    'qwen2_5_14b': 14.770,
+    'qwen2_5_7b': 7.616,
+    'nla_qwen2_5_7b': 7.616,
+    'nla_qwen2_5_7b:full': 7.616,
+    'gpt2': 0.1244,
 }
 H100_BYTES = 80e9
 KEY = jax.eval_shape(jax.random.key, 0)
 
 
 def open_recipe(recipe):
-    """(configuration, job, mesh) of 'name' or 'name:argument'."""
-    name, _, argument = recipe.partition(':')
-    cfg = importlib.import_module(f'configs.{name}').get_config(argument)
-    file = next(f for f in MODELS.glob('*.json') if f.stem.lower() == cfg.subject.path.rpartition('/')[2].lower())
-    cfg.subject.path, cfg.data.path = str(file), 'absent'
-    job, _ = plan.open_job(cfg)
-    return cfg, job._replace(seq_len=RECIPES[recipe][1]), sharding.make_mesh(cfg.mesh.data, cfg.mesh.model)
+    """(configuration, job, mesh)"""
+    cfg, job = full_size.open_recipe(recipe)
+    return cfg, job, sharding.make_mesh(cfg.mesh.data, cfg.mesh.model)
 
 
 def test_every_recipe_is_here():
@@ -58,15 +55,13 @@ def test_a_recipe_fits_at_full_size(recipe):
     for name, n in plan.needs(cfg, job, mesh).items():
         assert n.optimizer >= 1.99 * n.trained > 0, name  # two moments; of prompts that are fixed none
         assert n.total < H100_BYTES, name
-    if billions := RECIPES[recipe][0]:
+    if billions := BILLIONS.get(recipe):
         whole = plan.per_device(config.abstract_base(cfg, job.c, sharding.make_mesh(1, 1)))
         assert whole / {'bfloat16': 2, 'float32': 4}[cfg.subject.dtype] == pytest.approx(billions * 1e9, rel=1e-3)
 
 
-FAST = {'gptoss:120b', 'nla_qwen2_5_7b:full', 'gpt2'}  # experts and tensor parallel, a split base, one map
-
-
-SLOW = {'gptoss:gumbel', 'gemma3_27b'}  # other recipes differ from these by numbers alone
+FAST = {'gptoss:120b', 'nla_qwen2_5_7b:full'}  # experts and tensor parallel, a split base
+SLOW = {'gptoss:gumbel', 'gemma3_27b', 'gpt2'}  # other recipes differ from these by numbers alone
 
 
 @pytest.mark.parametrize('recipe', [*sorted(FAST), *(pytest.param(r, marks=pytest.mark.slow) for r in sorted(SLOW))])

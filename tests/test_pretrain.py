@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 from configs import tiny_subject
 from data_gen.storyworld import pretrain, world
@@ -80,7 +80,7 @@ def test_pretraining_resumes_bit_identically_and_ships_a_hugging_face_model(pret
     with pytest.raises(LensError, match='this run is finished; use another --workdir'):
         pretrainer.run(tmp_path / 'cut')
     ids = np.arange(12)[None]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / 'cut/model', dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'cut/model', dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
     got = jax.jit(lambda m, t: m(t))(hf.load_model(tmp_path / 'cut/model'), ids)

@@ -1,6 +1,7 @@
 """The instrument against evaluate, sampler and encoder: the same figures, in any batch, with no training data on disk."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -91,6 +92,7 @@ def test_figures_are_those_of_evaluate(folders, opened):
             np.testing.assert_allclose([getattr(r, name) for r in found], theirs, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run_is_the_same_on_any_mesh(world, opened, tmp_path):
     cfg, run, params = made(world, mesh__data=2, mesh__model=2, eval__reading=5)
     with jax.set_mesh(run.mesh):
@@ -303,7 +305,8 @@ def test_a_reading_is_a_table_json_and_rows(reading, tmp_path):
         Reading.from_json({'format': 'x'})
 
 
-def test_the_command(folders, tmp_path, capsys):
+def test_the_command(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reader, 'load', functools.partial(reader.load, batch=5))  # programs that are there
     (tmp_path / 'chat.json').write_text(json.dumps({'messages': CHAT}))
     how = {'samples': 1, 'best_of': 0, 'temperature': 1.0, 'seed': 0, 'subject': ''}
     out = {'json': str(tmp_path / 'x.json'), 'html': ''}

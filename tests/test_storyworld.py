@@ -214,21 +214,16 @@ def test_unlabelled_slots_hold_padding_only(tokenizer):
     assert (text_NxPxT[0, 1] == 0).all()
 
 
-def command(*args):
-    return subprocess.run([sys.executable, '-m', 'data_gen.storyworld', *args], capture_output=True, text=True)
-
-
 def test_the_command_writes_arrays_once(tokenizer_dir, tmp_path):
     out = tmp_path / 'world'
-    args = (f'--out={out}', f'--tokenizer={tokenizer_dir}', '--train=5', '--validation=2')
-    assert command(*args).stdout.splitlines()[-1] == f'Arrays written: {out}'
+    command = [sys.executable, '-m', 'data_gen.storyworld', f'--out={out}', f'--tokenizer={tokenizer_dir}']
+    command += ['--train=5', '--validation=2']
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == f'Arrays written: {out}'
     before = (out / 'train' / 'tokens.npy').stat().st_mtime_ns
     assert not world.write_arrays(out, tokenizer_dir, world.Settings(train=5, validation=2))
     assert (out / 'train' / 'tokens.npy').stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ['world']
-    wrong = command(*args, '--seed=1')
-    assert wrong.returncode == 1 and wrong.stderr.count('\n') == 1, wrong.stderr
-    assert wrong.stderr.startswith(f'error: {out} exists with other settings: remove it or choose another --out.')
 
 
 @pytest.mark.parametrize(

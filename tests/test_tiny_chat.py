@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
-from transformers import AutoModelForCausalLM
 
 from data_gen import documents, render
 from data_gen.storyworld import chats as story_chats
@@ -127,7 +127,7 @@ def test_a_llama_is_a_whole_chat_model(llama):
     with pytest.raises(LensError, match='holds something already'):
         tiny_chat.make('llama', llama, tiny_chat.RECIPES['llama'])
     tokenizer, model = hf.load_tokenizer(llama), hf.load_model(llama)
-    reference = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     assert reference.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids('<|end|>')
     messages = [{'role': 'user', 'content': 'Where was the kettle?'}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
-from transformers import AutoModelForCausalLM
 
 from lens import hf, sharding
 from lens.models import lora
@@ -24,7 +24,7 @@ N = TINY.n_layers
 
 
 def torch_outputs(directory, tokens):
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         out = model(torch.tensor(tokens), output_hidden_states=True)
     return out.logits.numpy(), [h.numpy() for h in out.hidden_states]
