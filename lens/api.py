@@ -2,7 +2,7 @@
 
 Names are those of open servers of the kind where they have one. The tables here are the validation and the description of
 the routes (OpenAPI) at once. Steps run in the thread of lens.jobs: the first one refuses bad input and gives the head of the
-answer, a dict; each further one gives a result of it.
+answer, a dict; each further one gives a result of it, or None where there is none yet.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +30,8 @@ Value = Mapping[str, Any]
 Schema = dict[str, Any]
 
 
-def _may(schema: Schema, about: str, default=None) -> Schema:
-    return {'anyOf': [schema, {'type': 'null'}], 'description': about, 'default': default}
+def _may(*schemas: Schema, about: str) -> Schema:
+    return {'anyOf': [*schemas, {'type': 'null'}], 'description': about, 'default': None}
 
 
 STRING: Schema = {'type': 'string', 'maxLength': MOST_TEXT}
@@ -42,19 +42,19 @@ MESSAGE: Schema = {
     'properties': {
         'role': {'type': 'string', 'maxLength': 100},
         'content': STRING | {'default': ''},
-        'thinking': _may(STRING, 'What the assistant thought before it.'),
+        'thinking': _may(STRING, about='What the assistant thought before it.'),
         'channel': {'enum': [None, 'final'], 'description': 'What was thought is in `thinking`.'},
     },
     'required': ['role'],
     'additionalProperties': False,
 }
 SOURCE: dict[str, Schema] = {
-    'text': _may(STRING, 'Text that is read; or give messages or token_ids.'),
+    'text': _may(STRING, about='Text that is read; or give messages or token_ids.'),
     'messages': _may(
         {'type': 'array', 'items': MESSAGE, 'minItems': 1, 'maxItems': MOST_MESSAGES},
-        'Chat that is read by the template of the subject. The text is then not looked at.',
+        about='Chat that is read by the template of the subject. The text is then not looked at.',
     ),
-    'token_ids': _may(IDS, 'Tokens that are read. The others are then not looked at.'),
+    'token_ids': _may(IDS, about='Tokens that are read. The others are then not looked at.'),
     'enable_thinking': {'enum': [None, False], 'description': 'Thinking is given in messages.'},
     'add_generation_prompt': {
         'enum': [True],
@@ -73,7 +73,8 @@ DRAWN: dict[str, Schema] = {
         'description': 'Explanations of each: the most probable one, the others drawn.',
     },
     'best_of': _may(
-        {'type': 'integer', 'minimum': 1, 'maximum': MOST_SAMPLES}, 'Draw so many instead, the best recovery first.'
+        {'type': 'integer', 'minimum': 1, 'maximum': MOST_SAMPLES},
+        about='Draw so many instead, the best recovery first.',
     ),
     'salience': {'type': 'boolean', 'default': True, 'description': 'Read each explanation without each of its words.'},
     'max_new_tokens': {
@@ -86,7 +87,7 @@ DRAWN: dict[str, Schema] = {
 }
 CONTEXT = _may(
     {'type': 'array', 'items': IDS, 'minItems': 1, 'maxItems': MOST_TEXTS},
-    'For each, the tokens up to the one it is of: a lens that also reads the last of them needs it.',
+    about='For each, the tokens up to the one it is of: a lens that also reads the last of them needs it.',
 )
 
 
@@ -99,13 +100,14 @@ class Route(NamedTuple):
     required: tuple[str, ...]
     gives: dict[str, str]
     results: str
-    steps: Callable[[Reader, Value], Iterator[dict]]
+    steps: Callable[[Reader, Value], Iterator[dict | None]]
 
 
 def check(value: Any, schema: Schema, name: str) -> Any:
     """Returns a value of JSON with defaults filled in. Raises LensError where it is not of the schema."""
     if 'anyOf' in schema:
-        return None if value is None else check(value, schema['anyOf'][0], name)
+        fits = (x for x in schema['anyOf'] if x['type'] == ('array' if isinstance(value, list) else 'string'))
+        return None if value is None else check(value, next(fits, schema['anyOf'][0]), name)
     if 'enum' in schema:
         same = [x for x in schema['enum'] if isinstance(x, bool) == isinstance(value, bool) and x == value]
         if not same:
@@ -273,18 +275,28 @@ def compare(reader: Reader, v: Value) -> Iterator[dict]:
     yield _said(rows[-1], v) | {'diff_norm': size, 'results': [_said(r, v) for r in rows]}
 
 
-def completion(reader: Reader, v: Value) -> Iterator[dict]:
-    what = source(v)
+def completion(reader: Reader, v: Value) -> Iterator[dict | None]:
+    what, chat = source(v), v['messages'] or []
     found = reader.tokens(what)
-    ids, n = list(found.ids), len(found.ids)
+    ids, n, vocabulary = list(found.ids), len(found.ids), reader.base.config.vocab_size
+    prompt = _tokens(found, v['messages'])
+    if v['stream']:
+        yield {'type': 'prompt', 'prompt_length': n, 'tokens': prompt}
+    # a chat that the assistant has not ended goes on in the same message
+    message = len(chat) - (chat[-1]['role'] == 'assistant') if chat else -1
+    owner, new = _owner('final' if chat else 'text', message, v['messages']), []
     for more in steer.go_on(reader, ids, v['completion_tokens']):
         ids += more
-    new = spoken.of_ids(reader.tokenizer, ids, reader.base.config.vocab_size)
-    last = -1 if not v['messages'] else len(v['messages']) - (v['messages'][-1]['role'] == 'assistant')
-    role = 'final' if v['messages'] else 'text'
-    tokens = _tokens(found, v['messages']) + [t | _owner(role, last, v['messages']) for t in _tokens(new, None)[n:]]
-    said = reader.tokenizer.decode(ids[n:], skip_special_tokens=True)
-    yield {'tokens': tokens, 'prompt_length': n, 'text': reader.tokenizer.decode(ids), 'completion': said}
+        new = [t | owner for t in _tokens(spoken.of_ids(reader.tokenizer, ids, vocabulary), None)[n:]]
+        yield None  # others take a turn
+        for token in new[len(new) - len(more) :] if v['stream'] else ():
+            yield {'type': 'token', 'token': token}
+    text = reader.tokenizer.decode(ids)
+    if v['stream']:
+        yield {'type': 'done', 'text': text}
+    else:
+        said = reader.tokenizer.decode(ids[n:], skip_special_tokens=True)
+        yield {'tokens': prompt + new, 'prompt_length': n, 'text': text, 'completion': said}
 
 
 def edit(reader: Reader, v: Value) -> Iterator[dict]:
@@ -302,7 +314,7 @@ def _vectors(reader: Reader, given: list[list]) -> np.ndarray:
 
 
 _POSITIONS = {'type': 'array', 'items': {'type': 'integer'}, 'minItems': 0, 'maxItems': MOST_EXPLANATIONS}
-AT = _may(_POSITIONS, 'Tokens that are read, -1 the last one. All, if it is empty or missing.')
+AT = _may(_POSITIONS, about='Tokens that are read, -1 the last one. All, if it is empty or missing.')
 ONE: Schema = {'type': 'integer', 'default': -1}
 TOKENS = {'tokens': 'array', 'prompt_length': 'integer', 'text': 'string'}
 FIGURES = {'description': 'string', 'nmse': 'number', 'mse': 'number', 'cosine_similarity': 'number'}
@@ -315,7 +327,7 @@ ROUTES = {
         | {
             'positions': AT,
             'reverse': {'type': 'boolean', 'default': False, 'description': 'From the last position to the first.'},
-            'prompt_length': _may({'type': 'integer', 'minimum': 0}, 'Tokens from there on are `generated`.'),
+            'prompt_length': _may({'type': 'integer', 'minimum': 0}, about='Tokens from there on are `generated`.'),
         },
         (),
         {
@@ -350,7 +362,7 @@ ROUTES = {
     ),
     '/score': Route(
         'How well words recover an activation.',
-        {'activation': VECTOR, 'description': STRING, 'context': _may(IDS, 'The tokens up to the one it is of.')},
+        {'activation': VECTOR, 'description': STRING, 'context': _may(IDS, about='The tokens up to the one it is of.')},
         ('activation', 'description'),
         FIGURES,
         '',
@@ -359,10 +371,10 @@ ROUTES = {
     '/compare': Route(
         'The difference of two activations, a - b, in words.',
         {
-            'activation_a': _may(VECTOR, 'Give both, or two texts.'),
-            'activation_b': _may(VECTOR, 'Give both, or two texts.'),
-            'text_a': _may(STRING, 'Its activation at position_a is a.'),
-            'text_b': _may(STRING, 'Its activation at position_b is b.'),
+            'activation_a': _may(VECTOR, about='Give both, or two texts.'),
+            'activation_b': _may(VECTOR, about='Give both, or two texts.'),
+            'text_a': _may(STRING, about='Its activation at position_a is a.'),
+            'text_b': _may(STRING, about='Its activation at position_b is b.'),
             'position_a': ONE,
             'position_b': ONE,
             **{k: DRAWN[k] for k in ('temperature', 'seed', 'max_new_tokens')},
@@ -378,6 +390,7 @@ ROUTES = {
         | {
             'completion_tokens': {'type': 'integer', 'minimum': 1, 'maximum': MOST_STEPS, 'default': 16},
             'temperature': {'type': 'number', 'minimum': 0, 'maximum': 5, 'description': 'Changes nothing.'},
+            'stream': DRAWN['stream'],
         },
         (),
         TOKENS | {'completion': 'string'},
@@ -390,8 +403,10 @@ ROUTES = {
         | {
             'position': ONE,
             'description': STRING,
-            'before': _may(STRING, 'The words that are replaced; those of the lens, if it is missing.'),
-            'unrelated': _may(STRING, 'Words of the control.'),
+            'before': _may(
+                STRING, IDS, about='The words that are replaced, or their tokens; those of the lens, if it is missing.'
+            ),
+            'unrelated': _may(STRING, about='Words of the control.'),
             'strength': {'type': 'number', 'minimum': -100, 'maximum': 100, 'default': 1.0},
             'mode': {'enum': list(steer.MODES), 'default': steer.MODES[0]},
             'steps': {

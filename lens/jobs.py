@@ -37,7 +37,9 @@ class Job:
         self.cancelled = True
 
     def give(self, value: Any) -> None:
-        """Hands a value to the client. StopIteration ends it, other exceptions are raised."""
+        """Hands a value to the client, if there is one. StopIteration ends it, other exceptions are raised."""
+        if value is None:
+            return
         with contextlib.suppress(RuntimeError):  # its loop is closed
             self._loop.call_soon_threadsafe(self._given.put_nowait, value)
 

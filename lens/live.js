@@ -56,7 +56,7 @@
     position: r.position, token: r.token, role: r.part, norm: Number(r.l2_norm.toPrecision(4)), beyond: r.beyond, flags: r.flags,
     controls: names.map(k => r.controls[k] ?? null), next: percents(r.next_tokens), logitLens: percents(r.logit_lens),
     explanations: r.explanations.map(e => ({
-      ...e,
+      ...e, ids: e.words.map(w => w.id),
       words: e.words.map(w => ({
         token: w.token, p: Math.round(100 * w.p), salience: Math.round(100 * (w.salience ?? 0)),
         others: percents(w.alternatives.filter(([t, p]) => t !== w.token && p >= 0.05).slice(0, 3)),
@@ -152,7 +152,7 @@
     const put = node => {
       node.disabled = true;
       out.replaceChildren('Waiting for its turn\u2026');
-      const value = { ...source, position: r.position, description: area.value, before: page.said(r.explanations[0]), strength: Number(strength.value) };
+      const value = { ...source, position: r.position, description: area.value, before: r.explanations[0].ids, strength: Number(strength.value) };
       post('/edit', value).then(x => x.json())
         .then(made => out.replaceChildren(el('p', { class: 'soft' }, `Moved by ${made.size.toFixed(2)} of its norm; it goes on:`), ...Object.entries(made.outcomes).map(outcome)))
         .catch(e => out.replaceChildren(el('p', { class: 'wrong' }, e.message)))

@@ -127,6 +127,11 @@ def test_going_on_and_edits(client, reader):
     assert got == ids[: len(got)] and found['prompt_length'] == 15
     ends = reader.tokenizer.get_added_vocab().values()
     assert len(got) == len(ids) or ids[len(got)] in ends
+    prompt, *tokens, done = events(
+        client.post('/completion', json={'text': TEXT, 'completion_tokens': n, 'stream': True}).text
+    )
+    assert (prompt['type'], done['type']) == ('prompt', 'done') and done['text'] == found['text']
+    assert prompt['tokens'] + [t['token'] for t in tokens] == found['tokens']
     edit = ask(client, '/edit', {'text': TEXT, 'position': 9, 'description': 'Lena found', 'strength': 0.5, 'steps': 8})
     same(edit, json.loads(json.dumps(reader.edit(TEXT, 9, 'Lena found', 0.5, steps=8).to_json())))
 
