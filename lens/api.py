@@ -138,14 +138,13 @@ def check(value: Any, schema: Schema, name: str) -> Any:
 def _object(value: Any, schema: Schema, name: str) -> dict:
     if not isinstance(value, dict):
         raise LensError(f'{name} must be an object, it is {type(value).__name__}.')
-    known, out = schema['properties'], {}
+    if (known := schema.get('properties')) is None:
+        return value
     if unknown := [k for k in value if k not in known]:
         raise LensError(f'{shown(unknown[0], 60)} is no key of {name}: it takes {", ".join(known)}.')
     if missing := [k for k in schema['required'] if k not in value]:
         raise LensError(f'{name} lacks {missing[0]}.')
-    for k, x in known.items():
-        out[k] = check(value[k], x, k) if k in value else x.get('default')
-    return out
+    return {k: check(value[k], x, k) if k in value else x.get('default') for k, x in known.items()}
 
 
 def source(v: Value) -> Text:

@@ -95,7 +95,7 @@
     if (document.getElementById('by-beyond')) cells.push(row.beyond === null ? '' : row.beyond.toFixed(2));
     body.append(el('tr', { id: `r${row.position}` }, ...cells.map((c, k) => el('td', k === 1 ? { class: 'pre' } : {}, el('bdi', {}, String(c)))),
       el('td', {}, el('bdi', {}, page.said(e))), el('td')));
-    if (page.chosen() === null && innerWidth > 800) page.choose(row.position);
+    if (page.chosen() === null && innerWidth > 800 && !row.flags.includes('early')) page.choose(row.position);
   };
 
   const turnNode = (role = 'user', content = '') => {

@@ -46,4 +46,4 @@ def main(lens, port, queue, subject) -> None:
         app = web.application(reader.load(lens, subject), queue)
         print(f'http://{HOST}:{listening.getsockname()[1]}  Ctrl-C ends it', flush=True)
         how = {'log_level': 'warning', 'timeout_graceful_shutdown': LEAVE_S, 'server_header': False}
-        uvicorn.Server(uvicorn.Config(app, **how)).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, limit_concurrency=4 * queue + 16, **how)).run(sockets=[listening])
