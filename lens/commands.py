@@ -77,12 +77,16 @@ def export() -> None:
     cli.start('lens.export', *_checkpoint(), out, _subject(), form)
 
 
+def _lens() -> flags.FlagHolder:
+    return flags.DEFINE_string(
+        'lens', None, 'Workdir of a run, folder of lens.export, or name of a lens that ships.', required=True
+    )
+
+
 def explain() -> None:
     cli.start(
         'lens.explain',
-        flags.DEFINE_string(
-            'lens', None, 'Workdir of a run, folder of lens.export, or name of a lens that ships.', required=True
-        ),
+        _lens(),
         flags.DEFINE_string('text', None, 'Text to read.'),
         flags.DEFINE_string('chat', None, 'JSON file of messages to read: role, content, perhaps thinking, of each.'),
         flags.DEFINE_string('file', None, 'Text file to read.'),
@@ -93,6 +97,16 @@ def explain() -> None:
         flags.DEFINE_integer('seed', 0, 'Of what is drawn.'),
         flags.DEFINE_string('json', '', 'File for the reading in JSON.'),
         flags.DEFINE_string('html', '', 'File for the reading as a page.'),
+        _subject(),
+    )
+
+
+def serve() -> None:
+    cli.start(
+        'lens.serve',
+        _lens(),
+        flags.DEFINE_integer('port', 8123, 'Where it listens on 127.0.0.1; 0: a free port, which it prints.'),
+        flags.DEFINE_integer('queue', 32, 'Requests that may wait or run at a time; more are refused.', lower_bound=1),
         _subject(),
     )
 

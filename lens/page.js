@@ -29,6 +29,7 @@
   const percent = p => p < 1 ? '<1%' : `${p}%`;
   const chip = p => document.getElementById(`t${p}`);
   let chosen = null;
+  const live = { panel: () => [], save: null };  // of live.js: what it adds to the panel, how it saves
 
   // el('p', {class: 'x'}, 'text', node…): texts are texts, never markup
   const el = (name, attributes = {}, ...children) => {
@@ -144,9 +145,10 @@
         ...r.explanations.slice(1).map(x => el('li', {}, saidNode(x), el('span', { class: 'soft' }, `error ${x.nmse.toFixed(2)}, ${label(x.nmse)}`))))] : []),
       el('h3', {}, 'The subject predicts next'), choiceNode(r.next),
       el('h3', {}, 'Logit lens of this block'), choiceNode(r.logitLens),
+      ...live.panel(r),
       el('h3', {}, 'Notes'), area,
       el('div', { class: 'buttons' }, lit, button('Copy as text', n => copy(asText(r), n)), button('Copy as JSON', n => copy(asJson(r), n)),
-        button('Save page with notes', saveCopy), button('Close', close)),
+        button('Save page with notes', () => (live.save ?? saveCopy)()), button('Close', close)),
     );
     panel.hidden = false;
     panel.scrollTop = 0;
@@ -224,13 +226,21 @@
     hits.textContent = wanted ? `${count} of ${all.length} tokens; Enter goes through them` : '';
   };
   search.addEventListener('input', find);
-  document.getElementById('by-beyond')?.addEventListener('change', event => {
-    for (const r of all) {
-      const q = event.target.checked ? BEYOND.filter(s => (r.beyond ?? 0) < s).length : STEPS.filter(s => r.explanations[0].nmse >= s).length;
-      chip(r.position)?.classList.remove('q0', 'q1', 'q2', 'q3', 'q4');
-      chip(r.position)?.classList.add(`q${q}`);
-    }
-  });
+  const byBeyond = document.getElementById('by-beyond');
+  const colour = r => {
+    const q = byBeyond?.checked ? BEYOND.filter(s => (r.beyond ?? 0) < s).length : STEPS.filter(s => r.explanations[0].nmse >= s).length;
+    chip(r.position)?.classList.remove('q0', 'q1', 'q2', 'q3', 'q4');
+    chip(r.position)?.classList.add(`q${q}`);
+  };
+  byBeyond?.addEventListener('change', () => all.forEach(colour));
+
+  const set = (node, attributes) => { for (const [k, v] of Object.entries(attributes)) node.setAttribute(k, v); };
+  const dressGroup = node => set(node, { role: 'group', 'aria-label': node.querySelector('.who')?.textContent || 'text' });
+  const dressChip = node => {
+    const r = byPosition.get(Number(node.id.slice(1) || NaN)), error = r?.explanations[0].nmse;
+    const said = r ? { 'aria-label': `${visible(r.token)}, error ${error.toFixed(2)}, ${label(error)}` } : { 'aria-disabled': 'true' };
+    set(node, { role: 'option', 'aria-selected': 'false', tabindex: r === all[0] && r ? '0' : '-1', ...said });
+  };
 
   const fromHash = () => {
     const parts = new URLSearchParams(location.hash.slice(1));
@@ -242,21 +252,29 @@
     showNotes();
     if (parts.has('t')) choose(Number(parts.get('t')), { scroll: true });
   };
-  for (const [k, v] of Object.entries({ role: 'listbox', 'aria-label': 'Tokens of the text', 'aria-orientation': 'horizontal' })) tokens.setAttribute(k, v);
-  for (const node of tokens.querySelectorAll('.message')) {
-    node.setAttribute('role', 'group');
-    node.setAttribute('aria-label', node.querySelector('.who')?.textContent || 'text');
-  }
-  for (const node of tokens.querySelectorAll('.t')) {
-    const r = byPosition.get(Number(node.id.slice(1) || NaN)), error = r?.explanations[0].nmse;
-    const said = r ? { 'aria-label': `${visible(r.token)}, error ${error.toFixed(2)}, ${label(error)}` } : { 'aria-disabled': 'true' };
-    const how = { role: 'option', 'aria-selected': 'false', tabindex: r === all[0] ? '0' : '-1', ...said };
-    for (const [k, v] of Object.entries(how)) node.setAttribute(k, v);
-  }
-  document.querySelector('.tools').hidden = false;
+  set(tokens, { role: 'listbox', 'aria-label': 'Tokens of the text', 'aria-orientation': 'horizontal' });
+  tokens.querySelectorAll('.message').forEach(dressGroup);
+  tokens.querySelectorAll('.t').forEach(dressChip);
+  document.querySelector('.tools').hidden = !all.length;
   document.querySelector('.all').open = false;
   addEventListener('hashchange', fromHash);
   addEventListener('beforeprint', () => { document.querySelector('.all').open = true; });
   fromHash();
+  const clear = () => {
+    panel.hidden = true;
+    document.body.classList.remove('open');
+    all.length = 0;
+    byPosition.clear();
+    for (const p of Object.keys(notes)) delete notes[p];
+    chosen = null;
+  };
+  const add = r => {
+    all.splice(all.findLastIndex(x => x.position < r.position) + 1, 0, r);
+    byPosition.set(r.position, r);
+    dressChip(chip(r.position));
+    colour(r);
+    if (search.value) find();
+  };
+  window.lensPage = { live, el, button, choiceNode, visible, said, label, percent, notes, all, clear, add, dressGroup, choose, chosen: () => chosen };
   if (chosen === null && all.length && innerWidth > 800) choose(all[Math.min(all.length - 1, Math.floor(all.length / 2))].position);
 })();

@@ -130,23 +130,47 @@ def _groups(value: dict) -> list[tuple[str, list[dict]]]:
     return [(', '.join(sorted(roles, key=lambda r: (*order, r).index(r))), tokens) for roles, tokens in out]
 
 
-def html(reading) -> str:
-    """Returns the page of a lens.reading.Reading."""
+def html(reading, notes: dict | None = None) -> str:
+    """Returns the page of a lens.reading.Reading. notes: position -> {'lit', 'text'}, what a reader has put at tokens."""
     value, strings = _clean(reading.to_json()), _Strings()
     rows = [_compact(row, strings) for row in value['rows']]
+    beyond = any(row['beyond'] is not None for row in value['rows'])
+    return _page(value, {'strings': list(strings), 'rows': rows}, ('page',), notes or {}, beyond=beyond)[0]
+
+
+def live(about: dict, beyond: bool, chat: bool, most_samples: int) -> tuple[str, str]:
+    """Returns the page of a server, which reads what is typed in it, and its content security policy.
+
+    about: of Reader.about; beyond: whether the lens reads tokens of the text; chat: whether the subject reads chats.
+    """
+    value = {'about': _clean(about), 'rows': [], 'text': []}
+    names = {'strings': [], 'rows': [], 'names': list(CONTROLS)}
+    how = {'beyond': beyond, 'chat': chat, 'most_samples': most_samples}
+    return _page(value, names, ('page', 'live'), {}, **how)
+
+
+def _page(value: dict, data: dict, parts: tuple[str, ...], notes: dict, **how) -> tuple[str, str]:
+    """The page with styles and scripts of `parts`, and its policy."""
     files = importlib.resources.files('lens')
-    css, js = (files.joinpath(f'page.{kind}').read_text('utf-8') for kind in ('css', 'js'))
-    payload = {'strings': list(strings), 'rows': rows, 'controls': list(CONTROLS.values())}
-    return PAGES.get_template('page.html.jinja').render(
+    css, js = ([files.joinpath(f'{part}.{kind}').read_text('utf-8') for part in parts] for kind in ('css', 'js'))
+    policy = {'default-src': ["'none'"], 'style-src': map(_hash, css), 'script-src': map(_hash, js)}
+    policy |= {'base-uri': ["'none'"], 'form-action': ["'none'"]} | (
+        {'connect-src': ["'self'"]} if len(parts) > 1 else {}
+    )
+    said = '; '.join(f'{name} {" ".join(allowed)}' for name, allowed in policy.items())
+    source = PAGES.get_template('page.html.jinja').render(
         about=value['about'],
         rows=value['rows'],
         groups=_groups(value),
-        data=_json(payload),
-        css=Markup(css),
-        js=Markup(js),
-        policy=f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(js)}; base-uri 'none'; form-action 'none'",
-        beyond=any(row['beyond'] is not None for row in value['rows']),
+        data=_json(data | {'controls': list(CONTROLS.values())}),
+        notes=_json(_clean(notes)),
+        css=map(Markup, css),
+        js=map(Markup, js),
+        policy=said,
+        live=len(parts) > 1,
+        **how,
     )
+    return source, f"{said}; frame-ancestors 'none'"
 
 
 def table(reading) -> str:

@@ -146,9 +146,7 @@ class Reader:
         how: progress, temperature, seed, salience of `explain`. Raises LensError.
         """
         reading = self.explain(text, positions, samples=k, greedy=False, **how)
-        ranked = (tuple(sorted(r.explanations, key=lambda e: e.nmse)) for r in reading.rows)
-        rows = tuple(dataclasses.replace(r, explanations=e) for r, e in zip(reading.rows, ranked, strict=True))
-        return dataclasses.replace(reading, rows=rows, about=reading.about | {'best_of': k})
+        return dataclasses.replace(reading, rows=tuple(map(ranked, reading.rows)), about=reading.about | {'best_of': k})
 
     def activations(self, text: Text, positions: Sequence[int] | None = None) -> np.ndarray:
         """Returns the activations of a text, PxD float32: the stream after block `layer` at positions, or at all tokens.
@@ -414,6 +412,11 @@ class Reader:
                 message=found.messages[p],
                 fragment=found.fragments[p],
             )
+
+
+def ranked(row: Row) -> Row:
+    """Returns a row with the explanation first that its activation is best recovered from."""
+    return dataclasses.replace(row, explanations=tuple(sorted(row.explanations, key=lambda e: e.nmse)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ controls are moved as far: in a random direction, and by an edit that is not thi
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from lens.reading import Choice
 
 MOST_STEPS = 256
 TOP = 10
+PART = 16  # tokens that one program goes on with
 MODES = ('difference', 'replace')
 
 
@@ -113,6 +115,26 @@ def edit(
     }
     said = (reader.text_of(x) for x in (old, new, other))
     return Edit(p, found.texts[p], *said, float(size / max(norm, 1e-12)), outcomes)
+
+
+def go_on(reader, text, steps: int) -> Iterator[list[int]]:
+    """Yields the most probable tokens that a text goes on with, in parts; none from the first control token on.
+
+    reader, text: as in `edit`. Raises LensError where the subject does not read as many.
+    """
+    ids, tokenizer, most = [*reader.tokens(text).ids], reader.tokenizer, reader.base.config.max_positions
+    number(steps, 'steps', 1)
+    if len(ids) + steps > most:
+        raise LensError(f'{len(ids)} tokens and {steps} more were asked for, the subject reads {most}: lower one.')
+    ends = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    while steps > 0:
+        part = PART if len(ids) + PART <= most else 1
+        made = _go_on(reader, ids, reader.activations(ids, [-1]), part).ids_VxT[0].tolist()[:steps]
+        kept = made[: next((k for k, i in enumerate(made) if i in ends), len(made))]
+        yield kept
+        if len(kept) < len(made):
+            return
+        ids, steps = ids + kept, steps - len(kept)
 
 
 def _shuffled(old: list[int], new: list[int]) -> list[int]:
