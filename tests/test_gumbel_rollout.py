@@ -16,7 +16,7 @@ from tests import naive_rollout, programs
 from tests.compare import close
 from tests.conftest import TINY, make_base, make_lens
 
-N, LENGTH, WIDTH, TAU = 16, 7, 20, 0.6  # WIDTH: of the table of the reader
+N, LENGTH, WIDTH, TAU = 16, 10, 20, 0.6  # a cache with room for one token less would be full; WIDTH: of the table
 KEY = jax.random.key(5)
 GEMMA = dataclasses.replace(
     TINY,
