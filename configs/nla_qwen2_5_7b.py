@@ -23,7 +23,8 @@ take (1e-4, 8e-5). `:full` trains both sides in full at the released rates (SFT 
 everything split over the 8 devices; the decoder is put together once for a rollout, in bfloat16.
 
 Hardware: meant for 8 GPUs of 80 GB. Not yet run on this hardware; memory by --plan: base 15.2 GB in
-bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 11 GB; `:full` at most 66 GB.
+bfloat16, 0.6 B parameters of adapters and head with gradient, its sum and Adam 11 GB; `:full` 57 GB in grpo by the
+compiler for an H100 (a plan without it takes float32 products: at most 87 GB, which would not fit).
 """
 
 import ml_collections

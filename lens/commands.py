@@ -62,7 +62,16 @@ def _subject() -> flags.FlagHolder:
 
 def evaluate() -> None:
     data = 'Where the data is now, if not where the run found it; its training split is not needed.'
-    cli.start('lens.evaluate', *_checkpoint(), _subject(), flags.DEFINE_string('data', '', data))
+    cli.start(
+        'lens.evaluate',
+        *_checkpoint(),
+        _subject(),
+        flags.DEFINE_string('data', '', data),
+        flags.DEFINE_string(
+            'best_of', '1,2,4,8,16,32', 'Draw so many explanations of each activation, report the best; empty: none.'
+        ),
+        flags.DEFINE_integer('num_vectors', 0, 'Held-out activations, whole documents of them; 0 = as in training.'),
+    )
 
 
 def export() -> None:

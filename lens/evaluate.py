@@ -1,6 +1,6 @@
 """Held-out figures with their controls, and sample explanations.
 
-python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again
+python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again, with what lens/study.py measures
 
 A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS: a new one needs no more.
 """
@@ -20,17 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import data, files, metrics, report, sampling, sharding, truth
+from lens import __version__, batches, data, files, metrics, plots, report, sampling, sharding, study, truth
+from lens.batches import Batches, at_once
 from lens.config import Run
 from lens.metrics import Collected, Figure, meaning
 from lens.models.decoder import without_position
-from lens.models.encoder import encode, encode_context
+from lens.models.encoder import Source, encode, encode_context
 from lens.models.lens import Lens
 from lens.objectives import OBJECTIVES, Rollout, comparable, read, source_of
 from lens.reader import Reader
 from lens.reading import Reading
 from lens.reopen import Reopened, reopen
 from lens.response import Found, Tags, find
+
+FEW = 1000  # activations, below which figures are vague
 
 
 class Text(NamedTuple):
@@ -78,6 +81,7 @@ class Evaluation:
     """figures: name -> {'value', 'ci95'}; facts: one row per field; samples: one dict per explanation.
 
     error, context: encoder.error and encoder.context_tokens of the run. fve_quick: FVE on the documents of the quick figures alone.
+    more: what else evaluation.json holds; its `figures` are whole entries.
     """
 
     error: str
@@ -88,6 +92,7 @@ class Evaluation:
     facts: list[dict]
     samples: list[dict]
     context: int = 0
+    more: dict = dataclasses.field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
         return {k: v['value'] for k, v in self.figures.items()}
@@ -97,7 +102,8 @@ class Evaluation:
         known, how = metrics.figures(self.context), (self.error, self.context)
         what = {k: {'group': known[k].group, 'meaning': meaning(k, *how)} for k in self.figures}
         counts = {'step': step, 'documents': self.documents, 'activations': self.activations}
-        return counts | {'figures': {k: v | what[k] for k, v in self.figures.items()}, 'facts': self.facts}
+        figures = {k: v | what[k] for k, v in self.figures.items()} | self.more.get('figures', {})
+        return counts | self.more | {'figures': figures, 'facts': self.facts}
 
 
 @functools.partial(jax.jit, static_argnames=('tags', 'error', 'names', 'quotes'))
@@ -148,13 +154,12 @@ def _evaluate_batch(
     }
 
 
-@functools.partial(jax.jit, static_argnames=('error', 'context'))
-def _encode_batch(lens: Lens, base, batch: dict, *, error: str, context: int):
-    """Reconstructs from the context of a batch and texts [R, V, T], -1 outside of the explanation; the zero vector where
-    batch['found'] [R, V] is False."""
+@functools.partial(jax.jit, static_argnames='error')
+def _encode_batch(lens: Lens, base, batch: dict, source: Source, *, error: str):
+    """Reconstructs from texts batch['ids'] [R, V, T], -1 outside of the explanation, and their context; the zero vector
+    where batch['found'] [R, V] is False."""
     ids_NxT, found_N = (batch[k].reshape(-1, *batch[k].shape[2:]) for k in ('ids', 'found'))
     span = jnp.argmax(ids_NxT >= 0, axis=1), jnp.sum(ids_NxT >= 0, axis=1)
-    source = source_of(batch['tokens'], batch['positions'], context)
     pred = encode(lens.encoder, base, jnp.maximum(ids_NxT, 0), source, span)
     return jnp.where(found_N[:, None], comparable(pred, error), 0)
 
@@ -178,10 +183,10 @@ def _separate(x_MxD, names) -> dict:
 
 
 class Evaluator:
-    """Figures of a lens on the fixed held-out documents."""
+    """Figures of a lens on the fixed held-out documents. batch_of: who computes the batches, or has them already."""
 
-    def __init__(self, run: Run):
-        self.run, self.settings = run, run.evaluation
+    def __init__(self, run: Run, batch_of: Batches = at_once):
+        self.run, self.settings, self.batch_of = run, run.evaluation, batch_of
         self.fields = run.validation.meta.get('facts') or []
         count = {'documents': self.settings.documents, 'vectors': self.settings.vectors}
         self.held = data.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
@@ -220,7 +225,7 @@ class Evaluator:
 
         arrays = ('tokens', 'positions', 'previous', 'index', 'explanations')
         c = Collected(
-            **self._by_batch(evaluate, documents, {k: self.held[k] for k in arrays if k in self.held}),
+            **self.by_batch('figures', evaluate, documents, {k: self.held[k] for k in arrays if k in self.held}),
             doc_N=np.repeat(self.held['doc_id'][:documents], self.vectors),
             truth_NxF=self.held['facts'][:documents].reshape(-1, len(self.fields)) if self.fields else None,
             fields=self.fields,
@@ -230,12 +235,13 @@ class Evaluator:
             context=m,
         )
         if m and 'shuffled' in wanted:
-            c.pred['shuffled'] = self._shuffled(lens, c, documents)
+            other = metrics.other_document(c.doc_N)  # of whom the words are, with the own context
+            c.pred['shuffled'] = self.reconstruct(lens, 'shuffled', *(x['sampled'][other] for x in (c.ids, c.found)))
         return c
 
-    def _by_batch(self, function: Callable, documents: int, arrays: dict[str, np.ndarray]):
+    def by_batch(self, stage: str, function: Callable, documents: int, arrays: dict[str, np.ndarray]):
         """Calls function(batch) on rows of `arrays`, of the first `documents` documents, tokens as wide as they must be;
-        returns what it gives for each activation in their order."""
+        returns what it gives for each activation in their order. stage: a name for it, of each its own."""
         parts, lengths = [], self.held['lengths']
         order = np.argsort(lengths[:documents], kind='stable')  # texts of about one length together
         for i in range(0, documents, self.rows):
@@ -243,22 +249,28 @@ class Evaluator:
             batch = {k: x[pick] for k, x in arrays.items()}
             batch['tokens'] = batch['tokens'][:, : self.run.validation.width_for(lengths[pick])]
             keep = min(self.rows, documents - i) * self.vectors
-            out = sharding.fetch(function(sharding.put_batch(batch, self.run.mesh)))
+
+            def compute(batch=batch):
+                return sharding.fetch(function(sharding.put_batch(batch, self.run.mesh)))
+
+            out = self.batch_of(stage, i // self.rows, compute)
             parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], out))
         back = (np.argsort(order)[:, None] * self.vectors + np.arange(self.vectors)).reshape(-1)
         return jax.tree.map(lambda *x: np.concatenate(x)[back], *parts)
 
-    def _shuffled(self, lens: Lens, c: Collected, documents: int) -> np.ndarray:
-        """Reconstructions from the sampled words of another document, with the own context."""
-        other, run = metrics.other_document(c.doc_N), self.run
+    def reconstruct(self, lens: Lens, stage: str, ids_NxT: np.ndarray, found_N: np.ndarray) -> np.ndarray:
+        """Reconstructs the first N activations from explanations, -1 outside of them, with their own context, NxD; the zero
+        vector where none is found."""
+        documents, run = len(ids_NxT) // self.vectors, self.run
         arrays = {k: self.held[k][:documents] for k in ('tokens', 'positions')}
-        arrays['ids'] = c.ids['sampled'][other].reshape(documents, self.vectors, -1)
-        arrays['found'] = c.found['sampled'][other].reshape(documents, self.vectors)
+        arrays['ids'] = ids_NxT.reshape(documents, self.vectors, -1)
+        arrays['found'] = found_N.reshape(documents, self.vectors)
 
         def encode(batch):
-            return _encode_batch(lens, run.base, batch, error=run.error, context=run.context_tokens)
+            source = source_of(batch.pop('tokens'), batch.pop('positions'), recent=max(1, run.context_tokens))
+            return _encode_batch(lens, run.base, batch, source, error=run.error)
 
-        return self._by_batch(encode, documents, arrays)
+        return self.by_batch(stage, encode, documents, arrays)
 
     def quick(self, lens: Lens) -> dict[str, float]:
         """Computes the few figures that a learning curve needs, on the first documents."""
@@ -266,8 +278,9 @@ class Evaluator:
         c = self._collect(lens, self.quick_documents, quick.values())
         return {k: v['value'] for k, v in _figures(c, quick).items()}
 
-    def full(self, lens: Lens) -> Evaluation:
-        """Computes every figure that the run and its data allow, and sample explanations."""
+    def full(self, lens: Lens, more: Callable[[Collected], dict] = lambda c: {}) -> Evaluation:
+        """Computes every figure that the run and its data allow, and sample explanations. more: makes what else
+        evaluation.json holds of what was collected."""
         known = metrics.figures(self.run.context_tokens)
         c = self._collect(lens, self.documents, known.values())
         n = self.quick_documents * self.vectors
@@ -280,6 +293,7 @@ class Evaluator:
             facts=_facts_by_field(c),
             samples=[self._sample(c, d) for d in range(min(self.settings.samples, self.documents))],
             context=c.context,
+            more=more(c),
         )
 
     def reading(self, lens: Lens, config: dict, step: int, name: str) -> Reading | None:
@@ -363,19 +377,45 @@ def write_results(workdir: pathlib.Path, result: Evaluation, step: int, reading:
     report.write_report(workdir)
 
 
-def main(workdir: str, step: str, subject: str, data: str) -> None:
-    workdir = pathlib.Path(workdir)
+def _key(again: Reopened, best_of: tuple[int, ...]) -> dict:
+    """What the batches of an evaluation depend on."""
+    run = again.run
+    weights = [float(jnp.sum(jnp.abs(x.astype(jnp.float32)))) for x in jax.tree.leaves(again.params)]
+    return {
+        'step': again.step,
+        'weights': weights,
+        'config': again.config,
+        'documents': data.fingerprint(run.validation),
+        'evaluation': dataclasses.asdict(run.evaluation),
+        'mesh': dict(run.mesh.shape),
+        'best_of': best_of,
+        'version': __version__,
+    }
+
+
+def main(workdir: str, step: str, subject: str, data: str, best_of: str, num_vectors: int) -> None:
+    ks, workdir = study.numbers_of(best_of), pathlib.Path(workdir)
     again = reopen(workdir, step, subject_path=subject, data_path=data)
+    again = again._replace(run=study.sized(again.run, num_vectors))
     with jax.set_mesh(again.run.mesh):
-        evaluator = Evaluator(again.run)
-        result = evaluator.full(again.params)
+        evaluator, studies = Evaluator(again.run), []
+
+        def more(c: Collected) -> dict:
+            studies.append(study.Measure(evaluator, again.params, c, ks)())
+            return {'figures': studies[0].figures, 'results_by_k': studies[0].by_k, 'plots': plots.names(studies[0])}
+
+        how = _key(again, ks), study.work(again.run, ks), -(-evaluator.documents // evaluator.rows)
+        with batches.opened(workdir / 'evaluation.partial', *how) as evaluator.batch_of:
+            result = evaluator.full(again.params, more)
         reading = evaluator.reading(again.params, again.config, again.step, workdir.name)
     result.figures.update(figure_after_sft(workdir, again.config))
+    plots.draw(workdir / 'plots', studies[0], result.figures | result.more['figures'])
     write_results(workdir, result, again.step, reading)
-    for name, figure in result.figures.items():
+    for name, figure in (result.figures | result.more['figures']).items():
         interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''
         print(f'{name:28} {figure["value"]:7.3f}{interval}')
+    few = ' (few: intervals are wide)' if result.activations < FEW else ''
     print(
-        f'{result.activations} activations of {result.documents} held-out documents, step {again.step}. '
-        f'Figures: {workdir}/evaluation.json  Report: {workdir}/report.html'
+        f'{result.activations} activations{few} of {result.documents} held-out documents, step {again.step}. '
+        f'Figures: {workdir}/evaluation.json  Plots: {workdir}/plots  Report: {workdir}/report.html'
     )

@@ -121,6 +121,7 @@ def read(base, batch, *, layer: int, again: bool = False, recent: int = 1) -> Ro
     return Rollout(_joined(a.astype(jnp.float32)), source_of(batch['tokens'], batch['positions'], recent), rest)
 
 
+@functools.partial(jax.jit, static_argnames='recent')
 def source_of(tokens_BxS, positions_BxP, recent: int) -> Source:
     """Makes the Source of N = B * P activations with the last `recent` tokens of each; before the beginning of a text its
     first token is repeated."""

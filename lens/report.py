@@ -30,7 +30,8 @@ from lens.metrics import headline
 SAMPLES = 10
 BEFORE, AFTER = 60, 40  # tokens shown around the read position
 PHASES = {'sft': 'SFT', 'grpo': 'GRPO', 'gumbel': 'Gumbel'}
-GROUPS = ('lens', 'controls', 'facts', 'truth')  # of figures, in the order of the page
+GROUPS = ('lens', 'controls', 'facts', 'truth')  # of figures, in the order of the page; then those of lens/study.py
+PLOT = re.compile(r'\w{1,40}')  # name of a file in plots/
 REMEDY = '--workdir must be the folder of a run'
 
 
@@ -128,6 +129,7 @@ def load(workdir: pathlib.Path) -> RunFiles:
     with _blame(workdir / 'evaluation.json'):
         figures = {name: _checked_figure(f) for name, f in (evaluation['figures'] if evaluation else {}).items()}
         evaluation['facts'] = [{'field': row['field'], **row} for row in evaluation.get('facts') or []]
+        evaluation['plots'] = [p for p in evaluation.get('plots') or [] if PLOT.fullmatch(p)]
     with _blame(workdir / 'samples.jsonl'):
         samples = [_checked_sample(sample) for sample in _clean(files.read_jsonl(workdir / 'samples.jsonl'))]
     return RunFiles(config, metrics, evaluation, figures, samples, summary)

@@ -10,11 +10,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From top to bottom. A module imports its own layer and those below, never above, and nothing in a circle.
 LAYERS = {
     'commands': 'commands main tools export explain serve web api',
-    'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate report reader steer',
+    'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer',
     'objectives': 'objectives gumbel sampling flops instrument',
     'models': 'models hf lens_folder translators',
     'ground': 'response losses draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
-    'spoken reading page jobs',
+    'spoken reading page jobs plots',
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'truth', 'words', 'files')

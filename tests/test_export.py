@@ -384,7 +384,7 @@ def card_of(world, text):
     }
     spec = dict.fromkeys(('subject', 'family', 'exported'), text) | dict.fromkeys(('d_model', 'layer', 'step'), 1)
     spec |= {'explanation_len': 2, 'trained': dict.fromkeys(sides, 'maps'), 'config': cfg, 'lora': None} | sides
-    spec |= {'figures': {'fve': 0.5}, 'provenance': {'commit': text}}
+    spec |= {'figures': {'fve': 0.5}, 'provenance': {'commit': text}, 'models': [*sides], 'subject_content': text}
     card = export.card(spec, SUMMARY | {'device': text, 'commit': text, 'command': text})
     tokens = markdown_it.MarkdownIt('commonmark').enable('table').parse(card)
     return card, tokens, [(t.type, t.tag, [c.type for c in t.children or ()]) for t in tokens]

@@ -84,10 +84,10 @@ def check_result(tmp_path, rows: int, missing: dict[str, list[int]]) -> None:
 
 
 def mixed_rows(n: int) -> tuple[list[dict], dict[str, list[int]]]:
-    """Rows with a refused one and one without an assistant turn among them."""
+    """Rows with a refused one and one in which nothing is to be answered among them."""
     rows = [{'messages': talk(i, pairs=1 + i % 3)} for i in range(n)]
     rows[7] = {'messages': talk(7, question='REFUSE')}
-    rows[11] = {'messages': talk(11)[:1]}
+    rows[11] = {'messages': talk(11)[1:]}
     return rows, {'rejected': [7], 'skipped': [11], 'failed': []}
 
 

@@ -46,7 +46,7 @@ def open_recipe(recipe):
 def test_every_recipe_is_here():
     here = {r.partition(':')[0] for r in RECIPES}
     files = {p.stem for p in (ROOT / 'configs').glob('*.py')}
-    assert here == files - {'__init__', 'base', 'tiny', 'tiny_subject'}
+    assert here == files - {'__init__', 'base', 'tiny', 'tiny_subject', 'smollm2'}  # the last is a laptop's
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

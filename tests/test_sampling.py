@@ -34,11 +34,12 @@ def test_a_group_draws_and_scores_as_rows_of_its_own_do(pair):
     own = programs.sample(*pair, tiled, key, length=LENGTH)
     np.testing.assert_array_equal(shared.ids_NxT, own.ids_NxT)
     close(shared.logp_NxT, own.logp_NxT)
+    up = np.random.default_rng(4).standard_normal((ROWS * GROUP, LENGTH, TINY.vocab_size))  # no two rows count alike
 
     @jax.jit
     @jax.value_and_grad
     def scored(decoder, a):
-        return jnp.sum(jnp.sin(programs.teacher_forced_logits(decoder, pair[1], a, own.ids_NxT)))
+        return jnp.sum(up * jnp.sin(programs.teacher_forced_logits(decoder, pair[1], a, own.ids_NxT)))
 
     got, want = scored(pair[0], ACTIVATIONS), scored(pair[0], tiled)
     close(got[0], want[0], steps=2000)
