@@ -152,10 +152,7 @@ def source(v: Value) -> Text:
     if v['token_ids']:
         return v['token_ids']
     if v['messages']:
-        return [
-            {k: m[k] for k in ('role', 'content', 'thinking') if m[k]} | {'content': m['content']}
-            for m in v['messages']
-        ]
+        return [{k: m[k] for k in ('role', 'content', 'thinking') if m[k] is not None} for m in v['messages']]
     if v['text'] is None:
         raise LensError('Give text, messages or token_ids: what is to be read.')
     return v['text']

@@ -125,6 +125,7 @@
       reading = { format: 'lens-reading/1', about: head.about, text: head.tokens.map(t => [t.token, t.part, t.message_index ?? -1]), rows: [] };
       drawTokens(head.tokens);
       say(`0 of ${head.total} tokens`);
+      if (innerWidth <= 800) document.querySelector('.tools').scrollIntoView();
       for await (const r of stream) {
         reading.rows.push({ ...r, role: r.part, message_index: r.message_index ?? -1 });
         drawRow(r);

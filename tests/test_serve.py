@@ -133,7 +133,7 @@ def test_going_on_and_edits(client, reader):
     assert (prompt['type'], done['type']) == ('prompt', 'done') and done['text'] == found['text']
     assert prompt['tokens'] + [t['token'] for t in tokens] == found['tokens']
     edit = ask(client, '/edit', {'text': TEXT, 'position': 9, 'description': 'Lena found', 'strength': 0.5, 'steps': 8})
-    same(edit, json.loads(json.dumps(reader.edit(TEXT, 9, 'Lena found', 0.5, steps=8).to_json())))
+    same(edit, json.loads(json.dumps(reader.edit(TEXT, 9, 'Lena found', strength=0.5, steps=8).to_json())))
 
 
 @pytest.mark.parametrize(
