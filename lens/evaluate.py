@@ -407,10 +407,10 @@ def main(workdir: str, step: str, subject: str, data: str, best_of: str, num_vec
         how = _key(again, ks), study.work(again.run, ks), -(-evaluator.documents // evaluator.rows)
         with batches.opened(workdir / 'evaluation.partial', *how) as evaluator.batch_of:
             result = evaluator.full(again.params, more)
-        reading = evaluator.reading(again.params, again.config, again.step, workdir.name)
-    result.figures.update(figure_after_sft(workdir, again.config))
-    plots.draw(workdir / 'plots', studies[0], result.figures | result.more['figures'])
-    write_results(workdir, result, again.step, reading)
+            reading = evaluator.reading(again.params, again.config, again.step, workdir.name)
+            result.figures.update(figure_after_sft(workdir, again.config))
+            plots.draw(workdir / 'plots', studies[0], result.figures | result.more['figures'])
+            write_results(workdir, result, again.step, reading)
     for name, figure in (result.figures | result.more['figures']).items():
         interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''
         print(f'{name:28} {figure["value"]:7.3f}{interval}')
