@@ -95,7 +95,9 @@ class Kept:
         if not self._console.is_terminal and now - self._said >= SILENCE_S:
             self._said = now
             share = 100 * self._done / self._total
-            self._console.print(f'{share:3.0f}%  {what}, batch {i + 1} of {self._count}  {text}', markup=False)
+            self._console.print(
+                f'{share:3.0f}%  {what}, batch {i + 1} of {self._count}  {text}', markup=False, soft_wrap=True
+            )
 
 
 @contextlib.contextmanager
@@ -113,7 +115,7 @@ def opened(
                 path.unlink()
             files.write_text(stored, mine)
         elif done := len(list(folder.glob('*-*.npz'))):
-            console.print(f'Going on: {done} batches of this evaluation are in {folder}', markup=False)
+            console.print(f'Going on: {done} batches of this evaluation are in {folder}', markup=False, soft_wrap=True)
         kept = Kept(folder, work, count, console)
         with kept.bar:
             yield kept
