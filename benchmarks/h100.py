@@ -46,12 +46,6 @@ COLUMNS = {
     'peak_gb': ('peak GB', '.1f'),
     'compile_s': ('compile s', '.0f'),
 }
-COMPILE = flags.DEFINE_bool('compile', False, 'Compile for an H100 that is not there, and run nothing.')
-SIZE = flags.DEFINE_enum('size', 'full', ['full', 'tiny'], 'tiny: the same parts with small shapes.')
-CHOSEN = flags.DEFINE_list('parts', [*PARTS], 'Which parts, in this order.')
-BUDGET = flags.DEFINE_float('budget', 470.0, 'Seconds after which no further part starts.')
-JSON = flags.DEFINE_string('json', '', 'File for the figures of all parts, with their kernels.')
-TEXTS = flags.DEFINE_string('texts', '', 'Folder for the texts of the compiled programs.')
 
 
 class Compiled(NamedTuple):
@@ -180,4 +174,10 @@ def main(_):
 
 
 if __name__ == '__main__':
+    COMPILE = flags.DEFINE_bool('compile', False, 'Compile for an H100 that is not there, and run nothing.')
+    SIZE = flags.DEFINE_enum('size', 'full', ['full', 'tiny'], 'tiny: the same parts with small shapes.')
+    CHOSEN = flags.DEFINE_list('parts', [*PARTS], 'Which parts, in this order.')
+    BUDGET = flags.DEFINE_float('budget', 470.0, 'Seconds after which no further part starts.')
+    JSON = flags.DEFINE_string('json', '', 'File for the figures of all parts, with their kernels.')
+    TEXTS = flags.DEFINE_string('texts', '', 'Folder for the texts of the compiled programs.')
     app.run(main)
