@@ -24,9 +24,9 @@ TINY_CHAT := data/tiny_chat/gpt_oss
 TINY_LENS := --config.subject.path=$(TINY_CHAT) --config.layer=1 --config.data.path=$(CHAT)/labelled \
   --config.data.positions=assistant --config.explanation_len=12 --config.decoder.prompt='Explanation of <embed>:' \
   --config.encoder.prompt='Text:<text>' --config.decoder.patched_blocks=2 --config.decoder.train=full \
-  --config.encoder.train=lora --config.sft.steps=150 --config.sft.vectors=2 \
+  --config.encoder.train=lora --config.sft.steps=200 --config.sft.vectors=2 \
   --config.sft.learning_rate_decoder='cosine 3e-3 3e-4 warmup 10s' \
-  --config.sft.learning_rate_encoder='cosine 6e-3 6e-4 warmup 10s' --config.grpo.steps=20 --config.grpo.group=4 \
+  --config.sft.learning_rate_encoder='cosine 6e-3 6e-4 warmup 10s' --config.grpo.steps=60 --config.grpo.group=4 \
   --config.eval.vectors=2 --config.eval.batch=32
 
 .PHONY: all demo demo-data smollm2 test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
@@ -65,12 +65,12 @@ demo: .venv/ready data/storyworld/train/meta.json
 	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=$(WORKDIR)
 
 demo-data: $(TINY_CHAT)/config.json .venv-vllm/ready
-	$(BIN)/python -m data_gen.storyworld.chats --rows=192 --out=$(CHAT)/questions.jsonl
+	$(BIN)/python -m data_gen.storyworld.chats --rows=160 --out=$(CHAT)/questions.jsonl
 	VLLM_ARGS='--dtype float32 --max-model-len 1024' PRETOKENIZE_ARGS='--seq_len=256 --validation_fraction=0.25' \
 	  launch/generate_local.sh $(TINY_CHAT) --input_dataset=$(CHAT)/questions.jsonl --output_path=$(CHAT) \
 	  --max_completion_tokens=128
 	$(BIN)/python -m data_gen.label --method=self --data=$(CHAT)/tokens --tokenizer=$(TINY_CHAT) --out=$(CHAT)/labelled \
-	  --next=text --parts=topic:3,now:3 --explanation_len=12 --positions=16
+	  --next=text --parts=topic:1,next:3,now:3 --explanation_len=12 --positions=16
 	$(BIN)/python -m lens.main --config=configs/tiny.py --workdir=runs/demo_data $(TINY_LENS)
 	@echo 'Chats: $(CHAT)/dataset  Tokens with labels: $(CHAT)/labelled  Lens: runs/demo_data/report.html'
 
