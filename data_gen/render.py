@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lens.errors import LensError, shown
+from lens.spoken import MARK, align, inked, mark
 from lens.words import special_ids
 
 from . import chat_data
@@ -30,8 +31,6 @@ FLAGS = {'truncated': 1, 'final_cut': 2, 'final_lost': 4, 'unanswered': 8}
 TRUNCATED, FINAL_CUT, FINAL_LOST, UNANSWERED = FLAGS.values()
 LOST = ('thinking', 'tool calls', 'tools', *(f'{role} messages' for role in ROLE_OF))  # what a template may leave out
 CHARS_PER_TOKEN = 64  # a text is cut at so many characters for each token that is kept, before it is tokenised
-WHITE = np.isin(np.arange(0x3002), [ord(c) for c in ' \t\n\r\x0b\x0c\x85\xa0\u3000'])  # by character code
-MARK = re.compile('\ue000(\\d+)-(\\d+)\ue001')
 START, CHANNEL, MESSAGE, END, RETURN = CONTROLS = ('<|start|>', '<|channel|>', '<|message|>', '<|end|>', '<|return|>')
 HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
 Knowledge cutoff: 2024-06
@@ -87,11 +86,6 @@ def harmony_pieces(chat: Chat, date: str) -> list[tuple[str, int | None]]:
     return out
 
 
-def mark(message: int, part: int) -> str:
-    """Returns what stands for a part of a message; part: 0 the content, 1 the thinking, from 2 on the calls."""
-    return f'\ue000{message}-{part}\ue001'
-
-
 def as_sent(message: dict) -> dict:
     """Returns a message with the arguments of its calls in JSON, as OpenAI's servers send them and some templates want."""
     if 'tool_calls' not in message:
@@ -102,39 +96,12 @@ def as_sent(message: dict) -> dict:
     return message | {'tool_calls': [c | {'function': f | {'arguments': text}} for c, f, text in calls]}
 
 
-def align(rendered: str, skeleton: str, texts: dict[tuple[int, int], tuple[str, int]]) -> list[tuple[int, int, int]]:
-    """Finds (start, end, role) of every text in `rendered`. skeleton: the same with marks. Raises BadRow.
-
-    texts: (message, part) of the mark -> (text, role). The template may have stripped a text of white space.
-    """
-    parts = MARK.split(skeleton)
-    at, out = len(parts[0]), []
-    ok = rendered.startswith(parts[0])
-    for i, k, literal in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        text, role = texts[int(i), int(k)]
-        for form in (text, text.strip(), text.strip('\n'), text.lstrip(), text.rstrip(), text.lstrip('\n')):
-            end = at + len(form)
-            if rendered.startswith(form, at) and rendered.startswith(literal, end):
-                out.append((at, end, role))
-                at = end + len(literal)
-                break
-        else:
-            ok = False
-    if not ok or at != len(rendered):
-        raise BadRow('the chat template changes the text')
-    return out
-
-
 def token_roles(text: str, spans: list[tuple[int, int, int]], offsets_Nx2: np.ndarray) -> np.ndarray:
     """Returns role codes [N] of tokens from their character ranges in `text`."""
     role_C = np.full(len(text) + 1, SPECIAL, np.int8)
     for start, end, role in spans:
         role_C[start:end] = role
-    white = WHITE[np.minimum(np.frombuffer(text.encode('utf-32-le'), np.uint32), len(WHITE) - 1)]
-    ink = np.where(white, len(text), np.arange(len(text)))
-    ink = np.append(np.minimum.accumulate(ink[::-1])[::-1], len(text))  # the next character to be seen
-    start, end = offsets_Nx2.T
-    return role_C[np.where(ink[start] < end, ink[start], start)]
+    return role_C[inked(text, offsets_Nx2)]
 
 
 def _day(date: str) -> datetime.date:
@@ -261,16 +228,19 @@ class Renderer:
         shape = tuple((m['role'], bool(m['content']), 'thinking' in m) for m in messages)
         called = any(calls) or tools
         skeleton = self._marked(shape, effort, calls, tools) if called else self._skeleton(shape, effort)
-        texts, kinds = {}, {}
+        texts, roles, kinds = {}, {}, {}
         for i, m in enumerate(messages):
             parts = [(m['content'], ROLE_OF[m['role']], f'{m["role"]} messages')]
             parts += [(m.get('thinking', ''), THINKING, 'thinking')]
             parts += [(call['function']['name'], SPECIAL, 'tool calls') for call in calls[i]]
             for k, (text, role, kind) in enumerate(parts):
-                texts[i, k] = text, role
+                texts[i, k], roles[i, k] = text, role
                 if text:
                     kinds[i, k] = kind
-        spans = align(rendered, skeleton, texts)
+        found = align(rendered, skeleton, texts)
+        if found is None:
+            raise BadRow('the chat template changes the text')
+        spans = [(start, end, roles[part]) for start, end, part in found]
         shown_marks = {(int(i), int(k)) for i, k in MARK.findall(skeleton)}
         gone = [kind for mark, kind in kinds.items() if mark not in shown_marks]
         if tools and not re.search(r'\btools\b', self.template):

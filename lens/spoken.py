@@ -9,9 +9,9 @@ import numpy as np
 
 from lens.errors import LensError, shown, text
 
-MARK = re.compile(
-    '\ue000(\\d+)-([01])\ue001'
-)  # stands for a part of a message: its number, thinking (0) or content (1)
+MARK = re.compile('\ue000(\\d+)-(\\d+)\ue001')
+WHITE = np.isin(np.arange(0x3002), [ord(c) for c in ' \t\n\r\x0b\x0c\x85\xa0\u3000'])  # by character code
+PARTS = ('content', 'thinking')  # of a message, by number
 ROLES = {'assistant': 'final', 'developer': 'system'}  # role of a message -> of the tokens of its content
 WINDOW = 6  # tokens that a decoder looks back at: no character has more bytes, no tokenizer joins more blanks
 BROKEN = '\ufffd'  # what a part of a character is decoded to
@@ -60,17 +60,16 @@ def of_chat(tokenizer, messages: Sequence[Mapping]) -> Tokens:
             if found := [t for t in controls if t in part]:
                 raise LensError(f'message {i} of the chat holds the control token {shown(found[0])}: give it as text.')
     rendered = _render(tokenizer, chat)
-    marked = [
-        m | {k: f'\ue000{i}-{n}\ue001' for n, k in enumerate(('thinking', 'content')) if m.get(k)}
-        for i, m in enumerate(chat)
-    ]
-    spans = _spans(rendered, _render(tokenizer, marked), chat)
+    texts = {(i, n): m[k] for i, m in enumerate(chat) for n, k in enumerate(PARTS) if m.get(k)}
+    marked = [m | {k: mark(i, n) for n, k in enumerate(PARTS) if (i, n) in texts} for i, m in enumerate(chat)]
+    spans = align(rendered, _render(tokenizer, marked), texts) or []  # none, where the template changes texts
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     role_C, message_C = ['special'] * (len(rendered) + 1), np.full(len(rendered) + 1, -1)
-    for start, end, role, i in spans:
-        role_C[start:end] = [role] * (end - start)
+    for start, end, (i, part) in spans:
+        role = chat[i]['role']
+        role_C[start:end] = ['thinking' if part else ROLES.get(role, role)] * (end - start)
         message_C[start:end] = i
-    ids, starts = encoded['input_ids'], [_ink(rendered, *o) for o in encoded['offset_mapping']]
+    ids, starts = encoded['input_ids'], inked(rendered, np.array(encoded['offset_mapping']).reshape(-1, 2)).tolist()
     roles, own = [role_C[s] for s in starts], [int(message_C[s]) for s in starts]
     shows = pieces(tokenizer, ids)
     return _tokens(tokenizer, ids, shows, roles, _whose(own, shows))
@@ -96,6 +95,45 @@ def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
         before, whole = (tokenizer.decode(ids[first:end]).rstrip(BROKEN) if end > first else '' for end in (i, i + 1))
         out.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode([ids[i]]))
     return out
+
+
+def mark(message: int, part: int) -> str:
+    """Returns what stands for a part of a message, by their numbers."""
+    return f'\ue000{message}-{part}\ue001'
+
+
+def align(
+    rendered: str, skeleton: str, texts: Mapping[tuple[int, int], str]
+) -> list[tuple[int, int, tuple[int, int]]] | None:
+    """Finds (start, end, (message, part)) of every text in `rendered`; None where the template changes texts. skeleton: the
+    same with marks.
+
+    texts: (message, part) of the mark -> text, which the template may have stripped of white space.
+    """
+    parts = MARK.split(skeleton)
+    at, out = len(parts[0]), []
+    ok = rendered.startswith(parts[0])
+    for i, k, literal in zip(map(int, parts[1::3]), map(int, parts[2::3]), parts[3::3], strict=True):
+        text = texts[i, k]
+        for form in (text, text.strip(), text.strip('\n'), text.lstrip(), text.rstrip(), text.lstrip('\n')):
+            end = at + len(form)
+            if rendered.startswith(form, at) and rendered.startswith(literal, end):
+                out.append((at, end, (i, k)))
+                at = end + len(literal)
+                break
+        else:
+            ok = False
+    return out if ok and at == len(rendered) else None
+
+
+def inked(text: str, offsets_Nx2: np.ndarray) -> np.ndarray:
+    """Returns for tokens [N], from their character ranges in `text`, where their first character stands that is no white
+    space: it says whose they are. Of one that has none, where it starts."""
+    white = WHITE[np.minimum(np.frombuffer(text.encode('utf-32-le'), np.uint32), len(WHITE) - 1)]
+    ink = np.where(white, len(text), np.arange(len(text)))
+    ink = np.append(np.minimum.accumulate(ink[::-1])[::-1], len(text))  # the next character to be seen
+    start, end = offsets_Nx2.T
+    return np.where(ink[start] < end, ink[start], start)
 
 
 def _tokens(tokenizer, ids, shows: list[str], roles, messages) -> Tokens:
@@ -138,29 +176,6 @@ def _render(tokenizer, chat: list[dict]) -> str:
         raise LensError(
             f'The chat template of the subject refuses the chat ({shown(str(e), 100)}): change roles or order.'
         ) from None
-
-
-def _spans(rendered: str, skeleton: str, chat: list[dict]) -> list[tuple[int, int, str, int]]:
-    """(start, end, role, message) of every part of a message in `rendered`; none, where the template changes texts."""
-    parts = MARK.split(skeleton)
-    at, out = len(parts[0]), []
-    for i, kind, literal in zip(map(int, parts[1::3]), parts[2::3], parts[3::3], strict=True):
-        role = chat[i]['role']
-        whole = chat[i]['content'] if kind == '1' else chat[i]['thinking']
-        forms = (
-            f for f in (whole, whole.strip(), whole.lstrip(), whole.rstrip()) if rendered.startswith(f + literal, at)
-        )
-        form = next(forms, None)
-        if form is None:
-            return []
-        out.append((at, at + len(form), ROLES.get(role, role) if kind == '1' else 'thinking', i))
-        at += len(form) + len(literal)
-    return out
-
-
-def _ink(rendered: str, start: int, end: int) -> int:
-    """Where the first character of a token stands that is no white space: it says whose it is."""
-    return next((k for k in range(start, end) if not rendered[k].isspace()), start)
 
 
 def _whose(own: list[int], shows: list[str]) -> list[int]:
