@@ -158,8 +158,7 @@ def convert(path: pathlib.Path, out: pathlib.Path) -> None:
     need_packages()
     if not path.is_file():
         raise LensError(f'{path} {"is no file" if path.exists() else "does not exist"}: name a GGUF file.')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LensError(f'{out} holds something already: name an empty or a new folder.')
+    files.check_free(out)
     content = read(path)
     import transformers
 

@@ -156,8 +156,7 @@ def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest', subje
 
     subject: where it is, if not where the run found it. form: one of FORMATS.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LensError(f'{out} holds something already: give an empty or a new folder as --out.')
+    files.check_free(out)
     again = reopen(workdir, step, data=1, needs=(), subject_path=subject)  # there is no batch to split
     summary = _summary(workdir, again.step)
     with jax.set_mesh(again.run.mesh):

@@ -221,6 +221,12 @@ def lock(path: pathlib.Path, what: str, remedy: str) -> Iterator[None]:
         yield
 
 
+def check_free(out: pathlib.Path, remedy: str = 'give an empty or a new folder as --out') -> None:
+    """Raises LensError, with the remedy, where `out` is there and is no empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LensError(f'{out} holds something already: {remedy}.')
+
+
 @contextlib.contextmanager
 def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `out` that becomes `out` at the end, or disappears where the body fails.

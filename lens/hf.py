@@ -413,8 +413,7 @@ def save_model(
     Raises LensError when `directory` holds something or the config.json is that of another kind of model.
     """
     directory = pathlib.Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise LensError(f'{directory} holds something already: give an empty or a new directory.')
+    files.check_free(directory, 'give an empty or a new directory')
     dtype = model.embedding.dtype if dtype is None else dtype
     source = local_directory(source, weights=False) if source else None
     start = config or _read_json(_config_json(source))

@@ -28,7 +28,6 @@ import numpy as np
 from flax import nnx
 
 from lens import files, hf, losses
-from lens.errors import LensError
 from lens.models import families
 from lens.models.transformer import Transformer
 
@@ -196,8 +195,7 @@ def write_tokenizer(family: str, folder: pathlib.Path) -> None:
 
 def make(family: str, out: pathlib.Path, recipe: Recipe) -> float:
     """Writes the model to `out`; returns its share of right answers about stories not seen. Raises LensError."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LensError(f'{out} holds something already: choose another --out, or remove it.')
+    files.check_free(out, 'choose another --out, or remove it')
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(family, pathlib.Path(folder))
         tokenizer = hf.load_tokenizer(folder)

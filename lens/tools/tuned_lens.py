@@ -224,8 +224,7 @@ def fit(job: TunedLensJob) -> tuple[TunedLensState, np.ndarray, np.ndarray]:
 
 def train(model: str, folder: str, out: pathlib.Path, settings: TunedLensSettings) -> None:
     """Trains on folder/train and writes `out`, which appears at once, by rename. Raises LensError."""
-    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    require(free, f'{out} holds something already: give an empty or a new folder as --out.')
+    files.check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now where it would fail after training
     begin = time.monotonic()
     job = open_job(model, folder, settings)
