@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from lens import data, hf, metrics
+from lens.response import word_count
 
 RIDGE = 10.0 ** np.arange(-4, 5)  # times the mean eigenvalue of the features
 TINY = 1e-9  # of features that are all alike, as those of no words and no context
@@ -38,7 +39,7 @@ def texts_of(split: data.Split, rows, words: str, context: int, prompt) -> list[
         end = int(split.positions[i, k]) + 1
         last = np.asarray(split.tokens[i, max(end - context, 0) : end])
         label = np.asarray(split.explanations[i, k])
-        label = label[: np.flatnonzero(label != split.filler)[-1:].sum() + 1]
+        label = label[: word_count(label, split.filler)]
         before = np.asarray(split.tokens[i, max(end - context - len(label), 0) : max(end - context, 0)])
         said = {'none': [], 'quote': before, 'given': label}[words]
         out.append(np.concatenate([prompt[0], said, prompt[1], last]).astype(np.int32))

@@ -20,6 +20,9 @@ def shown(text: object, most: int = SHOWN_CHARS) -> str:
     return line if len(line) <= most else line[: most - 2] + ' \u2026'
 
 
+PROSE = '\n\t\u200c\u200d'  # of what is not printable, kept in texts that pages show: lines break, letters join
+
+
 def harmless(text: str, kept: str = '') -> str:
     """Returns a text of others with U+FFFD in place of control characters, halves of characters and what is not seen but
     changes how the rest is: all but `kept`."""

@@ -80,8 +80,8 @@ TEXTS = {
 class Evaluation:
     """figures: name -> {'value', 'ci95'}; facts: one row per field; samples: one dict per explanation.
 
-    error, context: encoder.error and encoder.context_tokens of the run. fve_quick: FVE on the documents of the quick figures alone.
-    more: what else evaluation.json holds; its `figures` are whole entries.
+    error, context: encoder.error and encoder.context_tokens of the run. fve_quick: FVE on the documents of the quick
+    figures alone. more: what else evaluation.json holds; its `figures` are whole entries.
     """
 
     error: str
@@ -112,8 +112,8 @@ def _evaluate_batch(
 ) -> dict:
     """Computes the arrays a, pred, ids, found of Collected for what was read of one batch and the texts `names`.
 
-    All texts are drawn in one call and encoded in one call, and in another one contexts of `quotes` tokens. The randomness of a text depends on its activation's place
-    in the held-out data, batch['index'] [R, V], alone.
+    All texts are drawn in one call and encoded in one call, and in another one contexts of `quotes` tokens. The randomness
+    of a text depends on its activation's place in the held-out data, batch['index'] [R, V], alone.
     """
     batch, a = roll.batch, without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
     length = batch['previous'].shape[-1]
@@ -191,11 +191,7 @@ class Evaluator:
         count = {'documents': self.settings.documents, 'vectors': self.settings.vectors}
         self.held = data.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
         self.documents, self.vectors = self.held['positions'].shape
-        # the tokens that end at each position or, where the encoder has a context, before it; to the left of a text they
-        # are its first one or, there, none
-        before = self.held['positions'][..., None] - run.context_tokens - np.arange(run.length)[::-1]
-        previous = np.take_along_axis(self.held['tokens'][:, None], np.maximum(before, 0), axis=2)
-        self.held['previous'] = np.where(before < 0, -1, previous) if run.context_tokens else previous
+        self.held['previous'] = self.tokens_before(run.length)
         self.held['index'] = np.arange(self.documents * self.vectors, dtype=np.int32).reshape(-1, self.vectors)
         if 'explanations' in self.held and self.held['explanations'].shape[2] != run.length:
             del self.held['explanations']  # only read as a control, in the format of this run
@@ -210,6 +206,13 @@ class Evaluator:
         split = self.run.validation
         rows = split.read_rows[: self.documents]
         return truth.sources(split, self.run.train or split, rows, self.held['positions'], self.run.tokenizer)
+
+    def tokens_before(self, n: int) -> np.ndarray:
+        """Returns the n tokens that end at each position or, where the encoder has a context, before it, [R, V, n]. What is
+        to the left of a text is its first token or, there, -1."""
+        before = self.held['positions'][..., None] - self.run.context_tokens - np.arange(n)[::-1]
+        tokens = np.take_along_axis(self.held['tokens'][:, None], np.maximum(before, 0), axis=2)
+        return np.where(before < 0, -1, tokens) if self.run.context_tokens else tokens
 
     def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
         """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""
@@ -335,7 +338,7 @@ class Evaluator:
 
 def _nmse(c: Collected, text: str, i: int) -> float:
     """The normalised error of one reconstruction."""
-    return float(((c.pred[text][i] - c.a[i]) ** 2).sum() / max((c.a[i] ** 2).sum(), 1e-12))
+    return float(metrics.nmse_rows(c.pred[text][i : i + 1], c.a[i : i + 1])[0])
 
 
 def _figures(c: Collected, figures: dict[str, Figure]) -> dict[str, dict]:

@@ -72,8 +72,7 @@ def _float64(*arrays):
 
 def _error(pred_NxD, target_NxD, doc_N):
     """Returns mean_i |A_i - pred_i|^2 of the data and of every resample."""
-    pred, target = _float64(pred_NxD, target_NxD)
-    return _sums(((target - pred) ** 2).sum(1), doc_N) / _sums(np.ones(len(target)), doc_N)
+    return _sums(squares(pred_NxD, target_NxD), doc_N) / _sums(np.ones(len(target_NxD)), doc_N)
 
 
 def fve(pred_NxD, target_NxD, doc_N) -> dict:
@@ -101,10 +100,21 @@ def variance_recovered(pred_NxD, target_NxD, doc_N) -> dict:
     return _figure(1 - _variance(target - pred, doc_N) / _positive(_variance(target, doc_N)))
 
 
+def squares(pred_NxD, target_NxD) -> np.ndarray:
+    """Computes |A_i - pred_i|^2, [N]."""
+    pred, target = _float64(pred_NxD, target_NxD)
+    return ((target - pred) ** 2).sum(1)
+
+
+def nmse_rows(pred_NxD, target_NxD) -> np.ndarray:
+    """Computes |A_i - pred_i|^2 / |A_i|^2, [N]."""
+    (target,) = _float64(target_NxD)
+    return squares(pred_NxD, target) / np.maximum((target**2).sum(1), 1e-12)
+
+
 def nmse(pred_NxD, target_NxD, doc_N) -> dict:
     """Computes mean_i |A_i - pred_i|^2 / |A_i|^2."""
-    pred, target = _float64(pred_NxD, target_NxD)
-    return mean(((target - pred) ** 2).sum(1) / np.maximum((target**2).sum(1), 1e-12), doc_N)
+    return mean(nmse_rows(pred_NxD, target_NxD), doc_N)
 
 
 def cosine(pred_NxD, target_NxD, doc_N) -> dict:

@@ -34,7 +34,14 @@ FAILED = -2.0  # reward of a response without an explanation
 REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
 # Keys of a phase whose value is a schedule, and so an argument of a step.
 KNOBS = ('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp', 'copy_price')
-ARRAYS = ('pred_NxD', 'logp_NxT', 'reward_N', 'advantage_N', 'quote_AxD')  # of what a loss returns, for `figures`
+ARRAYS = (
+    'pred_NxD',
+    'logp_NxT',
+    'reward_N',
+    'advantage_N',
+    'copied_N',
+    'quote_AxD',
+)  # of what a loss returns, for `figures`
 QUOTES = 2**31 - 1  # folded into the key of a step for the contexts without words; sampling folds in indices of tokens
 # Keys of a phase that only some objectives read (Objective.reads), with the value that asks for nothing.
 OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'copy_price': 0, 'mean_of': 1, 'updates': 1, 'slices': 1}
@@ -181,7 +188,8 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
     loss, out = _reconstruction(base, roll, pred, hp, knobs)
     worth = -error_rows(pred, roll.a_NxD, hp.error)
     if 'copy_price' in hp.on:
-        worth -= knobs['copy_price'] * _copied(roll, hp)
+        out['copied_N'] = _copied(roll, hp)
+        worth -= knobs['copy_price'] * out['copied_N']
     reward = jnp.where(c.found.found_N, worth, FAILED)
     advantage = _advantages(jax.lax.stop_gradient(reward), hp)
 
@@ -308,8 +316,8 @@ def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
         metrics['reward'], metrics['reward_std'] = jnp.mean(reward), jnp.std(reward)
         metrics['reward_group_std'] = jnp.mean(jnp.std(reward.reshape(-1, hp.group * hp.mean_of), axis=1))
         metrics['zero_advantage_fraction'] = jnp.mean(jnp.abs(out['advantage_N']) < 1e-6)
-        if 'copy_price' in hp.on:
-            metrics['copied'] = jnp.mean(_copied(roll, hp))
+    if 'copied_N' in out:
+        metrics['copied'] = jnp.mean(out['copied_N'])
     return metrics
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lens.errors import harmless
+from lens.errors import PROSE, harmless
 
-KEPT = '\n\t\u200c\u200d'  # of what is not printable: lines may break, letters join
 OTHERS, LEAST_PERCENT = 3, 5  # most alternatives of a token of an explanation, and how probable they are
 STEPS = (0.15, 0.3, 0.5, 0.8)  # of the error: a colour from each to the next
 CONTROLS = {  # of a row -> what the page says of it
@@ -34,7 +33,7 @@ def _clean(x: Any) -> Any:
         return [_clean(v) for v in x]
     if isinstance(x, float):
         return float(f'{x:.4g}')
-    return harmless(x, KEPT) if isinstance(x, str) else x
+    return harmless(x, PROSE) if isinstance(x, str) else x
 
 
 def _percent(p: float) -> int:

@@ -27,7 +27,6 @@ FLAGS = {
     'norm': 'the norm of the activation is far from that of the others: an attention sink, say',
     'failed': 'the response holds no explanation; its error is that of the zero vector',
 }
-KEPT = '\n\t\u200c\u200d'  # of what is not printable: lines may break and letters join
 
 
 class Choice(NamedTuple):
@@ -72,8 +71,8 @@ class Row:
 
     norm: of the activation. explanations: one at least, the best known first where best_of has chosen. next_tokens: what
     the subject predicts after it, logit_lens: what it would if the block that is read were its last. controls: name ->
-    nmse of what no word says: `mean` (the mean activation of the text), `shuffled` (the explanation of another token),
-    and, where the encoder reads tokens of the text, `context` (no words). beyond: the share of what the context leaves
+    nmse of what no word says: `mean` (the mean activation of the text), `blind` (the words of a decoder that sees no
+    activation) and, where the encoder reads tokens of the text, `context` (no words). beyond: the share of what the context leaves
     open that the words explain. flags: names of FLAGS.
     """
 

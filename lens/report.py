@@ -24,7 +24,7 @@ import numpy as np
 
 from lens import charts, files
 from lens.charts import Series, Stretch
-from lens.errors import LensError, harmless
+from lens.errors import PROSE, LensError, harmless
 from lens.metrics import headline
 
 SAMPLES = 10
@@ -63,7 +63,7 @@ def _clean(x: Any) -> Any:
         return {_clean(k): _clean(v) for k, v in x.items()}
     if isinstance(x, list):
         return [_clean(v) for v in x]
-    return harmless(x, '\n\t\u200c\u200d') if isinstance(x, str) else x
+    return harmless(x, PROSE) if isinstance(x, str) else x
 
 
 def _number(x: Any) -> float | None:

@@ -87,6 +87,11 @@ def find(ids_NxT, tags: Tags) -> Found:
     return Found(start, length, jnp.where(found, closed + len(tags.closing), t), found)
 
 
+def word_count(label_T: np.ndarray, filler: int) -> int:
+    """Returns how many tokens of a given explanation stand before its filling, one at least."""
+    return int(np.flatnonzero(label_T != filler)[-1:].sum()) + 1
+
+
 def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndarray:
     """Makes responses [..., length] of explanations [..., T]: opening tag, words (cut to fit), closing tag, filler."""
     if not tags:
@@ -94,8 +99,7 @@ def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndar
     room = length - len(tags.opening) - len(tags.closing)
 
     def response(label):
-        words = np.flatnonzero(label != filler)[-1:].sum() + 1  # one at least
-        body = [*tags.opening, *label[: min(words, room)], *tags.closing]
+        body = [*tags.opening, *label[: min(word_count(label, filler), room)], *tags.closing]
         return np.pad(np.asarray(body, label.dtype), (0, length - len(body)), constant_values=filler)
 
     return np.apply_along_axis(response, -1, labels)

@@ -140,7 +140,7 @@ class Measure:
         }
         shown = {'sampled': c.pred['sampled'], 'greedy': c.pred['greedy']}
         shown |= {f'best of {k}': preds[f'best_of_{k}'] for k in self.best_of[-1:]}
-        return Study(figures, self.by_k(preds), {k: _nmse(x, c.a) for k, x in shown.items()}, curves)
+        return Study(figures, self.by_k(preds), {k: metrics.nmse_rows(x, c.a) for k, x in shown.items()}, curves)
 
     def best(self) -> dict[str, np.ndarray]:
         """Returns the best reconstruction of the first k samples, for each k; the first of them is `sampled`."""
@@ -153,7 +153,7 @@ class Measure:
             roll = read(run.base, batch, layer=run.layer, recent=max(1, run.context_tokens))
             fetched = sharding.fetch({'a': comparable(roll.a_NxD, run.error), 'sampled': batch['sampled']})
             a, best = fetched['a'], fetched['sampled'].reshape(fetched['a'].shape)
-            error, out = _squares(a, best), {}
+            error, out = metrics.squares(best, a), {}
             for j in range(most):
                 if j % GROUP == 1 or (GROUP == 1 and j):
                     numbers, index = np.arange(j, j + GROUP), batch['index'].reshape(-1)
@@ -161,8 +161,9 @@ class Measure:
                     drawn = sharding.fetch(drawn)
                 if j:
                     pred = drawn[:, (j - 1) % GROUP]
-                    better = _squares(a, pred) < error
-                    best, error = np.where(better[:, None], pred, best), np.where(better, _squares(a, pred), error)
+                    made = metrics.squares(pred, a)
+                    better = made < error
+                    best, error = np.where(better[:, None], pred, best), np.where(better, made, error)
                 if j + 1 in self.best_of:
                     out[f'best_of_{j + 1}'] = best
             return out
@@ -179,7 +180,7 @@ class Measure:
         for k in self.best_of:
             pred = preds[f'best_of_{k}']
             figures = {
-                'avg_mse': metrics.mean(_squares(a, pred) / a.shape[1], doc),
+                'avg_mse': metrics.mean(metrics.squares(pred, a) / a.shape[1], doc),
                 'nmse': metrics.nmse(pred, a, doc),
                 'variance_recovery': metrics.variance_recovered(pred, a, doc),
                 'mse_variance_recovery': metrics.fve(pred, a, doc),
@@ -188,7 +189,7 @@ class Measure:
             row = {'k': k, 'total_positions': len(a)}
             for name, f in figures.items():
                 row |= {name: f['value'], f'{name}_ci95': f['ci95']}
-            rows.append(row | {'r_squared': float(1 - _squares(a, pred).sum() / spread)})
+            rows.append(row | {'r_squared': float(1 - metrics.squares(pred, a).sum() / spread)})
         return rows
 
     def first_tokens(self) -> dict[str, np.ndarray]:
@@ -206,9 +207,7 @@ class Measure:
         that of what the decoder says of the subject's own state after them alone, and subject_m, that state."""
         e, run, out = self.e, self.e.run, {}
         tokens, positions, m_most = e.held['tokens'], e.held['positions'], max(QUOTES)
-        before = positions[..., None] - run.context_tokens - np.arange(m_most)[::-1]
-        words = np.take_along_axis(tokens[:, None], np.maximum(before, 0), axis=2)
-        words = np.where(before < 0, -1, words) if run.context_tokens else words
+        words = e.tokens_before(m_most)
         every = np.full(len(self.c.a), True)
         how = {'group': 1, 'length': run.length, 'tags': run.texts.tags, 'error': run.error}
 
@@ -390,11 +389,3 @@ def _parts(c: Collected, where: dict[str, np.ndarray], what: str) -> dict[str, d
             says = f'FVE at temperature 1 of the {pick.sum()} {what}, around their own mean'
             figures[f'fve_{name}'] = figure | {'group': 'parts', 'meaning': says}
     return figures
-
-
-def _squares(a_NxD, pred_NxD) -> np.ndarray:
-    return ((np.asarray(a_NxD, np.float64) - pred_NxD) ** 2).sum(1)
-
-
-def _nmse(pred_NxD, a_NxD) -> np.ndarray:
-    return _squares(a_NxD, pred_NxD) / np.maximum((np.asarray(a_NxD, np.float64) ** 2).sum(1), 1e-12)
