@@ -166,6 +166,10 @@ def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
     require(len(cfg.phases) > 0 or bool(cfg.init_from), f'phases is empty: {what}.')
     for name in cfg.phases:
         check_phase(cfg, name)
+    learns = not cfg.phases or any(cfg[name].mse_weight != 0 for name in cfg.phases)
+    why = 'the encoder would never learn the context without words, which figures compare with'
+    blind = f'{"".join(cfg.phases[-1:])}.mse_weight=0 with encoder.context_tokens={cfg.encoder.context_tokens}'
+    require(learns or not cfg.encoder.context_tokens, f'{blind}: {why}.')
     make_phases(cfg, texts, 1)  # refuses what is written wrongly before data are read, which may take minutes
     trains = bool(cfg.phases) and 'train' in needs
     train, validation = _open_data(cfg, c, texts.tags, trains) if needs else (None, None)
@@ -367,9 +371,6 @@ def check_phase(cfg, name: str) -> None:
     for key, off in objectives.OPTIONAL.items():
         idle = f'{name}.{key}={shown(repr(p[key]))} does nothing under the {p.objective} objective'
         require(key in reads or p[key] == off, f'{idle}: use {off}.')
-    untrained = cfg.encoder.context_tokens > 0 and p.mse_weight == 0
-    why = 'the encoder would not learn the context without words, which figures compare with'
-    require(not untrained, f'{name}.mse_weight=0 with encoder.context_tokens={cfg.encoder.context_tokens}: {why}.')
     together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
     require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')
     n, some = cfg.explanation_len, p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len

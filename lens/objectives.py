@@ -168,8 +168,10 @@ def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, referen
     c = roll.counted
     words = _words(_scored(lens.decoder, base, roll), base, roll, hp, ())
     ce = losses.cross_entropy(words['logp'], c.mask_NxT, c.tokens)
-    pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, c.found.span if hp.tags else None)
-    loss, out = _reconstruction(base, roll, pred, hp, knobs)
+    loss, out = 0.0, {}
+    if hp.on & {'mse_weight', 'kl_weight'}:
+        pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, c.found.span if hp.tags else None)
+        loss, out = _reconstruction(base, roll, pred, hp, knobs)
     entropy = losses.masked_mean(words['entropy'], c.mask_NxT, c.tokens)
     return ce + loss, {'loss_decoder': ce, 'entropy_nats': entropy} | out
 
@@ -261,12 +263,12 @@ def gradient(objective: Objective, lens: Lens, base, roll: Rollout, key, hp: Hpa
     """Returns (gradient of the loss on a whole rollout, metrics); hp.slices above 1: in float32, summed over slices."""
     if roll.ids_NxT is not None:
         roll = _count(roll, hp, knobs)
-    if hp.context:
+    if hp.context and 'mse_weight' in hp.on:
         roll = roll._replace(shown_A=_shown(roll.batch['positions'].size, hp.context, key))
 
     def loss(lens: Lens, part: Rollout):
         value, out = objective.loss(lens, base, part, key, hp, knobs, reference)
-        if hp.context:
+        if part.shown_A is not None:
             mse, quotes = _quotes(lens.encoder, base, part, hp)
             value, out = value + knobs['mse_weight'] * mse, out | quotes
         return value, out

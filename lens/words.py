@@ -23,6 +23,7 @@ ANCHOR = 'a'  # what a token is decoded after, so that its space stays
 SHORTEST = 3  # letters of a content word
 NO_WORDS = ('special', 'system')  # roles whose words are none of a chat
 COUNTED = 4000  # documents that document frequencies are of, at most
+SEEN = 3  # documents that a rare word stands in
 _STOP = """
     a about above after again against all almost also although always am among an and another any are aren't around as
     at away back be became because become been before behind being below between both but by came can can't cannot come
@@ -157,7 +158,8 @@ def own_text(split, row: int) -> tuple[np.ndarray, np.ndarray | None]:
 def rarest(words: Sequence[str], frequency: Frequency, count: int) -> list[str]:
     """Picks the distinct content words of a text that say most about it, best first, as they stand in it.
 
-    By rarity, ln((M + 1) / (frequency + 1)), times 1 + ln(how often the text has the word); of equals the later one.
+    By tf-idf: rarity, ln((M + 1) / (frequency + 1)), times how often the text has the word; of equals the later one. What
+    stands in fewer than SEEN documents counts as no rarer: nothing that reads a few thousand texts can learn it.
     """
     forms, times, place = {}, collections.Counter(), {}
     for at, word in enumerate(words):
@@ -169,8 +171,8 @@ def rarest(words: Sequence[str], frequency: Frequency, count: int) -> list[str]:
                 forms[key] = re.sub("['\u2019]s$", '', word)
 
     def weight(key):
-        rarity = math.log((frequency.documents + 1) / (frequency.counts[key] + 1))
-        return rarity * (1 + math.log(times[key])), place[key]
+        rarity = math.log((frequency.documents + 1) / (max(frequency.counts[key], SEEN) + 1))
+        return rarity * times[key], place[key]
 
     return [forms[key] for key in sorted(forms, key=weight, reverse=True)[:count]]
 

@@ -55,7 +55,10 @@ from tests.small_run import config, train
         ({'data__min_pos': 100}, r'positions.npy row 0 has no labelled position from data.min_pos=100 on: sft needs'),
         ({'explanation_len': 200}, r'decoder.prompt and explanation_len=200 make 2\d\d tokens, the subject reads 128'),
         ({'encoder__context_tokens': 120}, r'encoder.context_tokens=120, encoder.prompt and .* the subject reads 128'),
-        ({'encoder__context_tokens': 2, 'sft__mse_weight': 0}, r'sft.mse_weight=0 with encoder.context_tokens=2: the '),
+        (
+            {'phases': ('sft',), 'encoder__context_tokens': 2, 'sft__mse_weight': 0},
+            r'sft.mse_weight=0 with encoder.context_tokens=2: the encoder would never learn',
+        ),
         ({'sft__copy_price': 0.1}, r'sft.copy_price=0.1 does nothing under the sft objective: use 0'),
         ({'sft__documents': 99}, r'sft.documents=99, but .*train holds only 60 documents'),
         ({'explanation_len': 7}, r'explanation_len=7, but the given explanations in .* have 12 tokens'),
