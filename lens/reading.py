@@ -282,10 +282,12 @@ class Reading:
     def title(self) -> str:
         """Returns what was read, in a line."""
         about = {k: shown(v) for k, v in self.about.items()}
-        return f'{len(self.rows)} tokens of {len(self.text)}, {about["subject"]} after block {about["layer"]}'
+        what = f'tokens of {len(self.text)}' if self.text else 'activations'
+        return f'{len(self.rows)} {what}, {about["subject"]} after block {about["layer"]}'
 
     def __str__(self) -> str:
-        console = rich.console.Console(width=110, no_color=True)
+        # plain text, also where Rich would show what it prints at once
+        console = rich.console.Console(width=110, force_terminal=False, force_jupyter=False)
         with console.capture() as said:
             console.print(self.table())
         return said.get()

@@ -296,11 +296,15 @@ def test_refusals(opened, call, message):
     assert '\n' not in str(e.value)
 
 
-def test_a_reading_is_a_table_json_and_rows(reading, tmp_path):
+def test_a_reading_is_a_table_json_and_rows(reading, tmp_path, monkeypatch):
     reading.save(tmp_path / 'x.json')
     again = Reading.from_json(json.loads((tmp_path / 'x.json').read_text()))
     assert again == reading and dataclasses.asdict(again[3]) == dataclasses.asdict(reading[3])
-    assert all(word in str(reading) for word in ('error', 'baker', label(reading[5].nmse), 'early'))
+    text = str(reading)
+    assert all(word in text for word in ('15 tokens of 15', 'error', 'baker', label(reading[5].nmse), 'early'))
+    assert '\x1b' not in text and '15 activations' in str(dataclasses.replace(reading, text=()))
+    monkeypatch.setattr('rich.console._is_jupyter', lambda: True)  # where rich shows what it prints
+    assert str(reading) == text
     with pytest.raises(LensError, match='This is no reading in JSON'):
         Reading.from_json({'format': 'x'})
 
