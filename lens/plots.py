@@ -96,7 +96,7 @@ def _nmse(axes, study, figures) -> None:
     for (name, x), color in zip(study.nmse.items(), COLORS, strict=False):
         label = f'{name}, mean {x.mean():.3f}'
         axes.hist(np.minimum(x, bins[-1]), bins, histtype='step', color=color, linewidth=1.4, label=label)
-    axes.set(xlabel='normalised squared error of an activation', ylabel='activations')
+    axes.set(xlabel='normalised squared error (last bin: and above)', ylabel='activations')
     axes.set_title('Errors of single activations')
     axes.legend()
 

@@ -125,7 +125,7 @@ def openapi() -> dict:
         keys = {k: {'type': v} for k, v in route.gives.items()}
         gives = answer('The answer.', {'type': 'object', 'required': list(keys), 'properties': keys})
         if 'stream' in route.properties:
-            gives['content'] |= {'text/event-stream': {'schema': {'type': 'string'}}}
+            gives['content'] |= {'text/event-stream': {}}
         paths[path] = post(route.about, api.request_schema(route), gives)
     about = {'title': 'lens', 'version': __version__, 'description': 'The activations of a language model in words.'}
     return {'openapi': '3.1.0', 'info': about, 'paths': paths}
