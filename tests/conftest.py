@@ -47,6 +47,8 @@ from tests.tiny_world import LENGTH, TINY, make_base, make_lens
 # Files whose tests run the same programs, or import the models of transformers (seconds), are one process's.
 TOGETHER = {
     'runs': 'extension refusals resume train',
+    'evaluations': 'evaluate study',
+    'readers': 'reader serve',
     'models': 'benchmark_cpu export families families_sharded functional hf_errors moe mxfp4 pretrain roles_families '
     'tiny_chat transformer',
 }

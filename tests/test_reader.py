@@ -17,7 +17,7 @@ from lens.errors import LensError
 from lens.models import subject
 from lens.models.encoder import encode_context
 from lens.reading import Reading, label
-from tests import small_run
+from tests import programs, small_run
 
 TEXT = 'Everyone knew Lena the baker. Lena found a compass near the lake.'
 CHAT = [{'role': 'user', 'content': 'Who found it?'}, {'role': 'assistant', 'content': 'Lena', 'thinking': 'the baker'}]
@@ -110,11 +110,11 @@ def test_a_row_says_what_was_read(opened, reading, folders):
     assert [r.token_id for r in reading] == ids and [r.position for r in reading] == list(range(len(ids)))
     assert ''.join(r.token for r in reading[1:]) == TEXT and reading[0].role == 'special'
     base = jax.tree.map(asarray, opened.base)
-    a = np.asarray(subject.activations(base, np.array([ids]), np.arange(len(ids))[None], run.layer))[0]
+    logits, streams = (np.asarray(x) for x in programs.hidden(base, np.array([ids])))
+    a = streams[run.layer + 1, 0]
     np.testing.assert_allclose([r.norm for r in reading], np.linalg.norm(a, axis=1), rtol=1e-5)
     np.testing.assert_allclose(opened.activations(TEXT, [-1, 2]), a[[-1, 2]], rtol=0, atol=1e-5 * a.std())
-    logits = np.asarray(base(np.array([ids])))[0]
-    for r, row in zip(reading, logits, strict=True):
+    for r, row in zip(reading, logits[0], strict=True):
         assert r.next_tokens[0].token == run.tokenizer.decode([row.argmax()])
         p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
         np.testing.assert_allclose([c.probability for c in r.next_tokens], np.sort(p)[::-1][:5], rtol=1e-4)
@@ -123,15 +123,16 @@ def test_a_row_says_what_was_read(opened, reading, folders):
         assert all(w.probability == pytest.approx(w.alternatives[0].probability, rel=1e-4) for w in greedy.words)
         assert ('early' in r.flags) == (r.position < run.min_pos)
     source = opened._source(ids, np.arange(len(ids)))
-    quote = np.asarray(encode_context(*jax.tree.map(asarray, (params.encoder, opened.base)), source, 3))
+    quote = np.asarray(jax.jit(encode_context)(*jax.tree.map(asarray, (params.encoder, opened.base)), source, 3))
     for r, p, x in zip(reading, quote, a, strict=True):
         assert r.controls['context'] == pytest.approx(((x - p) ** 2).sum() / (x**2).sum(), rel=1e-4)
         assert r.beyond == pytest.approx(1 - r.nmse / r.controls['context'])
     assert any(r.explanations[0].ids != r.explanations[1].ids for r in reading)
 
 
-def test_batches_change_no_row(folders, reading, opened):
-    other = lens.load(folders[0] / 'hf', batch=32).explain(TEXT, samples=2)
+def test_batches_change_no_row(folders, reading, opened, monkeypatch):
+    monkeypatch.setattr(reader, 'ENCODED', 1)  # as many texts are read back at a time as before
+    other = lens.load(folders[0] / 'hf', batch=20).explain(TEXT, samples=2)
     some = opened.explain(TEXT, [9, 3], samples=2)
     for ours, theirs in [*zip(reading, other, strict=True), (some[0], reading.at(9)), (some[1], reading.at(3))]:
         assert ours.explanations[1].ids == theirs.explanations[1].ids
