@@ -22,7 +22,6 @@ def free(value) -> ml_collections.FieldReference:
 
 # Matrices of a trained base, adapters, maps, read-out.
 MATRICES = r'/(base/blocks/(attn/[qkvo]|mlp/(gate|up|down)|moe/(router_w|gate_up|down))$|adapters/|(maps|readout)_w$)'
-FIXED_PROMPTS = (('^decoder/prompt_', None), ('^encoder/(prompt_|special_last)', None))  # rows before table()'s
 
 
 def table(weight_decay: float = 0.0, encoder_unfreeze: int | str = '0') -> tuple[tuple, ...]:
@@ -96,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.tuned_lens = ''  # folder of lens.tools.tuned_lens, for init=tuned_lens
 
     c.decoder = ml_collections.ConfigDict()
-    c.decoder.prompt = 'Short explanation of <embed>:'  # soft prompt starts from this text
+    c.decoder.prompt = 'Short explanation of <embed>:'  # where a soft prompt starts (affine), or the prompt itself
     c.decoder.injection = 'affine'  # affine (trained maps) | replace (A at a fixed norm) | add (norm-matched, block 1)
     c.decoder.norm = 0.0  # replace: norm of the row in the slot; 0 = sqrt(d)
     c.decoder.marker = ''  # replace, add: a text of one token that stands in the slots
@@ -106,7 +105,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.decoder.train = 'maps'  # maps (base frozen) | lora | full
 
     c.encoder = ml_collections.ConfigDict()
-    c.encoder.prompt = '<text>'  # soft prompt around the explanation
+    c.encoder.prompt = '<text>'  # around the explanation; soft where that of the decoder is
     c.encoder.output_layer = -1  # 0-based block that is read out; -1 = layer
     c.encoder.readout = 'affine'  # affine | linear | none: what follows it, identity at the start
     c.encoder.context_tokens = 0  # last source tokens, up to that which was read, shown after the words

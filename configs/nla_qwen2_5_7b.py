@@ -65,7 +65,6 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.decoder.train = c.encoder.train = 'lora'
     c.lora.pattern, c.lora.rank, c.lora.alpha, c.lora.rs = '.*', 128, 16.0, True
 
-    c.sft.table = c.grpo.table = base.FIXED_PROMPTS + base.table()
     c.sft.documents, c.sft.vectors, c.sft.steps = 32, 8, 1000
     c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-4 1e-5 warmup 50s'
     c.grpo.documents, c.grpo.vectors, c.grpo.group, c.grpo.slices, c.grpo.steps = 32, 4, 8, 4, 4200

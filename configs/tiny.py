@@ -70,5 +70,4 @@ def _nla(c: ml_collections.ConfigDict) -> None:
     c.decoder.injection, c.decoder.marker, c.decoder.norm = 'replace', '#', 20.0
     c.encoder.prompt = '<|bos|><text><|end|>'
     c.encoder.readout, c.encoder.error = 'linear', 'direction'
-    c.sft.table = c.grpo.table = base.FIXED_PROMPTS + base.table()
     c.grpo.beta, c.grpo.kl_to, c.grpo.kl_skip = 0.01, 'start', 0

@@ -45,10 +45,16 @@ def block_output(model, block, **tokens):
     return out[0].float()
 
 
+def prompt(side, model):
+    # rows left and right of what the prompt is about: trained ones, or those of its words in the model's own table
+    table = model.get_input_embeddings().weight.float()
+    return [lens.get(f'{side}/prompt_{at}', table[spec[side][f'prompt_ids_{at}']]) for at in ('left', 'right')]
+
+
 @torch.no_grad()
 def explain(activation, position=0):
     # activation [d] at a position -> token ids of the most probable explanation
-    c, left, right, a = spec['decoder'], lens['decoder/prompt_left'], lens['decoder/prompt_right'], activation.float()
+    c, (left, right), a = spec['decoder'], prompt('decoder', decoder), activation.float()
     slots = [len(left), *(len(left) + 1 + i for i in c['more_slots'])]
     if spec['position_vectors']:
         a = a - lens['decoder/positions'][position]
@@ -97,9 +103,9 @@ def reconstruct(ids, before=(), position=0):
     c, table = spec['encoder'], encoder.get_input_embeddings().weight
     before = torch.as_tensor(before, dtype=torch.long)
     context = before[max(0, len(before) - c['context_tokens']) :]
-    left, right = lens['encoder/prompt_left'], lens['encoder/prompt_right']
+    left, right = prompt('encoder', encoder)
     rows = torch.cat([left, table[ids].float(), right, table[context].float()])
-    rows[-1] += lens['encoder/special_last']
+    rows[-1] += lens.get('encoder/special_last', 0)
     x = block_output(encoder, c['output_layer'], inputs_embeds=inputs(encoder, rows))[-1]
     if c['readout'] != 'none':
         x = x @ lens['encoder/readout_w']

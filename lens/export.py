@@ -114,11 +114,7 @@ def write_folder(
     form: one of FORMATS.
     """
     models, source = form == 'hf', subject or config['subject']['path']
-    ids = {'decoder': run.texts.decoder[:2], 'encoder': run.texts.encoder}
-    prompts = {
-        side: {'prompt': config[side]['prompt'], 'prompt_ids_left': left, 'prompt_ids_right': right}
-        for side, (left, right) in ids.items()
-    }
+    prompts = {side: config[side]['prompt'] for side in lens_folder.SIDES}
     known = figures(config['encoder']['context_tokens'])
     about = {
         'subject': config['subject']['path'],

@@ -43,7 +43,16 @@ def settings(lens: Lens) -> dict:
         'encoder.readout': e.config.readout,
         'encoder.context_tokens': e.config.context_tokens,
         'position_vectors': e.positions is not None,
+        **({} if d.config.injection.soft_prompts else prompt_ids(lens)),
     }
+
+
+def prompt_ids(lens: Lens) -> dict:
+    """Collects the words of the prompts, token ids by configuration key."""
+    sides = {side: getattr(lens, side) for side in SIDES}
+    ids = {f'{k}.prompt_ids_left': x.left_ids for k, x in sides.items()}
+    ids |= {f'{k}.prompt_ids_right': x.right_ids for k, x in sides.items()}
+    return {k: list(x) for k, x in ids.items()}
 
 
 def _leaves(tree) -> dict:
@@ -104,11 +113,11 @@ def model(lens: Lens, base: Transformer, side: str) -> Transformer:
 
 
 def write(
-    directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, dict], about: dict, models: bool = True
+    directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, str], about: dict, models: bool = True
 ) -> dict:
     """Writes lens.safetensors and lens.json, which it returns.
 
-    prompts: of each side, what lens.json says of it; about: further entries. models: whether decoder/ and encoder/ come
+    prompts: the text of that of each side; about: further entries. models: whether decoder/ and encoder/ come
     beside; without them the lens is to be small, and tensors are in bfloat16, not float32. Raises LensError where a side
     has a base of its own, of which nothing would be left.
     """
@@ -120,9 +129,10 @@ def write(
     dtype = np.float32 if models else jnp.bfloat16
     arrays = {name: np.asarray(x).astype(dtype) for name, x in _small(lens).items()}
     hf.write_tensors(directory / 'lens.safetensors', arrays)
-    keys, place = settings(lens), lens.decoder.config.injection.place
+    keys, place = settings(lens) | prompt_ids(lens), lens.decoder.config.injection.place
     sides = {
-        side: {k.removeprefix(f'{side}.'): v for k, v in keys.items() if k.startswith(f'{side}.')} | prompts[side]
+        side: {k.removeprefix(f'{side}.'): v for k, v in keys.items() if k.startswith(f'{side}.')}
+        | {'prompt': prompts[side]}
         for side in SIDES
     }
     content = {

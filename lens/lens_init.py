@@ -66,6 +66,7 @@ def make_lens(cfg, texts: Texts, base, start: Start, key) -> Lens:
             *texts.encoder,
             base,
             readout=start.readout,
+            soft_prompt=inject.soft_prompts,
             **trained(cfg.encoder, encoder.output_layer + 1, encoder_key),
         ),
     )

@@ -136,14 +136,16 @@ def check_start(cfg, lens: Lens, base) -> None:
 
 
 def _places(stored: dict, workdir: str) -> dict:
-    """The values of PLACES, and of the fields of the injection, by dotted key."""
+    """The values of PLACES, of the fields of the injection and of prompts that are no weights, by dotted key."""
     flat = places.flat(stored)
     if missing := [k for k in PLACES if k not in flat]:
         raise LensError(f'{workdir}/config.json lacks {missing[0]}: {ANOTHER_VERSION}.')
     if flat['encoder.output_layer'] == -1:
         flat['encoder.output_layer'] = flat['layer']
     kind = injection.INJECTIONS[flat['decoder.injection']]
-    return {k: flat.get(k) for k in (*PLACES, *(f'decoder.{f.name}' for f in dataclasses.fields(kind)))}
+    more = [f'decoder.{f.name}' for f in dataclasses.fields(kind)]
+    more += [] if kind.soft_prompts else ['decoder.prompt', 'encoder.prompt']
+    return {k: flat.get(k) for k in (*PLACES, *more)}
 
 
 def initial_lens(cfg, run: Run) -> Lens:

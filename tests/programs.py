@@ -79,13 +79,20 @@ def head(model, x_BxTxD):
     return model.logits(x_BxTxD)
 
 
+def rows_of(side, table) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt of a side: what it trains, or its words in a table."""
+    if side.prompt_left is None:
+        return table[np.asarray(side.left_ids, int)], table[np.asarray(side.right_ids, int)]
+    return np.asarray(side.prompt_left[...]), np.asarray(side.prompt_right[...])
+
+
 def decode_by_hand(decoder, model, a_BxD, ids_BxT):
     """Logits BxTxV of every token of given explanations, block by block; without positions and input scale."""
     c, how, table = decoder.config, decoder.config.injection, np.asarray(model.embedding[...])
     a = np.asarray(a_BxD)
-    left, right = (np.tile(p[...], (len(a), 1, 1)) for p in (decoder.prompt_left, decoder.prompt_right))
+    left, right = (np.tile(p, (len(a), 1, 1)) for p in rows_of(decoder, table))
     x = np.concatenate([left, np.zeros_like(a)[:, None], right, table[np.asarray(ids_BxT)[:, :-1]]], axis=1)
-    slots = [len(decoder.prompt_left), *(len(decoder.prompt_left) + 1 + i for i in c.more_slots)]
+    slots = [len(decoder.left_ids), *(len(decoder.left_ids) + 1 + i for i in c.more_slots)]
     if isinstance(how, Affine):
         maps = [
             a @ np.asarray(w) + np.asarray(b) for w, b in zip(decoder.maps_w[...], decoder.maps_b[...], strict=True)

@@ -48,14 +48,14 @@ def test_norm_matched_addition_by_hand():
     close(back(jnp.ones_like(out))[0], np.array([[[1.6, 1.8], [1.0, 1.0]]]))
 
 
-def make_decoder(base, inject, more=()):
+def make_decoder(base, inject, more=(), own_base=False):
     """Nothing of it is at its initial value."""
     maps = None
     if inject.n_maps:
         maps = scaled_identity(inject, LAYER, 1.0, TINY.d_model, np.arange(1, 5, dtype=np.float32))
     config = DecoderConfig(inject, LAYER, more, MARKER)
     rng = np.random.default_rng(2)
-    decoder = Decoder(config, [3, 7], [9], base, maps, own_base=False, adapters=None)
+    decoder = Decoder(config, [3, 7], [9], base, maps, own_base=own_base, adapters=None)
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), decoder)
 
 
@@ -76,6 +76,20 @@ def test_every_injection_equals_the_stack_by_hand(base, given, case):
     logp, entropy = programs.score(decoder, base, *given)
     close(logp, np.take_along_axis(log_p, given[1][..., None], -1)[..., 0])
     close(entropy, -(np.exp(log_p) * log_p).sum(-1))
+
+
+@pytest.mark.parametrize(('case', 'own_base'), [('two blocks', False), ('replace', False), ('add', True)])
+def test_a_marked_prompt_is_words_of_the_table_of_the_model_that_reads_it(base, given, case, own_base):
+    """Of its own base where it trains one, which is another than the frozen one here."""
+    decoder, soft = make_decoder(base, *CASES[case], own_base=own_base), case == 'two blocks'
+    names = {sharding.path(kp) for kp, _ in jax.tree_util.tree_leaves_with_path(decoder)}
+    assert {n for n in names if n.startswith('prompt')} == ({'prompt_left', 'prompt_right'} if soft else set())
+    if own_base:
+        first = jax.jit(jax.value_and_grad(lambda d: dec.prefill(d, base, jnp.asarray(given[0]))[0][:, 0].sum()))
+        got, grad = first(decoder)
+        close(got, programs.decode_by_hand(decoder, decoder.base, *given)[:, 0, 0].sum(), steps=1024)
+        moved = np.flatnonzero(np.abs(grad.base.embedding[...]).sum(1))
+        assert moved.tolist() == [3, 7, MARKER], 'the prompt and the marker train with the table'
 
 
 def test_added_while_sampling_as_while_scoring(base, given):

@@ -1,4 +1,4 @@
-"""activation -> text: the slots, the maps, the soft prompt, prefill and teacher-forced scoring.
+"""activation -> text: the slots, the maps, the prompt, prefill and teacher-forced scoring.
 
 The prompt is [left, slot, right]; `right` may hold further slots. How the activation enters them is an object of
 injection.py; later tokens see it through the key/value cache only. What the prompt is made of is in the units of
@@ -16,7 +16,7 @@ from lens import sharding
 from lens.models import injection
 from lens.models.attention import KVCache
 from lens.models.subject import tile_rows
-from lens.models.transformer import Side, Transformer, model_of, rows_for
+from lens.models.transformer import Side, Transformer, model_of, prompt_of, rows_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +36,18 @@ class Decoder(Side):
         self, c: DecoderConfig, left_ids, right_ids, base, maps, *, own_base, adapters, positions=False, compute=''
     ):
         """maps: (W MxDxD, b MxD) at the start, None for an injection without maps. The others: Side."""
-        super().__init__(left_ids, right_ids, base, base if own_base else None, adapters, positions, compute)
+        own = base if own_base else None
+        super().__init__(left_ids, right_ids, base, own, adapters, positions, compute, c.injection.soft_prompts)
         self.config = c
         self.maps_w, self.maps_b = (nnx.data(x if x is None else nnx.Param(x)) for x in maps or (None, None))
 
     @property
     def prompt_len(self) -> int:
-        return len(self.prompt_left) + 1 + len(self.prompt_right)
+        return len(self.left_ids) + 1 + len(self.right_ids)
 
     @property
     def slots(self) -> tuple[int, ...]:
-        first = len(self.prompt_left)
+        first = len(self.left_ids)
         return (first, *(first + 1 + i for i in self.config.more_slots))
 
 
@@ -72,7 +73,7 @@ def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
     """Makes (prompt rows BxQxD in the units of the embedding table, before_block hook)."""
     n, dtype = len(activation_BxD), model.dtype
     slot_BxD, hook = decoder.config.injection.enter(decoder, model, activation_BxD.astype(jnp.float32))
-    left, right = (rows_for(n, p[...], dtype) for p in (decoder.prompt_left, decoder.prompt_right))
+    left, right = (rows_for(n, p_QxD, dtype) for p_QxD in prompt_of(decoder, model))
     x = jnp.concatenate([left, slot_BxD[:, None].astype(dtype), right], axis=1)
     return (injection.overwrite(x, decoder.slots, slot_BxD) if decoder.config.more_slots else x), hook
 

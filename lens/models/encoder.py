@@ -1,4 +1,4 @@
-"""text -> activation: soft prompt around the words, read-out after one block at the last position."""
+"""text -> activation: a prompt around the words, read-out after one block at the last position."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lens import sharding
-from lens.models.transformer import Side, Transformer, model_of, rows_for
+from lens.models.transformer import Side, Transformer, model_of, prompt_of, rows_for
 
 READOUTS = ('affine', 'linear', 'none')
 
@@ -33,8 +33,8 @@ class EncoderConfig:
 
 
 class Encoder(Side):
-    """What the encoder trains: special last vector, read-out, and what every side does; its own base ends after the
-    block that is read. The reconstruction gets its vector of `positions`."""
+    """What the encoder trains: read-out, with a soft prompt a special last vector, and what every side does; its own base
+    ends after the block that is read. The reconstruction gets its vector of `positions`."""
 
     def __init__(
         self,
@@ -48,13 +48,14 @@ class Encoder(Side):
         readout=None,
         positions=False,
         compute='',
+        soft_prompt=True,
     ):
         """readout: (W DxD, b D) at the start; the identity where not given. The others: Side."""
         own = base.truncated(c.output_layer + 1) if own_base else None
-        super().__init__(left_ids, right_ids, base, own, adapters, positions, compute)
+        super().__init__(left_ids, right_ids, base, own, adapters, positions, compute, soft_prompt)
         self.config, d = c, base.config.d_model
         w, b = readout or (jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32))
-        self.special_last = nnx.Param(jnp.zeros(d, jnp.float32))
+        self.special_last = nnx.data(nnx.Param(jnp.zeros(d, jnp.float32)) if soft_prompt else None)
         self.readout_w = nnx.data(nnx.Param(w) if c.readout != 'none' else None)
         self.readout_b = nnx.data(nnx.Param(b) if c.readout == 'affine' else None)
 
@@ -83,17 +84,18 @@ def encode_rows(
     ValueError for a source of fewer tokens than the context has.
     """
     model = model_of(encoder, base)
-    left, dtype, m = len(encoder.prompt_left), model.dtype, encoder.config.context_tokens
+    left, dtype, m = len(encoder.left_ids), model.dtype, encoder.config.context_tokens
     if m and source.tokens_NxR.shape[1] < m:
         raise ValueError(f'the encoder reads {m} source tokens, it was given {source.tokens_NxR.shape[1]}')
 
     def rows(p_QxD):
         return rows_for(len(words_BxTxD), p_QxD, dtype)
 
-    tail = rows(encoder.prompt_right[...])
+    left_QxD, right_QxD = prompt_of(encoder, model)
+    tail = rows(right_QxD)
     if m:
         tail = jnp.concatenate([tail, model.lookup(source.tokens_NxR[:, -m:])], axis=1)
-    x = jnp.concatenate([rows(encoder.prompt_left[...]), words_BxTxD, tail], axis=1)
+    x = jnp.concatenate([rows(left_QxD), words_BxTxD, tail], axis=1)
     last, words = jnp.full(len(x), x.shape[1] - 1), words_BxTxD.shape[1]
     gaps = span is not None or shown_B is not None or m > 1  # the token that was read is always there
     if gaps:
@@ -101,7 +103,8 @@ def encode_rows(
         seen = jnp.minimum(source.position_N + 1, m if shown_B is None else shown_B) if m else 0 * length
         x, last = _close_up(x, left, words, m, start, length, seen)
     hit_BxT = jnp.arange(x.shape[1]) == last[:, None]
-    x = x + jnp.where(hit_BxT[..., None], rows(encoder.special_last[...][None]), 0)
+    if encoder.special_last is not None:
+        x = x + jnp.where(hit_BxT[..., None], rows(encoder.special_last[...][None]), 0)
     x = model.run_layers(model.enter(x), 0, encoder.config.output_layer + 1, adapters=encoder.adapters)
     y = jnp.sum(jnp.where(hit_BxT[..., None], x.astype(jnp.float32), 0), axis=1) if gaps else x[:, -1]
     y = y.astype(jnp.float32)

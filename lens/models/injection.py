@@ -28,10 +28,12 @@ class Injection:
     enter(decoder, model, a_BxD) -> (row_BxD, before_block): what fills the slots of the prompt, in units of the
     embedding table, and the hook of Transformer.run_layers, in those of the stream, or None. a_BxD: float32.
     n_maps: trained maps y = a W + b, in Decoder.maps_w and maps_b. place: where y goes, for a reader of exported
-    weights. at_input: whether y is in units of the embedding table.
+    weights. at_input: whether y is in units of the embedding table. soft_prompts: whether prompts are trained rows beside
+    the models, not words that each model looks up in its own table, as the readers of its files do.
     """
 
     name: ClassVar[str]
+    soft_prompts: ClassVar[bool] = True
     n_maps = 0
     place = ''
     at_input = True
@@ -94,6 +96,7 @@ class Replace(Injection):
 
     norm: float
     name = 'replace'
+    soft_prompts = False
 
     @classmethod
     def from_config(cls, d, c):
@@ -108,6 +111,7 @@ class Replace(Injection):
 @dataclasses.dataclass(frozen=True)
 class Add(Injection):
     name = 'add'
+    soft_prompts = False
 
     @classmethod
     def from_config(cls, d, c):
@@ -121,7 +125,7 @@ class Add(Injection):
         def add(x_BxTxD, block):
             return jnp.where(block == ADD_BLOCK, add_norm_matched(x_BxTxD, decoder.slots, a_BxD), x_BxTxD)
 
-        marker_1xD = jax.lax.stop_gradient(model.embedding_rows([decoder.config.marker]))
+        marker_1xD = model.embedding_rows([decoder.config.marker])
         return jnp.broadcast_to(marker_1xD, a_BxD.shape, out_sharding=sharding.like(a_BxD)), add
 
 

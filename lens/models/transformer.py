@@ -238,9 +238,8 @@ class Transformer(nnx.Module):
         """Embeds token ids as they enter block 0 at positions start..start+T-1, BxTxD."""
         return self.enter(self.lookup(ids_BxT), start)
 
-    def embedding_rows(self, ids: list[int]):
-        """Looks rows of the embedding table up for all rows of a batch, len(ids) x D as they are stored: where a soft
-        prompt starts."""
+    def embedding_rows(self, ids: Sequence[int]):
+        """Looks rows of the embedding table up for all rows of a batch, len(ids) x D as they are stored."""
         return self._rows(jnp.asarray(ids, jnp.int32), sharding.P(None, None))
 
     def truncated(self, n: int) -> 'Transformer':
@@ -321,12 +320,18 @@ class Transformer(nnx.Module):
 
 
 class Side(nnx.Module):
-    """What decoder and encoder both train: a soft prompt and, where asked for, adapters, a float32 copy of own_base
-    (a part of `base`) whose products are in the dtype `compute`, a copy of the table of positions (GPT-2)."""
+    """What decoder and encoder both train: with `soft` a prompt that starts as the rows of its words, else none, and, where
+    asked for, adapters, a float32 copy of own_base (a part of `base`) whose products are in the dtype `compute`, a copy of
+    the table of positions (GPT-2)."""
 
-    def __init__(self, left_ids, right_ids, base: Transformer, own_base, adapters, positions: bool, compute: str):
-        self.prompt_left = nnx.Param(base.embedding_rows(left_ids).astype(jnp.float32))
-        self.prompt_right = nnx.Param(base.embedding_rows(right_ids).astype(jnp.float32))
+    def __init__(
+        self, left_ids, right_ids, base: Transformer, own_base, adapters, positions: bool, compute: str, soft: bool
+    ):
+        self.left_ids, self.right_ids = tuple(left_ids), tuple(right_ids)
+        self.prompt_left, self.prompt_right = (
+            nnx.data(nnx.Param(base.embedding_rows(ids).astype(jnp.float32)) if soft else None)
+            for ids in (left_ids, right_ids)
+        )
         self.positions = nnx.data(nnx.Param(base.positions[...].astype(jnp.float32)) if positions else None)
         self.base = nnx.data(jax.tree.map(lambda x: x.astype(jnp.float32), own_base))
         if self.base is not None:
@@ -337,6 +342,14 @@ class Side(nnx.Module):
 def model_of(side: Side, base: Transformer) -> Transformer:
     """Picks the model that a side runs: its own base where it trains one, else the frozen one."""
     return base if side.base is None else side.base
+
+
+def prompt_of(side: Side, model: Transformer):
+    """Gives (left, right) of a prompt, QxD each in the units of the embedding table: the rows that a side trains, or those
+    that its words have in the table of the model that it runs."""
+    if side.prompt_left is None:
+        return model.embedding_rows(side.left_ids), model.embedding_rows(side.right_ids)
+    return side.prompt_left[...], side.prompt_right[...]
 
 
 def for_rollout(side: Side, base: Transformer) -> Side:
