@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From top to bottom. A module imports its own layer and those below, never above, and nothing in a circle.
 LAYERS = {
     'commands': 'commands main tools export explain serve web api',
-    'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer',
+    'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer '
+    'interchange',
     'objectives': 'objectives gumbel sampling flops instrument',
     'models': 'models hf lens_folder translators',
     'ground': 'response losses draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
@@ -24,6 +25,7 @@ ONLY = {
     'safetensors': ('lens.hf', 'data_gen'),
     'tokenizers': ('lens.hf', 'data_gen'),
     'orbax': ('lens.checkpoint',),
+    'yaml': ('lens.interchange',),
     'grain': ('lens.data',),
     'starlette': ('lens.web',),
     'uvicorn': ('lens.serve',),

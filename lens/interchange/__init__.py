@@ -1,0 +1,1 @@
+"""Lenses of others, natural language autoencoders above all: their directories, read and written."""
