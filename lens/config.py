@@ -198,7 +198,7 @@ def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
 def load(cfg, run: Run) -> Run:
     """Returns the run with the weights of its frozen base in their place. Raises LensError."""
     how, placed = _base_settings(cfg)
-    return dataclasses.replace(run, base=hf.load_model(cfg.subject.path, mesh=run.mesh, **how, **placed))
+    return dataclasses.replace(run, base=hf.load_model(cfg.subject.path, mesh=run.mesh, head=True, **how, **placed))
 
 
 def read_texts(cfg, tokenizer, vocab_size: int) -> Texts:

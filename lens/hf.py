@@ -328,9 +328,16 @@ def ships_packed(path: pathlib.Path) -> bool:
     return (_read_json(_config_json(path)).get('quantization_config') or {}).get('quant_method') == 'mxfp4'
 
 
-def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_above: float = math.inf) -> Transformer:
+def abstract_model(
+    c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_above: float = math.inf, head: bool = True
+) -> Transformer:
     """Makes a model of ShapeDtypeStructs that carry their placement; arguments as in load_model."""
-    abstract = jax.eval_shape(lambda: Transformer(c, rngs=nnx.Rngs(0), dtype=dtype))
+
+    def make():
+        model = Transformer(c, rngs=nnx.Rngs(0), dtype=dtype)
+        return model if head else model.truncated(c.n_layers)
+
+    abstract = jax.eval_shape(make)
     if mesh is None:
         place = SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
@@ -338,13 +345,22 @@ def abstract_model(c: TransformerConfig, *, dtype=jnp.float32, mesh=None, split_
 
 
 def load_model(
-    path: PathLike, *, dtype=jnp.float32, mesh=None, remat='full', experts='auto', packed=False, split_above=math.inf
+    path: PathLike,
+    *,
+    dtype=jnp.float32,
+    mesh=None,
+    remat='full',
+    experts='auto',
+    packed=False,
+    split_above=math.inf,
+    head: bool | None = None,
 ) -> Transformer:
     """Loads the model of a local Hugging Face directory or a Hub id onto `mesh` (default: one device).
 
     dtype: of all weights on the device. remat, experts: see TransformerConfig. packed: keep MXFP4 experts as bytes
     and dequantise them one layer at a time; without it they become `dtype` here. split_above: see
-    sharding.shardings. The host holds no more than one stored tensor at a time.
+    sharding.shardings. head: whether final norm and head must be there, or are left out as in an encoder that ends
+    after the block it reads; None: as the files have it. The host holds no more than one stored tensor at a time.
     Raises LensError naming the file or tensor when anything is missing, extra, misshapen or not finite.
     """
     directory = local_directory(path)
@@ -353,7 +369,11 @@ def load_model(
     shipped_packed = any(n.endswith('_blocks') for n in stored)
     if packed and not shipped_packed:
         raise LensError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
-    abstract = abstract_model(c, dtype=dtype, mesh=mesh, split_above=split_above)
+    top = {t.hf_name for t in families.FAMILIES[c.family].table if t.path.startswith(('final_norm/', 'head'))}
+    top = {n for n in stored if any(n == name or n.endswith(f'.{name}') for name in top)}
+    head = bool(top) if head is None else head
+    stored = stored if head else {n: x for n, x in stored.items() if n not in top}
+    abstract = abstract_model(c, dtype=dtype, mesh=mesh, split_above=split_above, head=head)
     leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(abstract)}
     table = families.table(c, leaves.__contains__, shipped_packed)
     names = _check(directory, stored, table, c)

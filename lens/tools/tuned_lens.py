@@ -177,7 +177,7 @@ def open_job(model: str, folder: str, s: TunedLensSettings) -> TunedLensJob:
     require(len(train) >= s.batch, f'{folder}/train holds {len(train)} documents, fewer than --batch={s.batch}.')
     n, most = min(s.seq_len or train.tokens.shape[1], train.tokens.shape[1]), c.max_positions
     require(n <= most, f'{folder} has {n} tokens a row, the subject reads {most}: give --seq_len={most} or less.')
-    subject = hf.load_model(directory, dtype=DTYPES[s.dtype], mesh=mesh)
+    subject = hf.load_model(directory, dtype=DTYPES[s.dtype], mesh=mesh, head=True)
     return TunedLensJob(subject, train, validation, mesh, dataclasses.replace(s, seq_len=n))
 
 
