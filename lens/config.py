@@ -154,7 +154,10 @@ def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
     needs: splits without which it is of no use; phases need both. A split that is not opened is None.
     """
     check_values(cfg)
-    for key, what in {'subject.path': 'a directory in Hugging Face layout', 'data.path': 'a folder of tokens'}.items():
+    folders = {'subject.path': 'a directory in Hugging Face layout'} | (
+        {'data.path': 'a folder of tokens'} if needs else {}
+    )
+    for key, what in folders.items():
         require(get(cfg, key).strip() != '', f'{key} is empty: give {what}.')
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.model, cfg.mesh.replica)
     c = hf.read_config(hf.local_directory(cfg.subject.path, weights=False))

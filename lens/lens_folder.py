@@ -214,6 +214,11 @@ def read(directory: str | pathlib.Path, like: Lens) -> Lens:
                 have = f'{name} of shape {stored[name].shape}' if name in stored else f'no {name}'
                 raise LensError(f'{directory}/{side} holds {have}, the subject of this configuration needs {x.shape}.')
             found[f'{side}/base/{name}'] = stored[name]
+    return placed(found, like)
+
+
+def placed(found: dict[str, np.ndarray | jax.Array], like: Lens) -> Lens:
+    """Puts leaves by path into the structure and placement of `like`; those on devices are in their place."""
 
     def leaf(kp, x):
         y = found[sharding.path(kp)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from lens import lens_folder, sharding, translators
 from lens.config import Run, Texts
+from lens.interchange import directories, reading
 from lens.models import injection, lora, subject
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
@@ -88,7 +89,9 @@ def abstract_lens(cfg, texts: Texts, base, mesh) -> Lens:
 def check_start(cfg, lens: Lens, base) -> None:
     """Raises LensError where the exported lens or the translators that a run starts from do not fit. All may be
     abstract."""
-    if cfg.init_from:
+    if directories.is_foreign(cfg.init_from):
+        reading.check(cfg.init_from, lens)
+    elif cfg.init_from:
         lens_folder.check(pathlib.Path(cfg.init_from), lens)
     elif 'tuned_lens' in (cfg.decoder.init, cfg.encoder.init):
         translators.read(cfg.tuned_lens, base.config)
@@ -96,8 +99,11 @@ def check_start(cfg, lens: Lens, base) -> None:
 
 def init_lens(cfg, run: Run) -> Lens:
     """Returns the lens that training starts from, made in its place on the mesh: fresh and reproducible from
-    cfg.seed, or the exported one of cfg.init_from. Call under jax.set_mesh(run.mesh). Raises LensError."""
+    cfg.seed, or the exported one of cfg.init_from, or that of others. Call under jax.set_mesh(run.mesh). Raises
+    LensError."""
     abstract = abstract_lens(cfg, run.texts, run.base, run.mesh)
+    if directories.is_foreign(cfg.init_from):
+        return reading.read(cfg.init_from, run, abstract)
     if cfg.init_from:
         return lens_folder.read(pathlib.Path(cfg.init_from), abstract)
     make = jax.jit(lambda *a: make_lens(cfg, run.texts, *a), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))

@@ -18,6 +18,7 @@ import numpy as np
 
 from lens import files, instrument, reopen, sharding, spoken, steer
 from lens.errors import LensError, number, shown
+from lens.interchange import directories
 from lens.models.encoder import Source
 from lens.reading import Choice, Explanation, Reading, Row, Word
 from lens.reopen import Reopened
@@ -39,8 +40,9 @@ def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH) -> 'Re
     take more memory and change no row. Raises LensError: no lens there, or another subject than that of its training.
     """
     folder, given = files.find(path), {'subject_path': str(subject)} if subject else {}
-    folder = folder if folder.is_dir() else files.find(pathlib.Path('lenses') / path)
-    if not folder.is_dir():
+    theirs = directories.is_foreign(folder)
+    folder = folder if folder.is_dir() or theirs else files.find(pathlib.Path('lenses') / path)
+    if not folder.is_dir() and not theirs:
         ships = ', '.join(sorted(p.parent.name for p in files.home().glob('lenses/*/lens.json'))) or 'none'
         raise LensError(
             f'{shown(path)} is no folder of a run or of lens.export, and no lens that ships with the package ({ships}): give '
@@ -48,7 +50,7 @@ def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH) -> 'Re
         )
     number(batch, 'batch', 1, 4096)
     try:
-        exported = (folder / 'lens.json').exists()
+        exported = theirs or (folder / 'lens.json').exists()
         opened = reopen.open_folder(folder, **given) if exported else reopen.reopen(folder, data=1, needs=(), **given)
     except LensError as e:
         made = next((how for where, how in MADE.items() if where in str(e) and not files.find(where).exists()), None)

@@ -14,6 +14,7 @@ from lens import config, files, hf, keys, lens_folder, lens_init, places
 from lens.checkpoint import Checkpoints, Keep
 from lens.config import Run
 from lens.errors import LensError
+from lens.interchange import directories, reading
 from lens.models import injection
 from lens.models.lens import Lens
 
@@ -96,27 +97,31 @@ def reopen(
 
 
 def open_folder(directory: pathlib.Path, **given: str) -> Reopened:
-    """Returns an exported lens, whole or light, beside its subject; no data is needed. given: as in places.locate.
+    """Returns an exported lens, whole or light, or one of others, beside its subject; no data is needed. given: as in
+    places.locate.
 
     Raises LensError, also where the subject is another than that of its training, before weights are read.
     """
-    spec, file = lens_folder.read_spec(directory), directory / 'lens.json'
+    theirs, file = directories.is_foreign(directory), directory / 'lens.json'
+    spec = reading.opened(directory, **given) if theirs else lens_folder.read_spec(directory)
     stored, step, content = (spec.get(k) for k in ('config', 'step', 'subject_content'))
     try:
         cfg = ml_collections.ConfigDict(stored)
-        cfg.update(phases=(), tuned_lens='', init_from=str(directory.absolute()))
+        cfg.update(phases=(), tuned_lens='', init_from=str(directory.absolute() if directory.is_dir() else directory))
         cfg = places.locate(cfg, directory, **given)
     except (ValueError, TypeError, AttributeError) as e:
         raise LensError(f'{file} cannot be used ({str(e).rstrip(".")}): {ANOTHER_VERSION}.') from e
     cfg.mesh.update(data=1, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
-    if hf.content(cfg.subject.path) != content:
+    if not theirs and hf.content(cfg.subject.path) != content:
         raise LensError(
             f'{directory} holds a lens of another subject than {cfg.subject.path}, whose weights are not those of its '
             'training: give the folder of its own as subject.'
         )
-    run = config.load(cfg, config.plan(cfg, ()))
+    run = config.plan(cfg, ())
     with jax.set_mesh(run.mesh):
-        params = lens_folder.read(directory, lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh))
+        lens_init.check_start(cfg, lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh), run.base)
+        run = config.load(cfg, run)
+        params = lens_init.init_lens(cfg, run)
     return Reopened(stored, cfg.subject.path, run, step, params)
 
 

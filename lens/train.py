@@ -28,6 +28,7 @@ from lens import (
 )
 from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
+from lens.interchange.reading import configured
 from lens.models.decoder import Decoder
 from lens.models.lens import Lens, parameter_count
 from lens.places import contents, has_begun, identity, locate
@@ -107,7 +108,8 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
     profile: the window of --profile, START:COUNT. stop: what hears signals, if they are to be heard. Raises Stopped after
     a signal, LensError for what a user can mend.
     """
-    stop, began, given = stop or Stop(), time.monotonic(), cfg
+    stop, began = stop or Stop(), time.monotonic()
+    given = configured(cfg, locate(cfg, workdir))
     cfg = locate(given, workdir)
     run = config.plan(cfg)
     config.check_batches(cfg, run.mesh)

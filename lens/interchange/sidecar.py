@@ -61,11 +61,11 @@ class Sidecar:
     prompt_ids: tuple[int, ...] | None = None
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def prompt(self, tokenizer, thinking: bool | None = None) -> str:
-        """Renders the prompt of the decoder, its marker in it: one user turn, the generation prompt on. thinking: None
-        leaves it to the chat template. Raises LensError."""
+    def prompt(self, tokenizer) -> str:
+        """Renders the prompt of the decoder, its marker in it: one user turn, the generation prompt on. Whether a thinking
+        model was told not to think stands in no sidecar: those that add to the stream do so. Raises LensError."""
         text = self._filled('decoder', self.decoder_template.replace(INJECT, f'{{{CHAR}}}'), CHAR, self.marker)
-        how = {} if thinking is None else {'enable_thinking': thinking}
+        how = {'enable_thinking': False} if self.family == 'add' else {}
         turns = [{'role': 'user', 'content': text}]
         try:  # tokenised by itself afterwards: what tokenize=True returns depends on the version of transformers
             return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how)
@@ -76,9 +76,9 @@ class Sidecar:
         """Fills the template of the encoder with words. Raises LensError."""
         return self._filled('encoder', self.encoder_template, EXPLANATION, words)
 
-    def check(self, tokenizer, c: TransformerConfig, thinking: bool | None = None) -> None:
+    def check(self, tokenizer, c: TransformerConfig, prompt: str | None = None) -> None:
         """Raises LensError unless tokenizer and model are those that the sidecar tells of: the width, the marker, its
-        neighbours in the prompt, the end of what the encoder reads. Arguments of `prompt`."""
+        neighbours in the prompt, the end of what the encoder reads. prompt: as rendered; None: by this tokenizer."""
 
         def ids(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)['input_ids']
@@ -86,7 +86,7 @@ class Sidecar:
         if self.d_model != c.d_model:
             raise self._wrong(f'd_model={self.d_model}, the model has hidden states of {c.d_model}')
         if self.marker:
-            self._check_marker(ids, tokenizer.unk_token_id, self.prompt(tokenizer, thinking))
+            self._check_marker(ids, tokenizer.unk_token_id, self.prompt(tokenizer) if prompt is None else prompt)
         if self.encoder_template:
             tail = self.encoder_text('\0').rpartition('\0')[2]
             # the first token after the words may merge with their last one

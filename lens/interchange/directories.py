@@ -1,0 +1,211 @@
+"""The directories of a lens of others: what is in them, read and refused, but for whole models.
+
+DIR/av, DIR/ar       (or actor and critic, decoder and encoder): the two sides; nla_meta.yaml in each, or one in DIR for both
+DIR                  of a decoder alone; its encoder is beside it, under the same name with ar for av, critic for actor: so
+                     for a name of the Hub as well
+
+A side is a whole model (an encoder with value_head.safetensors, without final norm and head), or adapters on the subject:
+those of PEFT, the `ar_meta.json` of EasyNLA, an activation oracle (ao_config.json; a decoder that is asked).
+"""
+
+import dataclasses
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from lens import files, hf
+from lens.errors import LensError, number, shown
+from lens.interchange import sidecar
+from lens.interchange.sidecar import NAME, Sidecar
+from lens.models.transformer import TransformerConfig
+
+FOLDERS = {'decoder': ('av', 'actor', 'decoder'), 'encoder': ('ar', 'critic', 'encoder')}
+BESIDE = {'av': 'ar', 'actor': 'critic'}  # word in the name of a decoder -> in that of its encoder
+WORD = re.compile(r'(?<![a-z])(av|actor)(?![a-z])')
+HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
+PEFT, ORACLE, LORA_ENCODER = 'adapter_config.json', 'ao_config.json', 'ar_meta.json'
+ADAPTED = re.compile(
+    r'layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.lora_(A|B)(?:\.default)?\.weight$'
+)
+WANTS_NONE = ('use_dora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'lora_bias')  # of PEFT, not supported
+
+
+class Adapters(NamedTuple):
+    """Low-rank adapters as stored. tensors: (matrix, layer, 'A' | 'B') -> [r, inputs] | [outputs, r]; scale: of their product;
+    base: the model that they are on, '' where it is not said."""
+
+    tensors: dict[tuple[str, int, str], np.ndarray]
+    rank: int
+    alpha: float
+    rs: bool
+    base: str = ''
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rs else self.rank)
+
+    @property
+    def matrices(self) -> set[str]:
+        return {name for name, _, _ in self.tensors}
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side as it is on disk. told: its sidecar, None of an activation oracle. config: of a whole model, else adapters.
+    head: the map after the block that an encoder reads, y = weight x + bias. blocks: that its encoder has, where a file
+    says it. normed: whether the final norm of the subject stands before the head."""
+
+    directory: pathlib.Path
+    told: Sidecar | None
+    config: TransformerConfig | None = None
+    adapters: Adapters | None = None
+    head: dict[str, np.ndarray] | None = None
+    blocks: int | None = None
+    normed: bool = False
+
+    @property
+    def train(self) -> str:
+        return 'lora' if self.adapters else 'full'
+
+
+def is_foreign(path: str | pathlib.Path) -> bool:
+    """Tells a lens of others from a run and from a folder of lens.export. A name of the Hub is one where it says av."""
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        return '@[' in str(path) or bool(HUB_ID.fullmatch(str(path)) and WORD.search(folder.name))
+    if (folder / 'lens.json').exists() or (folder / 'checkpoints').exists():
+        return False
+    subfolders = [n for names in FOLDERS.values() for n in names[:2]]
+    return any((folder / n).exists() for n in (*subfolders, f'decoder/{NAME}', NAME, PEFT))
+
+
+def _directories(path: str | pathlib.Path) -> dict[str, pathlib.Path]:
+    """The directory of each side that is there, by name. Raises LensError where there is no decoder."""
+    if '@[' in str(path):
+        raise LensError(f'{shown(path)}: rows of a data set cannot be picked here: give the directory of a lens.')
+    folder = hf.local_directory(path)
+    below = {side: next((folder / n for n in names if (folder / n).is_dir()), None) for side, names in FOLDERS.items()}
+    if any(below.values()):
+        if below['decoder'] is None:
+            raise LensError(f'{folder} has no folder av, actor or decoder: give the decoder of this lens too.')
+        return {side: _inner(x) for side, x in below.items() if x}
+    out, name = {'decoder': _inner(folder)}, pathlib.Path(path).name
+    other = pathlib.Path(path).with_name(WORD.sub(lambda m: BESIDE[m[1]], name))
+    if other.name != name and (other.is_dir() or not pathlib.Path(path).is_dir()):
+        out['encoder'] = _inner(hf.local_directory(other))
+    return out
+
+
+def _inner(directory: pathlib.Path) -> pathlib.Path:
+    """Where the model of a directory is: trainers put it beside their own files, in hf/."""
+    inner = directory / 'hf'
+    return inner if inner.is_dir() and not (directory / 'config.json').exists() else directory
+
+
+def sides(path: str | pathlib.Path) -> dict[str, Side]:
+    """Reads what a lens of others is but for whole models: sidecars, configurations, adapters, heads. Raises LensError."""
+    found = _directories(path)
+    return {side: _side(side, directory) for side, directory in found.items()}
+
+
+def _side(side: str, directory: pathlib.Path) -> Side:
+    told = _told(side, directory)
+    if (directory / PEFT).exists():
+        if side == 'encoder':
+            raise LensError(
+                f'{directory}/{PEFT} is of a decoder: an encoder of adapters has {LORA_ENCODER} and its head.'
+            )
+        return Side(directory, told, adapters=_peft(directory))
+    if told is None:
+        raise LensError(f'{directory}/{NAME} does not exist: put the sidecar of this model there.')
+    if side == 'encoder' and (directory / LORA_ENCODER).exists():
+        return _lora_encoder(directory, told)
+    config = hf.read_config(directory)
+    if side == 'decoder':
+        return Side(directory, told, config)
+    file = directory / 'value_head.safetensors'
+    return Side(directory, told, config, head=_head(file, hf.read_tensors(file), told), blocks=config.n_layers)
+
+
+def _told(side: str, directory: pathlib.Path) -> Sidecar | None:
+    """The sidecar of a side: its own, else that of the folder around; None where there is none, as of an oracle.
+
+    Raises LensError where there are two that do not agree, or one of another role.
+    """
+    files_ = [x for x in (directory / NAME, directory.parent / NAME) if x.exists()]
+    if not files_:
+        if side == 'decoder' and (directory / ORACLE).exists() and (directory / PEFT).exists():
+            files.read_json(directory / ORACLE, hf.AGAIN)
+            return None
+        raise LensError(f'{directory}/{NAME} does not exist: put the sidecar of this model there.')
+    found = [sidecar.parse(x) for x in files_]
+    told, around = found[0], found[-1]
+    if told.role not in ('', side):
+        raise LensError(
+            f'{told.file}: role={told.role} is not that of the {side} it lies beside: exchange the folders.'
+        )
+    names = ('d_model', 'marker', 'marker_id', 'left', 'right', 'decoder_template', 'encoder_template', 'layer')
+    pairs = {k: (getattr(told, k), getattr(around, k)) for k in names}
+    if differ := [k for k, (a, b) in pairs.items() if a != b and a not in (None, '', -1) and b not in (None, '', -1)]:
+        raise LensError(f'{told.file} and {around.file} differ in {", ".join(differ)}: remove the one that is wrong.')
+    family, scale = told.family or around.family, told.injection_scale or around.injection_scale
+    if not family and told.kind == 'nla_model' and side == 'decoder' and not (directory / PEFT).exists():
+        family = 'replace'  # of kitft, whose sidecars name none
+    return dataclasses.replace(told, family=family, injection_scale=scale)
+
+
+def _peft(directory: pathlib.Path) -> Adapters:
+    file = directory / PEFT
+    c = files.read_json(file, hf.AGAIN)
+    kind, odd = c.get('peft_type'), [k for k in WANTS_NONE if c.get(k)] + ['bias'] * (c.get('bias', 'none') != 'none')
+    if kind != 'LORA' or odd:
+        what = f'{odd[0]}={shown(repr(c[odd[0]]), 60)}' if odd else f'peft_type={shown(repr(kind), 40)}'
+        raise LensError(f'{file}: {what} is not supported: merge the adapter into its model and give that.')
+    weights = directory / 'adapter_model.safetensors'
+    tensors, rest = _adapted(hf.read_tensors(weights))
+    if rest or not tensors:
+        what = f'holds {shown(rest[0])}, which is no adapter of a matrix of a block' if rest else 'holds no adapter'
+        raise LensError(f'{weights} {what}: merge the adapter into its model and give that.')
+    return _adapters(file, tensors, c.get('r'), c.get('lora_alpha'), bool(c.get('use_rslora')), c)
+
+
+def _lora_encoder(directory: pathlib.Path, told: Sidecar) -> Side:
+    """An encoder of EasyNLA: adapters with rank-stabilised scale, and its head."""
+    file, weights = directory / LORA_ENCODER, directory / 'ar_lora_value_head.safetensors'
+    c, stored = files.read_json(file, hf.AGAIN, keys={'ar_num_layers': int}), hf.read_tensors(weights)
+    tensors, rest = _adapted(stored)
+    head = {n.removeprefix('value_head.'): stored[n] for n in rest}
+    adapters = _adapters(file, tensors, c.get('lora_r'), c.get('lora_alpha'), True, {})
+    normed = not c.get('final_norm_stripped', False)  # as it was before the key was there
+    return Side(directory, told, None, adapters, _head(weights, head, told), c['ar_num_layers'], normed)
+
+
+def _adapted(stored: dict[str, np.ndarray]) -> tuple[dict, list[str]]:
+    """(tensors of Adapters, names of the others)."""
+    found = {name: ADAPTED.search(name) for name in stored}
+    tensors = {(m[2], int(m[1]), m[3]): stored[name] for name, m in found.items() if m}
+    return tensors, [name for name, m in found.items() if not m]
+
+
+def _adapters(file: pathlib.Path, tensors: dict, rank, alpha, rs: bool, config: dict) -> Adapters:
+    number(rank, f'{file}: rank', 1)
+    number(alpha, f'{file}: lora_alpha', 1e-6, whole=False)
+    for (name, layer, part), x in tensors.items():
+        other = tensors.get((name, layer, 'AB'.replace(part, '')))
+        if x.ndim != 2 or x.shape['AB'.index(part)] != rank or other is None:
+            what = f'shape {x.shape}' if other is not None else 'no other factor'
+            raise LensError(
+                f'{file} says rank {rank}, and adapter {part} of {name} in block {layer} has {what}: {hf.AGAIN}.'
+            )
+    base = config.get('base_model_name_or_path')
+    return Adapters(tensors, rank, float(alpha), rs, base if isinstance(base, str) else '')
+
+
+def _head(file: pathlib.Path, stored: dict[str, np.ndarray], told: Sidecar) -> dict[str, np.ndarray]:
+    d, shapes = told.d_model, {name: x.shape for name, x in stored.items()}
+    if shapes not in ({'weight': (d, d)}, {'weight': (d, d), 'bias': (d,)}):
+        have = ', '.join(f'{n} {s}' for n, s in shapes.items()) or 'nothing'
+        raise LensError(f'{file} must hold weight {(d, d)}, perhaps bias {(d,)}, and holds {shown(have)}: {hf.AGAIN}.')
+    return stored

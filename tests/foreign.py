@@ -1,0 +1,166 @@
+"""Lenses as others write them, made with transformers and safetensors alone, and what PyTorch says that they do."""
+
+import json
+import pathlib
+
+import numpy as np
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+import yaml
+
+from tests import hf_models
+
+MARKER, BOS = '㈎', '<|bos|>'
+LAYER, BLOCKS, SCALE = 1, 4, 7.5
+AV = 'Say <concept>{injection_char}</concept> now.'
+AR = 'Of <text>{explanation}</text> <summary>'
+CHAT = '{{ bos_token }}{% for m in messages %}<|u|>{{ m.content }}{% endfor %}<|a|>'
+CHAT += '{% if enable_thinking is defined and not enable_thinking %}-{% endif %}'
+PROMPT = f'{BOS}<|u|>Say <concept>{MARKER}</concept> now.<|a|>'
+SPECIAL = (BOS, '<|u|>', '<|a|>')
+
+
+def tokenizer(directory: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    """A byte is a token, the marker is one, a text begins with BOS: no text merges with its neighbours."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens([*SPECIAL])
+    inner.add_tokens([MARKER])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(f'{BOS} $A', None, [(BOS, 256)])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, chat_template=CHAT)
+    made.save_pretrained(directory)
+    return made
+
+
+def ids(text: str) -> list[int]:
+    """By hand: what the tokenizer makes of a text."""
+    out = []
+    while text:
+        for i, token in enumerate((*SPECIAL, MARKER)):
+            if text.startswith(token):
+                out, text = [*out, 256 + i], text[len(token) :]
+                break
+        else:
+            letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+            visible = {b: c for b, c in zip(range(256), _visible(), strict=True)}
+            out, text = out + [letters.index(visible[b]) for b in text[0].encode()], text[1:]
+    return out
+
+
+def _visible() -> list[str]:
+    """The letter of each byte, by the published table of GPT-2."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(others)) for b in range(256)]
+
+
+def model(directory: pathlib.Path, seed: int, family: str = 'qwen2', blocks: int = BLOCKS):
+    """A random model, written; 261 tokens, d 48."""
+    sizes = {'vocab_size': 261, 'max_position_embeddings': 512, 'num_hidden_layers': blocks, 'max_window_layers': 2}
+    return hf_models.build(family, directory, seed, **sizes)
+
+
+def encoder(directory: pathlib.Path, seed: int, bias: bool = False):
+    """A random reconstructor of LAYER + 1 blocks without final norm and head; returns reconstruct(ids) -> d."""
+    made = model(directory, seed, blocks=LAYER + 1)
+    made.model.norm, made.lm_head = torch.nn.Identity(), torch.nn.Identity()
+    for file in directory.iterdir():
+        file.unlink()
+    made.save_pretrained(directory)
+    rng = torch.Generator().manual_seed(seed + 1)
+    head = torch.nn.Linear(48, 48, bias=bias)
+    head.weight.data = torch.eye(48) + 0.3 * torch.randn(48, 48, generator=rng)
+    safetensors.torch.save_file(dict(head.state_dict()), directory / 'value_head.safetensors')
+    return lambda tokens: head(last(made, tokens)).detach().numpy()
+
+
+@torch.no_grad()
+def last(made, tokens) -> torch.Tensor:
+    """The stream after the last block, before any norm, at the last token."""
+    return torch.tensor(hf_models.forward(made, [tokens])[1][-1][0, -1])
+
+
+@torch.no_grad()
+def said(made, prompt: list[int], at: int, vector, n: int, family: str = 'replace') -> list[int]:
+    """n greedy tokens of a verbalizer after its prompt, whose token `at` carries the vector."""
+    v, row, table = torch.tensor(vector), [*prompt], made.get_input_embeddings().weight
+
+    def add(k, x):
+        if k == 1:
+            h = x[:, at]
+            x[:, at] = h + h.norm(dim=-1, keepdim=True) * v / v.norm()
+        return x
+
+    for _ in range(n):
+        embeds = table[row][None].clone()
+        if family == 'replace':
+            embeds[:, at] = v * SCALE / v.norm()
+        logits, _ = hf_models.forward(made, embeds=embeds.numpy(), after=add if family == 'add' else None)
+        row.append(int(logits[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+def beside(role: str, **changes) -> dict:
+    """A good sidecar of version 2; changes: by dotted key with _ _ for the dot, None removes one."""
+    prompt = ids(PROMPT)
+    at = prompt.index(259)
+    content = {
+        'kind': 'nla_model',
+        'schema_version': 2,
+        'role': role,
+        'stage': 'rl',
+        'base_checkpoint': 'somebody/a-model',
+        'd_model': 48,
+        'extraction': {'injection_scale': SCALE, 'mse_scale': 6.928203230275509},
+        'tokens': {
+            'injection_char': MARKER,
+            'injection_token_id': 259,
+            'injection_left_neighbor_id': prompt[at - 1],
+            'injection_right_neighbor_id': prompt[at + 1],
+            'critic_suffix_ids': ids('</text> <summary>')[1:],
+        },
+        'prompt_templates': {'av': AV, 'ar': AR},
+        'extraction_layer_index': LAYER,
+    }
+    for key, value in changes.items():
+        *path, name = key.split('__')
+        part = content
+        for step in path:
+            part = part.setdefault(step, {})
+        part[name] = value
+        if value is None:
+            del part[name]
+    return content
+
+
+def write_sidecar(directory: pathlib.Path, content: dict) -> None:
+    (directory / 'nla_meta.yaml').write_text(yaml.safe_dump(content, sort_keys=False), 'utf-8')
+
+
+def adapters(made, rank: int, seed: int, matrices: tuple[str, ...], blocks: int, scale: float) -> dict:
+    """Random low-rank factors by name of their matrix, B not zero, and adds their product to `made`."""
+    rng, out = torch.Generator().manual_seed(seed), {}
+    for name, linear in made.named_modules():
+        parts = name.split('.')
+        if parts[-1] in matrices and int(parts[parts.index('layers') + 1]) < blocks:
+            a = torch.randn(rank, linear.in_features, generator=rng) * linear.in_features**-0.5
+            b = torch.randn(linear.out_features, rank, generator=rng)
+            linear.weight.data += scale * b @ a
+            out |= {f'{name}.lora_A': a, f'{name}.lora_B': b}
+    return out
+
+
+def write_peft(directory: pathlib.Path, factors: dict, **config) -> None:
+    directory.mkdir(exist_ok=True)
+    about = {'peft_type': 'LORA', 'bias': 'none', 'use_dora': False, 'modules_to_save': None, 'rank_pattern': {}}
+    (directory / 'adapter_config.json').write_text(json.dumps(about | config))
+    stored = {f'base_model.model.{k}.weight': x for k, x in factors.items()}
+    safetensors.torch.save_file(stored, directory / 'adapter_model.safetensors')
+
+
+def vectors(n: int, seed: int = 0) -> np.ndarray:
+    return (3 * np.random.default_rng(seed).standard_normal((n, 48))).astype(np.float32)
