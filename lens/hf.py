@@ -43,6 +43,12 @@ TOKENIZER_FILES = (
     'special_tokens_map.json',
     'chat_template.jinja',
 )
+OF_LENSES = (
+    'nla_meta.yaml',
+    'adapter_config.json',
+    'ao_config.json',
+    'ar_meta.json',
+)  # of others, beside their weights
 # Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
 IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
 LONGEST_NAME = 255  # of a file of weights
@@ -65,7 +71,7 @@ def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
         raise LensError(f'{shown(path)} does not exist: give a directory in Hugging Face layout, or a Hub id.')
     import huggingface_hub  # half a second that local models do not need
 
-    wanted = ['config.json', 'generation_config.json', *TOKENIZER_FILES]
+    wanted = ['config.json', 'generation_config.json', *TOKENIZER_FILES, *OF_LENSES]
     wanted += ['*.safetensors', '*.safetensors.index.json'] if weights else []
     unwanted = ['original/*', 'metal/*', 'onnx/*']  # further copies of the weights in other layouts
     try:
@@ -363,20 +369,8 @@ def load_model(
     after the block it reads; None: as the files have it. The host holds no more than one stored tensor at a time.
     Raises LensError naming the file or tensor when anything is missing, extra, misshapen or not finite.
     """
-    directory = local_directory(path)
-    c = dataclasses.replace(read_config(directory), remat=remat, experts=experts, packed=packed)
-    stored = _headers(directory)
-    shipped_packed = any(n.endswith('_blocks') for n in stored)
-    if packed and not shipped_packed:
-        raise LensError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
-    top = {t.hf_name for t in families.FAMILIES[c.family].table if t.path.startswith(('final_norm/', 'head'))}
-    top = {n for n in stored if any(n == name or n.endswith(f'.{name}') for name in top)}
-    head = bool(top) if head is None else head
-    stored = stored if head else {n: x for n, x in stored.items() if n not in top}
-    abstract = abstract_model(c, dtype=dtype, mesh=mesh, split_above=split_above, head=head)
-    leaves = {sharding.path(kp): x for kp, x in jax.tree_util.tree_leaves_with_path(abstract)}
-    table = families.table(c, leaves.__contains__, shipped_packed)
-    names = _check(directory, stored, table, c)
+    how = {'remat': remat, 'experts': experts, 'packed': packed}
+    c, abstract, table, names, stored = _described(path, how, head, dtype=dtype, mesh=mesh, split_above=split_above)
     rows = {t.path: t for t in table}
 
     def read(name, layer):
@@ -384,6 +378,28 @@ def load_model(
         return _read(stored[theirs].file, theirs)
 
     return jax.tree_util.tree_map_with_path(lambda kp, x: _load_leaf(read, rows[sharding.path(kp)], c, x), abstract)
+
+
+def check_model(path: PathLike, *, head: bool | None = None) -> None:
+    """Raises LensError where load_model would, but for values that are not finite: headers are all that is read."""
+    _described(path, {}, head)
+
+
+def _described(path: PathLike, how: dict, head: bool | None, **placed):
+    """What load_model reads, before it does: config, abstract model, table, names in the files, their headers."""
+    directory = local_directory(path)
+    c, stored = dataclasses.replace(read_config(directory), **how), _headers(directory)
+    shipped_packed = any(n.endswith('_blocks') for n in stored)
+    if c.packed and not shipped_packed:
+        raise LensError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
+    top = {t.hf_name for t in families.FAMILIES[c.family].table if t.path.startswith(('final_norm/', 'head'))}
+    top = {n for n in stored if any(n == name or n.endswith(f'.{name}') for name in top)}
+    head = bool(top) if head is None else head
+    stored = stored if head else {n: x for n, x in stored.items() if n not in top}
+    abstract = abstract_model(c, head=head, **placed)
+    leaves = {sharding.path(kp) for kp, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    table = families.table(c, leaves.__contains__, shipped_packed)
+    return c, abstract, table, _check(directory, stored, table, c), stored
 
 
 _layer_of = jax.jit(lambda stack, i: stack[i])

@@ -103,7 +103,7 @@ def init_lens(cfg, run: Run) -> Lens:
     LensError."""
     abstract = abstract_lens(cfg, run.texts, run.base, run.mesh)
     if directories.is_foreign(cfg.init_from):
-        return reading.read(cfg.init_from, run, abstract)
+        return reading.read(cfg.init_from, run.base, abstract)
     if cfg.init_from:
         return lens_folder.read(pathlib.Path(cfg.init_from), abstract)
     make = jax.jit(lambda *a: make_lens(cfg, run.texts, *a), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))

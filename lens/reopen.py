@@ -112,7 +112,7 @@ def open_folder(directory: pathlib.Path, **given: str) -> Reopened:
     except (ValueError, TypeError, AttributeError) as e:
         raise LensError(f'{file} cannot be used ({str(e).rstrip(".")}): {ANOTHER_VERSION}.') from e
     cfg.mesh.update(data=1, model=math.gcd(cfg.mesh.model, jax.device_count()), replica=1)
-    if not theirs and hf.content(cfg.subject.path) != content:
+    if (content or not theirs) and hf.content(cfg.subject.path) != content:
         raise LensError(
             f'{directory} holds a lens of another subject than {cfg.subject.path}, whose weights are not those of its '
             'training: give the folder of its own as subject.'

@@ -12,7 +12,7 @@ import yaml
 
 from tests import hf_models
 
-MARKER, BOS = '㈎', '<|bos|>'
+MARKER, BOS, ORACLE = '㈎', '<|bos|>', ' ?'
 LAYER, BLOCKS, SCALE = 1, 4, 7.5
 AV = 'Say <concept>{injection_char}</concept> now.'
 AR = 'Of <text>{explanation}</text> <summary>'
@@ -20,42 +20,41 @@ CHAT = '{{ bos_token }}{% for m in messages %}<|u|>{{ m.content }}{% endfor %}<|
 CHAT += '{% if enable_thinking is defined and not enable_thinking %}-{% endif %}'
 PROMPT = f'{BOS}<|u|>Say <concept>{MARKER}</concept> now.<|a|>'
 SPECIAL = (BOS, '<|u|>', '<|a|>')
+WHOLE = (*SPECIAL, MARKER, ORACLE)  # tokens 256..260; a byte is one of 0..255
+
+
+def _visible() -> dict[int, str]:
+    """The letter of each byte, by the published table of GPT-2."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return {b: chr(b) if b in plain else chr(next(others)) for b in range(256)}
+
+
+LETTERS = _visible()
+BYTES = {b: sorted(LETTERS.values()).index(c) for b, c in LETTERS.items()}
+
+
+def ids(text: str) -> list[int]:
+    """What the tokenizer makes of a text, by hand."""
+    out = []
+    while text:
+        whole = next((i for i, t in enumerate(WHOLE) if text.startswith(t)), None)
+        out += [BYTES[b] for b in text[0].encode()] if whole is None else [256 + whole]
+        text = text[1 if whole is None else len(WHOLE[whole]) :]
+    return out
 
 
 def tokenizer(directory: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """A byte is a token, the marker is one, a text begins with BOS: no text merges with its neighbours."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({LETTERS[b]: i for b, i in BYTES.items()}, []))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens([*SPECIAL])
-    inner.add_tokens([MARKER])
+    inner.add_tokens([MARKER, ORACLE])
     inner.post_processor = tokenizers.processors.TemplateProcessing(f'{BOS} $A', None, [(BOS, 256)])
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, chat_template=CHAT)
     made.save_pretrained(directory)
     return made
-
-
-def ids(text: str) -> list[int]:
-    """By hand: what the tokenizer makes of a text."""
-    out = []
-    while text:
-        for i, token in enumerate((*SPECIAL, MARKER)):
-            if text.startswith(token):
-                out, text = [*out, 256 + i], text[len(token) :]
-                break
-        else:
-            letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-            visible = {b: c for b, c in zip(range(256), _visible(), strict=True)}
-            out, text = out + [letters.index(visible[b]) for b in text[0].encode()], text[1:]
-    return out
-
-
-def _visible() -> list[str]:
-    """The letter of each byte, by the published table of GPT-2."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in plain else chr(next(others)) for b in range(256)]
 
 
 def model(directory: pathlib.Path, seed: int, family: str = 'qwen2', blocks: int = BLOCKS):
@@ -85,26 +84,30 @@ def last(made, tokens) -> torch.Tensor:
 
 
 @torch.no_grad()
-def said(made, prompt: list[int], at: int, vector, n: int, family: str = 'replace') -> list[int]:
-    """n greedy tokens of a verbalizer after its prompt, whose token `at` carries the vector."""
-    v, row, table = torch.tensor(vector), [*prompt], made.get_input_embeddings().weight
+def logits(made, row: list[int], at: int, vector, family: str = 'replace') -> np.ndarray:
+    """Logits after a row whose token `at` carries the vector."""
+    v = torch.tensor(vector)
 
     def add(k, x):
         if k == 1:
-            h = x[:, at]
-            x[:, at] = h + h.norm(dim=-1, keepdim=True) * v / v.norm()
+            x[:, at] += x[:, at].norm(dim=-1, keepdim=True) * v / v.norm()
         return x
 
+    embeds = made.get_input_embeddings().weight[row][None].clone()
+    if family == 'replace':
+        embeds[:, at] = v * SCALE / v.norm()
+    return hf_models.forward(made, embeds=embeds.numpy(), after=add if family == 'add' else None)[0][0, -1]
+
+
+def said(made, prompt: list[int], at: int, vector, n: int) -> list[int]:
+    """n greedy tokens of a verbalizer after its prompt, whose token `at` carries the vector."""
+    row = [*prompt]
     for _ in range(n):
-        embeds = table[row][None].clone()
-        if family == 'replace':
-            embeds[:, at] = v * SCALE / v.norm()
-        logits, _ = hf_models.forward(made, embeds=embeds.numpy(), after=add if family == 'add' else None)
-        row.append(int(logits[0, -1].argmax()))
+        row.append(int(logits(made, row, at, vector).argmax()))
     return row[len(prompt) :]
 
 
-def beside(role: str, **changes) -> dict:
+def beside(role: str, /, **changes) -> dict:
     """A good sidecar of version 2; changes: by dotted key with _ _ for the dot, None removes one."""
     prompt = ids(PROMPT)
     at = prompt.index(259)

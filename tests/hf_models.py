@@ -161,6 +161,11 @@ def build(family: str, directory, seed: int = 0, **changes):
     return model
 
 
+def load(directory):
+    """The model of a directory as transformers reads it (float32, eval, eager attention)."""
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, **EAGER).eval()
+
+
 def altered(model, **changes):
     """A copy of a model (not the wrapped gemma3) with the same weights and another config."""
     config = model.config.to_dict() | changes

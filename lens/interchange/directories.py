@@ -123,6 +123,8 @@ def _side(side: str, directory: pathlib.Path) -> Side:
     if side == 'encoder' and (directory / LORA_ENCODER).exists():
         return _lora_encoder(directory, told)
     config = hf.read_config(directory)
+    if told.d_model != config.d_model:
+        raise LensError(f'{told.file}: d_model={told.d_model}, the model has hidden states of {config.d_model}.')
     if side == 'decoder':
         return Side(directory, told, config)
     file = directory / 'value_head.safetensors'

@@ -15,17 +15,17 @@ from lens import hf, lens_folder, sharding
 from lens.configs import base as defaults
 from lens.errors import LensError, shown
 from lens.interchange import sidecar
-from lens.interchange.directories import FOLDERS, LORA_ENCODER, Side, is_foreign, sides
+from lens.interchange.directories import LORA_ENCODER, Adapters, Side, is_foreign, sides
 from lens.interchange.sidecar import Sidecar
 from lens.keys import get
 from lens.models.lens import Lens
 from lens.models.lora import MATRICES
-from lens.models.transformer import TransformerConfig
+from lens.models.transformer import Transformer, TransformerConfig
 from lens.response import EMBED, TEXT
 
-# Of responses, which no sidecar tells of: what the published recipe trains.
+# Of responses, which no sidecar of others tells of: what the published recipe trains.
 TAGS = {'explanation_open': '<explanation>\n', 'explanation_close': '\n</explanation>', 'explanation_len': 150}
-MARKER, QUESTION = ' ?', 'Can you describe what this activation represents?'  # of an activation oracle
+MARKER, QUESTION, ANSWER = ' ?', 'Can you describe what this activation represents?', 50  # of an activation oracle
 # Keys that another value would make another lens of; of the others an explicit one counts.
 BOUND = ('layer', 'decoder.prompt', 'decoder.injection', 'decoder.marker', 'decoder.train', 'encoder.prompt')
 BOUND += ('encoder.output_layer', 'encoder.readout', 'encoder.train', 'encoder.context_tokens', 'position_vectors')
@@ -41,9 +41,7 @@ def configured(cfg, found):
     if not is_foreign(found.init_from):
         return cfg
     read, out, usual = sides(found.init_from), cfg.copy_and_resolve_references(), defaults.get_config()
-    decoder = read['decoder']
-    if not cfg.subject.path:
-        out.subject.path = decoder.told.base if decoder.told else decoder.adapters.base
+    out.subject.path = cfg.subject.path or _subject(read['decoder'])[0]
     subject = found.subject.path or out.subject.path
     lens = _keys(read, out, subject)
     differ = [k for k in BOUND if k in lens and get(out, k) not in (lens[k], get(usual, k))]
@@ -52,6 +50,16 @@ def configured(cfg, found):
         raise LensError(f'init_from={found.init_from}: {told}: leave {", ".join(differ)} to the lens.')
     out.update_from_flattened_dict({k: x for k, x in lens.items() if get(out, k) == get(usual, k)})
     return out
+
+
+def _subject(decoder: Side) -> tuple[str, str | None]:
+    """Where the model is that a lens reads, and its digest by hf.content, which lens.export alone tells."""
+    if decoder.told is None:
+        return decoder.adapters.base, None
+    said = decoder.told.more.get('subject')
+    said = said if isinstance(said, dict) else {}
+    beside = decoder.directory.parent / str(said.get('folder'))
+    return str(beside) if beside.is_dir() else decoder.told.base, said.get('content')
 
 
 def _keys(read: dict[str, Side], cfg, subject: str) -> dict:
@@ -64,22 +72,20 @@ def _keys(read: dict[str, Side], cfg, subject: str) -> dict:
     c, tokenizer = hf.read_config(hf.local_directory(subject, weights=False)), hf.load_tokenizer(subject)
     for side in read.values():
         _check_model(side, side is encoder, c, subject)
-    out = {'layer': _layer(read, c, cfg.layer), 'decoder.train': decoder.train}
+    layer = _layer(read, c, cfg.layer)
+    out = {'layer': layer, 'decoder.train': decoder.train, 'encoder.error': 'direction', 'encoder.readout': 'none'}
+    out |= {'encoder.output_layer': -1, 'encoder.context_tokens': 0, 'position_vectors': False}
     if decoder.told:
-        out |= TAGS | _decoder_keys(decoder, tokenizer, c, cfg.decoder)
+        out |= _response(decoder.told) | _decoder_keys(decoder, tokenizer, c, cfg.decoder)
         out['encoder.error'] = 'nmse' if decoder.told.mse_scale is None else 'direction'
-        reads = encoder or decoder
-        if reads.told.encoder_template:
-            reads.told.check(
-                tokenizer, c, out['decoder.prompt'].replace(EMBED, decoder.told.marker) if decoder.told.marker else ''
-            )
-            out['encoder.prompt'] = _bos(reads.told, tokenizer) + reads.told.encoder_text(TEXT)
-        elif encoder:
-            raise LensError(
-                f'{encoder.told.file} has no prompt_templates.ar: add the text that the encoder reads words in.'
-            )
+        reads = (encoder or decoder).told
+        if encoder and not reads.encoder_template:
+            raise LensError(f'{reads.file} has no prompt_templates.ar: add the text that the encoder reads words in.')
+        if reads.encoder_template:
+            reads.check(tokenizer, c, out['decoder.prompt'].replace(EMBED, decoder.told.marker))
+            out['encoder.prompt'] = _bos(reads, tokenizer) + reads.encoder_text(TEXT)
     else:
-        out |= {'explanation_len': 50, 'encoder.error': 'direction'} | _oracle_keys(tokenizer, out['layer'])
+        out |= _oracle_keys(tokenizer, layer)
     if encoder:
         out |= {'encoder.train': encoder.train, 'encoder.readout': 'affine' if 'bias' in encoder.head else 'linear'}
         if encoder.normed and (out['encoder.readout'] == 'affine' or out['encoder.error'] != 'direction'):
@@ -89,26 +95,29 @@ def _keys(read: dict[str, Side], cfg, subject: str) -> dict:
             )
     else:
         print(f'{decoder.directory} has no encoder: the untouched subject reads its words, and its figures say little.')
-        out |= {'encoder.readout': 'none'}
-    adapters = [side.adapters for side in read.values() if side.adapters]
-    if adapters:
-        named = set().union(*(a.matrices for a in adapters))
-        out |= {
-            'lora.pattern': '|'.join(n for n in MATRICES if n in named),
-            'lora.rank': max(a.rank for a in adapters),
-            'lora.alpha': adapters[0].alpha,
-            'lora.rs': adapters[0].rs,
-        }
-    return out
+    return out | _lora_keys([side.adapters for side in read.values() if side.adapters])
+
+
+def _lora_keys(adapters: list[Adapters]) -> dict:
+    """One block of keys for both sides: what one of them does not have is zero in it."""
+    if not adapters:
+        return {}
+    named = set().union(*(a.matrices for a in adapters))
+    of_both = {'pattern': '|'.join(n for n in MATRICES if n in named), 'rank': max(a.rank for a in adapters)}
+    of_both |= {'alpha': adapters[0].alpha, 'rs': adapters[0].rs}
+    return {f'lora.{k}': x for k, x in of_both.items()}
+
+
+def _response(told: Sidecar) -> dict:
+    """What stands around an explanation: as lens.export writes it, else that of the published recipe."""
+    said = told.more.get('response') or {}
+    if not isinstance(said, dict) or any(not isinstance(said.get(k, x), type(x)) for k, x in TAGS.items()):
+        raise LensError(f'{told.file}: response={shown(repr(said), 80)} must have {", ".join(TAGS)}, or be left out.')
+    return TAGS | {k: said[k] for k in TAGS if k in said}
 
 
 def _check_model(side: Side, encodes: bool, c: TransformerConfig, subject: str) -> None:
     """Raises LensError where a whole model is none of the family and sizes of the subject."""
-    told = side.told
-    if told and told.d_model != (side.config or c).d_model:
-        raise LensError(
-            f'{told.file}: d_model={told.d_model}, the model has hidden states of {(side.config or c).d_model}.'
-        )
     if side.config is None:
         return
     n = side.config.n_layers
@@ -185,7 +194,7 @@ def _oracle_keys(tokenizer, layer: int) -> dict:
         'decoder.prompt': prompt.replace(MARKER, EMBED),
         'decoder.injection': 'add',
         'decoder.marker': MARKER,
-        'decoder.norm': 0.0,
+        'explanation_len': ANSWER,
     }
 
 
@@ -198,9 +207,12 @@ def _bos(told: Sidecar, tokenizer) -> str:
 
 
 def check(path: str | pathlib.Path, like: Lens) -> None:
-    """Raises LensError unless the adapters and heads of a lens of others fit `like`, which may be abstract."""
+    """Raises LensError unless the adapters and heads of a lens of others fit `like`, which may be abstract, and the files
+    of its models are whole."""
     for side, read in sides(path).items():
         _small(read, getattr(like, side), side)
+        if read.config:
+            hf.check_model(read.directory, head=side == 'decoder')
 
 
 def _small(read: Side, like, side: str) -> dict[str, np.ndarray]:
@@ -218,59 +230,46 @@ def _small(read: Side, like, side: str) -> dict[str, np.ndarray]:
 def _stacked(read: Side, like: dict) -> dict[str, np.ndarray]:
     """Adapters as ours: transposed, scaled, with zeros where a block, a matrix or a column has none."""
     out = {f'{n}/{part}': np.zeros(x.shape, np.float32) for n, parts in like.items() for part, x in parts.items()}
+    rank = read.adapters.rank
     for (name, layer, part), x in read.adapters.tensors.items():
-        a = part == 'A'
-        stack = out.get(f'{name}/{part.lower()}')
-        shape = (
-            ()
-            if stack is None
-            else (*stack.shape[1:-1], read.adapters.rank)
-            if a
-            else (read.adapters.rank, *stack.shape[2:])
-        )
-        if stack is None or layer >= len(stack) or x.size != np.prod(shape):
+        stack = out.get(f'{name}/{part.lower()}', ())
+        place = None if layer >= len(stack) else stack[layer, ..., :rank] if part == 'A' else stack[layer, :rank]
+        if place is None or place.size != x.size:
             raise LensError(
                 f'{read.directory}: adapter {part} of {name} in block {layer} has shape {x.shape}, the subject has no such '
                 'matrix: give the model that it was trained on as subject.path, to lens.load as subject.'
             )
-        if a:
-            stack[layer, ..., : read.adapters.rank] = read.adapters.scale * x.T.reshape(shape)
-        else:
-            stack[layer, : read.adapters.rank] = x.T.reshape(shape)
+        place[...] = x.T.reshape(place.shape) * (read.adapters.scale if part == 'A' else 1)
     return out
 
 
-def read(path: str | pathlib.Path, run, like: Lens) -> Lens:
-    """Reads a lens of others into the structure and placement of `like`. run: config.Run, with its base. Call under
-    jax.set_mesh(run.mesh). Raises LensError."""
-    found, texts = {}, {'decoder': run.texts.decoder[:2], 'encoder': run.texts.encoder}
-    stored = sides(path)
-    for side in FOLDERS:
-        part, one = getattr(like, side), stored.get(side)
-        found |= _small(one, part, side) if one else {}
-        model = run.base
+def read(path: str | pathlib.Path, base: Transformer, like: Lens) -> Lens:
+    """Reads a lens of others into the structure and placement of `like`. base: of the run, with its weights. Raises
+    LensError."""
+    found = {}
+    for side, one in sides(path).items():
+        part = getattr(like, side)
+        found |= _small(one, part, side)
         if part.base is not None:
             x = jax.tree.leaves(part.base)[0]
             how = {'dtype': x.dtype, 'mesh': x.sharding.mesh, 'split_above': sharding.SPLIT_ABOVE}
             model = hf.load_model(one.directory, head=side == 'decoder', **how)
             leaves = jax.tree_util.tree_leaves_with_path(model)
             found |= {f'{side}/base/{sharding.path(kp)}': x for kp, x in leaves}
-        if one and one.normed:
-            found[f'{side}/readout_w'] = _norm_gain(run.base)[:, None] * found[f'{side}/readout_w']
-        for name, ids in zip(('left', 'right'), texts[side], strict=True):
-            found[f'{side}/prompt_{name}'] = np.asarray(model.embedding_rows(ids))
-    found['encoder/special_last'] = np.zeros(run.base.config.d_model, np.float32)
+        if one.normed:
+            found[f'{side}/readout_w'] = _norm_gain(base)[:, None] * found[f'{side}/readout_w']
     return lens_folder.placed(found, like)
 
 
-def _norm_gain(base) -> np.ndarray:
+def _norm_gain(base: Transformer) -> np.ndarray:
     """What the final norm multiplies channels by; the division by the size of the vector changes no direction."""
     return np.asarray(base.final_norm.scale[...], np.float32) + (base.config.norm == 'rms_offset')
 
 
 def opened(directory: str | pathlib.Path, subject_path: str = '') -> dict:
-    """Returns what lens.json says of an exported lens, of one of others: its configuration. subject_path: of the model that
-    it reads, if not where its files say. Raises LensError."""
+    """Returns what lens.json says of an exported lens, of one of others: its configuration, what its subject holds where
+    that is told. subject_path: of the model that it reads, if not where its files say. Raises LensError."""
     cfg = defaults.get_config()
     cfg.subject.path, cfg.init_from = subject_path, str(directory)
-    return {'config': json.loads(configured(cfg, cfg).to_json()), 'step': 0}
+    config = json.loads(configured(cfg, cfg).to_json())
+    return {'config': config, 'step': 0, 'subject_content': _subject(sides(directory)['decoder'])[1]}

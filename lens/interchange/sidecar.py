@@ -63,14 +63,18 @@ class Sidecar:
 
     def prompt(self, tokenizer) -> str:
         """Renders the prompt of the decoder, its marker in it: one user turn, the generation prompt on. Whether a thinking
-        model was told not to think stands in no sidecar: those that add to the stream do so. Raises LensError."""
+        model was told not to think stands in no sidecar but ours: those that add to the stream do so. Raises LensError."""
         text = self._filled('decoder', self.decoder_template.replace(INJECT, f'{{{CHAR}}}'), CHAR, self.marker)
-        how = {'enable_thinking': False} if self.family == 'add' else {}
-        turns = [{'role': 'user', 'content': text}]
-        try:  # tokenised by itself afterwards: what tokenize=True returns depends on the version of transformers
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how)
-        except Exception as e:  # a template may raise what it likes
-            raise self._wrong(f'the chat template of the tokenizer cannot hold its prompt ({shown(e, 80)})') from None
+        turns, rendered = [{'role': 'user', 'content': text}], []
+        for how in sorted(({}, {'enable_thinking': False}), key=len, reverse=self.family == 'add'):
+            try:  # tokenised by itself afterwards: what tokenize=True returns depends on the version of transformers
+                rendered.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how))
+            except Exception as e:  # a template may raise what it likes
+                raise self._wrong(
+                    f'the chat template of the tokenizer cannot hold its prompt ({shown(e, 80)})'
+                ) from None
+        said = [x for x in rendered if self.prompt_ids == tuple(tokenizer(x, add_special_tokens=False)['input_ids'])]
+        return [*said, *rendered][0]
 
     def encoder_text(self, words: str) -> str:
         """Fills the template of the encoder with words. Raises LensError."""
