@@ -24,7 +24,10 @@ FOLDERS = {  # key of a folder -> what a folder that is looked up elsewhere must
 }
 CONTENTS = {  # key of a folder -> the files that tell its content; that of the data is told by its documents
     'subject.path': ('config.json', *hf.VOCABULARY_FILES, '*.safetensors'),
-    'init_from': ('config.json', 'lens.json', 'lens.safetensors', *hf.OF_LENSES, *(f'*/{n}' for n in hf.OF_LENSES)),
+    'init_from': (
+        *('config.json', 'lens.json', '*.safetensors', 'nla_meta.yaml', '*/nla_meta.yaml'),
+        *(f'{side}/*.safetensors' for side in ('av', 'ar', 'actor', 'critic')),
+    ),
     'tuned_lens': ('tuned_lens.json', 'translators.safetensors'),
 }
 SAMPLE_BYTES = 1 << 16  # read at the begin, the middle and the end of each of these files

@@ -349,11 +349,16 @@ def peft(**config):
 
 
 EYE = torch.eye(48)
+GROWS = ('a', *(f'b{i}' for i in range(99)))  # each is twice the one before
 BROKEN = {
     'no sidecar': (remove('av/nla_meta.yaml'), r'av/nla_meta.yaml does not exist: put the sidecar'),
     'no YAML': (put('av/nla_meta.yaml', '{a: ['), r'av/nla_meta.yaml is not valid YAML'),
     'a list': (put('av/nla_meta.yaml', '- 1'), r'av/nla_meta.yaml: kind=None is not one of'),
     'YAML that makes objects': (put('av/nla_meta.yaml', '!!python/object/apply:os.getcwd []'), r'is not valid YAML'),
+    'YAML that grows': (
+        put('av/nla_meta.yaml', 'a: &a [x]\n' + ''.join(f'b{i}: &b{i} [*{x}, *{x}]\n' for i, x in enumerate(GROWS))),
+        r'av/nla_meta.yaml holds more than 131072 values',
+    ),
     'kind': (edit('av', kind='nla_movie'), r"kind='nla_movie' is not one of nla_model, nla_dataset"),
     'role': (edit('av', role='reader'), r"role='reader' is not one of av"),
     'the other role': (edit('ar', role='av'), r'role=decoder is not that of the encoder it lies beside'),

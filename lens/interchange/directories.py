@@ -186,9 +186,9 @@ def _lora_encoder(directory: pathlib.Path, told: Sidecar) -> Side:
 
 def _adapted(stored: dict[str, np.ndarray]) -> tuple[dict, list[str]]:
     """(tensors of Adapters, names of the others)."""
-    found = {name: ADAPTED.search(name) for name in stored}
-    tensors = {(m[2], int(m[1]), m[3]): stored[name] for name, m in found.items() if m}
-    return tensors, [name for name, m in found.items() if not m]
+    found = {name: m for name in stored if (m := ADAPTED.search(name))}
+    chosen = {(m[2], int(m[1]), m[3]): name for name, m in found.items()}
+    return {k: stored[name] for k, name in chosen.items()}, sorted(stored.keys() - chosen.values())
 
 
 def _adapters(file: pathlib.Path, tensors: dict, rank, alpha, rs: bool, config: dict) -> Adapters:

@@ -19,7 +19,7 @@ from lens.models.transformer import TransformerConfig
 NAME = 'nla_meta.yaml'
 KINDS = ('nla_model', 'nla_dataset')
 SCHEMA_VERSION = 2  # of nla_model, as written
-MOST_BYTES = 1 << 20
+MOST_BYTES, MOST_VALUES = 1 << 20, 1 << 17  # of a sidecar; aliases make many values of few bytes
 ROLES = {'av': 'decoder', 'actor': 'decoder', 'ar': 'encoder', 'critic': 'encoder'}
 # Names of a template, in the order in which the first that is there counts.
 TEMPLATES = {'decoder': ('av', 'actor', 'verbalizer'), 'encoder': ('ar', 'critic', 'reconstructor')}
@@ -200,10 +200,21 @@ def parse(file: pathlib.Path) -> Sidecar:
         raise LensError(f'{file} cannot be read ({e.strerror}): put the sidecar of the model there.') from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
         raise LensError(f'{file} is not valid YAML ({shown(e, 120)}): download it again.') from None
+    if _count(content) > MOST_VALUES:
+        raise LensError(f'{file} holds more than {MOST_VALUES} values: download it again.')
     try:
         return _parsed(file, content)
     except LensError as e:
         raise e if str(e).startswith(str(file)) else LensError(f'{file}: {e}') from None
+
+
+def _count(content) -> int:
+    """How many values a tree has, counted to MOST_VALUES and a few."""
+    left, n = [content], 0
+    while left and n <= MOST_VALUES:
+        x, n = left.pop(), n + 1
+        left += x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+    return n
 
 
 def _parsed(file: pathlib.Path, content) -> Sidecar:
