@@ -119,7 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.lora.alpha = 16.0  # scale alpha / rank
     c.lora.rs = False  # rank-stabilised: scale alpha / sqrt(rank)
 
-    c.init_from = ''  # folder of lens.export, or workdir of another run, whose lens training starts from; empty = fresh
+    c.init_from = ''  # folder of lens.export or of others, workdir of another run: where the lens starts; empty = fresh
 
     c.phases = ('sft', 'grpo')  # run in this order; each names one of the blocks below
     c.sft = phase('sft')

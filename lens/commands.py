@@ -87,9 +87,8 @@ def export() -> None:
 
 
 def _lens() -> flags.FlagHolder:
-    return flags.DEFINE_string(
-        'lens', None, 'Workdir of a run, folder of lens.export, or name of a lens that ships.', required=True
-    )
+    what = 'Workdir of a run, folder of lens.export or of others, or name of a lens that ships.'
+    return flags.DEFINE_string('lens', None, what, required=True)
 
 
 def explain() -> None:

@@ -33,8 +33,8 @@ MADE = {'data/smollm2/model': 'make smollm2'}  # subjects of lenses that ship, a
 
 
 def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH) -> 'Reader':
-    """Opens a lens: a workdir (its newest checkpoint), a folder of lens.export, or the name of a lens that ships with the
-    package. No training data is needed.
+    """Opens a lens: a workdir (its newest checkpoint), a folder of lens.export, a lens of others (lens/interchange), or the
+    name of one that ships with the package. No training data is needed.
 
     subject: where the model that it reads is, if not where it was. batch: explanations that are drawn at a time; more
     take more memory and change no row. Raises LensError: no lens there, or another subject than that of its training.

@@ -465,6 +465,16 @@ def test_broken(root, pair, case, monkeypatch):
     assert said.endswith('.') and '\n' not in said and not said.count('. ') and str(pair) in said
 
 
+def test_a_model_in_a_folder_of_its_trainer(root, pair):
+    """As kitft saves a reconstructor in reinforcement learning: the model in hf/, the sidecar around it."""
+    shutil.move(pair / 'ar', pair / 'model')
+    (pair / 'ar').mkdir()
+    shutil.move(pair / 'model', pair / 'ar/hf')
+    shutil.move(pair / 'ar/hf/nla_meta.yaml', pair / 'ar/nla_meta.yaml')
+    cfg = configured(root, pair)
+    assert cfg.encoder.readout == 'linear' and cfg.layer == LAYER
+
+
 def test_rows_of_a_data_set_are_no_lens(root, pair):
     with pytest.raises(LensError, match=r'rows of a data set cannot be picked here: give the directory of a lens'):
         lens.load(f'{pair}@[0:10]', subject=str(root / 'subject'))

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from lens import cli, config, data, flops, hf, keys, lens_init, objectives, places, response, sharding
 from lens.config import Phase, Texts, require
 from lens.errors import LensError
+from lens.interchange.reading import configured
 from lens.models import moe
 from lens.models.transformer import Transformer, TransformerConfig
 from lens.tools import targets
@@ -190,6 +191,7 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
     No device is touched but those of the CPU. Raises LensError for what a configuration alone shows to be impossible.
     """
     config.check_values(cfg)
+    cfg = configured(cfg, places.locate(cfg, pathlib.Path()))
     target = target or targets.default()
     keys.choice(target, targets.TARGETS, '--device')
     devices = pretend_devices(cfg, target)
