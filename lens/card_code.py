@@ -1,20 +1,23 @@
 import json
+import os
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 FOLDER = '.'  # this folder
+DTYPE = 'auto'  # of the models; auto: as they are stored
 with open(f'{FOLDER}/lens.json') as file:
     spec = json.load(file)
-SUBJECT = spec['subject']  # a name on the Hugging Face Hub, or a folder: set it to where that folder is from here
+where = os.path.join(FOLDER, spec['subject_folder'])
+SUBJECT = where if spec['subject_folder'] and os.path.isdir(where) else spec['subject']  # or any folder that holds it
 lens = load_file(f'{FOLDER}/lens.safetensors')
 tokenizer = AutoTokenizer.from_pretrained(f'{FOLDER}/decoder', trust_remote_code=False)
 
 
 def load(path):
     # eager attention is the one that has every family's soft-caps and sinks
-    how = {'dtype': 'auto', 'attn_implementation': 'eager'}
+    how = {'dtype': DTYPE, 'attn_implementation': 'eager'}
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **how)
 
 

@@ -79,11 +79,17 @@ def export() -> None:
     form = flags.DEFINE_enum(
         'format',
         'hf',
-        ['hf', 'lens'],
+        ['hf', 'lens', 'nla', 'peft'],
         'hf: two whole models for Hugging Face; lens: maps, prompts and adapters alone in bfloat16, megabytes, for use with '
-        'the subject.',
+        'the subject; nla: the models of a natural language autoencoder, for its clients; peft: adapters of it, as PEFT and '
+        'EasyNLA save them.',
     )
-    cli.start('lens.export', *_checkpoint(), out, _subject(), form)
+    verify = flags.DEFINE_bool(
+        'verify',
+        False,
+        'Write only what PyTorch, given 64 held-out activations, makes the same texts and reconstructions of; needs torch.',
+    )
+    cli.start('lens.export', *_checkpoint(), out, _subject(), form, verify)
 
 
 def _lens() -> flags.FlagHolder:

@@ -2,9 +2,10 @@
 
 python -m lens.export --workdir=runs/tiny --out=exports/tiny      # the newest checkpoint of a run
 python -m lens.export --workdir=runs/x --out=lenses/x --format=lens  # maps, prompts, adapters alone, in bfloat16
+python -m lens.export --workdir=runs/nla --out=exports/nla --format=nla --verify  # as natural language autoencoders are
 
-Layout: lens/lens_folder.py; the card: lens/card.md.jinja; its PyTorch program: lens/card_code.py. Training and
-evaluation start from such a folder with --config.init_from=DIR.
+Layouts: lens/lens_folder.py, of others lens/interchange/writing.py; the card: lens/card.md.jinja; its PyTorch program:
+lens/card_code.py, card_nla.py. Training and evaluation start from such a folder with --config.init_from=DIR.
 """
 
 if __name__ == '__main__':  # before JAX is imported: --help needs none of it
@@ -25,13 +26,13 @@ from markupsafe import Markup
 from lens import files, hf, lens_folder, logger
 from lens.config import Run
 from lens.errors import LensError, shown
+from lens.interchange import verify, writing
 from lens.metrics import FIGURES, figures, meaning
 from lens.models.lens import Lens
 from lens.reopen import reopen
 
 # Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
 KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'
-FORMATS = ('hf', 'lens')  # two whole models and what is beside them; or that alone, for use with the subject
 # What the card tells of summary.json besides figures.
 TOLD = {'steps': int, 'activations': int, 'documents': int, 'device': str, 'commit': str, 'command': str}
 SPECIAL = re.compile(r'[\\`*_\[\]<>#|~&!$]')  # in Markdown
@@ -86,14 +87,16 @@ def command(spec: dict) -> str:
     return ' \\\n    '.join(['python -m lens.main --config=configs/base.py', *overrides, last])
 
 
-def card(spec: dict, summary: dict) -> str:
-    """Renders README.md of the folder. spec: lens.json; summary: summary.json of the run, {} where there is none."""
+def card(spec: dict, summary: dict, form: str = 'hf') -> str:
+    """Renders README.md of the folder. spec: lens.json, or what it would say; summary: summary.json of the run, {} where there
+    is none; form: of the folder."""
     how = [spec['config']['encoder'][k] for k in ('error', 'context_tokens')]
     return CARDS.get_template('card.md.jinja').render(
         spec=spec,
         summary=summary,
         meanings={k: meaning(k, *how) for k in spec['figures']},
-        code=importlib.resources.files('lens').joinpath('card_code.py').read_text(),
+        form=form,
+        code=importlib.resources.files('lens').joinpath(verify.PROGRAMS.get(form, 'card_code.py')).read_text(),
         command=command(spec),
     )
 
@@ -107,18 +110,21 @@ def write_folder(
     summary: dict,
     subject: str = '',
     form: str = 'hf',
+    held: verify.Held | None = None,
 ) -> None:
-    """Writes the whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh).
+    """Writes the whole folder; it appears at once, by rename. Call under jax.set_mesh(run.mesh). Raises LensError.
 
     config: of the run; summary: its summary.json, {} where there is none; subject: where it is, if not where config says;
-    form: one of FORMATS.
+    form: hf, lens or one of writing.LAYOUTS; held: what PyTorch must make of the folder too, if it is to be verified.
     """
-    models, source = form == 'hf', subject or config['subject']['path']
-    prompts = {side: config[side]['prompt'] for side in lens_folder.SIDES}
+    name = config['subject']['path']
+    source = subject or name
+    where = writing.subject_of(name, source, out)
     known = figures(config['encoder']['context_tokens'])
     about = {
-        'subject': config['subject']['path'],
-        'subject_content': hf.content(source),
+        'subject': name,
+        'subject_content': where.content,
+        'subject_folder': where.folder,
         'explanation_len': run.length,
         'tags': {'opening': list(run.texts.tags.opening), 'closing': list(run.texts.tags.closing)},
         'lora': config['lora'] if 'lora' in (config['decoder']['train'], config['encoder']['train']) else None,
@@ -128,13 +134,21 @@ def write_folder(
         'provenance': logger.provenance(),
         'config': config,
     }
+    prompts = {side: config[side]['prompt'] for side in lens_folder.SIDES}
+    spec = lens_folder.describe(lens, run.base, prompts, about, models=form == 'hf')
     with files.new_folder(out) as tmp:
-        spec = lens_folder.write(tmp, lens, run.base, prompts, about, models)
-        files.write_text(tmp / 'README.md', card(spec, summary))
+        if form in writing.LAYOUTS:
+            writing.check(form, lens, run.base.config)
+            writing.write(tmp, form, lens, run, writing.sidecars(lens, run, config, where), source)
+        else:
+            lens_folder.write(tmp, lens, spec)
+        files.write_text(tmp / 'README.md', card(spec, summary, form))
         for side in spec['models']:
             model = lens_folder.model(lens, run.base, side)
             print(f'Writing {side}: {model.config.n_layers} blocks, {model.embedding.dtype}', flush=True)
             hf.save_model(model, tmp / side, source=source)
+        if held:
+            print(verify.verify(tmp, form, held), flush=True)
 
 
 def _summary(workdir: pathlib.Path, step: int) -> dict:
@@ -147,18 +161,30 @@ def _summary(workdir: pathlib.Path, step: int) -> dict:
     return summary if summary.get('steps') == step else {}
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path, step: str = 'newest', subject: str = '', form: str = 'hf') -> None:
-    """Writes a checkpoint of a run, by `step` of reopen, to `out`; no data is needed. Raises LensError.
+def export(
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    step: str = 'newest',
+    subject: str = '',
+    form: str = 'hf',
+    verified: bool = False,
+) -> None:
+    """Writes a checkpoint of a run, by `step` of reopen, to `out`. Raises LensError.
 
-    subject: where it is, if not where the run found it. form: one of FORMATS.
+    subject: where it is, if not where the run found it. form: as in write_folder. verified: only where PyTorch makes of the
+    folder what the lens makes of held-out activations; of the data their split is needed then, else none.
     """
     files.check_free(out)
-    again = reopen(workdir, step, data=1, needs=(), subject_path=subject)  # there is no batch to split
+    if verified:
+        verify.check_possible(form)
+    needs = ('validation',) if verified else ()
+    again = reopen(workdir, step, data=1, needs=needs, subject_path=subject)  # there is no batch to split
     summary = _summary(workdir, again.step)
     with jax.set_mesh(again.run.mesh):
-        write_folder(out, again.params, again.run, again.config, again.step, summary, again.subject, form)
+        held = verify.hold(again.params, again.run) if verified else None
+        write_folder(out, again.params, again.run, again.config, again.step, summary, again.subject, form, held)
 
 
-def main(workdir: str, step: str, out: str, subject: str, form: str) -> None:
-    export(pathlib.Path(workdir), pathlib.Path(out), step, subject, form)
+def main(workdir: str, step: str, out: str, subject: str, form: str, verified: bool) -> None:
+    export(pathlib.Path(workdir), pathlib.Path(out), step, subject, form, verified)
     print(f'Exported to {out}: how to use it, with its figures, is in {out}/README.md')

@@ -465,9 +465,15 @@ def save_model(
         _write_weights(model, tmp, dtype)
         files.write_json(tmp / 'config.json', new)
         files.write_json(tmp / 'generation_config.json', ids)
-        for name in TOKENIZER_FILES:
-            if source and (source / name).exists():
-                shutil.copy(source / name, tmp / name)
+        if source:
+            copy_tokenizer(source, tmp)
+
+
+def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
+    """Copies what a directory has of a tokenizer. Raises OSError."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, directory / name)
 
 
 def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:

@@ -112,30 +112,17 @@ def model(lens: Lens, base: Transformer, side: str) -> Transformer:
     return copy if part.adapters is None else lora.merge(copy, part.adapters)
 
 
-def write(
-    directory: pathlib.Path, lens: Lens, base: Transformer, prompts: dict[str, str], about: dict, models: bool = True
-) -> dict:
-    """Writes lens.safetensors and lens.json, which it returns.
-
-    prompts: the text of that of each side; about: further entries. models: whether decoder/ and encoder/ come
-    beside; without them the lens is to be small, and tensors are in bfloat16, not float32. Raises LensError where a side
-    has a base of its own, of which nothing would be left.
-    """
-    if full := [side for side in SIDES if getattr(lens, side).base is not None and not models]:
-        raise LensError(
-            f'--format=lens keeps maps, prompts and adapters alone, and {full[0]}.train=full trains the whole {full[0]}: use '
-            '--format=hf, or train it with lora or maps.'
-        )
-    dtype = np.float32 if models else jnp.bfloat16
-    arrays = {name: np.asarray(x).astype(dtype) for name, x in _small(lens).items()}
-    hf.write_tensors(directory / 'lens.safetensors', arrays)
+def describe(lens: Lens, base: Transformer, prompts: dict[str, str], about: dict, models: bool = True) -> dict:
+    """Returns what lens.json says. prompts: the text of that of each side; about: further entries. models: whether decoder/
+    and encoder/ come beside."""
     keys, place = settings(lens) | prompt_ids(lens), lens.decoder.config.injection.place
     sides = {
         side: {k.removeprefix(f'{side}.'): v for k, v in keys.items() if k.startswith(f'{side}.')}
         | {'prompt': prompts[side]}
         for side in SIDES
     }
-    content = {
+    dtype = 'float32' if models else 'bfloat16'
+    return {
         'format': FORMAT,
         'layer': keys['layer'],
         'position_vectors': keys['position_vectors'],
@@ -147,13 +134,25 @@ def write(
         'embed_scale': float(jnp.asarray(base.config.embed_scale, base.embedding.dtype)),
         **sides,
         'tensors': {
-            name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'meaning': _meaning(name, keys, place, models)}
-            for name, x in arrays.items()
+            name: {'shape': list(x.shape), 'dtype': dtype, 'meaning': _meaning(name, keys, place, models)}
+            for name, x in _small(lens).items()
         },
         **about,
     }
-    files.write_json(directory / 'lens.json', content)
-    return content
+
+
+def write(directory: pathlib.Path, lens: Lens, spec: dict) -> None:
+    """Writes lens.safetensors and lens.json. spec: of `describe`; without models beside it the lens is to be small: in
+    bfloat16, and a side with a base of its own, of which nothing would be left, is refused. Raises LensError."""
+    if full := [side for side in SIDES if getattr(lens, side).base is not None and not spec['models']]:
+        raise LensError(
+            f'--format=lens keeps maps, prompts and adapters alone, and {full[0]}.train=full trains the whole {full[0]}: use '
+            '--format=hf, or train it with lora or maps.'
+        )
+    dtypes = {name: jnp.dtype(told['dtype']) for name, told in spec['tensors'].items()}
+    arrays = {name: np.asarray(x).astype(dtypes[name]) for name, x in _small(lens).items()}
+    hf.write_tensors(directory / 'lens.safetensors', arrays)
+    files.write_json(directory / 'lens.json', spec)
 
 
 def read_spec(directory: pathlib.Path) -> dict:

@@ -32,7 +32,7 @@ ONLY = {
     'absl': ('lens.cli', 'lens.commands', 'data_gen'),  # who imports lens gets no flags
 }
 BANNED = ('vllm', 'torch', 'clu', 'pickle', 'dill', 'cloudpickle', 'tests', 'benchmarks')
-EXAMPLES = ('lens.card_code',)  # code that a card shows, run by those who read it
+EXAMPLES = ('lens.card_code', 'lens.card_nla')  # code that a card shows, run by those who read it
 
 
 def imports(module: str, tree: ast.Module) -> dict[str, bool]:

@@ -41,7 +41,8 @@ def places(tmp_path_factory, world):
     info = {'config': {'seed': 0}, 'phase_ends': [8], 'fve': 0.5, 'checksums': {'params/a': 7}}
     sealed = {'custom_metadata': info | {'seal': checkpoint._seal(info)}}
     (run / 'checkpoints/3/_CHECKPOINT_METADATA').write_text(json.dumps(sealed))
-    lens_folder.write(root / 'lens', lens(), make_base(), {'decoder': {}, 'encoder': {}}, {})
+    made, base = lens(), make_base()
+    lens_folder.write(root / 'lens', made, lens_folder.describe(made, base, {'decoder': '', 'encoder': ''}, {}))
     n, d = TINY.n_layers, TINY.d_model
     zeros = {'weight': np.zeros((n, d, d), np.float32), 'bias': np.zeros((n, d), np.float32)}
     hf.write_tensors(root / 'tuned/translators.safetensors', zeros)
