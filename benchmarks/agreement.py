@@ -18,6 +18,7 @@ from benchmarks import full_size
 from benchmarks.full_size import Part
 from benchmarks.timing import report
 from lens import objectives, sharding
+from lens.rollout import read
 from lens.tools import plan
 
 FAMILIES = {
@@ -47,7 +48,7 @@ ROUTED = ('gpt_oss',)  # in bfloat16 the router takes other experts at some posi
 def outputs(lens, base, batch, knobs, key, roll, *, phase):
     """Computes (logits, hidden states, gradients on the explanations `roll` or on its own; sampler; its own)."""
     hp = phase.hparams
-    own = phase.objective.rollout(lens, base, objectives.read(base, batch, **phase.reading), key, hp)
+    own = phase.objective.rollout(lens, base, read(base, batch, **phase.reading), key, hp)
     gradient = functools.partial(objectives.gradient, phase.objective, lens, base)
     _, metrics = gradient(own, key, hp, knobs, ())
     gradients, _ = gradient(roll or own, key, hp, knobs, ())

@@ -40,6 +40,7 @@ from lens.models.injection import Replace
 from lens.models.lens import Lens
 from lens.models.rope import Rope
 from lens.models.transformer import TransformerConfig
+from lens.rollout import read
 from lens.schedules import Units, constant
 from lens.train import init_state, train_step
 
@@ -193,9 +194,9 @@ def ours(base, shape: Shape, g: Given, mesh) -> dict[str, Program]:
             gflop(forward, base, batch['tokens']),
         ),
         'read': Program(
-            lambda: objectives.read(base, batch, layer=layer),
+            lambda: read(base, batch, layer=layer),
             lambda roll: {'activations': roll.a_NxD},
-            gflop(objectives.read, base, batch, layer=layer),
+            gflop(read, base, batch, layer=layer),
         ),
     }
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import flops, objectives, sharding
+from lens import flops, sharding
 from lens.models.transformer import TransformerConfig
+from lens.rollout import read
 from lens.tools import plan
 from lens.train import results, trace
 
@@ -133,7 +134,7 @@ def programs(part: Part, cfg, job, mesh) -> list[Program]:
         reading, step = trace(phase, state, base, batch, key)
         args = state, base, results(reading), key, phase.knobs(0)
         return [Program(reading, (base, batch)), Program(step, args, carries=True)]
-    reading = objectives.read.trace(base, batch, **phase.reading)
+    reading = read.trace(base, batch, **phase.reading)
     if part.work == 'read':
         return [Program(reading, (base, batch))]
     args = state.params, base, results(reading), key

@@ -4,7 +4,7 @@
     python -m benchmarks.h100 [--budget=470]    # an H100: the same parts timed
     python -m benchmarks.h100 --size=tiny       # any machine: that all of it runs
 
-The programs are those of lens (sampling, objectives.read, train_step), their weights random. roof: sum over kernels of
+The programs are those of lens (sampling, rollout.read, train_step), their weights random. roof: sum over kernels of
 max(bytes / 3.0 TB/s, FLOPs / 650 TFLOP/s), loops multiplied out, no time between launches; rates stand beside it where
 nothing was timed. copies: kernels that move a weight, or a layer of one, and do nothing else. MFU: model FLOPs
 (lens/flops.py, without those of sampling) over 989 TFLOP/s. ms a token: of all but the prompt. A loop that may stop early

@@ -18,7 +18,8 @@ from ml_collections import config_flags
 from benchmarks.timing import in_turn
 from lens import cli, config, data, sharding
 from lens.lens_init import init_lens
-from lens.objectives import gradient, read
+from lens.objectives import gradient
+from lens.rollout import read
 from lens.train import init_state, micro_step
 
 REPEATS = 3

@@ -75,7 +75,7 @@ class Phase:
 
     @property
     def reading(self) -> dict:
-        """Returns the static arguments of objectives.read."""
+        """Returns the static arguments of rollout.read."""
         return {'layer': self.hparams.layer, 'again': self.hparams.reads_again, 'recent': self.hparams.recent}
 
     @property

@@ -23,15 +23,17 @@ import numpy as np
 from lens import __version__, batches, data, files, metrics, plots, report, sampling, sharding, study, truth
 from lens.batches import Batches, at_once
 from lens.config import Run
+from lens.losses import comparable
 from lens.metrics import Collected, Figure, meaning
 from lens.models.decoder import without_position
 from lens.models.encoder import Source, encode, encode_context
 from lens.models.lens import Lens
-from lens.objectives import OBJECTIVES, Rollout, comparable, read, source_of
+from lens.objectives import OBJECTIVES
 from lens.reader import Reader
 from lens.reading import Reading
 from lens.reopen import Reopened, reopen
 from lens.response import Found, Tags, find
+from lens.rollout import Rollout, read, source_of
 
 FEW = 1000  # activations, below which figures are vague
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import ml_collections
 
-from lens import cli, data, gumbel, losses, objectives, optimizer
+from lens import cli, data, gumbel, losses, objectives, optimizer, policy
 from lens.errors import LONGEST_TEXT, LensError, number, shown, text
 from lens.models import injection, moe
 from lens.models.encoder import READOUTS
@@ -116,7 +116,7 @@ PHASE_KEYS = dict.fromkeys(objectives.KNOBS, object) | {  # of every phase block
     'resample_stop_grad': bool,
     'group': Whole(1),
     'mean_of': Whole(1),
-    'advantage': losses.ADVANTAGES,
+    'advantage': policy.ADVANTAGES,
     'updates': Whole(1, MOST_UPDATES),
     'slices': Whole(1),
     'clip': Real(LEAST_SCALE),

@@ -1,6 +1,6 @@
 """What is minimised: an objective is a rollout without gradient and a loss, both pure, and the keys that it reads.
 
-read(base, batch, layer=…) -> Rollout, its activations alone; rollout(lens, base, roll, key, hp) -> Rollout;
+rollout.read(base, batch, layer=…) -> Rollout, its activations alone; rollout(lens, base, roll, key, hp) -> Rollout;
 loss(lens, base, roll, key, hp, knobs, reference) -> (loss, out). hp is what changes the program; knobs are the
 numbers of this micro-step (KNOBS), arrays; `reference` is the decoder at the start of the phase, where hp needs it.
 gradient(objective, …) makes a step of them, all at once or in slices: the rollout that a loss is given may be a part of
@@ -12,23 +12,35 @@ batch: tokens [B, S], positions [B, P] and, for sft, responses `explanations` [B
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lens import gumbel as relaxed
-from lens import losses, sampling, sharding
+from lens import losses, policy, sharding
 from lens.losses import comparable, error_rows
 from lens.models import decoder as dec
 from lens.models import subject
-from lens.models.encoder import Source, encode, encode_context, encode_rows
+from lens.models.encoder import encode, encode_context, encode_rows
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
 from lens.models.transformer import model_of
-from lens.response import NO_TAGS, Found, Tags, find
+from lens.response import Found, find
+from lens.rollout import (
+    COPIES,
+    Counted,
+    Hparams,
+    Knobs,
+    Rollout,
+    given_rollout,
+    in_rows,
+    no_rollout,
+    per_activation,
+    per_document,
+    sampled_rollout,
+    vectors,
+)
 
 FAILED = -2.0  # reward of a response without an explanation
 REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
@@ -45,121 +57,6 @@ ARRAYS = (
 QUOTES = 2**31 - 1  # folded into the key of a step for the contexts without words; sampling folds in indices of tokens
 # Keys of a phase that only some objectives read (Objective.reads), with the value that asks for nothing.
 OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'copy_price': 0, 'mean_of': 1, 'updates': 1, 'slices': 1}
-COPIES = 32  # last tokens of the source, words among which copy_price is for
-
-
-@dataclasses.dataclass(frozen=True)
-class Hparams:
-    """What an objective's program depends on; a static argument of a step.
-
-    on: the KNOBS that are not zero throughout the phase; a weight that is not among them computes nothing.
-    natural_prefix: token ids of the decoder prompt with a word for the activation. The others: configs/base.py.
-    """
-
-    layer: int
-    length: int
-    on: frozenset[str] = frozenset({'mse_weight'})
-    tags: Tags = NO_TAGS
-    error: str = 'nmse'
-    group: int = 1
-    mean_of: int = 1
-    advantage: str = 'grpo'
-    updates: int = 1
-    slices: int = 1
-    kl_to: str = 'natural'
-    natural_prefix: tuple[int, ...] = ()
-    form: str = 'two_pass'
-    resample: bool = False
-    resample_stop_grad: bool = True
-    context: int = 0
-
-    @property
-    def recent(self) -> int:
-        """Returns how many source tokens a step is given of each activation."""
-        return max(1, self.context, COPIES if 'copy_price' in self.on else 0)
-
-    @property
-    def reads_again(self) -> bool:
-        """Returns whether the loss runs the subject on the texts."""
-        return 'kl_weight' in self.on
-
-    @property
-    def needs_reference(self) -> bool:
-        return 'beta' in self.on and self.kl_to == 'start'
-
-
-Knobs = Mapping[str, jax.Array]
-
-
-class Counted(NamedTuple):
-    """What counts in the means of a loss: 1 or 0 for each token and, in the encoder's terms, each row; and how many count
-    (scalars: with the first tokens, without those of kl_skip; rows) in the whole rollout."""
-
-    found: Found
-    mask_NxT: jax.Array
-    kept_N: jax.Array
-    tokens: jax.Array
-    kl_tokens: jax.Array
-    kept: jax.Array
-
-
-class Rollout(NamedTuple):
-    """What a step works on, all constants. N rows; rows of one activation are contiguous. batch: without tokens where
-    no text is read again. counted: where there are texts, once their loss is asked for. shown_A: how many tokens of the
-    context the encoder is shown without words, of each activation; where it has a context, once a gradient is asked for."""
-
-    a_NxD: jax.Array
-    source: Source
-    batch: dict
-    ids_NxT: jax.Array | None = None
-    logp_NxT: jax.Array | None = None
-    counted: Counted | None = None
-    shown_A: jax.Array | None = None
-
-
-@functools.partial(jax.jit, static_argnames=('layer', 'again', 'recent'))
-def read(base, batch, *, layer: int, again: bool = False, recent: int = 1) -> Rollout:
-    """Returns the activations NxD in float32 and where they are from, with the last `recent` source tokens of each.
-
-    A program of its own, since it alone depends on the width of the texts. again: keep the tokens for a second reading.
-    """
-    a = subject.activations(base, batch['tokens'], batch['positions'], layer)
-    rest = batch if again else {k: x for k, x in batch.items() if k != 'tokens'}
-    return Rollout(_joined(a.astype(jnp.float32)), source_of(batch['tokens'], batch['positions'], recent), rest)
-
-
-@functools.partial(jax.jit, static_argnames='recent')
-def source_of(tokens_BxS, positions_BxP, recent: int) -> Source:
-    """Makes the Source of N = B * P activations with the last `recent` tokens of each; before the beginning of a text its
-    first token is repeated."""
-    (b, p), at_BxPxR = positions_BxP.shape, positions_BxP[..., None] - jnp.arange(recent)[::-1]
-    tokens = jnp.take_along_axis(tokens_BxS, jnp.maximum(at_BxPxR, 0).reshape(b, p * recent), axis=1)
-    return Source(_joined(tokens.reshape(b, p, recent)), _joined(positions_BxP))
-
-
-def _joined(x_BxPxD):
-    """The rows of all documents one after the other, split over the devices; of one document XLA would not know how."""
-    return sharding.reshard(x_BxPxD.reshape(-1, *x_BxPxD.shape[2:]), sharding.rows(x_BxPxD.ndim - 1))
-
-
-def no_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
-    del lens, base, key, hp
-    return roll
-
-
-def given_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
-    """Takes the given responses as if they had been sampled."""
-    del lens, base, key
-    return roll._replace(ids_NxT=roll.batch['explanations'].reshape(-1, hp.length))
-
-
-def sampled_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
-    """Draws group * mean_of responses of every activation."""
-    n = hp.group * hp.mean_of
-    how = {'length': hp.length, 'group': n, 'tags': hp.tags}
-    s = sampling.sample(lens.decoder, base, _vectors(lens.decoder, roll), key, **how)
-    tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
-    return Rollout(*tiled, roll.batch, s.ids_NxT, s.logp_NxT)
 
 
 def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
@@ -197,13 +94,13 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
 
     words = _words(_scored(lens.decoder, base, roll), base, roll, hp, reference)
     old = roll.logp_NxT if hp.updates > 1 else None
-    policy = losses.policy_gradient(words['logp'], advantage, c.mask_NxT, old, knobs['clip'], c.tokens)
+    gain = policy.policy_gradient(words['logp'], advantage, c.mask_NxT, old, knobs['clip'], c.tokens)
     language, more = _language(words, roll, hp, knobs)
     if 'entropy_weight' in hp.on:
         entropy = losses.clamped_entropy(words['entropy'], c.mask_NxT, knobs['entropy_clamp'])
         language -= knobs['entropy_weight'] * entropy / hp.slices  # a mean over rows, of which a slice has its share
-    out |= more | {'loss_decoder': policy, 'reward_N': reward, 'advantage_N': advantage}
-    return loss + policy + language, out
+    out |= more | {'loss_decoder': gain, 'reward_N': reward, 'advantage_N': advantage}
+    return loss + gain + language, out
 
 
 def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
@@ -212,7 +109,7 @@ def gumbel(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refe
     drawn = relaxed.rollout(
         lens.decoder,
         base,
-        _vectors(lens.decoder, roll),
+        vectors(lens.decoder, roll),
         jax.lax.stop_gradient(model.table),
         key,
         length=hp.length,
@@ -297,7 +194,7 @@ def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
     c, metrics = roll.counted, {k: x for k, x in out.items() if k not in ARRAYS}
     if 'pred_NxD' in out:
         shown = comparable(out['pred_NxD'], hp.error) * _kept(c.found, hp)[:, None]
-        metrics['fve'] = losses.fve(shown, comparable(roll.a_NxD, hp.error), group=_per_activation(roll))
+        metrics['fve'] = losses.fve(shown, comparable(roll.a_NxD, hp.error), group=per_activation(roll))
         if hp.tags:
             extracted = c.found.found_N.astype(jnp.float32)
             metrics['extracted'] = jnp.mean(extracted)
@@ -372,21 +269,9 @@ def _count(roll: Rollout, hp: Hparams, knobs: Knobs) -> Rollout:
     found = find(roll.ids_NxT, hp.tags)
     mask, kept = found.mask(hp.length), _kept(found, hp)
     if hp.resample:
-        kept = kept * jnp.roll(kept, _per_document(roll))
+        kept = kept * jnp.roll(kept, per_document(roll))
     tokens, kl_tokens = jnp.sum(mask), jnp.sum(mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
     return roll._replace(counted=Counted(found, mask, kept, tokens, kl_tokens, jnp.sum(kept)))
-
-
-def _per_activation(roll: Rollout) -> int:
-    return len(roll.a_NxD) // roll.batch['positions'].size
-
-
-def _per_document(roll: Rollout) -> int:
-    return len(roll.a_NxD) // len(roll.batch['positions'])
-
-
-def _vectors(decoder: dec.Decoder, roll: Rollout):
-    return dec.without_position(decoder, roll.a_NxD, roll.source.position_N)
 
 
 def _mean_of(pred_NxD, m: int):
@@ -397,8 +282,8 @@ def _mean_of(pred_NxD, m: int):
 def _advantages(reward_N, hp: Hparams):
     """Samples that are averaged share the worst reward among them: a failed one fails them all."""
     if hp.mean_of == 1:
-        return losses.advantages(reward_N, hp.group, hp.advantage)
-    shared = losses.advantages(reward_N.reshape(-1, hp.mean_of).min(1), hp.group, hp.advantage)
+        return policy.advantages(reward_N, hp.group, hp.advantage)
+    shared = policy.advantages(reward_N.reshape(-1, hp.mean_of).min(1), hp.group, hp.advantage)
     return subject.tile_rows(shared, hp.mean_of)
 
 
@@ -406,7 +291,7 @@ def _reconstruction(base, roll: Rollout, pred, hp: Hparams, knobs: Knobs):
     """The encoder's terms: its error and the functional KL, over the responses that hold an explanation."""
     c, a, changed = roll.counted, roll.a_NxD, pred
     if hp.resample:
-        delta = jnp.roll(a - pred, _per_document(roll), axis=0)  # the partner is the next document
+        delta = jnp.roll(a - pred, per_document(roll), axis=0)  # the partner is the next document
         changed = pred + (jax.lax.stop_gradient(delta) if hp.resample_stop_grad else delta)
     mse = losses.masked_mean(error_rows(changed, a, hp.error), c.kept_N, c.kept)
     out = {'loss_encoder': mse, 'pred_NxD': pred}
@@ -423,18 +308,18 @@ def _functional_kl(base, roll: Rollout, pred, hp: Hparams):
     if hp.error == 'direction':  # only the direction was learnt
         size = jnp.linalg.norm(roll.a_NxD, axis=-1, keepdims=True)
         pred = pred * size / jnp.maximum(jnp.linalg.norm(pred, axis=-1, keepdims=True), 1e-12)
-    positions = jnp.repeat(roll.batch['positions'], _per_activation(roll), axis=1)
+    positions = jnp.repeat(roll.batch['positions'], per_activation(roll), axis=1)
     shape = (*positions.shape, pred.shape[-1])
     both = jnp.concatenate([roll.a_NxD.reshape(shape), pred.reshape(shape)], axis=1)  # beside one natural stream
     both = sharding.reshard(both, sharding.ACT)
     x = subject.stream_at(base, roll.batch['tokens'], jnp.tile(positions, 2), both, hp.layer)
     streams = {k: Stream(part, base) for k, part in zip(('p', 'q'), jnp.split(x, 2, axis=1), strict=True)}
-    return _joined(by_slices(lambda logits: losses.kl(logits['p'], logits['q']), streams))
+    return in_rows(by_slices(lambda logits: losses.kl(logits['p'], logits['q']), streams))
 
 
 def _scored(decoder: dec.Decoder, base, roll: Rollout) -> Stream:
     """Of the texts under teacher forcing."""
-    vectors_NxD = _vectors(decoder, roll)
+    vectors_NxD = vectors(decoder, roll)
     once_BxD = vectors_NxD.reshape(roll.batch['positions'].size, -1, vectors_NxD.shape[-1])[:, 0]
     return Stream(dec.teacher_forced(decoder, base, once_BxD, roll.ids_NxT), model_of(decoder, base))
 

@@ -29,8 +29,8 @@ from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
-from lens.objectives import read, source_of
 from lens.response import Tags, find
+from lens.rollout import read, source_of
 
 GROUP = 4  # explanations of one activation that are drawn at a time
 MOST_SAMPLES = 4096  # explanations of one activation

@@ -24,6 +24,7 @@ from lens import (
     objectives,
     optimizer,
     reopen,
+    rollout,
     sharding,
 )
 from lens.checkpoint import Checkpoints
@@ -46,7 +47,7 @@ class State(struct.PyTreeNode):
 
 @functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx'), donate_argnames=('state',))
 def train_step(state: State, base, roll, key, knobs, *, objective, hparams, tx) -> tuple[State, dict]:
-    """Returns the state after one micro-step on what objectives.read gives, and its metrics.
+    """Returns the state after one micro-step on what rollout.read gives, and its metrics.
 
     `base` is an argument, never donated; the randomness is fold_in(key, step); knobs are the numbers of this step
     (Phase.knobs), so that one program serves every learning rate, weight and phase start.
@@ -66,12 +67,12 @@ def train_step(state: State, base, roll, key, knobs, *, objective, hparams, tx) 
 
 def micro_step(phase: Phase, state: State, base, batch, key, knobs) -> tuple[State, dict]:
     """Reads the activations of a batch and takes a step on them: two programs, the second for batches of any width."""
-    return train_step(state, base, objectives.read(base, batch, **phase.reading), key, knobs, **phase.program)
+    return train_step(state, base, rollout.read(base, batch, **phase.reading), key, knobs, **phase.program)
 
 
 def trace(phase: Phase, state: State, base, batch, key) -> tuple[jax.stages.Traced, jax.stages.Traced]:
     """Traces the two programs of micro_step; arrays may be abstract. What cannot run raises here."""
-    reading = objectives.read.trace(base, batch, **phase.reading)
+    reading = rollout.read.trace(base, batch, **phase.reading)
     return reading, train_step.trace(state, base, results(reading), key, phase.knobs(0), **phase.program)
 
 

@@ -12,9 +12,9 @@ LAYERS = {
     'commands': 'commands main tools export explain serve web api',
     'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer '
     'interchange',
-    'objectives': 'objectives gumbel sampling flops instrument',
+    'objectives': 'objectives rollout gumbel sampling flops instrument',
     'models': 'models hf lens_folder translators',
-    'ground': 'response losses draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
+    'ground': 'response losses policy draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
     'spoken reading page jobs plots',
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens import losses, objectives, response, sharding
+from lens import losses, objectives, policy, response, sharding
 from lens.models.encoder import Source, encode, encode_context
+from lens.rollout import read
 from tests import programs
 from tests.compare import close, differs, size
 from tests.tiny_world import LAYER, LENGTH, make_lens
@@ -39,7 +40,7 @@ def early(batch):
 
 @pytest.fixture(scope='module')
 def roll(base, early):
-    return objectives.read(base, early, layer=LAYER, recent=HP.recent)
+    return read(base, early, layer=LAYER, recent=HP.recent)
 
 
 @functools.cache
@@ -111,7 +112,7 @@ def test_no_later_token_is_seen(base, lens, early, roll):
     for row, ps in zip(later, early['positions'], strict=True):
         row[max(ps) + 1 :] = (row[max(ps) + 1 :] + 1) % 56
     assert (later != early['tokens']).any()
-    again = objectives.read(base, early | {'tokens': later}, layer=LAYER, recent=HP.recent)
+    again = read(base, early | {'tokens': later}, layer=LAYER, recent=HP.recent)
     last = slice(1, None, 2)  # of each document
     ids = early['explanations'].reshape(-1, LENGTH)
     got, want = (ENCODE(lens.encoder, base, ids, r.source)[last] for r in (again, roll))
@@ -158,7 +159,7 @@ def test_the_encoder_learns_the_context_alone_and_nothing_else_does(base, lens, 
 
     def decoder(d):
         logp = programs.score(d, base, whole.a_NxD, ids)[0]
-        worth = losses.advantages(-rows - 0.3 * copied, 3)[:, None] if name == 'grpo' else 1
+        worth = policy.advantages(-rows - 0.3 * copied, 3)[:, None] if name == 'grpo' else 1
         return -jnp.mean(logp * worth)
 
     close(grads.decoder, jax.jit(jax.grad(decoder))(lens.decoder), steps=1024)
@@ -182,8 +183,8 @@ def test_on_a_mesh_as_on_one_device(base, lens, early, roll):
     mesh = sharding.make_mesh(2, 2, 1)
     with jax.set_mesh(mesh):
         placed = sharding.place(lens, mesh, 0), sharding.place(base, mesh, 0)
-        read = objectives.read(placed[1], sharding.put_batch(early, mesh), layer=LAYER, recent=HP.recent)
-        whole = rollout('grpo', *placed, read)
+        made = read(placed[1], sharding.put_batch(early, mesh), layer=LAYER, recent=HP.recent)
+        whole = rollout('grpo', *placed, made)
         sliced = dataclasses.replace(HP, slices=2)
         got, metrics = jax.tree.map(np.asarray, GRADIENT(objective, *placed, whole, KEY, sliced, KNOBS, ()))
     close(got, want, steps=2048)

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 from safetensors.numpy import load_file
 
-from lens import export, hf, lens_folder, lens_init, objectives, reopen, sampling, sharding
+from lens import export, hf, lens_folder, lens_init, reopen, sampling, sharding
 from lens.config import Texts, load, plan
 from lens.errors import LensError, shown
 from lens.interchange import verify, writing
@@ -32,6 +32,7 @@ from lens.models.encoder import Encoder, EncoderConfig, encode
 from lens.models.injection import Add, Affine, Replace
 from lens.models.lens import Lens
 from lens.response import NO_TAGS, Prompt
+from lens.rollout import source_of
 from tests import hf_models, small_run
 from tests.compare import close
 
@@ -121,7 +122,7 @@ def check_card(names, lens, base, length):
     assert len({tuple(x) for x in ids.tolist()}) > 1, 'the text must depend on the activation'
     text = names['tokens'][0].numpy()
     at = np.array([[len(text) - 1, 5, 1, 0]])  # from 1 on the context is longer than the text
-    source = objectives.source_of(text[None], at, CONTEXT)
+    source = source_of(text[None], at, CONTEXT)
     expected = np.asarray(reconstructions(lens.encoder, base, ids, source))
     ours = np.stack([names['reconstruct'](x, text[: p + 1], p) for x, p in zip(theirs, at[0], strict=True)])
     np.testing.assert_allclose(ours, expected, atol=1e-4 * expected.std())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens import losses
+from lens import losses, policy
 
 N, D, B, T, V = 11, 5, 3, 4, 7
 FLOAT32 = 1e-5  # relative error of the float32 formulas
@@ -136,13 +136,13 @@ def test_direction_error_is_the_squared_distance_at_norm_sqrt_d():
 def test_rloo_compares_with_the_mean_of_the_others_and_dr_grpo_with_the_mean_of_all():
     r = normal(11, 4, 3, scale=5)
     rloo = [[row[i] - np.delete(row, i).astype(float).mean() for i in range(3)] for row in r]
-    close(losses.advantages(jnp.asarray(r).ravel(), 3, 'rloo'), np.ravel(rloo))
-    close(losses.advantages(jnp.asarray(r).ravel(), 3, 'dr_grpo'), (r - r.astype(float).mean(1, keepdims=True)).ravel())
+    close(policy.advantages(jnp.asarray(r).ravel(), 3, 'rloo'), np.ravel(rloo))
+    close(policy.advantages(jnp.asarray(r).ravel(), 3, 'dr_grpo'), (r - r.astype(float).mean(1, keepdims=True)).ravel())
 
 
 def test_group_advantages_standardise_contiguous_groups():
     groups = [[-1.0, -2.0, -6.0], [-40.0, -10.0, -10.0]]
-    got = losses.advantages(jnp.asarray(groups).ravel(), 3)
+    got = policy.advantages(jnp.asarray(groups).ravel(), 3)
     close(got, np.concatenate([(np.array(g) - np.mean(g)) / np.std(g, ddof=1) for g in groups]))
     # by hand, group 1: mean -3, unbiased variance (4 + 1 + 9) / 2 = 7
     close(got[:3], np.array([2, 1, -3]) / np.sqrt(7))
@@ -152,13 +152,13 @@ def test_group_advantages_standardise_contiguous_groups():
 def test_group_advantages_of_equal_rewards_are_exactly_zero(group):
     """Identical explanations teach nothing. The rounding of the mean must not become an advantage."""
     values = np.asarray([0.0, -0.1, -0.7, -1 / 3, -333.3, -1.2345e7], np.float32)
-    got = jax.jit(losses.advantages, static_argnums=1)(np.repeat(values, group), group)
+    got = jax.jit(policy.advantages, static_argnums=1)(np.repeat(values, group), group)
     np.testing.assert_array_equal(np.asarray(got).reshape(-1, group), np.zeros((len(values), group)))
 
 
 def test_policy_gradient_counts_the_tokens_of_the_mask_alone():
     logp, a, mask = -np.abs(normal(13, N, T)), normal(14, N), np.random.default_rng(8).integers(2, size=(N, T))
-    both = jax.value_and_grad(losses.policy_gradient, argnums=(0, 1))
+    both = jax.value_and_grad(policy.policy_gradient, argnums=(0, 1))
     for m in (mask, np.ones_like(mask)):
         value, (d_logp, d_a) = both(jnp.asarray(logp), jnp.asarray(a), m)
         close(value, -(a[:, None].astype(float) * m).sum() / m.sum())
@@ -170,7 +170,7 @@ def test_clipped_policy_gradient_against_numpy():
     """PPO: no gradient where the ratio has left the interval on the side that the advantage asks for."""
     old, a, ones = -np.abs(normal(13, N, T)), normal(14, N), np.ones((N, T))
     logp = old + normal(22, N, T, scale=0.4)
-    value, grad = jax.value_and_grad(losses.policy_gradient)(jnp.asarray(logp), jnp.asarray(a), ones, old, 0.2)
+    value, grad = jax.value_and_grad(policy.policy_gradient)(jnp.asarray(logp), jnp.asarray(a), ones, old, 0.2)
     ratio, up = np.exp(logp.astype(float) - old), a[:, None].astype(float)
     close(value, -np.mean(np.minimum(ratio * up, np.clip(ratio, 0.8, 1.2) * up)))
     free = np.where(up > 0, ratio < 1.2, ratio > 0.8)
@@ -208,7 +208,7 @@ def expected_gradient(term, *per_text):
 
 
 def test_policy_gradient_is_minus_the_gradient_of_the_expected_reward():
-    got = expected_gradient(lambda x, r: losses.policy_gradient(x, r, np.ones((1, T2))), REWARD[:, None])
+    got = expected_gradient(lambda x, r: policy.policy_gradient(x, r, np.ones((1, T2))), REWARD[:, None])
 
     def expected_reward(theta):
         return sum(probability(theta, w) * r for w, r in zip(TEXTS, REWARD, strict=True))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lens import losses, objectives, response, sampling
+from lens import losses, objectives, policy, response, sampling
 from lens.models import decoder as dec
 from lens.models import subject
 from lens.models.encoder import encode
+from lens.rollout import read
 from lens.sharding import make_mesh, put_batch
 from tests import programs
 from tests.compare import close, size
@@ -44,7 +45,7 @@ def deaf(full):
 
 
 def _both(objective, hp, lens, base, batch, knobs, reference):
-    roll = objective.rollout(lens, base, objectives.read(base, batch, layer=LAYER, again=hp.reads_again), KEY, hp)
+    roll = objective.rollout(lens, base, read(base, batch, layer=LAYER, again=hp.reads_again), KEY, hp)
     return objectives.gradient(objective, lens, base, roll, KEY, hp, knobs, reference), roll
 
 
@@ -65,7 +66,7 @@ def plain(base, full, batch):
 
 @pytest.fixture(scope='module')
 def activations(base, batch):
-    return np.asarray(objectives.read(base, batch, layer=LAYER).a_NxD)
+    return np.asarray(read(base, batch, layer=LAYER).a_NxD)
 
 
 def difference(a, b):
@@ -80,7 +81,7 @@ def test_grpo_gradients_are_strictly_separated(base, full, plain):
     assert 0 < metrics['logp_diff_mean'] <= metrics['logp_diff_max'] < 1e-4  # of the sampler's and the scorer's
     mse = jax.jit(jax.grad(lambda e: losses.normalised_mse_rows(encode(e, base, ids), a).mean()))(full.encoder)
     close(grads.encoder, mse)
-    advantage = losses.advantages(-losses.normalised_mse_rows(ENCODE(full.encoder, base, ids), a), GROUP)
+    advantage = policy.advantages(-losses.normalised_mse_rows(ENCODE(full.encoder, base, ids), a), GROUP)
     reinforce = jax.jit(jax.grad(lambda d: -jnp.mean(programs.score(d, base, a, ids)[0] * advantage[:, None])))
     close(grads.decoder, reinforce(full.decoder))
     assert size(grads.decoder) > 1e-2 and size(grads.encoder) > 1e-2
@@ -181,7 +182,7 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     """Closed by one of many tokens, so that some responses are and some are not."""
     group = 12
     hp = dataclasses.replace(PLAIN, group=group, tags=response.Tags((), (17,)), error='direction')
-    roll = objectives.read(base, batch, layer=LAYER)
+    roll = read(base, batch, layer=LAYER)
     roll = jax.jit(objectives.sampled_rollout, static_argnums=4)(full, base, roll, KEY, hp)
     ids = np.array(roll.ids_NxT)
     ids[::5, 2] = 17
@@ -212,7 +213,7 @@ def test_responses_without_an_explanation_are_punished_and_teach_the_encoder_not
     distinct = {tuple(row[:end]) for row, end in zip(ids, ends, strict=True)}
     close(metrics['repeated'], 1 - len(distinct) / len(ids))
     mask = np.arange(LENGTH) < ends[:, None]
-    advantage = losses.advantages(jnp.asarray(reward, jnp.float32), group)
+    advantage = policy.advantages(jnp.asarray(reward, jnp.float32), group)
 
     def reinforce(d):
         return -jnp.sum(programs.score(d, base, a, ids)[0] * advantage[:, None] * mask) / mask.sum()
@@ -279,7 +280,7 @@ def test_position_vectors_leave_the_activation_and_come_back(base, lens, batch, 
     table = np.random.default_rng(8).normal(size=(11, 24)).astype(np.float32)
     moved = jax.tree.map(lambda x: x, lens)
     moved.decoder.positions = moved.encoder.positions = nnx.data(nnx.Param(jnp.asarray(table)))
-    source = objectives.read(base, batch, layer=LAYER).source
+    source = read(base, batch, layer=LAYER).source
     e, ids = table[batch['positions'].ravel()], batch['explanations'].reshape(-1, LENGTH)
     close(dec.without_position(moved.decoder, activations, source.position_N), activations - e)
     close(ENCODE(moved.encoder, base, ids, source), ENCODE(lens.encoder, base, ids) + e)
@@ -291,11 +292,11 @@ def test_what_stands_after_the_last_position_does_not_matter(base, batch, activa
     """Batches are as wide as their texts."""
     early = np.flatnonzero(batch['positions'].max(1) < 9)
     cut = {'tokens': batch['tokens'][early, :9], 'positions': batch['positions'][early]}
-    close(objectives.read(base, cut, layer=LAYER).a_NxD, activations.reshape(8, 2, -1)[early].reshape(-1, 24))
+    close(read(base, cut, layer=LAYER).a_NxD, activations.reshape(8, 2, -1)[early].reshape(-1, 24))
 
 
 @pytest.mark.parametrize('layer', [0, 2])
 def test_activations_are_those_of_the_configured_layer(base, batch, layer):
-    a = objectives.read(base, batch, layer=layer).a_NxD
+    a = read(base, batch, layer=layer).a_NxD
     stream = jax.jit(lambda ids: base.run_layers(base.embed(ids), 0, layer + 1))(batch['tokens'])
     close(a, np.take_along_axis(np.asarray(stream), batch['positions'][..., None], 1).reshape(-1, 24))

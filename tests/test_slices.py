@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lens import flops, objectives, response, sharding
+from lens.rollout import read
 from lens.train import init_state, micro_step, trace
 from tests.compare import close, size
 from tests.phases import phase_of
@@ -52,7 +53,7 @@ def marked(ids_NxT):
 def rollout(case, lens, base, batch):
     """A whole rollout of the case, whose texts are made unlike, and its hyperparameters."""
     objective, hp = objectives.OBJECTIVES[case.partition('-')[0]], dataclasses.replace(PLAIN, **CASES[case])
-    roll = objectives.read(base, batch, layer=LAYER, again=hp.reads_again)
+    roll = read(base, batch, layer=LAYER, again=hp.reads_again)
     roll = jax.jit(objective.rollout, static_argnums=4)(lens, base, roll, KEY, hp)
     old = roll.logp_NxT if roll.logp_NxT is None or hp.updates == 1 else np.asarray(roll.logp_NxT) - 0.3
     return objective, roll._replace(ids_NxT=marked(np.asarray(roll.ids_NxT)).astype(np.int32), logp_NxT=old), hp
