@@ -43,6 +43,8 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.steps = free(1000)  # D, micro-steps: one batch each; an epoch is one pass over the training documents
     p.accumulate = 1  # micro-steps whose mean gradient makes one optimizer step
     p.documents = 8  # documents per micro-step; a multiple of mesh.data
+    p.prefix_min = 0  # sft, grpo: the encoder reads the first n words of a text, n of prefix_min..prefix_max drawn for
+    p.prefix_max = 0  # each activation, so that what matters comes first; 0 = all words
     p.slices = 1  # sft, grpo: parts of the documents, the loss of one after the other: memory of one, the same gradient
     p.vectors = 4  # activations read per document; at most its row has tokens
     p.learning_rate_decoder = free('cosine 1e-3 1e-4 warmup 20s')  # V
@@ -55,18 +57,43 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.resample_stop_grad = True  # that difference is a constant
     p.group = 8  # grpo: explanations per activation
     p.mean_of = 1  # grpo: explanations whose reconstructions are averaged; they share reward and advantage
+    p.reward = (
+        'error'  # grpo: error (minus the encoder's error; -2 without an explanation) | log_error (minus its log; -ln 2)
+    )
+    p.reward_ema = (
+        0.0  # grpo: rewards are by a moving average of the encoder, this share of it kept at each optimizer step
+    )
+    p.reward_lag = 0  # grpo: or by a copy of the encoder made every so many optimizer steps; 0 = by the encoder itself
     p.advantage = 'grpo'  # grpo | rloo | dr_grpo
+    p.aggregate = (
+        'tokens'  # grpo: policy gradient and KL to kl_to are means over tokens | responses (each text its own mean
+    )
+    # first) | length (sums of texts over explanation_len: Dr. GRPO)
+    p.drop_equal = False  # grpo: groups whose rewards are equal teach nothing, by their KLs and errors neither
+    p.mismatch = free(
+        0.0
+    )  # V, grpo: nats; texts whose sampler and trainer differ by more on average teach nothing; 0 = off
+    p.encoder_texts = 'all'  # grpo: texts of a group that the encoder learns from: all | best (that of the least error)
     p.updates = 1  # grpo: optimizer steps on the same texts, at most 64; above 1 the probability ratio is clipped
-    p.clip = 0.2  # grpo: that ratio stays in 1 - clip .. 1 + clip
+    p.policy = (
+        'ppo'  # grpo: ppo (that ratio stays in 1 - clip .. 1 + clip) | cispo (it is a constant weight of 1 + clip at
+    )
+    # most, to the sampler also where updates=1)
+    p.clip = 0.2  # grpo
     p.form = 'two_pass'  # gumbel: full (exact gradient, through the sampling) | two_pass (teacher forced)
     p.tau = free(1.0)  # V, gumbel: temperature of the relaxed tokens, at least 0.1
     p.lm_weight = free(0.0)  # V, grpo, gumbel: weight of the KL of the natural prefix to the decoder, all words
     p.beta = free(0.0)  # V, grpo, gumbel: weight of the KL of the decoder's tokens to kl_to
     p.kl_to = 'natural'  # natural (base with a word for the activation) | start (decoder at the start of the phase)
+    p.kl_top = (
+        0  # grpo, gumbel: that KL over so many likeliest words and one for all others; 0 = estimated by the drawn word
+    )
     p.kl_skip = 3  # grpo, gumbel: first tokens left out of that KL
     p.entropy_weight = free(0.0)  # V, grpo, gumbel: weight of the entropy bonus
     p.entropy_clamp = free(1.0)  # V, grpo: nats; no bonus for texts above it
     p.copy_price = free(0.0)  # V, grpo: reward that a text loses whose tokens all are among the last 32 of the source
+    p.length_price = free(0.0)  # V, grpo: reward that a response loses by each token beyond length_free
+    p.length_free = free(0)  # V, grpo: tokens, its tags among them
     return p
 
 

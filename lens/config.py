@@ -27,6 +27,10 @@ INTERVALS = {  # of Intervals, its key
     'log': 'log.every',
     'drift': 'log.drift',
 }
+AS_WRITTEN = (  # keys of a phase that are those of Hparams
+    *('advantage', 'reward', 'policy', 'aggregate', 'drop_equal', 'encoder_texts', 'kl_to', 'kl_top', 'form'),
+    *('resample', 'resample_stop_grad'),
+)
 SLOT_WORD = 'something'  # what stands for the activation in the natural prefix
 
 
@@ -67,6 +71,8 @@ class Phase:
     clip_norms: Mapping[str, float] = dataclasses.field(default_factory=dict)
     clip: float = 0.0
     kl_skip: int = 0
+    reward_ema: float = 0.0
+    reward_lag: int = 0
     every: Intervals = Intervals()
 
     @property
@@ -87,7 +93,14 @@ class Phase:
         """Returns the numbers of its micro-step t, from 0, as train_step takes them: numpy scalars and small arrays."""
         values = {k: self.schedules[k](t) for k in objectives.KNOBS}
         numbers = optimizer.numbers(self.table, self.rates, self.clip_norms, t, self.tx.accumulation)
-        return values | {'clip': np.float32(self.clip), 'kl_skip': np.int32(self.kl_skip), 'optimizer': numbers}
+        fixed = {'clip': np.float32(self.clip), 'kl_skip': np.int32(self.kl_skip), 'renew': self._renew(t)}
+        return values | fixed | {'optimizer': numbers}
+
+    def _renew(self, t: int) -> np.float32:
+        """What share of the encoder enters that by which rewards are given, after micro-step t."""
+        update, left = divmod(t + 1, self.tx.accumulation)
+        due = not left and (not self.reward_lag or update % self.reward_lag == 0)
+        return np.float32(1 - self.reward_ema if due else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +286,10 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Te
         error=cfg.encoder.error,
         context=cfg.encoder.context_tokens,
         natural_prefix=texts.natural,
+        prefix=(p.prefix_min, p.prefix_max) if p.prefix_min else (),
+        judged=bool(p.reward_ema or p.reward_lag),
         **counts,
-        **{k: p[k] for k in ('advantage', 'kl_to', 'form', 'resample', 'resample_stop_grad')},
+        **{k: p[k] for k in AS_WRITTEN},
     )
     return Phase(
         name=name,
@@ -291,6 +306,8 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Te
         clip_norms=optimizer.parse_clip(p.grad_clip, f'{name}.grad_clip', table),
         clip=p.clip,
         kl_skip=p.kl_skip,
+        reward_ema=p.reward_ema,
+        reward_lag=p.reward_lag,
         every=every,
     )
 
@@ -342,6 +359,11 @@ def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
         require(total <= most, f'{what} make {total} tokens, the subject reads {most}.')
     n, around = cfg.explanation_len, len(texts.tags.opening) + len(texts.tags.closing)
     require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')
+    for name in cfg.phases:
+        least, most = cfg[name].prefix_min, cfg[name].prefix_max
+        fits = least <= most <= n - around and (least > 0) == (most > 0)
+        wanted = f'0 and 0, or 1 <= prefix_min <= prefix_max <= {n - around}, the words that a response has room for'
+        require(fits, f'{name}.prefix_min={least} and {name}.prefix_max={most} must be {wanted}.')
 
 
 def check_batches(cfg, mesh) -> None:
@@ -374,6 +396,16 @@ def check_phase(cfg, name: str) -> None:
     for key, off in objectives.OPTIONAL.items():
         idle = f'{name}.{key}={shown(repr(p[key]))} does nothing under the {p.objective} objective'
         require(key in reads or p[key] == off, f'{idle}: use {off}.')
+    both = p.reward_ema > 0 and p.reward_lag > 0
+    require(
+        not both, f'{name}.reward_ema={p.reward_ema} does not go with {name}.reward_lag={p.reward_lag}: set one to 0.'
+    )
+    both, why = p.mismatch != 0 and p.updates > 1, 'later updates differ from the sampler by what they have learnt'
+    require(not both, f'{name}.mismatch does not go with {name}.updates={p.updates}: {why}.')
+    open_end = p.length_price != 0 and not cfg.explanation_close
+    require(
+        not open_end, f'{name}.length_price needs an explanation_close: without one all responses are equally long.'
+    )
     together = p.mean_of > 1 and (p.lm_weight != 0 or p.kl_weight != 0)
     require(not together, f'{name}.mean_of above 1 has no single text: set lm_weight and kl_weight to 0.')
     n, some = cfg.explanation_len, p.beta == 0 or 0 <= p.kl_skip < cfg.explanation_len

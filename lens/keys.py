@@ -23,7 +23,7 @@ TRAIN = ('maps', 'lora', 'full')
 MOST_DEVICES = 1 << 16  # of one axis of the mesh
 MOST_UPDATES = 64  # every one is compiled
 LONGEST_PATH = 4096  # of Linux
-LEAST_SCALE = 1e-6  # of a factor that must not be zero
+LEAST_SCALE = 1e-6  # of a factor that must not be zero, and below 1 of one that must not be one
 
 
 class Whole(NamedTuple):
@@ -117,11 +117,21 @@ PHASE_KEYS = dict.fromkeys(objectives.KNOBS, object) | {  # of every phase block
     'group': Whole(1),
     'mean_of': Whole(1),
     'advantage': policy.ADVANTAGES,
+    'reward': policy.REWARDS,
+    'reward_ema': Real(0, 1 - LEAST_SCALE),
+    'reward_lag': Whole(0),
+    'policy': policy.POLICIES,
+    'aggregate': policy.AGGREGATES,
+    'drop_equal': bool,
+    'encoder_texts': objectives.ENCODER_TEXTS,
+    'prefix_min': Whole(0),
+    'prefix_max': Whole(0),
     'updates': Whole(1, MOST_UPDATES),
     'slices': Whole(1),
     'clip': Real(LEAST_SCALE),
     'form': gumbel.FORMS,
     'kl_to': objectives.REFERENCES,
+    'kl_top': Whole(0),
     'kl_skip': Whole(0),
 }
 

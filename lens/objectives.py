@@ -42,21 +42,22 @@ from lens.rollout import (
     vectors,
 )
 
-FAILED = -2.0  # reward of a response without an explanation
 REFERENCES = ('natural', 'start')  # what the KL holds the decoder to
 # Keys of a phase whose value is a schedule, and so an argument of a step.
-KNOBS = ('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp', 'copy_price')
-ARRAYS = (
-    'pred_NxD',
-    'logp_NxT',
-    'reward_N',
-    'advantage_N',
-    'copied_N',
-    'quote_AxD',
-)  # of what a loss returns, for `figures`
+KNOBS = (
+    *('tau', 'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight', 'entropy_clamp'),
+    *('copy_price', 'length_price', 'length_free', 'mismatch'),
+)
+# Of what a loss returns, for `figures`.
+ARRAYS = ('pred_NxD', 'logp_NxT', 'reward_N', 'advantage_N', 'copied_N', 'agree_N', 'quote_AxD')
 QUOTES = 2**31 - 1  # folded into the key of a step for the contexts without words; sampling folds in indices of tokens
 # Keys of a phase that only some objectives read (Objective.reads), with the value that asks for nothing.
-OPTIONAL = {'lm_weight': 0, 'beta': 0, 'entropy_weight': 0, 'copy_price': 0, 'mean_of': 1, 'updates': 1, 'slices': 1}
+OPTIONAL = dict.fromkeys(('lm_weight', 'beta', 'kl_top', 'entropy_weight', 'copy_price', 'length_price'), 0)
+OPTIONAL |= dict.fromkeys(('length_free', 'mismatch', 'reward_ema', 'reward_lag', 'prefix_min', 'prefix_max'), 0)
+OPTIONAL |= {'mean_of': 1, 'updates': 1, 'slices': 1, 'reward': 'error', 'policy': 'ppo', 'aggregate': 'tokens'}
+OPTIONAL |= {'drop_equal': False, 'encoder_texts': 'all'}
+PREFIX = ('prefix_min', 'prefix_max')
+ENCODER_TEXTS = ('all', 'best')  # of a group, those that the encoder learns from
 
 
 def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, reference):
@@ -67,7 +68,7 @@ def sft(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, referen
     ce = losses.cross_entropy(words['logp'], c.mask_NxT, c.tokens)
     loss, out = 0.0, {}
     if hp.on & {'mse_weight', 'kl_weight'}:
-        pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, c.found.span if hp.tags else None)
+        pred = _read_back(lens.encoder, base, roll, c.found, hp)
         loss, out = _reconstruction(base, roll, pred, hp, knobs)
     entropy = losses.masked_mean(words['entropy'], c.mask_NxT, c.tokens)
     return ce + loss, {'loss_decoder': ce, 'entropy_nats': entropy} | out
@@ -80,26 +81,28 @@ def grpo(lens: Lens, base, roll: Rollout, key, hp: Hparams, knobs: Knobs, refere
     the encoder from its error alone.
     """
     del key
-    c = roll.counted
-    pred = encode(lens.encoder, base, roll.ids_NxT, roll.source, c.found.span if hp.tags else None)
-    if hp.mean_of > 1:
-        pred = _mean_of(pred, hp.mean_of)
-    loss, out = _reconstruction(base, roll, pred, hp, knobs)
-    worth = -error_rows(pred, roll.a_NxD, hp.error)
+    c, worth, priced = roll.counted, policy.REWARDS[hp.reward], {}
+    pred = _read_back(lens.encoder, base, roll, c.found, hp)
+    error = error_rows(pred if roll.judged_NxD is None else roll.judged_NxD, roll.a_NxD, hp.error)
+    reward = worth(error)
     if 'copy_price' in hp.on:
-        out['copied_N'] = _copied(roll, hp)
-        worth -= knobs['copy_price'] * out['copied_N']
-    reward = jnp.where(c.found.found_N, worth, FAILED)
-    advantage = _advantages(jax.lax.stop_gradient(reward), hp)
+        priced['copied_N'] = _copied(roll, hp)
+        reward -= knobs['copy_price'] * priced['copied_N']
+    reward = jnp.where(c.found.found_N, reward, worth(policy.FAILED))
+    if 'length_price' in hp.on:
+        reward -= knobs['length_price'] * jnp.maximum(c.found.end_N - knobs['length_free'], 0)
 
     words = _words(_scored(lens.decoder, base, roll), base, roll, hp, reference)
-    old = roll.logp_NxT if hp.updates > 1 else None
-    gain = policy.policy_gradient(words['logp'], advantage, c.mask_NxT, old, knobs['clip'], c.tokens)
+    advantage, roll, agree = _taught(roll, error, jax.lax.stop_gradient(reward), words['logp'], hp, knobs)
+    loss, out = _reconstruction(base, roll, pred, hp, knobs)
+    weights, total = _aggregate(_scored_tokens(roll, hp), c.tokens, hp)
+    old = roll.logp_NxT if hp.updates > 1 or hp.policy != 'ppo' else None  # on-policy there is no ratio to clip
+    gain = policy.policy_gradient(words['logp'], advantage, weights, old, knobs['clip'], total, hp.policy)
     language, more = _language(words, roll, hp, knobs)
     if 'entropy_weight' in hp.on:
         entropy = losses.clamped_entropy(words['entropy'], c.mask_NxT, knobs['entropy_clamp'])
         language -= knobs['entropy_weight'] * entropy / hp.slices  # a mean over rows, of which a slice has its share
-    out |= more | {'loss_decoder': gain, 'reward_N': reward, 'advantage_N': advantage}
+    out |= priced | agree | more | {'loss_decoder': gain, 'reward_N': reward, 'advantage_N': advantage}
     return loss + gain + language, out
 
 
@@ -146,12 +149,12 @@ class Objective:
 
 OBJECTIVES = {
     'sft': Objective(
-        given_rollout, sft, frozenset({'slices'}), shows=(('loss_decoder', 'decoder loss'),), samples=False
+        given_rollout, sft, frozenset({'slices', *PREFIX}), shows=(('loss_decoder', 'decoder loss'),), samples=False
     ),
     # the policy-gradient loss is 0 by construction: show what it maximises
     'grpo': Objective(sampled_rollout, grpo, frozenset({'group', *OPTIONAL}), (('reward', 'reward'),)),
     'gumbel': Objective(
-        no_rollout, gumbel, frozenset({'lm_weight', 'beta', 'entropy_weight'}), (('entropy_nats', 'entropy'),)
+        no_rollout, gumbel, frozenset({'lm_weight', 'beta', 'kl_top', 'entropy_weight'}), (('entropy_nats', 'entropy'),)
     ),
 }
 
@@ -215,6 +218,8 @@ def figures(roll: Rollout, out: dict, hp: Hparams) -> dict[str, jax.Array]:
         metrics['reward'], metrics['reward_std'] = jnp.mean(reward), jnp.std(reward)
         metrics['reward_group_std'] = jnp.mean(jnp.std(reward.reshape(-1, hp.group * hp.mean_of), axis=1))
         metrics['zero_advantage_fraction'] = jnp.mean(jnp.abs(out['advantage_N']) < 1e-6)
+    if 'agree_N' in out:
+        metrics['mismatched'] = 1 - jnp.mean(out['agree_N'])
     if 'copied_N' in out:
         metrics['copied'] = jnp.mean(out['copied_N'])
     return metrics
@@ -271,20 +276,73 @@ def _count(roll: Rollout, hp: Hparams, knobs: Knobs) -> Rollout:
     if hp.resample:
         kept = kept * jnp.roll(kept, per_document(roll))
     tokens, kl_tokens = jnp.sum(mask), jnp.sum(mask * (jnp.arange(hp.length) >= knobs['kl_skip']))
-    return roll._replace(counted=Counted(found, mask, kept, tokens, kl_tokens, jnp.sum(kept)))
+    rows = kept
+    if hp.encoder_texts == 'best':  # one of each group that has any
+        rows = kept.reshape(-1, hp.group * hp.mean_of).max(1) * hp.mean_of
+    return roll._replace(counted=Counted(found, mask, mask, kept, tokens, kl_tokens, jnp.sum(rows)))
 
 
-def _mean_of(pred_NxD, m: int):
-    """The mean of every m contiguous rows, in each of them."""
-    return subject.tile_rows(pred_NxD.reshape(-1, m, pred_NxD.shape[-1]).mean(1), m)
-
-
-def _advantages(reward_N, hp: Hparams):
-    """Samples that are averaged share the worst reward among them: a failed one fails them all."""
+def _read_back(encoder, base, roll: Rollout, found: Found, hp: Hparams):
+    """Reconstructs from the words of every row, or the first of them, NxD; of mean_of contiguous rows the mean, in each."""
+    span = found.span if hp.tags else None
+    if roll.words_N is not None:
+        span = found.start_N, jnp.minimum(found.length_N, roll.words_N)
+    pred = encode(encoder, base, roll.ids_NxT, roll.source, span)
     if hp.mean_of == 1:
-        return policy.advantages(reward_N, hp.group, hp.advantage)
-    shared = policy.advantages(reward_N.reshape(-1, hp.mean_of).min(1), hp.group, hp.advantage)
-    return subject.tile_rows(shared, hp.mean_of)
+        return pred
+    return subject.tile_rows(pred.reshape(-1, hp.mean_of, pred.shape[-1]).mean(1), hp.mean_of)
+
+
+def judge(encoder, base, roll: Rollout, hp: Hparams) -> Rollout:
+    """Adds to a sampled rollout what rewards are of: the reconstructions of another encoder than the one that learns."""
+
+    def of_part(part: Rollout):
+        return _read_back(encoder, base, part, find(part.ids_NxT, hp.tags), hp)
+
+    if hp.slices == 1:
+        return roll._replace(judged_NxD=of_part(roll))
+    return roll._replace(judged_NxD=sharding.joined(jax.lax.map(of_part, sharding.slices(roll, hp.slices))))
+
+
+def _taught(roll: Rollout, error_N, reward_N, logp_NxT, hp: Hparams, knobs: Knobs):
+    """Returns advantages, the rollout with what teaches among what counts, and an array for `figures`.
+
+    What means are divided by stays: what is left out does not make the rest heavier, and slices need not know of each
+    other. Samples that are averaged share the worst reward among them: a failed one fails them all.
+    """
+    c, out = roll.counted, {}
+
+    def shared(x_N):
+        return x_N.reshape(-1, hp.mean_of).min(1)
+
+    def rows(x):
+        return subject.tile_rows(x, hp.mean_of)
+
+    reward, teaches = shared(reward_N), jnp.ones_like(reward_N)
+    if hp.drop_equal:
+        teaches *= rows(policy.varied(reward, hp.group))
+    if 'mismatch' in hp.on:
+        out['agree_N'] = policy.agree(logp_NxT, roll.logp_NxT, c.mask_NxT, knobs['mismatch'])
+        teaches *= out['agree_N']
+    kept = c.kept_N * rows(shared(teaches))
+    if hp.encoder_texts == 'best':
+        kept = rows(policy.best(shared(error_N), shared(kept), hp.group))
+    c = c._replace(teach_NxT=c.mask_NxT * teaches[:, None], kept_N=kept)
+    return rows(policy.advantages(reward, hp.group, hp.advantage)), roll._replace(counted=c), out
+
+
+def _scored_tokens(roll: Rollout, hp: Hparams):
+    """The tokens that teach by the reward. Those after a prefix that was read had no part in it where the text was closed."""
+    c = roll.counted
+    if roll.words_N is None:
+        return c.teach_NxT
+    before = jnp.arange(hp.length) < (c.found.start_N + roll.words_N)[:, None]
+    return c.teach_NxT * (before | ~c.found.found_N[:, None])
+
+
+def _aggregate(mask_NxT, tokens, hp: Hparams):
+    """Weights of tokens in a mean of the whole rollout, and what their sum is divided by, as hp.aggregate has it."""
+    return policy.AGGREGATES[hp.aggregate](mask_NxT, tokens, len(mask_NxT) * hp.slices)
 
 
 def _reconstruction(base, roll: Rollout, pred, hp: Hparams, knobs: Knobs):
@@ -326,7 +384,7 @@ def _scored(decoder: dec.Decoder, base, roll: Rollout) -> Stream:
 
 def _words(own: Stream, base, roll: Rollout, hp: Hparams, reference) -> dict[str, jax.Array]:
     """Numbers of every token NxT: log-probability and entropy by the decoder, whose stream is `own`; where the loss has
-    a KL, the log-probability by its reference (logq), and that of the natural prefix (kl_lm)."""
+    a KL, the log-probability by its reference (logq) or the KL itself, and that of the natural prefix (kl_lm)."""
     streams, to = {'own': own}, hp.kl_to if 'beta' in hp.on else ''
     if 'lm_weight' in hp.on or to == 'natural':
         natural = dec.natural(base, jnp.asarray(hp.natural_prefix), roll.ids_NxT)
@@ -338,7 +396,9 @@ def _words(own: Stream, base, roll: Rollout, hp: Hparams, reference) -> dict[str
         mine = logits['own']
         out = {'logp': losses.token_log_probs(mine, ids)}
         out['entropy'] = losses.entropy(mine if 'entropy_weight' in hp.on else jax.lax.stop_gradient(mine))
-        if to:
+        if to and hp.kl_top:
+            out['kl'] = losses.kl_top(mine, logits[to], hp.kl_top)
+        elif to:
             out['logq'] = losses.token_log_probs(logits[to], ids)
         if 'lm_weight' in hp.on:
             out['kl_lm'] = losses.kl(logits['natural'], mine)
@@ -353,11 +413,15 @@ def _language(words: dict, roll: Rollout, hp: Hparams, knobs: Knobs):
     entropy = losses.masked_mean(words['entropy'], c.mask_NxT, c.tokens)
     out = {'logp_NxT': words['logp'], 'entropy_nats': entropy}
     if 'beta' in hp.on:
-        mask = c.mask_NxT * (jnp.arange(hp.length) >= knobs['kl_skip'])
-        kl = losses.k3(words['logp'], words['logq'], mask, c.kl_tokens)
+        mask = c.teach_NxT * (jnp.arange(hp.length) >= knobs['kl_skip'])
+        weights, total = _aggregate(mask, c.kl_tokens, hp)
+        if hp.kl_top:
+            kl = losses.masked_mean(words['kl'], weights, total)
+        else:
+            kl = losses.k3(words['logp'], words['logq'], weights, total)
         out[f'kl_{hp.kl_to}_nats'] = kl
         loss += knobs['beta'] * kl
     if 'lm_weight' in hp.on:
-        out['kl_lm_nats'] = losses.masked_mean(words['kl_lm'], c.mask_NxT, c.tokens)
+        out['kl_lm_nats'] = losses.masked_mean(words['kl_lm'], c.teach_NxT, c.tokens)
         loss += knobs['lm_weight'] * out['kl_lm_nats']
     return loss, out

@@ -16,6 +16,7 @@ from lens.models.lens import Lens
 from lens.response import NO_TAGS, Found, Tags
 
 COPIES = 32  # last tokens of the source, words among which copy_price is for
+PREFIXES = 2**31 - 2  # folded into the key of a step for the lengths of prefixes; sampling folds in indices of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Hparams:
     """What an objective's program depends on; a static argument of a step.
 
     on: the objectives.KNOBS that are not zero throughout the phase; a weight that is not among them computes nothing.
-    natural_prefix: token ids of the decoder prompt with a word for the activation. The others: configs/base.py.
+    natural_prefix: token ids of the decoder prompt with a word for the activation. prefix: (prefix_min, prefix_max), or ().
+    judged: rewards are from another encoder than the one that learns. The others: configs/base.py.
     """
 
     layer: int
@@ -34,9 +36,17 @@ class Hparams:
     group: int = 1
     mean_of: int = 1
     advantage: str = 'grpo'
+    reward: str = 'error'
+    policy: str = 'ppo'
+    aggregate: str = 'tokens'
+    drop_equal: bool = False
+    encoder_texts: str = 'all'
+    prefix: tuple[int, ...] = ()
+    judged: bool = False
     updates: int = 1
     slices: int = 1
     kl_to: str = 'natural'
+    kl_top: int = 0
     natural_prefix: tuple[int, ...] = ()
     form: str = 'two_pass'
     resample: bool = False
@@ -63,10 +73,12 @@ Knobs = Mapping[str, jax.Array]
 
 class Counted(NamedTuple):
     """What counts in the means of a loss: 1 or 0 for each token and, in the encoder's terms, each row; and how many count
-    (scalars: with the first tokens, without those of kl_skip; rows) in the whole rollout."""
+    (scalars: with the first tokens, without those of kl_skip; rows) in the whole rollout. teach_NxT: of the tokens, those
+    that the decoder learns from."""
 
     found: Found
     mask_NxT: jax.Array
+    teach_NxT: jax.Array
     kept_N: jax.Array
     tokens: jax.Array
     kl_tokens: jax.Array
@@ -76,7 +88,9 @@ class Counted(NamedTuple):
 class Rollout(NamedTuple):
     """What a step works on, all constants. N rows; rows of one activation are contiguous. batch: without tokens where
     no text is read again. counted: where there are texts, once their loss is asked for. shown_A: how many tokens of the
-    context the encoder is shown without words, of each activation; where it has a context, once a gradient is asked for."""
+    context the encoder is shown without words, of each activation; where it has a context, once a gradient is asked for.
+    words_N: how many words of its text the encoder reads at most; where hp has a prefix. judged_NxD: reconstructions that
+    rewards are of; where hp is judged."""
 
     a_NxD: jax.Array
     source: Source
@@ -85,6 +99,8 @@ class Rollout(NamedTuple):
     logp_NxT: jax.Array | None = None
     counted: Counted | None = None
     shown_A: jax.Array | None = None
+    words_N: jax.Array | None = None
+    judged_NxD: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'again', 'recent'))
@@ -119,8 +135,8 @@ def no_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
 
 def given_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
     """Takes the given responses as if they had been sampled."""
-    del lens, base, key
-    return roll._replace(ids_NxT=roll.batch['explanations'].reshape(-1, hp.length))
+    del lens, base
+    return roll._replace(ids_NxT=roll.batch['explanations'].reshape(-1, hp.length), words_N=_words(roll, key, hp, 1))
 
 
 def sampled_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollout:
@@ -129,7 +145,17 @@ def sampled_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollou
     how = {'length': hp.length, 'group': n, 'tags': hp.tags}
     s = sampling.sample(lens.decoder, base, vectors(lens.decoder, roll), key, **how)
     tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
-    return Rollout(*tiled, roll.batch, s.ids_NxT, s.logp_NxT)
+    return Rollout(*tiled, roll.batch, s.ids_NxT, s.logp_NxT, words_N=_words(roll, key, hp, n))
+
+
+def _words(roll: Rollout, key, hp: Hparams, n: int):
+    """How many words the encoder reads, drawn for each activation and the same for its n texts: what comes first in all of
+    them must say most."""
+    if not hp.prefix:
+        return None
+    least, most = hp.prefix
+    words_A = jax.random.randint(jax.random.fold_in(key, PREFIXES), (len(roll.a_NxD),), least, most + 1)
+    return subject.tile_rows(sharding.reshard(words_A, sharding.rows(1)), n)
 
 
 def per_activation(roll: Rollout) -> int:

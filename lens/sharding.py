@@ -122,6 +122,19 @@ def path(key_path) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator='/').removesuffix('/value')
 
 
+def top_k(x, k: int):
+    """Returns (values, indices) of the k largest along the last axis, row by row where the rows live: the partitioner
+    gathers them first."""
+
+    def local(x):
+        return tuple(jax.lax.top_k(x, k))
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(x)
+    spec = rows(x.ndim)
+    return jax.shard_map(local, in_specs=spec, out_specs=(spec, spec))(reshard(x, spec))
+
+
 def gathered(tree):
     """Makes leaves that are split over `data` whole along it; what their gradient adds up to is split again."""
     if jax.sharding.get_abstract_mesh().empty:

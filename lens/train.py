@@ -31,18 +31,21 @@ from lens.checkpoint import Checkpoints
 from lens.config import Phase, Run, fires
 from lens.interchange.reading import configured
 from lens.models.decoder import Decoder
+from lens.models.encoder import Encoder
 from lens.models.lens import Lens, parameter_count
 from lens.places import contents, has_begun, identity, locate
 from lens.signals import Stop
 
 
 class State(struct.PyTreeNode):
-    """What a step changes, and the decoder at the start of the phase where its objective compares with it, else ()."""
+    """What a step changes, and where the objective needs it, else (): the decoder at the start of the phase, which it
+    compares with, and the encoder that rewards are by, which follows the one that learns."""
 
     step: jax.Array
     params: Lens
     opt: optax.OptState
     reference: Decoder | tuple = ()
+    judge: Encoder | tuple = ()
 
 
 @functools.partial(jax.jit, static_argnames=('objective', 'hparams', 'tx'), donate_argnames=('state',))
@@ -54,6 +57,8 @@ def train_step(state: State, base, roll, key, knobs, *, objective, hparams, tx) 
     """
     key = jax.random.fold_in(key, state.step)
     roll = objective.rollout(state.params, base, roll, key, hparams)
+    if hparams.judged:
+        roll = objectives.judge(state.judge, base, roll, hparams)
     params, opt, metrics = state.params, state.opt, {}
     for _ in range(hparams.updates):
         grads, out = objectives.gradient(objective, params, base, roll, key, hparams, knobs, state.reference)
@@ -62,7 +67,11 @@ def train_step(state: State, base, roll, key, knobs, *, objective, hparams, tx) 
             params = optax.apply_updates(params, updates)
         # figures of the first update: later ones are off-policy
         metrics = metrics or out | optimizer.step_norms(grads, updates, params, tx.trained)
-    return State(state.step + 1, params, opt, state.reference), metrics
+    judge = state.judge
+    if hparams.judged:
+        share = knobs['renew']
+        judge = jax.tree.map(lambda old, new: (1 - share) * old + share * new, judge, params.encoder)
+    return State(state.step + 1, params, opt, state.reference, judge), metrics
 
 
 def micro_step(phase: Phase, state: State, base, batch, key, knobs) -> tuple[State, dict]:
@@ -87,7 +96,8 @@ def abstract_state(params: Lens, phase: Phase | None, mesh) -> State:
     step = jax.ShapeDtypeStruct((), jnp.int32)
     opt, step = sharding.with_placement((opt, {'step': step}), mesh, sharding.SPLIT_ABOVE)
     reference = params.decoder if phase and phase.hparams.needs_reference else ()
-    return State(params=params, opt=opt, reference=reference, **step)
+    judge = params.encoder if phase and phase.hparams.judged else ()
+    return State(params=params, opt=opt, reference=reference, judge=judge, **step)
 
 
 def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
@@ -95,8 +105,8 @@ def init_state(params: Lens, phase: Phase | None, mesh, step: int = 0) -> State:
     like = abstract_state(params, phase, mesh)
     place = jax.tree.map(lambda x: x.sharding, like.opt)
     opt = jax.jit(phase.tx.init, out_shardings=place)(params) if phase else ()
-    reference = jax.tree.map(jnp.copy, like.reference)  # a step donates params
-    return State(sharding.put(np.int32(step), like.step.sharding), params, opt, reference)
+    copies = jax.tree.map(jnp.copy, (like.reference, like.judge))  # a step donates params
+    return State(sharding.put(np.int32(step), like.step.sharding), params, opt, *copies)
 
 
 class Stopped(Exception):

@@ -43,6 +43,11 @@ PHASES = {
     'grpo': {'weights': WEIGHTS, 'group': GROUP},
     'gumbel': {'weights': WEIGHTS | {'tau': 0.7, 'kl_weight': 0.2}},
 }
+PHASES['grpo_field'] = PHASES['grpo'] | {
+    'weights': WEIGHTS | {'mismatch': 9.0},
+    **{'reward': 'log_error', 'policy': 'cispo', 'aggregate': 'responses', 'kl_top': 4, 'encoder_texts': 'best'},
+    **{'drop_equal': True, 'prefix': (1, 4), 'judged': True},
+}
 PHASES['gumbel_full'] = PHASES['gumbel'] | {'form': 'full'}
 # Adam divides by the size of a gradient plus EPSILON, 1e-8, about the rounding of gradients of this size: one entry with
 # a gradient of 4e-10 took another first step on every mesh, by a third of the learning rate, while all others agreed to

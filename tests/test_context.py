@@ -215,7 +215,7 @@ def test_words_that_stand_in_the_source_are_counted_between_the_tags():
     ids = np.array([[8, 1, 2, 2, 9, 2], [7, 8, 1, 9, 2, 2], [8, 1, 2, 3, 4, 5]])
     recent = np.concatenate([np.full((3, 2), 1), np.tile([2, 9], (3, 16))], axis=1)
     found = response.find(jnp.asarray(ids), tags)
-    counted = objectives.Counted(found, *(None,) * 5)
+    counted = objectives.Counted(found, *(None,) * 6)
     roll = objectives.Rollout(None, Source(jnp.asarray(recent), None), {}, jnp.asarray(ids), counted=counted)
     np.testing.assert_allclose(
         objectives._copied(roll, dataclasses.replace(HP, length=6)), [2 / 6, 0, 1 / 6], rtol=1e-6

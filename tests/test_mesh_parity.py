@@ -12,6 +12,7 @@ CASES = [
     ('frozen-sft', SPLIT),
     ('frozen-grpo', SPLIT),
     ('llama-gumbel_full', SPLIT),
+    ('frozen-grpo_field', SPLIT),
     ('gpt_oss-sft', (1, 1, 8)),
     ('gpt_oss-grpo', (1, 4, 2)),
     ('gpt_oss-gumbel', SPLIT),

@@ -60,6 +60,17 @@ from tests.small_run import config, train
             r'sft.mse_weight=0 with encoder.context_tokens=2: the encoder would never learn',
         ),
         ({'sft__copy_price': 0.1}, r'sft.copy_price=0.1 does nothing under the sft objective: use 0'),
+        ({'sft__reward': 'log_error'}, r"sft.reward='log_error' does nothing under the sft objective: use error"),
+        ({'grpo__reward': 'mse'}, r"grpo.reward='mse' is not one of error, log_error"),
+        ({'grpo__reward_ema': 1.0}, r'grpo.reward_ema=1.0 must be .*0.999999'),
+        ({'grpo__reward_ema': 0.9, 'grpo__reward_lag': 3}, r'grpo.reward_ema=0.9 does not go with grpo.reward_lag=3'),
+        ({'grpo__mismatch': 0.1, 'grpo__updates': 2}, r'grpo.mismatch does not go with grpo.updates=2: later updates'),
+        ({'grpo__length_price': 0.1}, r'grpo.length_price needs an explanation_close: without one all responses are'),
+        (
+            {'grpo__prefix_min': 3},
+            r'grpo.prefix_min=3 and grpo.prefix_max=0 must be 0 and 0, or 1 <= prefix_min <= .* 12,',
+        ),
+        ({'sft__prefix_min': 3, 'sft__prefix_max': 13}, r'sft.prefix_min=3 and sft.prefix_max=13 must be 0 and 0, or'),
         ({'sft__documents': 99}, r'sft.documents=99, but .*train holds only 60 documents'),
         ({'explanation_len': 7}, r'explanation_len=7, but the given explanations in .* have 12 tokens'),
         (

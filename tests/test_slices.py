@@ -10,6 +10,7 @@ import pytest
 from lens import flops, objectives, response, sharding
 from lens.rollout import read
 from lens.train import init_state, micro_step, trace
+from tests import programs
 from tests.compare import close, size
 from tests.phases import phase_of
 from tests.tiny_world import LAYER, LENGTH, TINY, make_base, make_lens
@@ -25,6 +26,10 @@ KNOBS = dict.fromkeys(objectives.KNOBS, np.float32(0)) | {
     'kl_skip': np.int32(1),
     'clip': np.float32(0.2),
 }
+# of the options of grpo
+FIELD_KNOBS = dict.fromkeys(objectives.KNOBS, np.float32(0)) | {'kl_skip': np.int32(1), 'clip': np.float32(0.2)}
+FIELD_KNOBS |= {'mse_weight': np.float32(1), 'beta': np.float32(0.1), 'mismatch': np.float32(0.1)}
+FIELD_KNOBS |= {'length_price': np.float32(0.3), 'length_free': np.float32(3)}
 TAGS = response.Tags((), (17,))
 ALL = frozenset({'mse_weight', 'kl_weight', 'lm_weight', 'beta', 'entropy_weight'})
 PLAIN = objectives.Hparams(layer=LAYER, length=LENGTH, natural_prefix=(3, 1))
@@ -32,6 +37,22 @@ CASES = {
     'sft': {'on': ALL - {'beta', 'lm_weight'}, 'tags': TAGS, 'error': 'direction'},
     'grpo-natural': {'on': ALL, 'tags': TAGS, 'group': 6},
     'grpo-start': {'on': ALL, 'tags': TAGS, 'group': 3, 'kl_to': 'start', 'advantage': 'dr_grpo', 'error': 'direction'},
+    'grpo-field': {
+        'on': frozenset({'mse_weight', 'beta', 'mismatch', 'length_price', 'length_free'}),
+        'tags': TAGS,
+        'error': 'direction',
+        'group': 3,
+        'advantage': 'dr_grpo',
+        'reward': 'log_error',
+        'policy': 'cispo',
+        'aggregate': 'responses',
+        'kl_to': 'start',
+        'kl_top': 4,
+        'drop_equal': True,
+        'encoder_texts': 'best',
+        'prefix': (1, 3),
+        'judged': True,
+    },
     'grpo-mean': {'on': ALL - {'kl_weight'}, 'tags': TAGS, 'group': 3, 'mean_of': 2, 'advantage': 'rloo', 'updates': 2},
 }
 ROUNDING = ('logp_diff_max', 'logp_diff_mean')  # differences of what is computed twice
@@ -56,7 +77,23 @@ def rollout(case, lens, base, batch):
     roll = read(base, batch, layer=LAYER, again=hp.reads_again)
     roll = jax.jit(objective.rollout, static_argnums=4)(lens, base, roll, KEY, hp)
     old = roll.logp_NxT if roll.logp_NxT is None or hp.updates == 1 else np.asarray(roll.logp_NxT) - 0.3
-    return objective, roll._replace(ids_NxT=marked(np.asarray(roll.ids_NxT)).astype(np.int32), logp_NxT=old), hp
+    roll = roll._replace(ids_NxT=marked(np.asarray(roll.ids_NxT)).astype(np.int32), logp_NxT=old)
+    if hp.judged:
+        roll = disagreeing(roll, lens, base)
+        roll = jax.jit(objectives.judge, static_argnums=3)(
+            make_lens(base, own_base=True, seed=9).encoder, base, roll, hp
+        )
+    return objective, roll, hp
+
+
+def disagreeing(roll, lens, base):
+    """A third of the texts is from another sampler; those of every third activation are the same."""
+    ids, n = np.array(roll.ids_NxT).reshape(16, -1, LENGTH), len(roll.ids_NxT)
+    ids[::3] = ids[::3, :1]
+    ids = ids.reshape(n, LENGTH)
+    logp = np.array(programs.score(lens.decoder, base, roll.a_NxD[:: n // 16], ids)[0])
+    off = 0.3 * (np.random.default_rng(6).random(n) < 0.3)
+    return roll._replace(ids_NxT=ids, logp_NxT=logp + off[:, None].astype(np.float32))
 
 
 GRADIENT = jax.jit(objectives.gradient, static_argnums=(0, 5))
@@ -69,9 +106,10 @@ SLOW = ('grpo-natural', 'grpo-start')
 def test_the_gradient_is_that_of_all_at_once(base, full, batch, case):
     objective, roll, hp = rollout(case, full, base, batch)
     reference = make_lens(base, own_base=True, seed=9).decoder if hp.needs_reference else ()
-    want, figures = GRADIENT(objective, full, base, roll, KEY, hp, KNOBS, reference)
+    knobs = FIELD_KNOBS if case == 'grpo-field' else KNOBS
+    want, figures = GRADIENT(objective, full, base, roll, KEY, hp, knobs, reference)
     sliced = dataclasses.replace(hp, slices=4)
-    got, metrics = GRADIENT(objective, full, base, roll, KEY, sliced, KNOBS, reference)
+    got, metrics = GRADIENT(objective, full, base, roll, KEY, sliced, knobs, reference)
     assert size(want.decoder) > 1e-2 and size(want.encoder) > 1e-2
     close(got, want, steps=1024)
     assert metrics.keys() == figures.keys()

@@ -134,17 +134,6 @@ def _planned_dot(rows_AxI, w: Picked, sizes_E, out_first):
 PLANNED = {'planned': functools.partial(_grouped, _planned_dot)}
 
 
-def _top_k(x_BxTxE, k: int):
-    """(values, indices) BxTxC of the largest, row by row where the rows live: the partitioner gathers them first."""
-
-    def local(x):
-        return tuple(jax.lax.top_k(x, k))
-
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(x_BxTxE)
-    return jax.shard_map(local, in_specs=sharding.ACT, out_specs=(sharding.ACT, sharding.ACT))(x_BxTxE)
-
-
 class MoE(nnx.Module):
     """One layer of experts, in `dtype` or (c.packed) in MXFP4."""
 
@@ -189,7 +178,7 @@ class MoE(nnx.Module):
         logits = jnp.einsum('btd,de->bte', x_BxTxD, self.router_w[...], preferred_element_type=jnp.float32)
         # Rounded once, after the bias: in bfloat16 the rounding decides which experts tie.
         logits = (logits + self.router_bias[...].astype(jnp.float32)).astype(x_BxTxD.dtype)
-        top, choice = _top_k(logits, top_k)
+        top, choice = sharding.top_k(logits, top_k)
         return choice, jax.nn.softmax(top.astype(jnp.float32), axis=-1)
 
     @jax.named_scope('mlp')

@@ -95,7 +95,7 @@ def steps(cfg, job: Workload, mesh) -> Iterator[tuple[Phase, State, Transformer,
 def needs(cfg, job: Workload, mesh) -> dict[str, Needs]:
     """Returns what the step of every phase is given."""
     with jax.set_mesh(mesh):
-        given = {p.name: (base, s.params, s.opt, s.reference) for p, s, base, _ in steps(cfg, job, mesh)}
+        given = {p.name: (base, s.params, s.opt, (s.reference, s.judge)) for p, s, base, _ in steps(cfg, job, mesh)}
         return {name: Needs(*map(per_device, parts)) for name, parts in given.items()}
 
 
