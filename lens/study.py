@@ -2,7 +2,7 @@
 
 best of k     the best of the first k explanations drawn of one activation: of more it is never worse
 put back      what the subject predicts next when a reconstruction stands in place of the activation
-first words   the first n tokens of the sampled explanation
+first words   the first n tokens of the sampled explanation, and its first n lines
 text alone    m tokens of the text and no activation: what a lens must beat to say more than the text shows
 parts         FVE of each role and each stretch of positions
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import losses, metrics, sampling, sharding
+from lens import losses, metrics, sampling, sharding, words
 from lens.config import Run
 from lens.errors import LensError, number, shown
 from lens.losses import comparable
@@ -36,6 +36,7 @@ GROUP = 4  # explanations of one activation that are drawn at a time
 MOST_SAMPLES = 4096  # explanations of one activation
 SAMPLES = 1 << 20  # folded into the keys of those after the first; evaluate.TEXTS folds in small numbers
 QUOTES = (2, 4, 8, 16, 32)  # tokens of the text that stand alone
+LINES = 8  # of an explanation that have a figure
 FEWEST = 8  # activations of a part that has a figure of its own
 PUT_BACK = ('sampled', 'greedy', 'previous_tokens')  # and the mean activation
 
@@ -116,7 +117,7 @@ class Measure:
     def __call__(self) -> Study:
         """Measures all of it."""
         c, first, last = self.c, self.first_tokens(), self.text_alone()
-        preds = self.best() | first | last
+        preds = self.best() | first | self.first_lines() | last
         fve = functools.cache(lambda name: metrics.fve((c.pred | preds)[name], c.a, c.doc_N))
         figures = {f'fve_{k}': fve(k) | {'group': group(k), 'meaning': meaning(k, c)} for k in preds}
         for k in (k for k in last if not k.startswith('subject')):
@@ -195,19 +196,31 @@ class Measure:
     def first_tokens(self) -> dict[str, np.ndarray]:
         """Returns the reconstruction from the first n tokens of the sampled explanation; a response without tags has the
         filler of given explanations in place of the others, as short ones have."""
-        run, (ids, found) = self.e.run, (x['sampled'] for x in (self.c.ids, self.c.found))
-        rank, out = np.cumsum(ids >= 0, axis=1), {}
-        for n in sizes(room(run)):
-            rest = -1 if run.texts.tags else run.validation.filler
-            out[f'first_{n}'] = self.e.reconstruct(self.lens, f'first_{n}', np.where(rank > n, rest, ids), found)
-        return out
+        rank = np.cumsum(self.c.ids['sampled'] >= 0, axis=1)
+        return {f'first_{n}': self._cut(f'first_{n}', rank <= n) for n in sizes(room(self.e.run))}
+
+    def first_lines(self) -> dict[str, np.ndarray]:
+        """Returns the reconstruction from the first n lines of the sampled explanation, where some have several."""
+        ids = self.c.ids['sampled']
+        known = np.unique(ids[ids >= 0])
+        pieces = words.Reader(self.e.run.tokenizer).pieces(known)
+        ends = [i for i, piece in zip(known, pieces, strict=True) if ends_line(piece)]
+        line = line_numbers(ids, np.isin(ids, ends))
+        most = min(line.max(), LINES)
+        return {f'lines_{n}': self._cut(f'lines_{n}', line <= n) for n in range(1, most + 1) if most > 1}
+
+    def _cut(self, stage: str, keep_NxT: np.ndarray) -> np.ndarray:
+        """Reconstructs from a part of the sampled explanation."""
+        run, ids = self.e.run, self.c.ids['sampled']
+        rest = -1 if run.texts.tags else run.validation.filler
+        return self.e.reconstruct(self.lens, stage, np.where(keep_NxT, ids, rest), self.c.found['sampled'])
 
     def text_alone(self) -> dict[str, np.ndarray]:
         """Returns, for m of QUOTES, the reconstructions last_m, the encoder's of the last m tokens as words, text_only_m,
         that of what the decoder says of the subject's own state after them alone, and subject_m, that state."""
         e, run, out = self.e, self.e.run, {}
         tokens, positions, m_most = e.held['tokens'], e.held['positions'], max(QUOTES)
-        words = e.tokens_before(m_most)
+        before = e.tokens_before(m_most)
         every = np.full(len(self.c.a), True)
         how = {'group': 1, 'length': run.length, 'tags': run.texts.tags, 'error': run.error}
 
@@ -220,7 +233,7 @@ class Measure:
             return {'said': pred[:, 0], 'state': compared}
 
         for m in (m for m in QUOTES if m < tokens.shape[1]):
-            quoted = np.where(np.arange(m_most) >= m_most - m, words, -1).reshape(-1, m_most)
+            quoted = np.where(np.arange(m_most) >= m_most - m, before, -1).reshape(-1, m_most)
             out[f'last_{m}'] = e.reconstruct(self.lens, f'last_{m}', quoted, every)
             arrays = {k: e.held[k] for k in ('tokens', 'positions', 'index')}
             arrays['brief'], arrays['at'] = brief(tokens, positions, m, m_most + 1)
@@ -315,6 +328,20 @@ def sizes(length: int) -> list[int]:
     return [*(n for n in steps if n < length), length]
 
 
+def ends_line(piece: str) -> bool:
+    """Tells whether a token ends a line: explanations have paragraphs, or parts between bars."""
+    return '\n' in piece or piece.strip() == words.BAR.strip()
+
+
+def line_numbers(ids_NxT: np.ndarray, ends_NxT: np.ndarray) -> np.ndarray:
+    """Numbers the lines of explanations, -1 outside of them, from 1: of each token that in which it stands, [N, T].
+
+    ends: tokens that end a line, to which they belong. Empty lines do not count.
+    """
+    inside = (ids_NxT >= 0) & ~ends_NxT
+    return np.cumsum(inside & ~np.pad(inside, ((0, 0), (1, 0)))[:, :-1], axis=1)
+
+
 def brief(tokens_RxS, positions_RxV, m: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first token of each text and the m before each position, with its own, [R, V, width], and where the last
     of them stands; where there are not so many, the text up to there. What is right of it is 0."""
@@ -361,7 +388,7 @@ def functional(out: dict, followed_N, doc_N) -> dict[str, dict]:
 
 def group(name: str) -> str:
     """Returns under which heading the report shows FVE of a reconstruction."""
-    heads = {'best_of': 'best of k', 'first': 'first words'}
+    heads = {'best_of': 'best of k', 'first': 'first words', 'lines': 'first words'}
     return heads.get(name.rpartition('_')[0], 'text alone')
 
 
@@ -373,6 +400,7 @@ def meaning(name: str, c: Collected) -> str:
     return {
         'best_of': f'FVE of the best of the first {n} sampled explanations of each activation, chosen by its error',
         'first': f'FVE of the first {n} tokens of the sampled explanation{rest}',
+        'lines': f'FVE of the first {n} lines of the sampled explanation, which line breaks and bars end{rest}',
         'last': f'FVE of the last {n} tokens of the source as words{before}; the encoder was not trained on them',
         'text_only': f'FVE of what the lens says of the subject after the first and the last {n} tokens alone, not '
         'of the activation',

@@ -95,6 +95,35 @@ def test_first_words_and_quoted_words_are_encoded_by_themselves(made, base, lens
     assert {k for k in preds if k.startswith(('first', 'last'))} == texts.keys()
 
 
+def test_first_lines_are_encoded_by_themselves(made, placed, monkeypatch):
+    """Lines end at what a token of the tokenizer holds: here one of thirteen letters."""
+    e, c, found, _ = made
+    assert not any('lines' in k for k in found.figures)  # no break is among the words of the small vocabulary
+    pieces = {int(i): e.run.tokenizer.decode([int(i)]) for i in np.unique(c.ids['sampled'])}
+    assert [study.ends_line(x) for x in ('.\n\n', ' |', '<|think|>', ' a')] == [True, True, False, False]
+    letters = 'ABCDEFGHIJKLM'
+    monkeypatch.setattr(study, 'ends_line', lambda piece: piece in letters)
+    mesh, base, lens = placed
+    with jax.set_mesh(mesh):
+        got = study.Measure(e, lens, c, KS).first_lines()
+    outside, filler = jax.tree.map(np.asarray, (lens.encoder, base)), e.run.validation.filler
+    assert len(got) > 1
+    for n in range(1, len(got) + 1):
+        cut = []
+        for row in c.ids['sampled']:
+            line, within, kept = 0, False, []
+            for i in row:
+                end = pieces[int(i)] in letters
+                line += not end and not within
+                within = not end
+                kept.append(int(i) if line <= n else filler)
+            cut.append(kept)
+        close(got[f'lines_{n}'], programs.encode_by_hand(*outside, cut), f'lines_{n}')
+    assert study.line_numbers(np.array([[-1, 4, 9, 9, 5, 9, -1]]), np.array([[0, 0, 1, 1, 0, 1, 0]]) == 1).tolist() == [
+        [0, 1, 1, 1, 2, 2, 2]
+    ]
+
+
 def test_text_alone_is_what_the_subject_has_after_a_part_of_it(made, base, lens):
     e, _, found, preds = made
     outside = jax.tree.map(np.asarray, (lens.encoder, base))
