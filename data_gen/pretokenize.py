@@ -101,8 +101,9 @@ def existing(o: PretokenizeOptions) -> str | None:
 
 
 @contextlib.contextmanager
-def work_folder(out: pathlib.Path, job: dict):
-    """Yields the hidden folder beside `out` that holds the shards; emptied if they are of another job."""
+def work_folder(out: pathlib.Path, job: dict, shards: str = '*.npz'):
+    """Yields the hidden folder beside `out` that holds the shards; emptied if they are of another job. shards: what
+    their names match."""
     folder = out.with_name(f'.{out.name}.partial')
     folder.mkdir(parents=True, exist_ok=True)
     with files.lock(folder / 'lock', str(out), 'wait for it, or choose another --out'):
@@ -114,7 +115,7 @@ def work_folder(out: pathlib.Path, job: dict):
         try:
             yield folder
         except BaseException:
-            if not any(folder.glob('*.npz')):  # nothing to go on from
+            if not any(folder.glob(shards)):  # nothing to go on from
                 shutil.rmtree(folder)
             raise
 

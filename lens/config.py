@@ -244,8 +244,10 @@ def _open_data(cfg, c: TransformerConfig, tags: response.Tags, trains: bool) -> 
     """The training and the validation split as the run reads them, given explanations as responses."""
 
     def split_of(split: data.Split) -> data.Split:
-        n = split.tokens.shape[1]
+        n = split.width
         require(n <= c.max_positions, f'{split.directory} has {n} tokens a row, the subject reads {c.max_positions}.')
+        if split.activations is not None:
+            check_stored(cfg, c, split)
         respond = functools.partial(response.respond, tags=tags, filler=split.filler, length=cfg.explanation_len)
         split = data.readable(split, cfg.data.positions, cfg.data.min_pos)
         return dataclasses.replace(split, respond=respond)
@@ -430,6 +432,26 @@ def check_documents(cfg, name: str, train: data.Split, tags: response.Tags) -> N
     require(have == n or bool(tags), f'explanation_len={n}, but the given explanations in {where} have {have} tokens.')
 
 
+def check_stored(cfg, c: TransformerConfig, split: data.Split) -> None:
+    """Raises LensError where stored activations are of another place than the lens reads, and for what needs their texts,
+    which are not there."""
+    where, d = f'{split.directory}/activations.npy', split.activations.shape[2]
+    require(d == c.d_model, f'{where} has activations of {d} numbers, {cfg.subject.path} has streams of {c.d_model}.')
+    of = split.meta['activations'].get('layer')
+    require(of == cfg.layer, f'layer={cfg.layer}, but {where} was read after block {shown(of)}: set layer={shown(of)}.')
+    idle = {'encoder.context_tokens': 0, **{f'{p}.{k}': 0 for p in cfg.phases for k in ('kl_weight', 'copy_price')}}
+    idle |= {'data.positions': 'any'}
+    scales = ['decoder.init'] * bool(injection.of_config(cfg.decoder, c).n_maps) + ['encoder.init']
+    wrong = [k for k, off in idle.items() if get(cfg, k) != off]
+    wrong += [k for k in scales if get(cfg, k) == 'scale' and not cfg.init_from]
+    if wrong:
+        off = idle.get(wrong[0], 'identity')
+        raise LensError(
+            f'{wrong[0]}={shown(repr(get(cfg, wrong[0])))} needs the texts, and {split.directory} has stored activations alone: use '
+            f'{off!r}, or import it with --vectors=False.'
+        )
+
+
 def check_held_out(cfg, validation: data.Split) -> None:
     """Raises LensError where the held-out documents do not allow the figures that end a phase."""
     where, e = validation.directory, cfg.eval
@@ -443,5 +465,5 @@ def check_held_out(cfg, validation: data.Split) -> None:
 
 
 def _check_vectors(vectors: int, key: str, split: data.Split) -> None:
-    width = split.tokens.shape[1]
-    require(vectors <= width, f'{key}={vectors}, but the rows of {split.directory} have {width} tokens.')
+    width, what = split.width or split.positions.shape[1], 'tokens' if split.width else 'activations'
+    require(vectors <= width, f'{key}={vectors}, but the rows of {split.directory} have {width} {what}.')

@@ -9,6 +9,11 @@ of an explanation, F known facts):
     facts.npy int8 [N, S, F]                                        optional: known answers
     role.npy int8 [N, S]                                            optional: whose words; meta.json's "roles" has the codes
 
+or, where activations are stored and no subject reads texts, without tokens, lengths, facts and roles:
+
+    activations.npy [N, P, D] float32, or the bits of bfloat16 as uint16, at positions.npy; explanations.npy is optional then
+    meta.json has "activations": {"layer", …}, the block that they are from
+
 `facts.npy` holds, per token position, which value of each field the text has established (-1:
 none); meta.json's "facts" lists every field with its values and their token ids.
 """
@@ -20,10 +25,12 @@ import pathlib
 from collections.abc import Callable
 
 import grain
+import ml_dtypes
 import numpy as np
 
 from lens import files
-from lens.errors import LensError, number, shown, text
+from lens.errors import LARGEST_INT, LensError, number, shown, text
+from lens.widths import choose_widths
 
 FORMAT = 'lens-tokens/1'
 # What to do about a damaged or missing file.
@@ -34,8 +41,6 @@ MAKE = (
 ENDLESS = 1 << 53  # rows
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # measured: more threads are slower
 BYTES_PER_SCAN = 1 << 20  # of an array that is read once
-MOST_WIDTHS, TEXT_SHARE = 8, 0.85  # of the batches of a split: no more widths than give this share of text in them
-FINE = 16  # a width is a multiple of this, and above its square of a power of two that is at most 1/FINE of it
 DIGESTED_ROWS = 64  # whose texts a fingerprint tells apart
 # What data.positions may be -> the roles of the positions that are read.
 POSITIONS = {'any': (), 'assistant': ('thinking', 'final'), 'thinking': ('thinking',), 'final': ('final',)}
@@ -48,28 +53,35 @@ class DataError(LensError):
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The arrays of one split, see above. rows, codes: after `readable`, the documents that are read and the role codes
-    of their positions. respond: makes responses of given explanations, [..., T] -> [..., T']."""
+    of their positions. respond: makes responses of given explanations, [..., T] -> [..., T']. With stored activations
+    there are no tokens, and lengths end at the last position."""
 
     directory: pathlib.Path
     meta: dict
-    tokens: np.ndarray
+    tokens: np.ndarray | None
     lengths: np.ndarray
     doc_id: np.ndarray
     positions: np.ndarray | None
     explanations: np.ndarray | None
     facts: np.ndarray | None
     role: np.ndarray | None = None
+    activations: np.ndarray | None = None
     rows: np.ndarray | None = None
     codes: np.ndarray | None = None
     respond: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __len__(self):
-        return len(self.tokens) if self.rows is None else len(self.rows)
+        return len(self.lengths) if self.rows is None else len(self.rows)
+
+    @property
+    def width(self) -> int:
+        """Returns the tokens of a row, 0 where there are no texts."""
+        return 0 if self.tokens is None else self.tokens.shape[1]
 
     @property
     def read_rows(self) -> np.ndarray:
         """Returns the indices of the documents that are read."""
-        return np.arange(len(self.tokens)) if self.rows is None else self.rows
+        return np.arange(len(self.lengths)) if self.rows is None else self.rows
 
     @property
     def filler(self) -> int:
@@ -79,21 +91,22 @@ class Split:
     @property
     def left_out(self) -> int:
         """Returns how many documents have no position that may be read."""
-        return len(self.tokens) - len(self)
+        return len(self.lengths) - len(self)
 
     @functools.cached_property
     def widths(self) -> np.ndarray:
         """Returns the widths of its batches, ascending: a document is read in one that is wide enough for it."""
-        return np.minimum(choose_widths(self.lengths[self.read_rows]), self.tokens.shape[1])
+        lengths = self.lengths[self.read_rows]
+        return np.array([lengths.max()]) if self.tokens is None else np.minimum(choose_widths(lengths), self.width)
 
     def width_for(self, lengths) -> int:
         """Returns the width of a batch of texts of these lengths."""
         return int(self.widths[np.searchsorted(self.widths, np.max(lengths))])
 
 
-def load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarray | None:
+def load(path: pathlib.Path, shape: tuple, optional: bool = False, kinds: str = 'iu') -> np.ndarray | None:
     """Opens a memory-mapped .npy array of integers whose shape matches `shape` (None = any length), None where an
-    `optional` one is not there. Raises DataError."""
+    `optional` one is not there. kinds: of numpy's types. Raises DataError."""
     if optional and not path.exists():
         return None
     if not path.is_file():  # a pipe would be waited for
@@ -102,8 +115,10 @@ def load(path: pathlib.Path, shape: tuple, optional: bool = False) -> np.ndarray
         x = np.lib.format.open_memmap(path, mode='r')
     except Exception:  # a damaged header may hold any expression
         raise DataError(f'{path} is truncated or not a .npy array of numbers: make the data again.') from None
-    if x.dtype.kind not in 'iu':
-        raise DataError(f'{path} holds {x.dtype}, expected integers: make the data again.')
+    if x.dtype.kind not in kinds:
+        raise DataError(
+            f'{path} holds {x.dtype}, expected {"integers" if kinds == "iu" else "float32"}: make the data again.'
+        )
     if x.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
         raise DataError(f'{path} has shape {x.shape}, expected {shape} (None = any): make the data again.')
     if 0 in x.shape:
@@ -123,10 +138,11 @@ def open_split(path: str, split: str, *, vocab_size: int) -> Split:
     d = pathlib.Path(path) / split
     meta = files.read_json(d / 'meta.json', MAKE, DataError)
     fields = _check_meta(meta, d / 'meta.json', vocab_size)
+    if 'activations' in meta:
+        return _open_stored(d, meta, vocab_size)
     tokens = load(d / 'tokens.npy', (None, None))
     n, s = tokens.shape
     lengths = _as(load(d / 'lengths.npy', (n,)), np.int32, 1, s, d / 'lengths.npy')
-    whole = np.iinfo(np.int64)
     positions = load(d / 'positions.npy', (n, None), optional=True)
     labelled = positions is not None
     out = Split(
@@ -134,16 +150,15 @@ def open_split(path: str, split: str, *, vocab_size: int) -> Split:
         meta=meta,
         tokens=tokens,
         lengths=lengths,
-        doc_id=_as(load(d / 'doc_id.npy', (n,)), np.int64, whole.min, whole.max, d / 'doc_id.npy'),
+        doc_id=_doc_id(d, n),
         positions=positions,
         explanations=load(d / 'explanations.npy', (n, positions.shape[1], None)) if labelled else None,
         facts=load(d / 'facts.npy', (n, s, len(fields))) if fields else None,
         role=load(d / 'role.npy', (n, s), optional=True),
     )
-    what = f'token ids outside 0..{vocab_size - 1}, the vocabulary of the subject: pretokenize with its tokenizer'
-    _check_rows(tokens, d / 'tokens.npy', 0, vocab_size, what)
+    _check_ids(tokens, d / 'tokens.npy', vocab_size)
     if labelled:
-        _check_rows(out.explanations, d / 'explanations.npy', 0, vocab_size, what)
+        _check_ids(out.explanations, d / 'explanations.npy', vocab_size)
         what = 'positions beyond the text: make the data again'
         _check_rows(positions, d / 'positions.npy', -1, lengths[:, None], what)  # -1: no position
     if fields:
@@ -152,11 +167,41 @@ def open_split(path: str, split: str, *, vocab_size: int) -> Split:
     return out
 
 
+def _open_stored(d: pathlib.Path, meta: dict, vocab_size: int) -> Split:
+    """Opens a split of stored activations. Raises DataError."""
+    activations = load(d / 'activations.npy', (None, None, None), kinds='fu')
+    n, p, _ = activations.shape
+    if activations.dtype == np.uint16:
+        activations = activations.view(ml_dtypes.bfloat16)
+    elif activations.dtype != np.float32:
+        raise DataError(f'{d}/activations.npy holds {activations.dtype}, expected float32: make the data again.')
+    positions = load(d / 'positions.npy', (n, p))
+    _check_rows(positions, d / 'positions.npy', -1, LARGEST_INT, 'no positions: make the data again')  # -1: none
+    explanations = load(d / 'explanations.npy', (n, p, None), optional=True)
+    if explanations is not None:
+        _check_ids(explanations, d / 'explanations.npy', vocab_size)
+    lengths = np.maximum(np.asarray(positions).max(1), 0).astype(np.int32) + 1
+    texts = {'tokens': None, 'facts': None, 'lengths': lengths}
+    return Split(
+        d, meta, doc_id=_doc_id(d, n), positions=positions, explanations=explanations, activations=activations, **texts
+    )
+
+
+def _doc_id(d: pathlib.Path, n: int) -> np.ndarray:
+    whole = np.iinfo(np.int64)
+    return _as(load(d / 'doc_id.npy', (n,)), np.int64, whole.min, whole.max, d / 'doc_id.npy')
+
+
+def _check_ids(x: np.ndarray, path: pathlib.Path, vocab_size: int) -> None:
+    what = f'token ids outside 0..{vocab_size - 1}, the vocabulary of the subject: pretokenize with its tokenizer'
+    _check_rows(x, path, 0, vocab_size, what)
+
+
 def _check_meta(meta: dict, path: pathlib.Path, vocab_size: int) -> list[dict]:
     """Returns the facts of a meta.json. Raises DataError where it is not as the head of this file says."""
     if meta.get('format') != FORMAT:
         raise DataError(f'{path} has format {shown(repr(meta.get("format")))}, expected {FORMAT!r}.')
-    for key in ('roles', 'source'):
+    for key in ('roles', 'source', 'activations'):
         if not isinstance(meta.get(key) or {}, dict):
             raise DataError(f'{path}: {key} is no JSON object: make the data again.')
     try:
@@ -198,9 +243,11 @@ def _check_rows(x: np.ndarray, path: pathlib.Path, low: int, below, what: str) -
 
 
 def _digests(split: Split):
-    """Of every text, 16 bytes."""
-    for row, n in zip(split.tokens, split.lengths, strict=True):
-        yield hashlib.blake2b(np.asarray(row[:n], np.int32).tobytes(), digest_size=16).digest()
+    """Of every text, or of the activations of a document, 16 bytes."""
+    texts = split.activations is None
+    for row, n in zip(split.tokens if texts else split.activations, split.lengths, strict=True):
+        row = np.asarray(row[:n], np.int32) if texts else np.asarray(row)
+        yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
 def open_splits(
@@ -230,14 +277,16 @@ def check_disjoint(train: Split, validation: Split) -> None:
     seen = set(_digests(validation))
     for i, digest in enumerate(_digests(train)):
         if digest in seen:
-            raise DataError(f'{train.directory}/tokens.npy row {i} is also a text of {validation.directory}.')
+            name = 'tokens' if train.activations is None else 'activations'
+            raise DataError(f'{train.directory}/{name}.npy row {i} is also a text of {validation.directory}.')
 
 
 def fingerprint(split: Split) -> str:
     """Digests which documents the split holds and where they are labelled, in their order, and some of their texts."""
-    digest, some = hashlib.sha256(), slice(None, None, max(len(split.tokens) // DIGESTED_ROWS, 1))
+    digest, some = hashlib.sha256(), slice(None, None, max(len(split.lengths) // DIGESTED_ROWS, 1))
     texts = (x if x is None else np.asarray(x[some], np.int32) for x in (split.tokens, split.explanations))
-    for x in (split.doc_id, split.lengths, split.positions, *texts):
+    stored = split.activations if split.activations is None else np.asarray(split.activations[some])
+    for x in (split.doc_id, split.lengths, split.positions, *texts, stored):
         digest.update(b'' if x is None else np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
 
@@ -254,8 +303,9 @@ def _given(split: Split, rows, min_pos: int) -> np.ndarray:
 def readable(split: Split, positions: str, min_pos: int) -> Split:
     """Returns `split` with only the positions of one kind (a key of POSITIONS), from min_pos on; documents that have
     none are left out. Reads role.npy once. Raises DataError if it is not there or no document is left."""
-    if positions == 'any':
-        return split
+    if positions == 'any':  # of stored activations, what has none is left out
+        rows = None if split.activations is None else np.flatnonzero(_given(split, slice(None), min_pos).any(1))
+        return dataclasses.replace(split, rows=rows)
     d, names = split.directory, split.meta.get('roles') or {}
     if split.role is None or not set(POSITIONS[positions]) <= names.keys():
         raise DataError(
@@ -294,33 +344,20 @@ def first_unlabelled(split: Split, min_pos: int) -> int | None:
     return None if ok.all() else int(np.argmin(ok))
 
 
-def choose_widths(lengths_N: np.ndarray) -> np.ndarray:
-    """Returns ascending widths for texts of these lengths: the fewest of those that pad least whose share of text is
-    TEXT_SHARE, at most MOST_WIDTHS. By dynamic programming over what the texts up to each width cost."""
-    lengths_N = np.asarray(lengths_N, np.int64)
-    unit_N = np.maximum(2 ** np.log2(lengths_N).astype(np.int64) // FINE, FINE)
-    width, counts = np.unique(-(-lengths_N // unit_N) * unit_N, return_counts=True)
-    upto = np.concatenate([[0], np.cumsum(counts)])
-    cost, ways = np.concatenate([[0], np.full(len(width), np.inf)]), [()] * (len(width) + 1)
-    for _ in range(min(MOST_WIDTHS, len(width))):
-        tried = np.where(np.tri(len(width), len(width) + 1), cost + (upto[1:, None] - upto) * width[:, None], np.inf)
-        best = np.argmin(tried, axis=1)  # the texts of all smaller widths are read in the widths before
-        cost = np.concatenate([[0], np.take_along_axis(tried, best[:, None], 1)[:, 0]])
-        ways = [(), *(ways[b] + (w,) for b, w in zip(best, width, strict=True))]
-        if lengths_N.sum() >= TEXT_SHARE * cost[-1]:
-            break
-    return np.array(ways[-1])
-
-
 def _row(split: Split, i: int, *, width: int, vectors: int, min_pos: int, labelled: bool, rng) -> dict:
-    row = {'tokens': np.asarray(split.tokens[i, :width], np.int32), 'doc_id': np.int64(split.doc_id[i])}
-    if labelled:
+    row, stored = {'doc_id': np.int64(split.doc_id[i])}, split.activations is not None
+    if not stored:
+        row['tokens'] = np.asarray(split.tokens[i, :width], np.int32)
+    if labelled or stored:
         have = np.flatnonzero(_given(split, [i], min_pos))
         pick = np.sort(rng.choice(have, vectors, replace=len(have) < vectors))
         row['positions'] = np.asarray(split.positions[i][pick], np.int32)
+    if stored:
+        row['activations'] = np.asarray(split.activations[i][pick], np.float32)
+    if labelled:
         given = np.asarray(split.explanations[i][pick], np.int32)
         row['explanations'] = given if split.respond is None else split.respond(given)
-    else:
+    elif not stored:
         allowed = None if split.codes is None else np.isin(split.role[i], split.codes)
         row['positions'] = draw_positions(int(split.lengths[i]), vectors, min_pos, rng, allowed)
     return row
@@ -384,7 +421,8 @@ def train_batches(
     """Returns an endless, checkpointable iterator over shuffled documents.
 
     Each batch has `documents` rows with `vectors` positions each: tokens [R, S'], positions [R, V], doc_id [R] and, if
-    `labelled`, the given explanations [R, V, T]. S' is one of split.widths. State: get_state / set_state.
+    `labelled`, the given explanations [R, V, T]. S' is one of split.widths. Stored activations [R, V, D] come in place of
+    tokens. State: get_state / set_state.
     rows: the ones that this process reads, with the state of all of them; None: every row. config.check_documents says
     what the data must have.
     """
@@ -407,12 +445,11 @@ def held_out(split: Split, *, documents: int, vectors: int, min_pos: int, seed: 
     """
     n = min(documents, len(split))
     which = split.read_rows[:n]
-    labelled = split.positions is not None and bool(_given(split, which, min_pos).any(1).all())
+    labelled = split.explanations is not None and bool(_given(split, which, min_pos).any(1).all())
     rows = []
     for i in which:
         rng = np.random.default_rng([seed, int(split.doc_id[i]) % 2**64])
-        width = split.tokens.shape[1]
-        rows.append(_row(split, i, width=width, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
+        rows.append(_row(split, i, width=split.width, vectors=vectors, min_pos=min_pos, labelled=labelled, rng=rng))
     batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
     batch['lengths'] = np.asarray(split.lengths[which])
     if split.facts is not None:

@@ -35,6 +35,8 @@ from lens.reopen import Reopened, reopen
 from lens.response import Found, Tags, find
 from lens.rollout import Rollout, read, source_of
 
+READ = ('tokens', 'activations', 'positions')  # of the held-out data, what `read` takes
+NO_TEXT = '(not stored)'
 FEW = 1000  # activations, below which figures are vague
 
 
@@ -73,7 +75,7 @@ TEXTS = {
     'greedy': Text(vector=lambda a_NxD: a_NxD, temperature=0.0),
     'no_activation': Text(vector=lambda a_NxD: 0 * a_NxD),
     'words_permuted': Text(text=permuted),
-    'previous_tokens': Text(text=from_batch('previous'), tagged=False),
+    'previous_tokens': Text(text=from_batch('previous'), tagged=False, needs='previous'),
     'given': Text(text=from_batch('explanations'), needs='explanations'),
 }
 
@@ -108,9 +110,18 @@ class Evaluation:
         return counts | self.more | {'figures': figures, 'facts': self.facts}
 
 
-@functools.partial(jax.jit, static_argnames=('tags', 'error', 'names', 'quotes'))
+@functools.partial(jax.jit, static_argnames=('length', 'tags', 'error', 'names', 'quotes'))
 def _evaluate_batch(
-    lens: Lens, base, roll: Rollout, key, *, tags: Tags, error: str, names: tuple[str, ...], quotes: tuple[int, ...]
+    lens: Lens,
+    base,
+    roll: Rollout,
+    key,
+    *,
+    length: int,
+    tags: Tags,
+    error: str,
+    names: tuple[str, ...],
+    quotes: tuple[int, ...],
 ) -> dict:
     """Computes the arrays a, pred, ids, found of Collected for what was read of one batch and the texts `names`.
 
@@ -118,7 +129,6 @@ def _evaluate_batch(
     of a text depends on its activation's place in the held-out data, batch['index'] [R, V], alone.
     """
     batch, a = roll.batch, without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
-    length = batch['previous'].shape[-1]
     fold = jax.random.fold_in
     of_row_N = jax.vmap(fold, (None, 0))(key, batch['index'].reshape(-1))
     keys = {k: jax.vmap(fold, (0, None))(of_row_N, list(TEXTS).index(k)) for k in names}
@@ -193,7 +203,8 @@ class Evaluator:
         count = {'documents': self.settings.documents, 'vectors': self.settings.vectors}
         self.held = data.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
         self.documents, self.vectors = self.held['positions'].shape
-        self.held['previous'] = self.tokens_before(run.length)
+        if 'tokens' in self.held:
+            self.held['previous'] = self.tokens_before(run.length)
         self.held['index'] = np.arange(self.documents * self.vectors, dtype=np.int32).reshape(-1, self.vectors)
         if 'explanations' in self.held and self.held['explanations'].shape[2] != run.length:
             del self.held['explanations']  # only read as a control, in the format of this run
@@ -203,9 +214,12 @@ class Evaluator:
         self.rows = -(-most // shards) * shards  # documents per batch
 
     @functools.cached_property
-    def _sources(self) -> truth.Sources:
-        """What is true of the text of every held-out activation; words are rare in the training documents, if there are any."""
+    def _sources(self) -> truth.Sources | None:
+        """What is true of the text of every held-out activation; words are rare in the training documents, if there are any.
+        None where no texts are stored."""
         split = self.run.validation
+        if split.tokens is None:
+            return None
         rows = split.read_rows[: self.documents]
         return truth.sources(split, self.run.train or split, rows, self.held['positions'], self.run.tokenizer)
 
@@ -221,14 +235,14 @@ class Evaluator:
         run, key, m = self.run, jax.random.key(self.run.seed), self.run.context_tokens
         wanted = {'sampled', f'quote_{m}'} | {f.text for f in figures}
         names = tuple(k for k, text in TEXTS.items() if k in wanted and text.needs in self.held)
-        how = {'tags': run.texts.tags, 'error': run.error, 'names': names}
+        how = {'length': run.length, 'tags': run.texts.tags, 'error': run.error, 'names': names}
         how['quotes'] = tuple(k for k in metrics.quoted(m) if f'quote_{k}' in wanted)
 
         def evaluate(batch):
             roll = read(run.base, batch, layer=run.layer, recent=max(1, m))
             return _evaluate_batch(lens, run.base, roll, key, **how)
 
-        arrays = ('tokens', 'positions', 'previous', 'index', 'explanations')
+        arrays = (*READ, 'previous', 'index', 'explanations')
         c = Collected(
             **self.by_batch('figures', evaluate, documents, {k: self.held[k] for k in arrays if k in self.held}),
             doc_N=np.repeat(self.held['doc_id'][:documents], self.vectors),
@@ -236,7 +250,7 @@ class Evaluator:
             fields=self.fields,
             tagged=bool(run.texts.tags),
             error=run.error,
-            sources=self._sources.first(documents * self.vectors),
+            sources=self._sources and self._sources.first(documents * self.vectors),
             context=m,
         )
         if m and 'shuffled' in wanted:
@@ -252,7 +266,8 @@ class Evaluator:
         for i in range(0, documents, self.rows):
             pick = order[np.minimum(np.arange(i, i + self.rows), documents - 1)]  # the last batch is padded and cut
             batch = {k: x[pick] for k, x in arrays.items()}
-            batch['tokens'] = batch['tokens'][:, : self.run.validation.width_for(lengths[pick])]
+            if 'tokens' in batch:
+                batch['tokens'] = batch['tokens'][:, : self.run.validation.width_for(lengths[pick])]
             keep = min(self.rows, documents - i) * self.vectors
 
             def compute(batch=batch):
@@ -267,12 +282,13 @@ class Evaluator:
         """Reconstructs the first N activations from explanations, -1 outside of them, with their own context, NxD; the zero
         vector where none is found."""
         documents, run = len(ids_NxT) // self.vectors, self.run
-        arrays = {k: self.held[k][:documents] for k in ('tokens', 'positions')}
+        arrays = {k: self.held[k][:documents] for k in ('tokens', 'positions') if k in self.held}
         arrays['ids'] = ids_NxT.reshape(documents, self.vectors, -1)
         arrays['found'] = found_N.reshape(documents, self.vectors)
 
         def encode(batch):
-            source = source_of(batch.pop('tokens'), batch.pop('positions'), recent=max(1, run.context_tokens))
+            where = {k: batch.pop(k) for k in ('tokens', 'positions') if k in batch}
+            source = source_of(where, recent=max(1, run.context_tokens))
             return _encode_batch(lens, run.base, batch, source, error=run.error)
 
         return self.by_batch(stage, encode, documents, arrays)
@@ -304,7 +320,7 @@ class Evaluator:
     def reading(self, lens: Lens, config: dict, step: int, name: str) -> Reading | None:
         """Returns what the lens says of the beginning of the first document, token by token; None where none is wanted.
         config, step: of the run. name: of the lens."""
-        if not self.settings.reading:
+        if not self.settings.reading or 'tokens' not in self.held:
             return None
         first, end = self.run.min_pos, min(self.run.min_pos + self.settings.reading, int(self.held['lengths'][0]))
         opened = Reader(Reopened(config, config['subject']['path'], self.run, step, lens), name)
@@ -319,11 +335,14 @@ class Evaluator:
         return {
             'doc_id': int(held['doc_id'][d]),
             'position': position,
-            'tokens': [self.run.tokenizer.decode([t]) for t in held['tokens'][d][: held['lengths'][d]]],
-            'read': position,
+            'tokens': self._tokens(d) if 'tokens' in held else [NO_TEXT],
+            'read': position if 'tokens' in held else 0,
             'facts': {f['field']: f['values'][t] for f, t in zip(self.fields, truth, strict=False) if t >= 0},
             **alone,
         } | {k: self._text(c, k, i, truth) if k in c.pred else None for k in ('greedy', 'sampled', 'given')}
+
+    def _tokens(self, d: int) -> list[str]:
+        return [self.run.tokenizer.decode([t]) for t in self.held['tokens'][d][: self.held['lengths'][d]]]
 
     def _text(self, c: Collected, text: str, i: int, truth) -> dict:
         """Tokens with status right | wrong | plain, and the normalised error of the reconstruction."""

@@ -366,7 +366,9 @@ def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) ->
     c, kind = run.base.config, cfg.data.positions
     phases = ', '.join(f'{p.name} {p.end - p.start}' for p in run.phases) or 'none, evaluation only'
     mesh = ' x '.join(f'{k} {n}' for k, n in run.mesh.shape.items() if n > 1)
-    wide = ', '.join(map(str, run.train.widths if run.train else ()))
+    rows = 'activations stored' if run.train and not run.train.width else ''
+    if run.train and run.train.width:
+        rows = f'read in rows of {", ".join(map(str, run.train.widths))} tokens'
     lines = [
         f'Subject {cfg.subject.path}: {c.family}, {c.n_layers} blocks, {base_size:,} parameters, read after block '
         f'{run.layer}',
@@ -374,7 +376,7 @@ def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) ->
         f'Data {cfg.data.path}: '
         + (f'{len(run.train)} training and ' if run.train else '')
         + f'{len(run.validation)} held-out documents'
-        + (f', none in both, read in rows of {wide} tokens' if run.train else ''),
+        + (f', none in both, {rows}' if run.train else ''),
     ]
     if kind != 'any':
         left_out = ' and '.join(str(x.left_out) for x in (run.train, run.validation) if x)

@@ -8,7 +8,7 @@ the documents. Scalars, loss included, then add up to those of the whole (Counte
 row of the rollout.
 
 batch: tokens [B, S], positions [B, P] and, for sft, responses `explanations` [B, P, T]. A = subject stream after block
-`layer`, N = B * P of them. Formulas: losses.py.
+`layer`, N = B * P of them; or stored `activations` [B, P, D] in place of tokens. Formulas: losses.py.
 """
 
 import dataclasses

@@ -109,17 +109,23 @@ def read(base, batch, *, layer: int, again: bool = False, recent: int = 1) -> Ro
 
     A program of its own, since it alone depends on the width of the texts. again: keep the tokens for a second reading.
     """
-    a = subject.activations(base, batch['tokens'], batch['positions'], layer)
-    rest = batch if again else {k: x for k, x in batch.items() if k != 'tokens'}
-    return Rollout(in_rows(a.astype(jnp.float32)), source_of(batch['tokens'], batch['positions'], recent), rest)
+    a = batch.get('activations')
+    if a is None:
+        a = subject.activations(base, batch['tokens'], batch['positions'], layer)
+    rest = {k: x for k, x in batch.items() if k != 'activations' and (again or k != 'tokens')}
+    return Rollout(in_rows(a.astype(jnp.float32)), source_of(batch, recent), rest)
 
 
 @functools.partial(jax.jit, static_argnames='recent')
-def source_of(tokens_BxS, positions_BxP, recent: int) -> Source:
+def source_of(batch, recent: int) -> Source:
     """Makes the Source of N = B * P activations with the last `recent` tokens of each; before the beginning of a text its
-    first token is repeated."""
+    first token is repeated, and where there is no text all are 0."""
+    positions_BxP = batch['positions']
+    tokens_BxS = batch.get('tokens', jnp.zeros_like(positions_BxP))
     (b, p), at_BxPxR = positions_BxP.shape, positions_BxP[..., None] - jnp.arange(recent)[::-1]
-    tokens = jnp.take_along_axis(tokens_BxS, jnp.maximum(at_BxPxR, 0).reshape(b, p * recent), axis=1)
+    tokens = jnp.take_along_axis(
+        tokens_BxS, jnp.clip(at_BxPxR, 0, tokens_BxS.shape[1] - 1).reshape(b, p * recent), axis=1
+    )
     return Source(in_rows(tokens.reshape(b, p, recent)), in_rows(positions_BxP))
 
 

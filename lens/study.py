@@ -116,7 +116,8 @@ class Measure:
 
     def __call__(self) -> Study:
         """Measures all of it."""
-        c, first, last = self.c, self.first_tokens(), self.text_alone()
+        c, first, texts = self.c, self.first_tokens(), 'tokens' in self.e.held
+        last = self.text_alone() if texts else {}
         preds = self.best() | first | self.first_lines() | last
         fve = functools.cache(lambda name: metrics.fve((c.pred | preds)[name], c.a, c.doc_N))
         figures = {f'fve_{k}': fve(k) | {'group': group(k), 'meaning': meaning(k, c)} for k in preds}
@@ -126,7 +127,7 @@ class Measure:
                 'group': group(k),
                 'meaning': f'FVE minus fve_{k}, of the same activations',
             }
-        figures |= self.put_back()
+        figures |= self.put_back() if texts else {}
         roles, stretches = self.roles(), self.stretches()
         figures |= roles | stretches
         curves = {
@@ -169,7 +170,7 @@ class Measure:
                     out[f'best_of_{j + 1}'] = best
             return out
 
-        arrays = {k: e.held[k] for k in ('tokens', 'positions', 'index')}
+        arrays = {k: e.held[k] for k in ('tokens', 'activations', 'positions', 'index') if k in e.held}
         arrays['sampled'] = self._by_document(self.c.pred['sampled'])
         return e.by_batch('best_of', of_batch, e.documents, arrays)
 
@@ -227,7 +228,7 @@ class Measure:
         def of_batch(batch):
             made = {k: batch[k] for k in ('brief', 'at')}
             a, compared = _of_text_alone(run.base, made, layer=run.layer, error=run.error)
-            source = source_of(batch['tokens'], batch['positions'], recent=max(1, run.context_tokens))
+            source = source_of({k: batch[k] for k in ('tokens', 'positions')}, recent=max(1, run.context_tokens))
             index = batch['index'].reshape(-1)
             pred = _said(self.lens, run.base, a, source, index, run.seed, np.arange(1), **how)
             return {'said': pred[:, 0], 'state': compared}
@@ -306,9 +307,10 @@ def sized(run: Run, num_vectors: int) -> Run:
 
 def work(run, best_of: tuple[int, ...]) -> dict[str, float]:
     """Returns how much work a batch of each stage of an evaluation is, in explanations drawn of each activation, about."""
-    quotes = [m for m in QUOTES if m < run.validation.tokens.shape[1]]
+    quotes = [m for m in QUOTES if m < run.validation.width]
     return (
-        {'figures': 5.0, 'put_back': 2.0}
+        {'figures': 5.0}
+        | ({'put_back': 2.0} if run.validation.width else {})
         | ({'shuffled': 1.0} if run.context_tokens else {})
         | ({'best_of': float(best_of[-1])} if best_of else {})
         | {f'first_{n}': 0.5 for n in sizes(room(run))}

@@ -177,7 +177,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
                         rows = next(batches)
                         del rows['doc_id']
                         batch = sharding.put_batch(rows, run.mesh, phase.documents)
-                        width = rows['tokens'].shape[1]
+                        width = rows.get('tokens', rows['positions']).shape[1]
                     window.at(step)
                     compiles = width not in work
                     if compiles:

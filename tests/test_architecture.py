@@ -11,14 +11,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = {
     'commands': 'commands main tools export explain serve web api',
     'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer '
-    'interchange',
+    'interchange prompted',
     'objectives': 'objectives rollout gumbel sampling flops instrument',
     'models': 'models hf lens_folder translators',
     'ground': 'response losses policy draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
-    'spoken reading page jobs plots',
+    'spoken reading page jobs plots widths schemas',
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
-KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'truth', 'words', 'files')
+KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'truth', 'words', 'files', 'widths')
 # package -> who may import it
 ONLY = {
     'transformers': ('lens.hf', 'data_gen'),

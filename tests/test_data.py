@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from lens import data
+from lens import data, widths
 from lens.data import DataError
 from tests.small_split import (
     DOCUMENTS,
@@ -287,15 +287,15 @@ def test_widths_are_the_fewest_that_pad_little_and_of_those_the_best():
                 if some[-1] >= lengths.max():
                     read = np.array(some)[np.searchsorted(some, lengths)].sum()
                     share[n] = max(share.get(n, 0.0), lengths.sum() / read)
-        got = data.choose_widths(lengths)
-        assert len(got) == next((n for n, x in share.items() if x >= data.TEXT_SHARE), len(got)) or len(got) > 3
+        got = widths.choose_widths(lengths)
+        assert len(got) == next((n for n, x in share.items() if x >= widths.TEXT_SHARE), len(got)) or len(got) > 3
         if len(got) <= 3:
             assert lengths.sum() / got[np.searchsorted(got, lengths)].sum() == pytest.approx(share[len(got)])
 
 
 def test_one_long_text_does_not_make_the_widths_of_short_ones_coarse():
     lengths = np.r_[np.full(4000, 20), np.full(4000, 40), 32768]
-    assert data.choose_widths(lengths).tolist() == [32, 48, 32768]
+    assert widths.choose_widths(lengths).tolist() == [32, 48, 32768]
 
 
 def test_most_of_what_the_subject_reads_is_text(tmp_path):
@@ -310,7 +310,7 @@ def test_most_of_what_the_subject_reads_is_text(tmp_path):
     some = batches(split, 100, documents=8)
     width = np.array([b['tokens'].shape[1] for b in some])
     texts = np.array([lengths[b['doc_id']] for b in some])
-    assert texts.sum() / (8 * width).sum() > 0.8 and len(set(width)) <= data.MOST_WIDTHS
+    assert texts.sum() / (8 * width).sum() > 0.8 and len(set(width)) <= widths.MOST_WIDTHS
     assert all((texts.max(1) <= width) & (width <= 4096)) and len(set(texts.ravel())) > 500
     assert abs(np.corrcoef(np.arange(100), width)[0, 1]) < 0.4, 'short and long batches take turns'
     for part in ([0, 1, 2], [7]):

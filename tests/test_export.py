@@ -122,7 +122,7 @@ def check_card(names, lens, base, length):
     assert len({tuple(x) for x in ids.tolist()}) > 1, 'the text must depend on the activation'
     text = names['tokens'][0].numpy()
     at = np.array([[len(text) - 1, 5, 1, 0]])  # from 1 on the context is longer than the text
-    source = source_of(text[None], at, CONTEXT)
+    source = source_of({'tokens': text[None], 'positions': at}, CONTEXT)
     expected = np.asarray(reconstructions(lens.encoder, base, ids, source))
     ours = np.stack([names['reconstruct'](x, text[: p + 1], p) for x, p in zip(theirs, at[0], strict=True)])
     np.testing.assert_allclose(ours, expected, atol=1e-4 * expected.std())

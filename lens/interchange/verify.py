@@ -68,7 +68,7 @@ def hold(lens: Lens, run: Run) -> Held:
     documents = -(-ACTIVATIONS // PER_DOCUMENT)
     split = data.held_out(run.validation, documents=documents, vectors=PER_DOCUMENT, min_pos=run.min_pos, seed=run.seed)
     batch = sharding.put_batch({k: split[k] for k in ('tokens', 'positions')}, run.mesh)
-    roll = objectives.read(run.base, batch, layer=run.layer, recent=max(run.context_tokens, 1))
+    roll = rollout.read(run.base, batch, layer=run.layer, recent=max(run.context_tokens, 1))
     n = len(roll.a_NxD)
     how = {'length': run.length, 'tags': run.texts.tags, 'top': 1}
     greedy = np.zeros((n, 2), np.int32), np.zeros(n, np.float32)  # which randomness, which temperature
