@@ -5,14 +5,16 @@ the routes (OpenAPI) at once. Steps run in the thread of lens.jobs: the first on
 answer, a dict; each further one gives a result of it, or None where there is none yet.
 """
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lens import reading, spoken, steer
-from lens.errors import LensError, number, shown, text
+from lens import prompted, reading, spoken, steer
+from lens.errors import LensError
 from lens.reader import MOST_SAMPLES, Reader, Text, ranked
+from lens.schemas import NUMBER, Schema, check, may, record
 
 MOST_TEXT, MOST_TEXTS, MOST_MESSAGES = 65_536, 64, 256
 MOST_EXPLANATIONS = 4096  # of a request: positions * samples
@@ -27,34 +29,27 @@ LIMITS = {
 }
 
 Value = Mapping[str, Any]
-Schema = dict[str, Any]
-
-
-def _may(*schemas: Schema, about: str) -> Schema:
-    return {'anyOf': [*schemas, {'type': 'null'}], 'description': about, 'default': None}
 
 
 STRING: Schema = {'type': 'string', 'maxLength': MOST_TEXT}
-VECTOR: Schema = {'type': 'array', 'items': {'type': 'number'}, 'minItems': 1, 'maxItems': 1 << 15}
+VECTOR: Schema = {'type': 'array', 'items': NUMBER, 'minItems': 1, 'maxItems': 1 << 15}
 IDS: Schema = {'type': 'array', 'items': {'type': 'integer', 'minimum': 0}, 'minItems': 1, 'maxItems': 1 << 15}
-MESSAGE: Schema = {
-    'type': 'object',
-    'properties': {
+MESSAGE = record(
+    {
         'role': {'type': 'string', 'maxLength': 100},
         'content': STRING | {'default': ''},
-        'thinking': _may(STRING, about='What the assistant thought before it.'),
+        'thinking': may(STRING, about='What the assistant thought before it.'),
         'channel': {'enum': [None, 'final'], 'description': 'What was thought is in `thinking`.'},
     },
-    'required': ['role'],
-    'additionalProperties': False,
-}
+    'role',
+)
 SOURCE: dict[str, Schema] = {
-    'text': _may(STRING, about='Text that is read; or give messages or token_ids.'),
-    'messages': _may(
+    'text': may(STRING, about='Text that is read; or give messages or token_ids.'),
+    'messages': may(
         {'type': 'array', 'items': MESSAGE, 'minItems': 1, 'maxItems': MOST_MESSAGES},
         about='Chat that is read by the template of the subject. The text is then not looked at.',
     ),
-    'token_ids': _may(IDS, about='Tokens that are read. The others are then not looked at.'),
+    'token_ids': may(IDS, about='Tokens that are read. The others are then not looked at.'),
     'enable_thinking': {'enum': [None, False], 'description': 'Thinking is given in messages.'},
     'add_generation_prompt': {
         'enum': [True],
@@ -72,7 +67,7 @@ DRAWN: dict[str, Schema] = {
         'default': 1,
         'description': 'Explanations of each: the most probable one, the others drawn.',
     },
-    'best_of': _may(
+    'best_of': may(
         {'type': 'integer', 'minimum': 1, 'maximum': MOST_SAMPLES},
         about='Draw so many instead, the best recovery first.',
     ),
@@ -85,7 +80,19 @@ DRAWN: dict[str, Schema] = {
     },
     'stream': {'type': 'boolean', 'default': False, 'description': 'Answer by server-sent events, [DONE] at the end.'},
 }
-CONTEXT = _may(
+SAMPLING = record(
+    {
+        'temperature': DRAWN['temperature'],
+        'max_new_tokens': {'type': 'integer', 'minimum': 1, 'maximum': 4096, 'default': 200},
+        'skip_special_tokens': {'type': 'boolean', 'default': False},
+        'sampling_seed': may(DRAWN['seed'], about='Of what is drawn; another one each time, if it is missing.'),
+        **{
+            k: {'enum': [x], 'description': 'Every token may be drawn.'}
+            for k, x in (('top_p', 1), ('top_k', -1), ('min_p', 0))
+        },
+    }
+)
+CONTEXT = may(
     {'type': 'array', 'items': IDS, 'minItems': 1, 'maxItems': MOST_TEXTS},
     about='For each, the tokens up to the one it is of: a lens that also reads the last of them needs it.',
 )
@@ -101,50 +108,6 @@ class Route(NamedTuple):
     gives: dict[str, str]
     results: str
     steps: Callable[[Reader, Value], Iterator[dict | None]]
-
-
-def check(value: Any, schema: Schema, name: str) -> Any:
-    """Returns a value of JSON with defaults filled in. Raises LensError where it is not of the schema."""
-    if 'anyOf' in schema:
-        fits = (x for x in schema['anyOf'] if x['type'] == ('array' if isinstance(value, list) else 'string'))
-        return None if value is None else check(value, next(fits, schema['anyOf'][0]), name)
-    if 'enum' in schema:
-        same = [x for x in schema['enum'] if isinstance(x, bool) == isinstance(value, bool) and x == value]
-        if not same:
-            raise LensError(f'{name}={shown(repr(value), 80)} must be one of {shown(repr(schema["enum"]))}.')
-        return same[0]
-    kind = schema['type']
-    if kind == 'boolean' and not isinstance(value, bool):
-        raise LensError(f'{name}={shown(repr(value), 80)} must be true or false.')
-    if kind in ('integer', 'number'):
-        whole = kind == 'integer'
-        value = int(value) if whole and isinstance(value, float) and value.is_integer() else value
-        return number(value, name, schema.get('minimum'), schema.get('maximum'), whole=whole)
-    if kind == 'string':
-        return text(value, name, schema['maxLength'])
-    if kind == 'array':
-        if not isinstance(value, list) or not schema['minItems'] <= len(value) <= schema['maxItems']:
-            has = f' of {len(value)}' if isinstance(value, list) else ''
-            raise LensError(
-                f'{name} must be a list of {schema["minItems"]} to {schema["maxItems"]} entries, it is '
-                f'{type(value).__name__}{has}.'
-            )
-        return [check(x, schema['items'], f'{name}[{i}]') for i, x in enumerate(value)]
-    if kind == 'object':
-        return _object(value, schema, name)
-    return value
-
-
-def _object(value: Any, schema: Schema, name: str) -> dict:
-    if not isinstance(value, dict):
-        raise LensError(f'{name} must be an object, it is {type(value).__name__}.')
-    if (known := schema.get('properties')) is None:
-        return value
-    if unknown := [k for k in value if k not in known]:
-        raise LensError(f'{shown(unknown[0], 60)} is no key of {name}: it takes {", ".join(known)}.')
-    if missing := [k for k in schema['required'] if k not in value]:
-        raise LensError(f'{name} lacks {missing[0]}.')
-    return {k: check(value[k], x, k) if k in value else x.get('default') for k, x in known.items()}
 
 
 def source(v: Value) -> Text:
@@ -301,6 +264,20 @@ def edit(reader: Reader, v: Value) -> Iterator[dict]:
     yield made.to_json()
 
 
+def generate(reader: Reader, v: Value) -> Iterator[dict]:
+    how = check(v['sampling_params'] or {}, SAMPLING, 'sampling_params')
+    seed = secrets.randbelow(2**31) if how['sampling_seed'] is None else how['sampling_seed']
+    settings = {'length': how['max_new_tokens'], 'temperature': how['temperature'], 'seed': seed}
+    d = reader.base.config.d_model
+    if wrong := [len(x) for x in v['input_embeds'] if len(x) != d]:
+        raise LensError(f'input_embeds has a row of {wrong[0]} numbers, the decoder reads {d}.')
+    said = prompted.say(reader, v['input_embeds'], **settings)
+    text = reader.tokenizer.decode(said.ids, skip_special_tokens=how['skip_special_tokens'])
+    logp = [[p, i, None] for p, i in zip(said.logp, said.ids, strict=True)]
+    about = {'prompt_tokens': len(v['input_embeds']), 'completion_tokens': len(said.ids), 'output_token_logprobs': logp}
+    yield {'text': text, 'meta_info': about | {'finish_reason': {'type': 'stop' if said.stopped else 'length'}}}
+
+
 def _vectors(reader: Reader, given: list[list]) -> np.ndarray:
     """Raises LensError where one is not of the lens."""
     d = reader.base.config.d_model
@@ -310,7 +287,7 @@ def _vectors(reader: Reader, given: list[list]) -> np.ndarray:
 
 
 _POSITIONS = {'type': 'array', 'items': {'type': 'integer'}, 'minItems': 0, 'maxItems': MOST_EXPLANATIONS}
-AT = _may(_POSITIONS, about='Tokens that are read, -1 the last one. All, if it is empty or missing.')
+AT = may(_POSITIONS, about='Tokens that are read, -1 the last one. All, if it is empty or missing.')
 ONE: Schema = {'type': 'integer', 'default': -1}
 TOKENS = {'tokens': 'array', 'prompt_length': 'integer', 'text': 'string'}
 FIGURES = {'description': 'string', 'nmse': 'number', 'mse': 'number', 'cosine_similarity': 'number'}
@@ -323,7 +300,7 @@ ROUTES = {
         | {
             'positions': AT,
             'reverse': {'type': 'boolean', 'default': False, 'description': 'From the last position to the first.'},
-            'prompt_length': _may({'type': 'integer', 'minimum': 0}, about='Tokens from there on are `generated`.'),
+            'prompt_length': may({'type': 'integer', 'minimum': 0}, about='Tokens from there on are `generated`.'),
         },
         (),
         {
@@ -358,7 +335,7 @@ ROUTES = {
     ),
     '/score': Route(
         'How well words recover an activation.',
-        {'activation': VECTOR, 'description': STRING, 'context': _may(IDS, about='The tokens up to the one it is of.')},
+        {'activation': VECTOR, 'description': STRING, 'context': may(IDS, about='The tokens up to the one it is of.')},
         ('activation', 'description'),
         FIGURES,
         '',
@@ -367,10 +344,10 @@ ROUTES = {
     '/compare': Route(
         'The difference of two activations, a - b, in words.',
         {
-            'activation_a': _may(VECTOR, about='Give both, or two texts.'),
-            'activation_b': _may(VECTOR, about='Give both, or two texts.'),
-            'text_a': _may(STRING, about='Its activation at position_a is a.'),
-            'text_b': _may(STRING, about='Its activation at position_b is b.'),
+            'activation_a': may(VECTOR, about='Give both, or two texts.'),
+            'activation_b': may(VECTOR, about='Give both, or two texts.'),
+            'text_a': may(STRING, about='Its activation at position_a is a.'),
+            'text_b': may(STRING, about='Its activation at position_b is b.'),
             'position_a': ONE,
             'position_b': ONE,
             **{k: DRAWN[k] for k in ('temperature', 'seed', 'max_new_tokens')},
@@ -393,16 +370,28 @@ ROUTES = {
         '',
         completion,
     ),
+    '/generate': Route(
+        'What the decoder says after a prompt of rows, the activation among them, as servers of language models take it.',
+        {
+            'input_embeds': {'type': 'array', 'items': VECTOR, 'minItems': 2, 'maxItems': 1 << 15},
+            'sampling_params': SAMPLING,
+            'stream': {'enum': [False]},
+        },
+        ('input_embeds',),
+        {'text': 'string', 'meta_info': 'object'},
+        '',
+        generate,
+    ),
     '/edit': Route(
         'Other words for one activation, put back: what the subject then predicts, beside controls of the same size.',
         SOURCE
         | {
             'position': ONE,
             'description': STRING,
-            'before': _may(
+            'before': may(
                 STRING, IDS, about='The words that are replaced, or their tokens; those of the lens, if it is missing.'
             ),
-            'unrelated': _may(STRING, about='Words of the control.'),
+            'unrelated': may(STRING, about='Words of the control.'),
             'strength': {'type': 'number', 'minimum': -100, 'maximum': 100, 'default': 1.0},
             'mode': {'enum': list(steer.MODES), 'default': steer.MODES[0]},
             'steps': {
@@ -429,9 +418,4 @@ ROUTES = {
 
 def request_schema(route: Route) -> Schema:
     """Returns what the body of a request may be."""
-    return {
-        'type': 'object',
-        'properties': route.properties,
-        'required': list(route.required),
-        'additionalProperties': False,
-    }
+    return record(route.properties, *route.required)

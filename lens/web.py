@@ -18,13 +18,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lens import __version__, api, jobs, page
+from lens import __version__, api, jobs, page, schemas
 from lens.errors import LensError, shown
 from lens.reader import MOST_SAMPLES, Reader
 from lens.reading import Reading
 
 NAMES = ('127.0.0.1', 'localhost', '::1')
-MOST_BYTES = 1 << 24  # of the body of a request
+MOST_BYTES = 1 << 25  # of the body of a request
 HEARTBEAT_S = 10
 GONE = 499  # what nobody sees: the client is not there any more
 HEADERS = {
@@ -35,12 +35,7 @@ HEADERS = {
     'x-content-type-options': 'nosniff',
     'x-frame-options': 'DENY',
 }
-PAGE = {
-    'type': 'object',
-    'properties': {'reading': {'type': 'object'}, 'notes': {'type': 'object', 'default': {}}},
-    'required': ['reading'],
-    'additionalProperties': False,
-}
+PAGE = schemas.record({'reading': {'type': 'object'}, 'notes': {'type': 'object', 'default': {}}}, 'reading')
 ANSWERS = {
     400: 'The request cannot be answered: `detail` says why in a sentence.',
     403: 'It comes from another site, or for another host.',
@@ -96,7 +91,7 @@ async def body(request: Request):
 
 def page_of(value, about: dict) -> str:
     """Returns the page of a reading that a client has, with its notes. about: of the lens. Raises LensError."""
-    value = api.check(value, PAGE, 'the request')
+    value = schemas.check(value, PAGE, 'the request')
     try:
         made = dataclasses.replace(Reading.from_json(value['reading']), about=about)
         notes = {str(int(p)): {'lit': bool(n['lit']), 'text': str(n['text'])} for p, n in value['notes'].items()}
@@ -176,7 +171,7 @@ class Server:
         return Response(made, media_type='text/html')
 
     async def answer(self, request: Request, route: api.Route) -> Response:
-        value = api.check(await body(request), api.request_schema(route), 'the request')
+        value = schemas.check(await body(request), api.request_schema(route), 'the request')
         job = self.worker.submit(route.steps(self.reader, value))
         try:
             return await until_gone(request, self._answer(job, route, value.get('stream')))

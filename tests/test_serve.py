@@ -1,6 +1,8 @@
 """The server of a lens: what its routes say is what the lens says; bad input, strangers, crowds and who goes away."""
 
 import asyncio
+import copy
+import dataclasses
 import json
 import random
 import re
@@ -14,6 +16,7 @@ from starlette.testclient import TestClient
 
 from lens import api, jobs, page, serve, web
 from lens.errors import LensError
+from lens.models.injection import Replace
 from lens.reader import Reader
 from lens.reopen import Reopened
 from tests.test_page import HOSTILE, Parsed
@@ -74,6 +77,42 @@ def test_what_it_explains_is_what_the_lens_explains(client, reader):
     assert best['generated'] and best['nmse'] == min(e['nmse'] for e in best['explanations'])
     back = ask(client, '/explain', {'text': TEXT, 'positions': [3, 9, -6], 'reverse': True, 'salience': False})
     assert [r['position'] for r in back['results']] == [9, 3]
+
+
+def test_a_prompt_of_rows_goes_on_as_the_decoder_does(client, reader):
+    """Against one run of prompt and words together, as the model itself has it."""
+    lens, base = jax.tree.map(lambda x: x, reader.lens), reader.base
+    lens.decoder.config = dataclasses.replace(lens.decoder.config, injection=Replace(20.0))
+    it = copy.copy(reader)
+    it.lens = lens
+    rows = np.random.default_rng(0).standard_normal((6, base.config.d_model)).astype(np.float32)
+    value = {'input_embeds': rows.tolist(), 'sampling_params': {'temperature': 0, 'max_new_tokens': 5}}
+    with TestClient(web.application(it, 4), base_url=HERE) as other:
+        made = ask(other, '/generate', value)
+        drawn = value | {'sampling_params': {'max_new_tokens': 5, 'sampling_seed': 3, 'top_p': 1.0}}
+        assert ask(other, '/generate', drawn) == ask(other, '/generate', drawn) != made
+        wrong = other.post('/generate', json=value | {'input_embeds': rows[:, 1:].tolist()})
+        assert wrong.status_code == 400 and 'a row of 23 numbers, the decoder reads 24' in wrong.json()['detail']
+    logp, ids, _ = zip(*made['meta_info']['output_token_logprobs'], strict=True)
+    with jax.set_mesh(reader.run.mesh):
+        words = base.lookup(np.array([ids], np.int32))
+        x = jax.numpy.concatenate([rows[None], np.asarray(words)], axis=1)
+        x = base.run_layers(x, 0, base.config.n_layers, adapters=lens.decoder.adapters)
+        logits = np.asarray(base.logits(x))[0, len(rows) - 1 : -1]
+    assert logits.argmax(1).tolist() == [*ids]
+    theirs = jax.nn.log_softmax(logits)[np.arange(len(ids)), ids]
+    np.testing.assert_allclose(logp, theirs, rtol=1e-4, atol=1e-5)
+    ends = set(reader.tokenizer.all_special_ids)
+    assert made['text'] == reader.tokenizer.decode(ids) and (len(ids) == 5 or ids[-1] in ends)
+    assert made['meta_info']['finish_reason']['type'] == ('stop' if ids[-1] in ends else 'length')
+    assert made['meta_info']['prompt_tokens'] == 6
+    for wrong, why in {
+        'enters blocks of its decoder': {},
+        'input_ids is no key': {'input_ids': [1]},
+        'top_p=0.5 must be one of': {'sampling_params': {'top_p': 0.5}},
+    }.items():
+        answer = client.post('/generate', json=value | why)
+        assert answer.status_code == 400 and wrong in answer.json()['detail']
 
 
 def test_tokens_of_a_chat_say_whose_they_are(client, reader):

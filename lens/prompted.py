@@ -1,0 +1,87 @@
+"""What the decoder says after a prompt that a client has put together itself: rows as they enter its first block, the
+activation in its place among them, as clients of servers of language models send them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lens import sampling, words
+from lens.errors import LensError, number
+from lens.models import injection
+from lens.models.decoder import Decoder
+from lens.models.lens import Lens
+from lens.response import Tags, find
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(injection.Injection):
+    """The activation is the row of its slot, in units of the stream."""
+
+    name = 'given'
+
+    def enter(self, decoder, model, a_BxD):
+        return a_BxD / model.config.embed_scale, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """ids of the tokens; logp of each at temperature 1; stopped: whether it has
+    ended by itself, by its closing tag or a control token."""
+
+    ids: list[int]
+    logp: list[float]
+    stopped: bool
+
+
+def _with_prompt(decoder: Decoder, rows_QxD, embed_scale: float) -> Decoder:
+    """Copies a decoder with rows as its prompt, of which the last is its slot."""
+    copy = jax.tree.map(lambda x: x, decoder)
+    copy.config = dataclasses.replace(decoder.config, injection=Given(), more_slots=())
+    copy.prompt_left, copy.prompt_right = nnx.Param(rows_QxD[:-1] / embed_scale), nnx.Param(rows_QxD[:0])
+    return copy
+
+
+@functools.partial(jax.jit, static_argnames=('length', 'tags'))
+def _say(lens: Lens, base, rows_QxD, seed, temperature, *, length: int, tags: Tags):
+    """Returns tokens [T], their log-probabilities, how many of them there are until the tags are closed, and whether they are."""
+    decoder = _with_prompt(lens.decoder, rows_QxD, base.config.embed_scale)
+    how = {'length': length, 'temperature': temperature, 'tags': tags}
+    said = sampling.sample(decoder, base, rows_QxD[-1:], jax.random.key(seed), **how)
+    found = find(said.ids_NxT, tags)
+    return said.ids_NxT[0], said.logp_NxT[0], found.end_N[0], found.found_N[0]
+
+
+def say(reader, rows_QxD, *, length: int, temperature: float, seed: int) -> Said:
+    """Draws what the decoder says after a prompt, at most `length` tokens.
+
+    reader: lens.reader.Reader. rows_QxD: as they enter block 0, so after the scale of the embedding, two at least; position
+    vectors are added here. Each number of rows and each length is a program. Raises LensError, also for a lens whose
+    activation enters after the input, which no prompt holds.
+    """
+    c, inject = reader.base.config, reader.lens.decoder.config.injection
+    if not inject.at_input or isinstance(inject, injection.Add):
+        raise LensError(
+            'The activation of this lens enters blocks of its decoder, which no prompt holds: use /describe.'
+        )
+    rows = np.asarray(rows_QxD, np.float32)
+    if rows.ndim != 2 or rows.shape[1] != c.d_model or len(rows) < 2 or not np.isfinite(rows).all():
+        raise LensError(f'input_embeds must be two or more rows of {c.d_model} finite numbers.')
+    number(length, 'max_new_tokens', 1)
+    if len(rows) + length > c.max_positions:
+        raise LensError(
+            f'{len(rows)} rows and {length} new tokens are more than {c.max_positions}: lower max_new_tokens.'
+        )
+    eos, ends = reader.tokenizer.eos_token_id, words.special_ids(reader.tokenizer)
+    tags = reader.run.texts.tags or Tags((), () if eos is None else (eos,))
+    with jax.set_mesh(reader.run.mesh):
+        out = _say(reader.lens, reader.base, jnp.asarray(rows), seed, temperature, length=length, tags=tags)
+    ids, logp, end, found = jax.device_get(out)
+    ids, found = ids[:end].tolist(), bool(found)
+    turn = next((k for k, i in enumerate(ids) if i in ends), None)
+    if turn is not None:
+        ids, found = ids[: turn + 1], True
+    return Said(ids, logp[: len(ids)].tolist(), found)
