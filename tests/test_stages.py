@@ -17,7 +17,7 @@ from data_gen.import_stages import ImportOptions, convert
 from data_gen.parquet_stages import VECTOR, open_stage
 from data_gen.stages import StageOptions, build
 from data_gen.storyworld import world as story_world
-from lens import config, data, hf, objectives
+from lens import config, data, hf, rollout
 from lens import files as files_of
 from lens.errors import LensError
 from lens.models import subject

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lens import data, instrument, lens_folder, objectives, sharding
+from lens import data, instrument, lens_folder, rollout, sharding
 from lens.config import Run
 from lens.errors import LensError, need_package
 from lens.models.lens import Lens
