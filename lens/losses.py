@@ -6,6 +6,8 @@ import numpy as np
 
 from lens import sharding
 
+FLOOR = 1e-12  # of a squared norm that is divided by: far below that of any activation
+
 
 def normalised_mse_rows(pred_NxD, target_NxD):
     """Returns mean_d (pred - target)^2 / max(mean_d target^2, 1e-12), [N]."""
@@ -16,11 +18,16 @@ def normalised_mse_rows(pred_NxD, target_NxD):
 def direction_mse_rows(pred_NxD, target_NxD):
     """Returns mean_d of the squared difference when both have norm sqrt(d): 2 (1 - cos), the error of NLA lenses, [N].
 
-    The floor is inside the square root: a zero vector has a finite gradient and the error 2.
+    The floor of a norm is inside its square root: a prediction of zero has error 1 and a gradient below 2 / sqrt(1e-12).
     """
-    pred, target = pred_NxD.astype(jnp.float32), target_NxD.astype(jnp.float32)
-    size = jnp.sqrt(jnp.maximum(jnp.sum(pred**2, -1) * jnp.sum(target**2, -1), 1e-24))
-    return 2 * (1 - jnp.sum(pred * target, -1) / size)
+    pred, target = directions(pred_NxD), directions(target_NxD)
+    return jnp.mean((pred - target) ** 2, -1)
+
+
+def directions(x_NxD):
+    """Rescales rows to norm sqrt(d), in float32; zero stays zero."""
+    x = x_NxD.astype(jnp.float32)
+    return x * jnp.sqrt(x.shape[-1] / jnp.maximum(jnp.sum(x**2, -1, keepdims=True), FLOOR))
 
 
 ERRORS = ('nmse', 'direction')  # what the encoder minimises: the first or the second of those
@@ -33,10 +40,7 @@ def error_rows(pred_NxD, target_NxD, error: str):
 
 def comparable(x_NxD, error: str):
     """Gives rows as figures compare them: as they are, or rescaled to norm sqrt(d) where only directions count."""
-    if error != 'direction':
-        return x_NxD
-    x = x_NxD.astype(jnp.float32)
-    return x * jnp.sqrt(x.shape[-1] / jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
+    return directions(x_NxD) if error == 'direction' else x_NxD
 
 
 def masked_mean(x, mask, total=None):

@@ -43,11 +43,11 @@ def _figure(values) -> dict:
     return {'value': value, 'ci95': [min(float(lo), value), max(float(hi), value)]}
 
 
-def _variance(rows_NxD, doc_N):
-    """Returns sum_d Var_d (ddof 1) of every resample, from (Q - |s|^2/n) / (n - 1); NaN where all its rows are one."""
+def _variance(rows_NxD, doc_N, ddof: int = 1):
+    """Returns sum_d Var_d of every resample, from (Q - |s|^2/n) / (n - ddof); NaN where all its rows are one."""
     rows = rows_NxD - rows_NxD.mean(0)  # changes no variance and keeps the sums well conditioned
     n, q, s = (_sums(x, doc_N) for x in (np.ones(len(rows)), (rows**2).sum(1), rows))
-    return (q - (s**2).sum(1) / n) / np.where(n > 1, n - 1, np.nan)
+    return (q - (s**2).sum(1) / n) / np.where(n > 1, n - ddof, np.nan)
 
 
 def _positive(variance):
@@ -98,6 +98,26 @@ def variance_recovered(pred_NxD, target_NxD, doc_N) -> dict:
     """Computes 1 - sum_d Var_d(R) / sum_d Var_d(A), R = A - pred: a constant bias does not count."""
     pred, target = _float64(pred_NxD, target_NxD)
     return _figure(1 - _variance(target - pred, doc_N) / _positive(_variance(target, doc_N)))
+
+
+def rawvar(target_NxD, doc_N):
+    """Returns mean_i |A_i - mean A|^2 / d of the data and of every resample, of rows of norm sqrt(d): the variance, with
+    1/n, that `fve_nrm` of natural language autoencoders divides by."""
+    (target,) = _float64(target_NxD)
+    return _variance(target, doc_N, ddof=0) / target.shape[1]
+
+
+def meannorm(target_NxD, doc_N):
+    """Returns the same around the mean direction in place of the mean: 2 (1 - |mean A| / sqrt(d))."""
+    (target,) = _float64(target_NxD)
+    mean = _sums(target, doc_N) / _sums(np.ones(len(target)), doc_N)[:, None]
+    return 2 * (1 - np.linalg.norm(mean, axis=1) / np.sqrt(target.shape[1]))
+
+
+def fve_over(baseline: Callable, pred_NxD, target_NxD, doc_N) -> dict:
+    """Computes 1 - mean_i |A_i - pred_i|^2 / d over `baseline`, rawvar or meannorm, of rows of norm sqrt(d)."""
+    error = _error(pred_NxD, target_NxD, doc_N) / np.shape(target_NxD)[1]
+    return _figure(1 - error / _positive(baseline(target_NxD, doc_N)))
 
 
 def squares(pred_NxD, target_NxD) -> np.ndarray:
@@ -221,6 +241,17 @@ def _beyond(c: Collected, text: str) -> dict | None:
     return fve_beyond(c.pred[text], c.pred[f'quote_{c.context}'], c.a, c.doc_N) if c.context else None
 
 
+def _over(baseline: Callable, itself: bool = False) -> Callable:
+    """FVE over a baseline of directions, or the baseline."""
+
+    def figure(c: Collected, text: str) -> dict | None:
+        if c.error != 'direction':
+            return None
+        return _figure(baseline(c.a, c.doc_N)) if itself else fve_over(baseline, c.pred[text], c.a, c.doc_N)
+
+    return figure
+
+
 def _fve_direction(c: Collected, text: str) -> dict | None:
     """FVE of rows of one norm, whichever it is."""
     if c.error == 'direction':  # `fve` says it
@@ -254,6 +285,8 @@ FIGURES = {
     'cosine': Figure('lens', 'mean cosine of A and its reconstruction, temperature 1', _COSINE, quick=True),
     'cosine_greedy': Figure('lens', 'the same with the most probable explanation', _COSINE, 'greedy'),
     'fve_direction': Figure('lens', 'FVE at temperature 1 of both rescaled to norm sqrt(d)', _fve_direction),
+    'fve_nrm': Figure('lens', 'fve with 1/n in the variance (rawvar), as published for NLA', _over(rawvar)),
+    'fve_meannorm': Figure('lens', 'the same over meannorm in place of the variance', _over(meannorm)),
     'extracted': Figure(
         'lens', 'responses that hold an explanation, temperature 1; the others count as the zero vector', _extracted
     ),
@@ -295,6 +328,8 @@ FIGURES = {
         'FVE of predicting the held-out mean: 0 up to the degree of freedom',
         lambda c, text: fve(np.broadcast_to(c.a.mean(0), c.a.shape), c.a, c.doc_N),
     ),
+    'rawvar': Figure('controls', 'mean square distance of A to its mean, norm sqrt(d)', _over(rawvar, itself=True)),
+    'meannorm': Figure('controls', 'the same to the direction of the mean', _over(meannorm, itself=True)),
     'fve_zero_baseline': Figure('controls', 'FVE of the zero vector', lambda c, text: fve(0 * c.a, c.a, c.doc_N)),
     'facts_recall': Figure('facts', 'established facts that the greedy explanation names', _RECALL, 'greedy', True),
     'facts_hallucinated': Figure(

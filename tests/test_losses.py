@@ -130,7 +130,9 @@ def test_direction_error_is_the_squared_distance_at_norm_sqrt_d():
     close(losses.direction_mse_rows(pred, -7 * pred), np.full(N, 4.0))
     tiny = jnp.asarray(pred) * np.float32(1e-20)
     grads = jax.grad(lambda p: losses.direction_mse_rows(p, target).sum())(tiny)
-    assert np.isfinite(np.asarray(grads)).all() and losses.direction_mse_rows(0 * tiny, target).tolist() == [2.0] * N
+    assert np.abs(np.asarray(grads)).max() < 1e9
+    close(losses.direction_mse_rows(0 * tiny, target), np.ones(N))  # as far as the mean of a direction's square
+    assert np.abs(jax.grad(lambda p: losses.direction_mse_rows(p, target).sum())(0 * tiny)).max() < 1e9
 
 
 def test_rloo_compares_with_the_mean_of_the_others_and_dr_grpo_with_the_mean_of_all():

@@ -68,6 +68,21 @@ def test_fve_identity():
     np.testing.assert_allclose(reconstruction(pred, target, doc)['fve']['value'], want, rtol=EXACT)
 
 
+def test_published_figures_of_directions():
+    """Of rows of norm sqrt(d), around their mean and around its direction; r is the length of the mean over sqrt(d)."""
+    pred, target, doc = (x / np.linalg.norm(x, axis=1, keepdims=True) * 2 if x.ndim > 1 else x for x in data(bias=0.3))
+    mean = target.mean(0)
+    r = np.linalg.norm(mean) / 2
+    raw, around = np.mean((target - mean) ** 2), np.mean((target - mean / r) ** 2)
+    np.testing.assert_allclose([raw, around], [1 - r**2, 2 * (1 - r)], rtol=EXACT)
+    error = np.mean((target - pred) ** 2)
+    for baseline, want in ((metrics.rawvar, raw), (metrics.meannorm, around)):
+        np.testing.assert_allclose(baseline(target, doc)[0], want, rtol=EXACT)
+        figure = metrics.fve_over(baseline, pred, target, doc)
+        np.testing.assert_allclose(figure['value'], 1 - error / want, rtol=EXACT)
+        assert contains(figure) and width(figure) > 0
+
+
 def test_a_constant_bias_costs_fve_and_not_variance_recovered():
     plain = values(reconstruction(*data()))
     biased = values(reconstruction(*data(bias=2.0)))
