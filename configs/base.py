@@ -118,6 +118,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.explanation_len = 16  # tokens of a response: the explanation and its tags
     c.explanation_open = ''  # what opens an explanation, tokens of the subject; empty: its first token does
     c.explanation_close = ''  # what closes it; empty: every token of a response is explanation
+    c.explanation_end = (
+        ''  # the token after that; a response that does not come to it has failed; empty: it ends at the tag
+    )
     c.position_vectors = False  # decoder reads A minus, encoder writes plus a trained vector of the position (GPT-2)
     c.tuned_lens = ''  # folder of lens.tools.tuned_lens, for init=tuned_lens
 

@@ -15,9 +15,9 @@ a server that writes them, in place of --model and --words: --method=self --part
 
 From the released run: templates, marker, norm 150, positions from 50 on, head without bias on 21 blocks,
 2 - 2 cosine, SFT of 1000 steps of 256 (2e-5 to 2e-6), then 4200 steps of 128 x 8 responses of at most 150 tokens with
-KL 0.01 to the decoder that SFT has made, failed responses at -2.
+KL 0.01 to the decoder that SFT has made, failed responses at -2: without a closed tag, or cut before their end.
 
-Different: the closing tag without the newline before it, which the tokenizer joins to a full stop; adapters of
+Different: adapters of
 rank 128 (rank-stabilised, alpha 16, of all matrices) in place of training in full, and the rates that such adapters
 take (1e-4, 8e-5). `:full` trains both sides in full at the released rates (SFT 2e-5; GRPO 1.41e-5 and 7.07e-5),
 everything split over the 8 devices; the decoder is put together once for a rollout, in bfloat16.
@@ -55,7 +55,8 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.data.path = 'data/nla-qwen2.5-7b'
     c.data.min_pos = 50
     c.explanation_len = 150
-    c.explanation_open, c.explanation_close = '<explanation>\n', '</explanation>'
+    c.explanation_open, c.explanation_close = '<explanation>\n', '\n</explanation>'
+    c.explanation_end = '<|im_end|>'
     c.mesh.data = 8
 
     c.decoder.prompt = f'{SYSTEM}<|im_start|>user\n{EXPLAIN}<|im_end|>\n<|im_start|>assistant\n'

@@ -100,11 +100,20 @@ def within(ids):
     return ids[max(start, 0) : end] if end > start >= len(opening) else ids
 
 
+def joined(ids):
+    # where an explanation is text, its tokens as the tokenizer joins them to the prompt around it
+    if not spec['reads_text']:
+        return ids
+    c, (left, right) = spec['encoder'], spec['encoder']['prompt'].rsplit('<text>', 1)
+    whole = tokenizer(left + tokenizer.decode(ids).strip() + right, add_special_tokens=False).input_ids
+    return torch.tensor(whole[len(c['prompt_ids_left']) : len(whole) - len(c['prompt_ids_right'])])
+
+
 @torch.no_grad()
 def reconstruct(ids, before=(), position=0):
     # token ids of an explanation, and of the text up to and with the token at that position -> activation [d]
     c, table = spec['encoder'], encoder.get_input_embeddings().weight
-    before = torch.as_tensor(before, dtype=torch.long)
+    before, ids = torch.as_tensor(before, dtype=torch.long), joined(ids)
     context = before[max(0, len(before) - c['context_tokens']) :]
     left, right = prompt('encoder', encoder)
     rows = torch.cat([left, table[ids].float(), right, table[context].float()])

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from lens import data, hf, keys, objectives, optimizer, response, schedules, sharding
+from lens import data, hf, joints, keys, objectives, optimizer, response, schedules, sharding
 from lens.errors import LensError, need_package, shown
 from lens.keys import DTYPES, choice, get
 from lens.models import injection
@@ -119,7 +119,7 @@ class EvalSettings:
 @dataclasses.dataclass(frozen=True)
 class Texts:
     """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation; encoder:
-    before and after the words."""
+    before and after the words, without what is joined with them."""
 
     decoder: response.Prompt
     encoder: tuple[list[int], list[int]]
@@ -218,13 +218,19 @@ def load(cfg, run: Run) -> Run:
 
 
 def read_texts(cfg, tokenizer, vocab_size: int) -> Texts:
-    """Returns the prompts and tags of a configuration for a subject of `vocab_size` embeddings. Raises LensError."""
+    """Returns the prompts and tags of a configuration for a subject of `vocab_size` embeddings; math.inf: of a tokenizer
+    that stands in for another, and joins nothing. Raises LensError."""
     ids, natural = response.reader(tokenizer, vocab_size), f'decoder.prompt with {SLOT_WORD!r} in its slot'
+    encoder, around = response.encoder_prompt(ids, cfg.encoder.prompt), None
+    is_text = cfg.explanation_open and cfg.decoder.injection != 'affine'  # and prompts are words
+    if is_text and math.isfinite(vocab_size):
+        around = joints.build(tokenizer, tuple(cfg.encoder.prompt.rsplit(response.TEXT, 1)), encoder, vocab_size)
+        encoder = around.cut_off(*encoder)
     return Texts(
         response.decoder_prompt(ids, cfg.decoder.prompt, cfg.decoder.marker),
-        response.encoder_prompt(ids, cfg.encoder.prompt),
+        encoder,
         tuple(ids(cfg.decoder.prompt.replace(response.EMBED, SLOT_WORD), natural)),
-        response.tags(ids, cfg.explanation_open, cfg.explanation_close),
+        response.tags(ids, cfg.explanation_open, cfg.explanation_close, cfg.explanation_end, around),
     )
 
 
@@ -278,6 +284,9 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: Te
     rates = {side: schedules.parse(p[key], clock, f'{name}.{key}') for side, key in keys.items()}
     for side, key in keys.items():
         require(min(rates[side].start, rates[side].end) >= 0, f'{name}.{key}={shown(repr(p[key]))} is negative.')
+    relaxed = p.objective == 'gumbel' and texts.tags.joints is not None
+    what = 'explanation_open: the encoder reads the words again as text, through which no gradient goes'
+    require(not relaxed, f'{name}.objective=gumbel does not go with {what}.')
     table = optimizer.parse_table(p.table, clock, f'{name}.table')
     counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates', 'slices')}
     hparams = objectives.Hparams(
@@ -353,13 +362,14 @@ def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
     """Raises LensError where the subject has no positions for a prompt with its explanation."""
     left, right = texts.decoder[:2]
     context = cfg.encoder.context_tokens
-    lengths = {'decoder': len(left) + 1 + len(right), 'encoder': sum(map(len, texts.encoder)) + context}  # 1: the slot
+    read = sum(map(len, texts.encoder)) + (texts.tags.joints.more if texts.tags.joints else 0)
+    lengths = {'decoder': len(left) + 1 + len(right), 'encoder': read + context}  # 1: the slot
     for side, tokens in lengths.items():
         total, most = tokens + cfg.explanation_len, c.max_positions
         what = f'{side}.prompt and explanation_len={cfg.explanation_len}'
         what = f'encoder.context_tokens={context}, {what}' if side == 'encoder' and context else what
         require(total <= most, f'{what} make {total} tokens, the subject reads {most}.')
-    n, around = cfg.explanation_len, len(texts.tags.opening) + len(texts.tags.closing)
+    n, around = cfg.explanation_len, texts.tags.around
     require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')
     for name in cfg.phases:
         least, most = cfg[name].prefix_min, cfg[name].prefix_max

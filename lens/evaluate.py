@@ -23,6 +23,7 @@ import numpy as np
 from lens import __version__, batches, data, files, metrics, plots, report, sampling, sharding, study, truth
 from lens.batches import Batches, at_once
 from lens.config import Run
+from lens.joints import padded
 from lens.losses import comparable
 from lens.metrics import Collected, Figure, meaning
 from lens.models.decoder import without_position
@@ -32,7 +33,7 @@ from lens.objectives import OBJECTIVES
 from lens.reader import Reader
 from lens.reading import Reading
 from lens.reopen import Reopened, reopen
-from lens.response import Found, Tags, find
+from lens.response import Found, Tags, between, find
 from lens.rollout import Rollout, read, source_of
 
 READ = ('tokens', 'activations', 'positions')  # of the held-out data, what `read` takes
@@ -147,16 +148,17 @@ def _evaluate_batch(
         if k not in texts:
             texts[k] = TEXTS[k].text(batch, texts['sampled'], keys[k], tags)
     found = {k: find(x, tags) if TEXTS[k].tagged else _quoted(x) for k, x in texts.items()}
-    gaps = tags or quotes
-    span = tuple(_interleave(x) for x in zip(*(f.span for f in found.values()), strict=True)) if gaps else None
+    every = Found(*(_interleave(x) for x in zip(*found.values(), strict=True)))
     source = jax.tree.map(lambda x: _interleave([x] * len(texts)), roll.source)
-    words = jnp.maximum(_interleave(texts.values()), 0)
+    words, span = between(jnp.maximum(_interleave(texts.values()), 0), every, tags)
+    span = every.span if quotes and not span else span
     pred = _separate(encode(lens.encoder, base, words, source, span), texts)
     alone = {}
     if quotes:
         source = jax.tree.map(lambda x: _interleave([x] * len(quotes)), roll.source)
         shown = _interleave(jnp.full_like(roll.source.position_N, m) for m in quotes)
-        alone = _separate(encode_context(lens.encoder, base, source, shown), [f'quote_{m}' for m in quotes])
+        alone = encode_context(lens.encoder, base, source, shown, tags.no_words)
+        alone = _separate(alone, [f'quote_{m}' for m in quotes])
     return {
         'a': comparable(roll.a_NxD, error),
         'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()}
@@ -168,7 +170,7 @@ def _evaluate_batch(
 
 @functools.partial(jax.jit, static_argnames='error')
 def _encode_batch(lens: Lens, base, batch: dict, source: Source, *, error: str):
-    """Reconstructs from texts batch['ids'] [R, V, T], -1 outside of the explanation, and their context; the zero vector
+    """Reconstructs from texts batch['ids'] [R, V, T], -1 outside of what the encoder reads, and their context; the zero vector
     where batch['found'] [R, V] is False."""
     ids_NxT, found_N = (batch[k].reshape(-1, *batch[k].shape[2:]) for k in ('ids', 'found'))
     span = jnp.argmax(ids_NxT >= 0, axis=1), jnp.sum(ids_NxT >= 0, axis=1)
@@ -223,6 +225,11 @@ class Evaluator:
         rows = split.read_rows[: self.documents]
         return truth.sources(split, self.run.train or split, rows, self.held['positions'], self.run.tokenizer)
 
+    @property
+    def texts(self) -> list[str]:
+        """Returns those of TEXTS that the held-out data have."""
+        return [k for k, text in TEXTS.items() if text.needs in self.held]
+
     def tokens_before(self, n: int) -> np.ndarray:
         """Returns the n tokens that end at each position or, where the encoder has a context, before it, [R, V, n]. What is
         to the left of a text is its first token or, there, -1."""
@@ -230,11 +237,12 @@ class Evaluator:
         tokens = np.take_along_axis(self.held['tokens'][:, None], np.maximum(before, 0), axis=2)
         return np.where(before < 0, -1, tokens) if self.run.context_tokens else tokens
 
-    def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure]) -> Collected:
-        """Reads the first `documents` documents, with the texts that `figures` read and the data allow."""
+    def _collect(self, lens: Lens, documents: int, figures: Iterable[Figure], quick: bool = False) -> Collected:
+        """Reads the first `documents` documents, with the texts that `figures` read and the data allow. quick: explanations
+        that are text are read as in training, which is nearly as exact."""
         run, key, m = self.run, jax.random.key(self.run.seed), self.run.context_tokens
         wanted = {'sampled', f'quote_{m}'} | {f.text for f in figures}
-        names = tuple(k for k, text in TEXTS.items() if k in wanted and text.needs in self.held)
+        names = tuple(k for k in self.texts if k in wanted)
         how = {'length': run.length, 'tags': run.texts.tags, 'error': run.error, 'names': names}
         how['quotes'] = tuple(k for k in metrics.quoted(m) if f'quote_{k}' in wanted)
 
@@ -253,6 +261,8 @@ class Evaluator:
             sources=self._sources and self._sources.first(documents * self.vectors),
             context=m,
         )
+        if run.texts.tags.joints and not quick:
+            c.pred.update({k: self.reconstruct(lens, f'text_{k}', c.ids[k], c.found[k]) for k in c.ids})
         if m and 'shuffled' in wanted:
             other = metrics.other_document(c.doc_N)  # of whom the words are, with the own context
             c.pred['shuffled'] = self.reconstruct(lens, 'shuffled', *(x['sampled'][other] for x in (c.ids, c.found)))
@@ -282,6 +292,8 @@ class Evaluator:
         """Reconstructs the first N activations from explanations, -1 outside of them, with their own context, NxD; the zero
         vector where none is found."""
         documents, run = len(ids_NxT) // self.vectors, self.run
+        if joints := run.texts.tags.joints:
+            ids_NxT = padded([joints.exact(x[x >= 0]) for x in ids_NxT], -1)
         arrays = {k: self.held[k][:documents] for k in ('tokens', 'positions') if k in self.held}
         arrays['ids'] = ids_NxT.reshape(documents, self.vectors, -1)
         arrays['found'] = found_N.reshape(documents, self.vectors)
@@ -296,7 +308,7 @@ class Evaluator:
     def quick(self, lens: Lens) -> dict[str, float]:
         """Computes the few figures that a learning curve needs, on the first documents."""
         quick = {k: f for k, f in metrics.figures(self.run.context_tokens).items() if f.quick}
-        c = self._collect(lens, self.quick_documents, quick.values())
+        c = self._collect(lens, self.quick_documents, quick.values(), quick=True)
         return {k: v['value'] for k, v in _figures(c, quick).items()}
 
     def full(self, lens: Lens, more: Callable[[Collected], dict] = lambda c: {}) -> Evaluation:
@@ -428,7 +440,8 @@ def main(workdir: str, step: str, subject: str, data: str, best_of: str, num_vec
             studies.append(study.Measure(evaluator, again.params, c, ks)())
             return {'figures': studies[0].figures, 'results_by_k': studies[0].by_k, 'plots': plots.names(studies[0])}
 
-        how = _key(again, ks), study.work(again.run, ks), -(-evaluator.documents // evaluator.rows)
+        texts = evaluator.texts if again.run.texts.tags.joints else ()
+        how = _key(again, ks), study.work(again.run, ks, texts), -(-evaluator.documents // evaluator.rows)
         with batches.opened(workdir / 'evaluation.partial', *how) as evaluator.batch_of:
             result = evaluator.full(again.params, more)
             reading = evaluator.reading(again.params, again.config, again.step, workdir.name)

@@ -32,7 +32,7 @@ from lens.models.lens import Lens
 from lens.reopen import reopen
 
 # Configuration that a lens depends on, besides lora where it has adapters; the rest is how it was trained.
-KEYS = 'seed subject layer data explanation_len explanation_open explanation_close position_vectors decoder encoder'
+KEYS = 'seed subject layer data explanation_len explanation_open explanation_close explanation_end position_vectors decoder encoder'
 # What the card tells of summary.json besides figures.
 TOLD = {'steps': int, 'activations': int, 'documents': int, 'device': str, 'commit': str, 'command': str}
 SPECIAL = re.compile(r'[\\`*_\[\]<>#|~&!$]')  # in Markdown
@@ -120,13 +120,15 @@ def write_folder(
     name = config['subject']['path']
     source = subject or name
     where = writing.subject_of(name, source, out)
+    tags = run.texts.tags
     known = figures(config['encoder']['context_tokens'])
     about = {
         'subject': name,
         'subject_content': where.content,
         'subject_folder': where.folder,
         'explanation_len': run.length,
-        'tags': {'opening': list(run.texts.tags.opening), 'closing': list(run.texts.tags.closing)},
+        'tags': {'opening': list(tags.opening), 'closing': list(tags.closing)},
+        'reads_text': tags.joints is not None,
         'lora': config['lora'] if 'lora' in (config['decoder']['train'], config['encoder']['train']) else None,
         'step': step,
         'figures': {k: summary[k] for k in known if isinstance(summary.get(k), int | float)},

@@ -14,7 +14,7 @@ from lens.models.encoder import Source, encode
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
 from lens.models.transformer import Transformer
-from lens.response import Tags, find
+from lens.response import Tags, between, find
 
 
 class Top(NamedTuple):
@@ -90,13 +90,14 @@ def explain(
     how = {'length': length, 'temperature': temperature_N, 'tags': tags, 'keep': keep}
     ids, kept = sampling.sample(lens.decoder, base, vectors, keys_N, **how)
     found = find(ids, tags)
+    read, span = between(ids, found, tags)
     return Explained(
         ids,
         *found.span,
         found.found_N,
         kept[..., 0],
         Top(kept[..., 1 : top + 1], kept[..., top + 1 :].astype(jnp.int32)),
-        encode(lens.encoder, base, ids, source, found.span if tags else None),
+        encode(lens.encoder, base, read, source, span),
     )
 
 

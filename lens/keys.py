@@ -58,6 +58,7 @@ KEYS = {
     'explanation_len': Whole(1),
     'explanation_open': str,
     'explanation_close': str,
+    'explanation_end': str,
     'position_vectors': bool,
     'tuned_lens': pathlib.Path,
     'decoder.prompt': str,

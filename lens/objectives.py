@@ -26,7 +26,7 @@ from lens.models.encoder import encode, encode_context, encode_rows
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
 from lens.models.transformer import model_of
-from lens.response import Found, find
+from lens.response import Found, between, find
 from lens.rollout import (
     COPIES,
     Counted,
@@ -247,7 +247,8 @@ def _quotes(encoder, base, roll: Rollout, hp: Hparams):
     What the words add is told against an encoder that was trained without them as well, with the same weight.
     """
     a, source = _once(roll, (roll.a_NxD, roll.source))
-    pred = encode_context(encoder, base, source, sharding.reshard(roll.shown_A, sharding.rows(1)))
+    shown_A = sharding.reshard(roll.shown_A, sharding.rows(1))
+    pred = encode_context(encoder, base, source, shown_A, hp.tags.no_words)
     mse = jnp.mean(error_rows(pred, a, hp.error)) / hp.slices
     return mse, {'loss_quote': mse, 'quote_AxD': pred}
 
@@ -284,10 +285,11 @@ def _count(roll: Rollout, hp: Hparams, knobs: Knobs) -> Rollout:
 
 def _read_back(encoder, base, roll: Rollout, found: Found, hp: Hparams):
     """Reconstructs from the words of every row, or the first of them, NxD; of mean_of contiguous rows the mean, in each."""
-    span = found.span if hp.tags else None
     if roll.words_N is not None:
-        span = found.start_N, jnp.minimum(found.length_N, roll.words_N)
-    pred = encode(encoder, base, roll.ids_NxT, roll.source, span)
+        found = found._replace(length_N=jnp.minimum(found.length_N, roll.words_N))
+    ids_NxT, span = between(roll.ids_NxT, found, hp.tags)
+    span = span if roll.words_N is None else span or found.span  # without tags all tokens are words, but of a prefix
+    pred = encode(encoder, base, ids_NxT, roll.source, span)
     if hp.mean_of == 1:
         return pred
     return subject.tile_rows(pred.reshape(-1, hp.mean_of, pred.shape[-1]).mean(1), hp.mean_of)

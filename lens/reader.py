@@ -19,6 +19,7 @@ import numpy as np
 from lens import files, instrument, reopen, sharding, spoken, steer
 from lens.errors import LensError, number, shown
 from lens.interchange import directories
+from lens.joints import padded
 from lens.models.encoder import Source
 from lens.reading import Choice, Explanation, Reading, Row, Word
 from lens.reopen import Reopened
@@ -226,14 +227,15 @@ class Reader:
         else:
             ids = spoken.of_ids(self.tokenizer, text, self.base.config.vocab_size).ids
         tags = self.run.texts.tags
-        most = self.length - len(tags.opening) - len(tags.closing)
+        most = self.length - tags.around
         if not 0 < len(ids) <= most:
             raise LensError(f'An explanation of {len(ids)} tokens was given, this lens reads 1..{most}: give as many.')
         return ids if tags or self._filler is None else [*ids, *[self._filler] * (self.length - len(ids))]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Returns the text of an explanation, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip() if self.run.texts.tags.joints else text
 
     def positions(self, given: Sequence[int] | None, n: int) -> np.ndarray:
         at_P = np.arange(n) if given is None else np.asarray(given).reshape(-1)
@@ -298,10 +300,11 @@ class Reader:
 
     def _encode(self, texts: Sequence[Sequence[int]], source: Source) -> np.ndarray:
         """Reads words back, NxD: one text and one row of source each."""
+        joints, width = self.run.texts.tags.joints, self.length
+        if joints:
+            texts, width = [joints.exact(t) for t in texts], self.length + joints.more
         lengths = np.asarray([len(t) for t in texts], np.int32)
-        ids_NxT = np.zeros((len(texts), self.length), np.int32)
-        for row, text in zip(ids_NxT, texts, strict=True):
-            row[: len(text)] = text
+        ids_NxT = padded(texts, 0, width)
         return self.in_batches(
             lambda x: instrument.reconstruct(self.lens, self.base, *x), (ids_NxT, lengths, source), ENCODED * self.batch
         )
@@ -318,7 +321,10 @@ class Reader:
         out = self.in_batches(
             lambda x: explain(*x[0], s.seed, *x[1:], **how), (repeated, fold, temperature), self.batch
         )
-        said = []
+        said, pred = [], out.pred_NxD
+        if self.run.texts.tags.joints:  # the program reads nearly their text, this all of it
+            spans = zip(out.ids_NxT, out.start_N, out.length_N, strict=True)
+            pred = self._encode([ids[start : start + length].tolist() for ids, start, length in spans], repeated[1])
         for i in range(n * k):
             words = slice(out.start_N[i], out.start_N[i] + out.length_N[i])
             alternatives = out.alternatives.probability[i, words], out.alternatives.id[i, words]
@@ -330,7 +336,7 @@ class Reader:
                     bool(drawn_K[i % k]),
                     out.probability_NxT[i, words],
                     alternatives,
-                    out.pred_NxD[i] * found,
+                    pred[i] * found,
                 )
             )
         if s.salience:

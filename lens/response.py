@@ -1,4 +1,8 @@
-"""Prompts and tags as token ids, and where the explanation stands in a response: between two tags."""
+"""Prompts and tags as token ids, and where the explanation stands in a response: between two tags.
+
+Without an opening tag the tokens between are the explanation. With one and a prompt of words it is a text, as of other
+natural language autoencoders: without white space at its edges, read again by the tokenizer (joints.py).
+"""
 
 import dataclasses
 import itertools
@@ -10,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lens.errors import LensError, shown
+from lens.joints import Joints
 
 Ids = Callable[[str, str], list[int]]  # of `reader`
 EMBED, TEXT = '<embed>', '<text>'
@@ -19,13 +24,32 @@ SPECIAL_LITERAL = r'<\|[^|<>]+\|>|</?s>|<(?:bos|eos|pad|unk|mask|start_of_turn|e
 
 @dataclasses.dataclass(frozen=True)
 class Tags:
-    """Token ids of the tags; without a closing one every token of a response is explanation."""
+    """Token ids of the tags; without a closing one every token of a response is explanation.
+
+    blank: white space that is written before the closing tag and may be missing or part of another token where it is
+    found. end: the token after which nothing is said; with it a response that does not come to it has failed. joints, texts:
+    where an explanation is text, how the encoder reads it, and the tags as texts.
+    """
 
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
+    blank: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    joints: Joints | None = None
+    texts: tuple[str, str] = ('', '')
 
     def __bool__(self) -> bool:
         return bool(self.closing)
+
+    @property
+    def around(self) -> int:
+        """Returns how many tokens of a response are no explanation."""
+        return len(self.opening) + len(self.blank) + len(self.closing) + len(self.end)
+
+    @property
+    def no_words(self) -> tuple[int, ...]:
+        """Returns what the encoder reads between its prompts where there is no explanation."""
+        return tuple(self.joints.exact(())) if self.joints else ()
 
 
 NO_TAGS = Tags()
@@ -41,7 +65,7 @@ class Prompt(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of every response: the words start..start+length-1, the tokens up to and with the closing tag, success."""
+    """Of every response: the words start..start+length-1, the tokens up to and with its end, success."""
 
     start_N: jnp.ndarray
     length_N: jnp.ndarray
@@ -71,9 +95,11 @@ def _first(ids_NxT, tag: tuple[int, ...], begin_N):
 
 
 def find(ids_NxT, tags: Tags) -> Found:
-    """Finds the first closed pair of tags with at least one token between them.
+    """Finds the first closed pair of tags with at least one token between them, and the end token after it if there is
+    one to be.
 
-    Without one it has failed: all tokens count, words are what follows the opening tag, or all. No tags, no failure.
+    Without them it has failed: all tokens up to an end token count, words are what follows the opening tag, or all. No tags,
+    no failure.
     """
     t, zero = ids_NxT.shape[1], jnp.zeros_like(ids_NxT[:, 0])
     if not tags:
@@ -81,10 +107,26 @@ def find(ids_NxT, tags: Tags) -> Found:
     opened, has_opening = _first(ids_NxT, tags.opening, zero)
     start = jnp.where(has_opening, opened + len(tags.opening), 0)
     closed, has_closing = _first(ids_NxT, tags.closing, start)
-    found = has_opening & has_closing & (closed > start)
+    found, end = has_opening & has_closing & (closed > start), closed + len(tags.closing)
+    if tags.joints:
+        at, at_edge = jnp.arange(t), (start[:, None], closed[:, None])
+        text, length, some = tags.joints.trim(ids_NxT, (at >= at_edge[0]) & (at < at_edge[1]))
+        found &= some
+        start, closed = jnp.where(found, text, start), jnp.where(found, text + length, closed)
+    ended = found
+    if tags.end:
+        last, ended = _first(ids_NxT, tags.end, zero)
+        found, end = found & ended & (last >= end), last + 1
     start = jnp.minimum(start, t - 1)
     length = jnp.maximum(jnp.where(found, closed, t) - start, 1)
-    return Found(start, length, jnp.where(found, closed + len(tags.closing), t), found)
+    return Found(start, length, jnp.where(ended, end, t), found)
+
+
+def between(ids_NxT, found: Found, tags: Tags):
+    """Gives (ids, span) of responses as `encode` takes them: what stands between the prompts of the encoder."""
+    if not tags.joints:
+        return ids_NxT, found.span if tags else None
+    return tags.joints.join(ids_NxT, found.span, ids_NxT.shape[1])
 
 
 def word_count(label_T: np.ndarray, filler: int) -> int:
@@ -93,13 +135,20 @@ def word_count(label_T: np.ndarray, filler: int) -> int:
 
 
 def respond(labels: np.ndarray, tags: Tags, filler: int, length: int) -> np.ndarray:
-    """Makes responses [..., length] of explanations [..., T]: opening tag, words (cut to fit), closing tag, filler."""
+    """Makes responses [..., length] of explanations [..., T]: opening tag, words (cut to fit), closing tag and end, filler;
+    where an explanation is text, as the tokenizer reads it between its tags."""
     if not tags:
         return labels
-    room = length - len(tags.opening) - len(tags.closing)
+    room = length - tags.around
 
     def response(label):
-        body = [*tags.opening, *label[: min(word_count(label, filler), room)], *tags.closing]
+        given = label[: word_count(label, filler)]
+        body = [*tags.opening, *given[:room], *tags.blank, *tags.closing, *tags.end]
+        if (
+            tags.joints
+            and len(whole := tags.joints.write(tags.texts[0], given, tags.texts[1])) + len(tags.end) <= length
+        ):
+            body = [*whole, *tags.end]
         return np.pad(np.asarray(body, label.dtype), (0, length - len(body)), constant_values=filler)
 
     return np.apply_along_axis(response, -1, labels)
@@ -160,8 +209,22 @@ def decoder_prompt(ids: Ids, text: str, marker: str) -> Prompt:
     return Prompt(row[:first], row[first + 1 :], tuple(i - first - 1 for i in found[1:]), token[0])
 
 
-def tags(ids: Ids, opening: str, closing: str) -> Tags:
-    """Tokenises what an explanation stands between. Raises LensError."""
-    if opening and not closing:
-        raise LensError(f'explanation_open={shown(repr(opening))} needs an explanation_close.')
-    return Tags(tuple(ids(opening, 'explanation_open')), tuple(ids(closing, 'explanation_close')))
+def tags(ids: Ids, opening: str, closing: str, end: str = '', joints: Joints | None = None) -> Tags:
+    """Tokenises what an explanation stands between and what ends a response. joints: where it is text. Raises LensError."""
+    for key, text in (('open', opening), ('end', end)):
+        if text and not closing:
+            raise LensError(f'explanation_{key}={shown(repr(text))} needs an explanation_close.')
+    last = tuple(ids(end, 'explanation_end'))
+    if len(last) > 1:
+        raise LensError(f'explanation_end={shown(repr(end))} is {len(last)} tokens of the subject, it must be one.')
+    found = tuple(ids(closing.lstrip() or closing, 'explanation_close'))
+    written = tuple(ids(closing, 'explanation_close'))
+    if written[len(written) - len(found) :] != found:
+        raise LensError(
+            f'explanation_close={shown(repr(closing))}: its white space is joined to it by the tokenizer, so that it would not '
+            'be found alone: leave that away.'
+        )
+    blank = written[: len(written) - len(found)]
+    return Tags(
+        tuple(ids(opening, 'explanation_open')), found, blank, last, joints, (opening, closing) if joints else ('', '')
+    )

@@ -40,7 +40,7 @@ def perturbed(logits_NxV, key, t, temperature_N):
 def draw(decoder, base, first_NxV, prompt: KVCache, key, *, length: int, temperature_N, keep, tags: Tags = NO_TAGS):
     """Draws `length` tokens a row after a prompt of which prefill gave keys and values, and first_NxV the logits.
 
-    tags: once every row has closed its explanation nothing more is drawn, and the tokens that are left are 0. Returns (ids
+    tags: once every row has come to its end nothing more is drawn, and the tokens that are left are 0. Returns (ids
     NxT, keep(logits NxV, ids N) of every token on a second axis, the cache of all tokens but the last).
     """
     model, n = model_of(decoder, base), len(first_NxV)
@@ -56,7 +56,7 @@ def draw(decoder, base, first_NxV, prompt: KVCache, key, *, length: int, tempera
     def goes_on(carry):
         t, _, _, ids, _ = carry
         more = t < length - 1
-        return more & ~find(ids, tags).found_N.all() if tags else more
+        return more & ~(find(ids, tags).end_N <= t).all() if tags else more
 
     def body(carry):
         t, logits, cache, ids, kept = carry

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
-from lens.response import Tags, find
+from lens.response import Tags, between, find
 from lens.rollout import read, source_of
 
 GROUP = 4  # explanations of one activation that are drawn at a time
@@ -66,7 +67,8 @@ def _said(
     keys_M = jax.vmap(of_row)(index_N).reshape(-1)
     ids = sampling.sample(lens.decoder, base, vectors, keys_M, length=length, group=group, tags=tags).ids_NxT
     found, source = find(ids, tags), jax.tree.map(lambda x: subject.tile_rows(x, group), source)
-    pred = comparable(encode(lens.encoder, base, ids, source, found.span if tags else None), error)
+    ids, span = between(ids, found, tags)
+    pred = comparable(encode(lens.encoder, base, ids, source, span), error)
     return jnp.where(found.found_N[:, None], pred, 0).reshape(len(a_NxD), group, -1)
 
 
@@ -305,13 +307,15 @@ def sized(run: Run, num_vectors: int) -> Run:
     return dataclasses.replace(run, evaluation=dataclasses.replace(e, documents=documents))
 
 
-def work(run, best_of: tuple[int, ...]) -> dict[str, float]:
-    """Returns how much work a batch of each stage of an evaluation is, in explanations drawn of each activation, about."""
+def work(run, best_of: tuple[int, ...], texts: Sequence[str] = ()) -> dict[str, float]:
+    """Returns how much work a batch of each stage of an evaluation is, in explanations drawn of each activation, about.
+    texts: names of those that are read again as text."""
     quotes = [m for m in QUOTES if m < run.validation.width]
     return (
         {'figures': 5.0}
         | ({'put_back': 2.0} if run.validation.width else {})
         | ({'shuffled': 1.0} if run.context_tokens else {})
+        | {f'text_{name}': 0.5 for name in texts}
         | ({'best_of': float(best_of[-1])} if best_of else {})
         | {f'first_{n}': 0.5 for n in sizes(room(run))}
         | {f'last_{m}': 1.0 for m in quotes}
@@ -321,7 +325,7 @@ def work(run, best_of: tuple[int, ...]) -> dict[str, float]:
 
 def room(run) -> int:
     """Returns how many tokens a response has for its explanation."""
-    return run.length - len(run.texts.tags.opening) - len(run.texts.tags.closing)
+    return run.length - run.texts.tags.around
 
 
 def sizes(length: int) -> list[int]:

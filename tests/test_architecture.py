@@ -14,7 +14,7 @@ LAYERS = {
     'interchange prompted',
     'objectives': 'objectives rollout gumbel sampling flops instrument',
     'models': 'models hf lens_folder translators',
-    'ground': 'response losses policy draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
+    'ground': 'response joints losses policy draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
     'spoken reading page jobs plots widths schemas',
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}

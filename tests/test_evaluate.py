@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from data_gen.storyworld import world
-from lens import config, data, evaluate, hf, metrics, sampling, sharding
+from lens import config, data, evaluate, hf, joints, metrics, sampling, sharding
 from lens.evaluate import Evaluator, Text
 from lens.metrics import Figure
 from lens.models import subject
 from lens.models.encoder import encode
 from lens.response import NO_TAGS, Tags
-from tests import programs
+from tests import joining, programs
 from tests.conftest import LAYER, LENGTH, TINY, make_base, make_lens
 
 DOCUMENTS, VECTORS = 7, 2
@@ -285,6 +285,27 @@ def test_a_response_without_an_explanation_is_the_zero_vector(split, placed, res
     np.testing.assert_array_equal(c.ids['sampled'], np.where(outside, -1, responses))
     np.testing.assert_array_equal(c.pred['sampled'].any(1), found)
     assert figure.function(c, figure.text)['value'] == found.mean()
+
+
+def test_explanations_that_are_text_are_read_by_the_tokenizer(split, placed, result):
+    """Joined to the words beside them; the quick figures have it from the tables of the program."""
+    mesh, base, lens = placed
+    closing = int(np.bincount(result[1].ids['sampled'].ravel()).argmax())
+    tokenizer, beside = joining.tokenizer(), ('<text>', '</text>')
+    ids = [tokenizer(x, add_special_tokens=False)['input_ids'] for x in beside]
+    joined = joints.build(tokenizer, beside, ids, TINY.vocab_size)
+    tags = Tags((), (closing,), joints=joined)
+    with jax.set_mesh(mesh):
+        e = evaluator(split, base, mesh, tags=tags)
+        c, quick = (e._collect(lens, DOCUMENTS, [metrics.FIGURES['fve']], quick=q) for q in (False, True))
+    (said,), (found,) = c.ids.values(), c.found.values()
+    words = [joined.exact(row[row >= 0]) for row in said]
+    assert any(w != [*joined.left_cut, *row[row >= 0], *joined.right_cut] for w, row in zip(words, said, strict=True))
+    outside = jax.tree.map(np.asarray, (lens.encoder, base))
+    pred = programs.encode_by_hand(*outside, words) * found[:, None]
+    np.testing.assert_allclose(c.pred['sampled'], pred, rtol=0, atol=1e-5 * pred.std())
+    near = np.isclose(quick.pred['sampled'], pred, rtol=0, atol=1e-5 * pred.std()).all(1)
+    assert near.mean() > 0.5
 
 
 @pytest.mark.slow

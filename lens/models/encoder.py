@@ -65,10 +65,11 @@ def encode(encoder: Encoder, base: Transformer, ids_BxT, source: Source | None =
     return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT), source, span)
 
 
-def encode_context(encoder: Encoder, base: Transformer, source: Source, shown_B):
-    """Reconstructs the activation BxD (float32) without any words, from the last shown_B tokens of the source."""
-    no_words_Bx0xD = model_of(encoder, base).lookup(source.tokens_NxR[:, :0])
-    return encode_rows(encoder, base, no_words_Bx0xD, source, shown_B=shown_B)
+def encode_context(encoder: Encoder, base: Transformer, source: Source, shown_B, no_words: tuple[int, ...] = ()):
+    """Reconstructs the activation BxD (float32) without any words, from the last shown_B tokens of the source. no_words:
+    what stands between the prompts even then (Tags)."""
+    ids_BxT = 0 * source.tokens_NxR[:, :1] + jnp.asarray(no_words, jnp.int32)
+    return encode_rows(encoder, base, model_of(encoder, base).lookup(ids_BxT), source, shown_B=shown_B)
 
 
 @jax.named_scope('encode')
