@@ -81,8 +81,8 @@ def read_rows(paths: list[pathlib.Path], texts: bool) -> Rows:
     from . import parquet_stages
 
     stages = [parquet_stages.open_stage(p) for p in paths]
-    for key in ('base_model', 'd_model', 'layer_index'):
-        if len({s.meta['extraction'][key] for s in stages}) > 1:
+    for key in ('base', 'd_model', 'layer'):
+        if len({getattr(s.side, key) for s in stages}) > 1:
             raise LensError(f'{paths[0]} and the other files differ in {key}: give files of one model and block.')
     names = ['doc_id', 'n_raw_tokens'] + ['detokenized_text_truncated'] * texts
     columns = [s.scalars(*names) for s in stages]
@@ -144,15 +144,12 @@ def convert(o: ImportOptions) -> str:
     count = min(max(round(len(order) * o.validation_fraction), 1), len(order) - 1)
     held_out = np.isin(rows.names, order[:count])
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    first = rows.stages[0]
+    first = rows.stages[0].side
     meta = {'format': FORMAT, 'vocab_size': max(tokenizer.get_vocab().values()) + 1, 'pad_id': pad, 'filler_id': pad}
     meta |= {'tokenizer_sha256': hf.tokenizer_sha256(o.tokenizer)}
-    meta |= {
-        'source': {'files': [s.path.name for s in rows.stages], 'datasets': [s.meta['dataset_id'] for s in rows.stages]}
-    }
+    meta |= {'source': {'files': [s.path.name for s in rows.stages], 'datasets': [s.id for s in rows.stages]}}
     if o.vectors:
-        of = first.meta['extraction']
-        meta |= {'activations': {'layer': first.layer, 'subject': of['base_model'], 'dtype': o.store}}
+        meta |= {'activations': {'layer': first.layer, 'subject': first.base, 'dtype': o.store}}
     with files.new_folder(out) as folder:
         arrays = _arrays(rows, tokenizer, tokens, pad, o)
         for name, mine in zip(SPLITS, (held_out, ~held_out), strict=True):
@@ -165,7 +162,7 @@ def convert(o: ImportOptions) -> str:
     lost = len(rows.doc_id) - int(keep.sum()) - without
     return (
         f'{int(keep.sum())} activations of {len(rows.names) - count} training and {count} held-out documents after block '
-        f'{first.layer} of {first.meta["extraction"]["base_model"]} (left out: {without} without an explanation, {lost} whose text '
+        f'{first.layer} of {first.base} (left out: {without} without an explanation, {lost} whose text '
         f'has other tokens): {out}'
     )
 

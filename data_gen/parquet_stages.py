@@ -24,20 +24,19 @@ import pyarrow.parquet as pq
 import yaml
 from lens.configs.nla_qwen2_5_7b import EXPLAIN
 
-from lens.errors import LensError, number, shown, text
+from lens.errors import LensError, shown
+from lens.interchange import sidecar
 
 from . import readers
 
-VECTOR, SUFFIX = 'activation_vector', '.nla_meta.yaml'
+VECTOR = 'activation_vector'
 ROWS = 4096  # of a row group: at a width of 8192 they have 2^27 bytes
 STAGES = ('av_sft', 'ar_sft', 'rl')  # of base, in the order in which they get documents
 FORMS = ('fixed_size_list', 'list')
-INJECT = '<INJECT>'  # in prompts, where the vector goes
 AV_TEMPLATE = EXPLAIN.replace('<embed>', '{injection_char}')
 AR_TEMPLATE = 'Summary of the following text: <text>{explanation}</text> <summary>'
 MARKERS = range(0x3200, 0x3400)  # the first of them that is one token stands for the vector
 EXPLANATION = re.compile('<explanation>(.*?)</explanation>', re.DOTALL)
-MOST_YAML = 1 << 22  # bytes of a sidecar
 REST = ('n_raw_tokens', 'activation_layer', 'doc_id', 'detokenized_text_truncated')
 COLUMNS = {  # of a stage, in their order
     'base': ('n_raw_tokens', 'detokenized_text_truncated', VECTOR, 'activation_layer', 'doc_id', 'api_explanation'),
@@ -126,21 +125,29 @@ def numbers_of(column, d: int, path: pathlib.Path) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A file of a stage: its columns, its width D, its number of rows, and what its sidecar says."""
+    """A file of a stage: its columns, its number of rows, and what its sidecar says."""
 
     path: pathlib.Path
     columns: tuple[str, ...]
-    d: int
     rows: int
-    meta: dict
+    side: sidecar.Sidecar
 
     @property
     def name(self) -> str:
-        return self.meta['stage']
+        return self.side.more['stage']
 
     @property
-    def layer(self) -> int:
-        return self.meta['extraction']['layer_index']
+    def id(self) -> str:
+        return str(self.side.more.get('dataset_id', self.path.stem))
+
+    @property
+    def d(self) -> int:
+        return self.side.d_model
+
+    @property
+    def extraction(self) -> dict:
+        """Returns where its activations are from, as the sidecar has it."""
+        return yaml.safe_load(self.side.file.read_text('utf-8'))['extraction']
 
     def scalars(self, *names: str) -> dict[str, list]:
         """Returns whole columns, but not that of the vectors. Raises LensError where one is not there."""
@@ -169,18 +176,11 @@ class Stage:
             return [m and m[1].strip() for m in found]
         if self.name == 'rl':
             return [None] * self.rows
-        templates = self.meta.get('prompt_templates') or {}
-        template = templates.get('ar') or templates.get('critic') or AR_TEMPLATE
-        before, _, after = template.partition('{explanation}')
+        before, _, after = (self.side.encoder_template or AR_TEMPLATE).partition('{explanation}')
         prompts = self.scalars('prompt')['prompt']
         if wrong := [p for p in prompts if not (p.startswith(before) and p.endswith(after))]:
             raise LensError(f'{self.path} has the prompt {shown(repr(wrong[0]), 60)}, which is not of its template.')
         return [p[len(before) : len(p) - len(after)].strip() for p in prompts]
-
-
-def sidecar(path: pathlib.Path) -> pathlib.Path:
-    """Returns where the sidecar of a Parquet file is."""
-    return path.with_name(path.name + SUFFIX)
 
 
 def open_stage(path: pathlib.Path) -> Stage:
@@ -189,40 +189,17 @@ def open_stage(path: pathlib.Path) -> Stage:
         raise LensError(f'{path} does not exist: give a Parquet file of a stage.')
     with readers.reading(path):
         columns, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
-    meta = read_sidecar(sidecar(path))
-    d = meta['extraction']['d_model']
+    side = sidecar.parse(sidecar.place(path))
+    if side.kind != 'nla_dataset' or side.layer is None or side.more.get('stage') not in COLUMNS:
+        raise LensError(
+            f'{side.file} is no nla_dataset of a block and a stage, {", ".join(COLUMNS)}: give that of the data.'
+        )
+    d = side.d_model
     kind = columns.field(VECTOR).type if VECTOR in columns.names else None
     lists = kind is not None and (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind))
     if not lists or not pa.types.is_floating(kind.value_type) or getattr(kind, 'list_size', d) != d:
         raise LensError(f'{path} has no column {VECTOR} of lists of {d} numbers, as its sidecar says.')
-    return Stage(path, tuple(columns.names), d, rows, meta)
-
-
-def read_sidecar(path: pathlib.Path) -> dict:
-    """Returns what the sidecar of a data set says. Raises LensError."""
-    try:
-        if path.stat().st_size > MOST_YAML:
-            raise ValueError(f'has more than {MOST_YAML} bytes')
-        meta = yaml.safe_load(path.read_text('utf-8'))
-        if not isinstance(meta, dict) or meta.get('kind') != 'nla_dataset' or meta.get('schema_version') != 1:
-            raise ValueError('is no nla_dataset of version 1')
-        of = meta.get('extraction')
-        if not isinstance(of, dict) or meta.get('stage') not in COLUMNS:
-            raise ValueError(f'has no extraction, or a stage other than {", ".join(COLUMNS)}')
-        if of.get('norm', 'none') != 'none':
-            raise ValueError(f'has norm {shown(of["norm"], 40)}, only vectors as they are in the model can be used')
-        text(of.get('base_model'), 'extraction.base_model')
-        number(of.get('d_model'), 'extraction.d_model', 1)
-        number(of.get('layer_index'), 'extraction.layer_index', 0)
-        if not isinstance(meta.get('prompt_templates') or {}, dict):
-            raise ValueError('has prompt_templates that are no table')
-        return meta
-    except OSError as e:
-        raise LensError(f'{path} cannot be read ({e.strerror}): it belongs beside its Parquet file.') from None
-    except (yaml.YAMLError, RecursionError):
-        raise LensError(f'{path} is no YAML: give the sidecar of the data.') from None
-    except ValueError as e:
-        raise LensError(f'{path}: {shown(e).rstrip(".")}: give the sidecar of the data.') from None
+    return Stage(path, tuple(columns.names), rows, side)
 
 
 def write_sidecar(path: pathlib.Path, meta: dict, by: str) -> None:
@@ -235,7 +212,7 @@ def write_sidecar(path: pathlib.Path, meta: dict, by: str) -> None:
     out |= {'created_at': now, 'created_by': by, 'git_commit': ''}
     tmp = path.with_name(f'.{path.name}.yaml.tmp')
     tmp.write_text(yaml.safe_dump(out, sort_keys=False, allow_unicode=True), 'utf-8')
-    os.replace(tmp, sidecar(path))
+    os.replace(tmp, sidecar.place(path))
 
 
 def token_meta(tokenizer) -> dict:

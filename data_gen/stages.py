@@ -80,7 +80,7 @@ def _write(path: pathlib.Path, base, tokens: dict, mine: np.ndarray, values: dic
     from . import parquet_stages as stages
 
     name = path.stem
-    made_of = f'{name}{base.meta["dataset_id"].removeprefix("base")}__{name}_raw'
+    made_of = f'{name}{base.id.removeprefix("base")}__{name}_raw'
     columns = stages.schema(stages.COLUMNS[name], name, base.d, o.form)
     with stages.writer(path, columns) as add:
         order = mine[stages.shuffled(len(mine), o.seed, made_of)]
@@ -93,12 +93,12 @@ def _write(path: pathlib.Path, base, tokens: dict, mine: np.ndarray, values: dic
         'dataset_id': f'{made_of}__shuf{o.seed}',
         'stage': name,
         'row_count': len(mine),
-        'extraction': base.meta['extraction'],
+        'extraction': base.extraction,
         'tokens': tokens | {'critic_suffix_ids': suffix},
         'prompt_templates': templates,
     }
-    more = {k: base.meta[k] for k in ('api_summaries',) if k in base.meta}
-    stages.write_sidecar(path, meta | more | {'parent_datasets': [base.meta['dataset_id']]}, 'data_gen.stages')
+    more = {k: base.side.more[k] for k in ('api_summaries',) if k in base.side.more}
+    stages.write_sidecar(path, meta | more | {'parent_datasets': [base.id]}, 'data_gen.stages')
 
 
 def _prompts(name: str, explanations: list[str]) -> dict[str, list]:
@@ -107,7 +107,7 @@ def _prompts(name: str, explanations: list[str]) -> dict[str, list]:
 
     if name == 'ar_sft':
         return {'prompt': [stages.AR_TEMPLATE.format(explanation=x) for x in explanations]}
-    content = stages.AV_TEMPLATE.format(injection_char=stages.INJECT)
+    content = stages.AV_TEMPLATE.format(injection_char=stages.sidecar.INJECT)
     out = {'prompt': [[{'role': 'user', 'content': content}]] * len(explanations)}
     return out if name == 'rl' else out | {'response': [f'<explanation>\n{x}\n</explanation>' for x in explanations]}
 

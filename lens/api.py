@@ -87,7 +87,7 @@ SAMPLING = record(
         'skip_special_tokens': {'type': 'boolean', 'default': False},
         'sampling_seed': may(DRAWN['seed'], about='Of what is drawn; another one each time, if it is missing.'),
         **{
-            k: {'enum': [x], 'description': 'Every token may be drawn.'}
+            k: {'enum': [x], 'default': x, 'description': 'Every token may be drawn.'}
             for k, x in (('top_p', 1), ('top_k', -1), ('min_p', 0))
         },
     }
@@ -189,6 +189,9 @@ def explain(reader: Reader, v: Value) -> Iterator[dict]:
 
 def describe(reader: Reader, v: Value) -> Iterator[dict]:
     a, how = _vectors(reader, v['activations']), _how(v)
+    if len(a) % v['per_prompt']:
+        raise LensError(f'{len(a)} activations do not make prompts of per_prompt={v["per_prompt"]}: give a multiple.')
+    a = a.reshape(-1, v['per_prompt'], a.shape[1]) if v['per_prompt'] > 1 else a
     _bounded(len(a), how['samples'])
     yield {'layer_index': reader.layer, 'total': len(a)}
     size = max(reader.batch // how['samples'], 1)
@@ -319,6 +322,13 @@ ROUTES = {
         | {
             'activations': {'type': 'array', 'items': VECTOR, 'minItems': 1, 'maxItems': MOST_TEXTS},
             'context': CONTEXT,
+            'per_prompt': {
+                'type': 'integer',
+                'minimum': 1,
+                'maximum': MOST_TEXTS,
+                'default': 1,
+                'description': 'So many of them after each other are one prompt, one in each of its slots.',
+            },
         },
         ('activations',),
         {'layer_index': 'integer', 'total': 'integer', 'results': 'array'},

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lens import sampling, words
+from lens import sampling, sharding, words
 from lens.errors import LensError, number
 from lens.models import injection
 from lens.models.decoder import Decoder
@@ -41,7 +41,8 @@ def _with_prompt(decoder: Decoder, rows_QxD, embed_scale: float) -> Decoder:
     """Copies a decoder with rows as its prompt, of which the last is its slot."""
     copy = jax.tree.map(lambda x: x, decoder)
     copy.config = dataclasses.replace(decoder.config, injection=Given(), more_slots=())
-    copy.prompt_left, copy.prompt_right = nnx.Param(rows_QxD[:-1] / embed_scale), nnx.Param(rows_QxD[:0])
+    copy.left_ids, copy.right_ids = (0,) * (len(rows_QxD) - 1), ()
+    copy.prompt_left, copy.prompt_right = (nnx.data(nnx.Param(x)) for x in (rows_QxD[:-1] / embed_scale, rows_QxD[:0]))
     return copy
 
 
@@ -50,7 +51,8 @@ def _say(lens: Lens, base, rows_QxD, seed, temperature, *, length: int, tags: Ta
     """Returns tokens [T], their log-probabilities, how many of them there are until the tags are closed, and whether they are."""
     decoder = _with_prompt(lens.decoder, rows_QxD, base.config.embed_scale)
     how = {'length': length, 'temperature': temperature, 'tags': tags}
-    said = sampling.sample(decoder, base, rows_QxD[-1:], jax.random.key(seed), **how)
+    last_1xD = sharding.reshard(rows_QxD[-1:], sharding.rows(2))
+    said = sampling.sample(decoder, base, last_1xD, jax.random.key(seed), **how)
     found = find(said.ids_NxT, tags)
     return said.ids_NxT[0], said.logp_NxT[0], found.end_N[0], found.found_N[0]
 

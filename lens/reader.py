@@ -159,6 +159,7 @@ class Reader:
 
     def describe(self, vectors, context: Sequence[Sequence[int]] | None = None, **how) -> Reading:
         """Explains vectors NxD, or one of D, as if they were activations: rows without a token, `position` their number.
+        NxKxD: one for each of the K slots of its prompt; norm and errors are those of the first.
 
         context: the text up to and with the token that each is of, as tokens or a str, for a lens whose encoder is shown
         the last of them, or that knows positions. how: samples, greedy, temperature, seed, salience of `explain`. Raises LensError.
@@ -167,7 +168,14 @@ class Reader:
         source = self._after(context, len(a_NxD))
         said = self._said(a_NxD, source, np.arange(len(a_NxD)), settings)
         rows = [
-            Row('', -1, i, '', float(np.linalg.norm(a)), tuple(self._explanation(x, a) for x in of_one))
+            Row(
+                '',
+                -1,
+                i,
+                '',
+                float(np.linalg.norm(np.atleast_2d(a)[0])),
+                tuple(self._explanation(x, a) for x in of_one),
+            )
             for i, (a, of_one) in enumerate(zip(a_NxD, said, strict=True))
         ]
         return Reading(tuple(rows), self.about(**settings.__dict__))
@@ -247,9 +255,11 @@ class Reader:
 
     def _vectors(self, given) -> np.ndarray:
         a, d = np.asarray(given, np.float32), self.base.config.d_model
-        a = a[None] if a.ndim == 1 else a
-        if a.ndim != 2 or a.shape[1] != d or not len(a) or not np.isfinite(a).all():
-            raise LensError(f'vectors of shape {a.shape} were given, this lens takes finite ones Nx{d}.')
+        a, slots = a[None] if a.ndim == 1 else a, len(self.lens.decoder.slots)
+        fits = a.ndim == 2 or (a.shape[1:2] == (slots,) and self.lens.decoder.positions is None)
+        if not fits or a.ndim > 3 or a.shape[-1] != d or not len(a) or not np.isfinite(a).all():
+            more = f' or Nx{slots}x{d}' if slots > 1 else ''
+            raise LensError(f'vectors of shape {a.shape} were given, this lens takes finite ones Nx{d}{more}.')
         return a
 
     def _source(self, ids: Sequence[int], at_P) -> Source:
@@ -362,7 +372,7 @@ class Reader:
 
     def _error(self, pred_D: np.ndarray, a_D: np.ndarray) -> tuple[float, float]:
         """(nmse, cosine) in float64, as lens.evaluate has them: 2 - 2 cosine where only directions count."""
-        a, p = a_D.astype(np.float64), pred_D.astype(np.float64)
+        a, p = np.atleast_2d(a_D)[0].astype(np.float64), pred_D.astype(np.float64)
         size_a, size_p = np.linalg.norm(a), np.linalg.norm(p)
         cosine = float(a @ p / max(size_a * size_p, 1e-12))
         if self.run.error == 'direction':

@@ -25,7 +25,7 @@ ONLY = {
     'safetensors': ('lens.hf', 'data_gen'),
     'tokenizers': ('lens.hf', 'data_gen'),
     'orbax': ('lens.checkpoint',),
-    'yaml': ('lens.interchange',),
+    'yaml': ('lens.interchange', 'data_gen'),
     'grain': ('lens.data',),
     'starlette': ('lens.web',),
     'uvicorn': ('lens.serve',),

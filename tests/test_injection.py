@@ -196,3 +196,22 @@ def test_sharded_injection_is_unsharded_injection(base, given):
         got = run(sharding.place(decoder, mesh), sharding.place(base, mesh), placed['a'], placed['ids'])
         got = jax.tree.map(np.asarray, got)
     close(got, run(decoder, base, *given), steps=1024)
+
+
+@pytest.mark.parametrize('inject', [Affine(2), Replace(5.0), Add()], ids=lambda x: x.name)
+def test_one_vector_for_each_slot(base, inject):
+    """Equal ones are one for all; the second alone changes what stands from its slot on, and no row before it."""
+    decoder, rng = make_decoder(base, inject, more=(0,)), np.random.default_rng(5)
+    a, b = rng.standard_normal((2, 2, TINY.d_model)).astype(np.float32)
+
+    def stream(vectors):
+        x, hook = dec.prompt_rows(decoder, base, jnp.asarray(vectors))
+        return np.asarray(base.run_layers(base.enter(x), 0, TINY.n_layers, before_block=hook))
+
+    one, same, other, swapped = (stream(v) for v in (a, np.stack([a, a], 1), np.stack([a, b], 1), np.stack([b, a], 1)))
+    first, second = decoder.slots
+    close(same, one)
+    close(other[:, :second], one[:, :second])
+    close(swapped[:, :first], one[:, :first])
+    for x, at in ((other, second), (swapped, first), (swapped, second)):
+        assert np.abs(x[:, at] - one[:, at]).max() > 1e-2

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from lens import api, jobs, page, serve, web
+from lens import api, jobs, page, serve, sharding, web
 from lens.errors import LensError
 from lens.models.injection import Replace
 from lens.reader import Reader
@@ -96,7 +96,7 @@ def test_a_prompt_of_rows_goes_on_as_the_decoder_does(client, reader):
     logp, ids, _ = zip(*made['meta_info']['output_token_logprobs'], strict=True)
     with jax.set_mesh(reader.run.mesh):
         words = base.lookup(np.array([ids], np.int32))
-        x = jax.numpy.concatenate([rows[None], np.asarray(words)], axis=1)
+        x = sharding.reshard(np.concatenate([rows[None], np.asarray(words)], axis=1), sharding.ACT)
         x = base.run_layers(x, 0, base.config.n_layers, adapters=lens.decoder.adapters)
         logits = np.asarray(base.logits(x))[0, len(rows) - 1 : -1]
     assert logits.argmax(1).tolist() == [*ids]

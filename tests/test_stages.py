@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from data_gen import extract as extracting
 from data_gen import import_stages, label_prompts, parquet_stages
@@ -139,6 +140,7 @@ def test_stages_hold_the_rows_of_documents_of_their_own(root):
         path = root / 'stages' / f'{name}.parquet'
         stage, rows = open_stage(path), rows_of(path)
         assert stage.columns == parquet_stages.COLUMNS[name]
+        meta = yaml.safe_load((root / f'stages/{name}.parquet.nla_meta.yaml').read_text('utf-8'))
         documents = {doc for doc, _ in rows}
         assert len(documents) == {'av_sft': 7, 'ar_sft': 4, 'rl': 13}[name] and not documents & seen
         seen |= documents
@@ -152,17 +154,15 @@ def test_stages_hold_the_rows_of_documents_of_their_own(root):
                     '<concept><INJECT></concept>' in row['prompt'][0]['content'] and row['prompt'][0]['role'] == 'user'
                 )
             assert row.get('response') in (None, f'<explanation>\n{words}\n</explanation>')
-        assert stage.meta['row_count'] == len(rows) and list(stage.meta)[:4] == [
+        assert meta['row_count'] == len(rows) and list(meta)[:4] == [
             'dataset_id',
             'stage',
             'row_count',
             'extraction',
         ]
-        assert (stage.meta['tokens']['critic_suffix_ids'] is None) == (name != 'ar_sft')
-        assert stage.meta['dataset_id'].startswith(f'{name}_subject_L1_') and stage.meta['dataset_id'].endswith(
-            '__shuf42'
-        )
-    tokens = stage.meta['tokens']
+        assert (meta['tokens']['critic_suffix_ids'] is None) == (name != 'ar_sft')
+        assert meta['dataset_id'].startswith(f'{name}_subject_L1_') and meta['dataset_id'].endswith('__shuf42')
+    tokens = meta['tokens']
     assert (tokens['injection_char'], tokens['injection_token_id']) == (
         '㈂',
         len(hf.load_tokenizer(f'{root}/subject')) - 1,
@@ -226,17 +226,17 @@ def test_a_bad_vector_is_refused(rows, why):
 @pytest.mark.parametrize(
     ('change', 'why'),
     [
-        (lambda s: s.replace('norm: none', 'norm: whitened'), 'has norm whitened'),
+        (lambda s: s.replace('norm: none', 'norm: whitened'), "norm='whitened'"),
         (lambda s: s.replace('d_model: 24', 'd_model: 25'), 'has no column activation_vector of lists of 25'),
-        (lambda s: s.replace('kind: nla_dataset', 'kind: nla_model'), 'is no nla_dataset'),
-        (lambda s: s.replace('stage: rl', 'stage: later'), 'a stage other than'),
-        (lambda s: s.replace('layer_index: 1', 'layer_index: one'), "extraction.layer_index='one' must be a whole"),
-        (lambda s: s + '\n: [', 'is no YAML'),
-        (None, 'belongs beside its Parquet file'),
+        (lambda s: s.replace('kind: nla_dataset', 'kind: other'), "kind='other' is not one of"),
+        (lambda s: s.replace('stage: rl', 'stage: later'), 'is no nla_dataset of a block and a stage'),
+        (lambda s: s.replace('layer_index: 1', 'layer_index: one'), "layer_index='one' must be a whole"),
+        (lambda s: s.replace('d_model: 24', 'd_model: -1'), 'd_model=-1 must be at least 1'),
+        (None, 'cannot be read (No such file'),
     ],
 )
 def test_a_bad_sidecar_is_refused(root, tmp_path, change, why):
-    file, side = root / 'stages/rl.parquet', parquet_stages.sidecar(root / 'stages/rl.parquet')
+    file, side = root / 'stages/rl.parquet', root / 'stages/rl.parquet.nla_meta.yaml'
     (tmp_path / 'rl.parquet').symlink_to(file)
     if change:
         (tmp_path / side.name).write_text(change(side.read_text()))

@@ -70,11 +70,13 @@ def without_position(decoder: Decoder, activation_NxD, position_N):
 
 
 def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
-    """Makes (prompt rows BxQxD in the units of the embedding table, before_block hook)."""
+    """Makes (prompt rows BxQxD in the units of the embedding table, before_block hook). activation: one for all slots, or
+    BxKxD, one for each of K."""
     n, dtype = len(activation_BxD), model.dtype
     slot_BxD, hook = decoder.config.injection.enter(decoder, model, activation_BxD.astype(jnp.float32))
     left, right = (rows_for(n, p_QxD, dtype) for p_QxD in prompt_of(decoder, model))
-    x = jnp.concatenate([left, slot_BxD[:, None].astype(dtype), right], axis=1)
+    first_BxD = slot_BxD if slot_BxD.ndim == 2 else slot_BxD[:, 0]
+    x = jnp.concatenate([left, first_BxD[:, None].astype(dtype), right], axis=1)
     return (injection.overwrite(x, decoder.slots, slot_BxD) if decoder.config.more_slots else x), hook
 
 

@@ -26,7 +26,8 @@ class Injection:
 
     from_config(d, c) makes it of cfg.decoder and the base's TransformerConfig. Raises LensError.
     enter(decoder, model, a_BxD) -> (row_BxD, before_block): what fills the slots of the prompt, in units of the
-    embedding table, and the hook of Transformer.run_layers, in those of the stream, or None. a_BxD: float32.
+    embedding table, and the hook of Transformer.run_layers, in those of the stream, or None. a_BxD: float32; or BxKxD, a
+    vector for each of K slots, and so are its rows.
     n_maps: trained maps y = a W + b, in Decoder.maps_w and maps_b. place: where y goes, for a reader of exported
     weights. at_input: whether y is in units of the embedding table. soft_prompts: whether prompts are trained rows beside
     the models, not words that each model looks up in its own table, as the readers of its files do.
@@ -80,8 +81,8 @@ class Affine(Injection):
 
     def enter(self, decoder, model, a_BxD):
         del model
-        weights, bias = sharding.gathered(decoder.maps_w[...]), decoder.maps_b[...][:, None]
-        maps_MxBxD = jnp.einsum('bd,mde->mbe', a_BxD, weights) + bias
+        weights, bias = sharding.gathered(decoder.maps_w[...]), decoder.maps_b[...]
+        maps_MxBxD = jnp.einsum('...d,mde->m...e', a_BxD, weights) + jnp.expand_dims(bias, range(1, a_BxD.ndim))
 
         def patch(x_BxTxD, block):
             value_BxD = maps_MxBxD[jnp.minimum(block, self.n_maps - 1)]
@@ -139,16 +140,25 @@ def of_config(d, c) -> Injection:
     return INJECTIONS[d.injection].from_config(d, c)
 
 
-def overwrite(x_BxTxD, slots: tuple[int, ...], value_BxD):
-    """Gives x with the rows at the slots replaced by the value."""
-    hit_Tx1 = np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
-    return jnp.where(hit_Tx1, value_BxD[:, None].astype(x_BxTxD.dtype), x_BxTxD)
+def _spread(value, slots: tuple[int, ...], width: int):
+    """Rows Bx1xD of one vector for all slots, BxD; BxTxD of one for each, BxKxD."""
+    if value.ndim == 2:
+        return value[:, None]
+    at = np.arange(width)[:, None]
+    return sum(jnp.where(at == slot, value[:, k, None], 0) for k, slot in enumerate(slots))
 
 
-def add_norm_matched(x_BxTxD, slots: tuple[int, ...], vector_BxD):
-    """Gives h + |h| v / (|v| + 1e-9) at the slots; the vector is rounded to the dtype of the stream first."""
+def overwrite(x_BxTxD, slots: tuple[int, ...], value):
+    """Gives x with the rows at the slots replaced by the value, BxD, or by one of its own for each slot, BxKxD."""
     hit_Tx1 = np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
-    v = vector_BxD[:, None].astype(x_BxTxD.dtype).astype(jnp.float32)
+    return jnp.where(hit_Tx1, _spread(value, slots, x_BxTxD.shape[1]).astype(x_BxTxD.dtype), x_BxTxD)
+
+
+def add_norm_matched(x_BxTxD, slots: tuple[int, ...], vector):
+    """Gives h + |h| v / (|v| + 1e-9) at the slots; the vector, BxD, or one for each slot, BxKxD, is rounded to the dtype of
+    the stream first."""
+    hit_Tx1 = np.isin(np.arange(x_BxTxD.shape[1]), slots)[:, None]
+    v = _spread(vector, slots, x_BxTxD.shape[1]).astype(x_BxTxD.dtype).astype(jnp.float32)
     h = jnp.where(hit_Tx1, x_BxTxD.astype(jnp.float32), 1.0)  # elsewhere any row with a norm that has a gradient
     size = jnp.linalg.norm(h, axis=-1, keepdims=True)
     added = size * v / (jnp.linalg.norm(jax.lax.stop_gradient(v), axis=-1, keepdims=True) + 1e-9)
