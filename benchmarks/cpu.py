@@ -6,7 +6,7 @@
 forward   logits of 8 x 192 tokens
 read      activations of 64 positions in them, after the middle block
 sft       a training step on 64 activations and explanations of 24 tokens: cross-entropy of the decoder and error of the
-          encoder, soft prompts, read-out and adapters on q k v o trained, AdamW, clipped
+          encoder, soft prompts and read-out of the latter and adapters on q k v o trained, AdamW, clipped
 sample    explanations of 24 tokens for 64 activations after a prompt of 15, greedy, with their log-probabilities
 
 PyTorch is Hugging Face's Llama, as it is (eager) and through torch.compile. All run in turn in one process, the products
@@ -282,12 +282,12 @@ class Theirs:
         self.slot_NxD = self.a_NxD * c.d_model**0.5 / self.a_NxD.norm(dim=-1, keepdim=True)
 
         self.untrained = [self.table[ids] for ids in (g.left, g.right)]
-        self.prompts, self.texts = ([torch.nn.Parameter(p.clone()) for p in self.untrained] for _ in range(2))
+        self.texts = [torch.nn.Parameter(p.clone()) for p in self.untrained]
         self.last = torch.nn.Parameter(torch.zeros(c.d_model))
         self.readout = torch.nn.Linear(c.d_model, c.d_model)
         self.readout.weight.data, self.readout.bias.data = torch.eye(c.d_model), torch.zeros(c.d_model)
         self.sides = [
-            [*self.prompts, *(w for w in self.decoder.parameters() if w.requires_grad)],
+            [w for w in self.decoder.parameters() if w.requires_grad],
             [*self.texts, self.last, *self.readout.parameters()]
             + [w for w in self.encoder.parameters() if w.requires_grad],
         ]
@@ -314,7 +314,7 @@ class Theirs:
     def sft(self):
         self.optimizer.zero_grad()
         rows = functional.embedding(self.ids_NxT, self.table)
-        x = self.prompted(*self.prompts, rows[:, :-1])
+        x = self.prompted(*self.untrained, rows[:, :-1])
         logits = self.decoder(inputs_embeds=x, use_cache=False, logits_to_keep=self.length).logits
         cross_entropy = functional.cross_entropy(logits.flatten(0, 1), self.ids_NxT.flatten())
 
