@@ -57,37 +57,23 @@ def phase(objective: str) -> ml_collections.ConfigDict:
     p.resample_stop_grad = True  # that difference is a constant
     p.group = 8  # grpo: explanations per activation
     p.mean_of = 1  # grpo: explanations whose reconstructions are averaged; they share reward and advantage
-    p.reward = (
-        'error'  # grpo: error (minus the encoder's error; -2 without an explanation) | log_error (minus its log; -ln 2)
-    )
-    p.reward_ema = (
-        0.0  # grpo: rewards are by a moving average of the encoder, this share of it kept at each optimizer step
-    )
+    p.reward = 'error'  # grpo: minus the encoder's error (2 without an explanation); log_error: minus its log
+    p.reward_ema = 0.0  # grpo: rewards are by a moving average of the encoder, of which a step keeps this share
     p.reward_lag = 0  # grpo: or by a copy of the encoder made every so many optimizer steps; 0 = by the encoder itself
     p.advantage = 'grpo'  # grpo | rloo | dr_grpo
-    p.aggregate = (
-        'tokens'  # grpo: policy gradient and KL to kl_to are means over tokens | responses (each text its own mean
-    )
-    # first) | length (sums of texts over explanation_len: Dr. GRPO)
+    p.aggregate = 'tokens'  # grpo: means over tokens | responses (each text's first) | length (its sum: Dr. GRPO)
     p.drop_equal = False  # grpo: groups whose rewards are equal teach nothing, by their KLs and errors neither
-    p.mismatch = free(
-        0.0
-    )  # V, grpo: nats; texts whose sampler and trainer differ by more on average teach nothing; 0 = off
+    p.mismatch = free(0.0)  # V, grpo: nats; above it between sampler and trainer a text teaches nothing; 0 = off
     p.encoder_texts = 'all'  # grpo: texts of a group that the encoder learns from: all | best (that of the least error)
     p.updates = 1  # grpo: optimizer steps on the same texts, at most 64; above 1 the probability ratio is clipped
-    p.policy = (
-        'ppo'  # grpo: ppo (that ratio stays in 1 - clip .. 1 + clip) | cispo (it is a constant weight of 1 + clip at
-    )
-    # most, to the sampler also where updates=1)
-    p.clip = 0.2  # grpo
+    p.policy = 'ppo'  # grpo: how the ratio is clipped; cispo: it is a constant weight, also with updates=1
+    p.clip = 0.2  # grpo: that ratio stays in 1 - clip .. 1 + clip; cispo: at most 1 + clip
     p.form = 'two_pass'  # gumbel: full (exact gradient, through the sampling) | two_pass (teacher forced)
     p.tau = free(1.0)  # V, gumbel: temperature of the relaxed tokens, at least 0.1
     p.lm_weight = free(0.0)  # V, grpo, gumbel: weight of the KL of the natural prefix to the decoder, all words
     p.beta = free(0.0)  # V, grpo, gumbel: weight of the KL of the decoder's tokens to kl_to
     p.kl_to = 'natural'  # natural (base with a word for the activation) | start (decoder at the start of the phase)
-    p.kl_top = (
-        0  # grpo, gumbel: that KL over so many likeliest words and one for all others; 0 = estimated by the drawn word
-    )
+    p.kl_top = 0  # grpo, gumbel: that KL over so many likeliest words and a tail; 0 = estimated by the drawn word
     p.kl_skip = 3  # grpo, gumbel: first tokens left out of that KL
     p.entropy_weight = free(0.0)  # V, grpo, gumbel: weight of the entropy bonus
     p.entropy_clamp = free(1.0)  # V, grpo: nats; no bonus for texts above it
@@ -118,9 +104,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.explanation_len = 16  # tokens of a response: the explanation and its tags
     c.explanation_open = ''  # what opens an explanation, tokens of the subject; empty: its first token does
     c.explanation_close = ''  # what closes it; empty: every token of a response is explanation
-    c.explanation_end = (
-        ''  # the token after that; a response that does not come to it has failed; empty: it ends at the tag
-    )
+    c.explanation_end = ''  # the token after that, without which a response has failed; empty: it ends at the tag
     c.position_vectors = False  # decoder reads A minus, encoder writes plus a trained vector of the position (GPT-2)
     c.tuned_lens = ''  # folder of lens.tools.tuned_lens, for init=tuned_lens
 

@@ -182,6 +182,7 @@ def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
     require(len(cfg.phases) > 0 or bool(cfg.init_from), f'phases is empty: {what}.')
     for name in cfg.phases:
         check_phase(cfg, name)
+    check_prefixes(cfg, texts.tags)
     learns = not cfg.phases or any(cfg[name].mse_weight != 0 for name in cfg.phases)
     why = 'the encoder would never learn the context without words, which figures compare with'
     blind = f'{"".join(cfg.phases[-1:])}.mse_weight=0 with encoder.context_tokens={cfg.encoder.context_tokens}'
@@ -371,10 +372,15 @@ def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
         require(total <= most, f'{what} make {total} tokens, the subject reads {most}.')
     n, around = cfg.explanation_len, texts.tags.around
     require(around < n, f'explanation_len={n} leaves no room between tags of {around} tokens.')
+
+
+def check_prefixes(cfg, tags: response.Tags) -> None:
+    """Raises LensError where a phase draws prefixes that no explanation has."""
+    room = cfg.explanation_len - tags.around
     for name in cfg.phases:
         least, most = cfg[name].prefix_min, cfg[name].prefix_max
-        fits = least <= most <= n - around and (least > 0) == (most > 0)
-        wanted = f'0 and 0, or 1 <= prefix_min <= prefix_max <= {n - around}, the words that a response has room for'
+        wanted = f'0 and 0, or 1 <= prefix_min <= prefix_max <= {room}, the words that a response has room for'
+        fits = least <= most <= room and (least > 0) == (most > 0)
         require(fits, f'{name}.prefix_min={least} and {name}.prefix_max={most} must be {wanted}.')
 
 

@@ -304,8 +304,9 @@ def readable(split: Split, positions: str, min_pos: int) -> Split:
     """Returns `split` with only the positions of one kind (a key of POSITIONS), from min_pos on; documents that have
     none are left out. Reads role.npy once. Raises DataError if it is not there or no document is left."""
     if positions == 'any':  # of stored activations, what has none is left out
-        rows = None if split.activations is None else np.flatnonzero(_given(split, slice(None), min_pos).any(1))
-        return dataclasses.replace(split, rows=rows)
+        if split.activations is None:
+            return split
+        return dataclasses.replace(split, rows=np.flatnonzero(_given(split, slice(None), min_pos).any(1)))
     d, names = split.directory, split.meta.get('roles') or {}
     if split.role is None or not set(POSITIONS[positions]) <= names.keys():
         raise DataError(

@@ -158,8 +158,8 @@ def own_text(split, row: int) -> tuple[np.ndarray, np.ndarray | None]:
 def rarest(words: Sequence[str], frequency: Frequency, count: int) -> list[str]:
     """Picks the distinct content words of a text that say most about it, best first, as they stand in it.
 
-    By tf-idf: rarity, ln((M + 1) / (frequency + 1)), times how often the text has the word; of equals the later one. What
-    stands in fewer than SEEN documents counts as no rarer: nothing that reads a few thousand texts can learn it.
+    By tf-idf: rarity, ln((M + 1) / (frequency + 1)), times how often the text has the word; of equals the later one. Of
+    hundreds of documents, what stands in fewer than SEEN counts as no rarer: nothing that reads them can learn it.
     """
     forms, times, place = {}, collections.Counter(), {}
     for at, word in enumerate(words):
@@ -170,8 +170,10 @@ def rarest(words: Sequence[str], frequency: Frequency, count: int) -> list[str]:
             if key not in forms or word.islower() > forms[key].islower():
                 forms[key] = re.sub("['\u2019]s$", '', word)
 
+    least = min(SEEN, frequency.documents // 100)
+
     def weight(key):
-        rarity = math.log((frequency.documents + 1) / (max(frequency.counts[key], SEEN) + 1))
+        rarity = math.log((frequency.documents + 1) / (max(frequency.counts[key], least) + 1))
         return rarity * times[key], place[key]
 
     return [forms[key] for key in sorted(forms, key=weight, reverse=True)[:count]]

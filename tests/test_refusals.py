@@ -164,9 +164,7 @@ def test_controls_need_other_documents(ids, message):
     c = base.get_config()
     c.eval.documents = 4
     ids = np.array(ids)
-    split = SimpleNamespace(
-        directory='d/validation', doc_id=ids, read_rows=np.arange(len(ids)), tokens=np.zeros((len(ids), 9))
-    )
+    split = SimpleNamespace(directory='d/validation', doc_id=ids, read_rows=np.arange(len(ids)), width=9)
     with pytest.raises(LensError, match=message) if message else contextlib.nullcontext():
         check_held_out(c, split)
 

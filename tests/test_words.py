@@ -62,10 +62,10 @@ def test_the_rarest_words_by_hand():
     """Of 9 documents: ash in 4, magma in none; slope twice in this text."""
     frequency = Frequency(collections.Counter({fold('ash'): 4, fold('slope'): 4, fold('lava'): 4}), 9)
     text = re.findall(r'\w+', 'The slope and the ash of 1980 and magma on Slopes of lava')
-    assert words.rarest(text, frequency, 9) == ['slope', 'magma', 'lava', 'ash']  # of equals the later one
-    assert words.rarest(text, frequency, 2) == ['slope', 'magma']
-    frequency.counts[fold('magma')] = words.SEEN  # as rare as what no text has
-    assert words.rarest(text, frequency, 2) == ['slope', 'magma']
+    assert words.rarest(text, frequency, 9) == ['magma', 'slope', 'lava', 'ash']  # of equals the later one
+    assert words.rarest(text, frequency, 2) == ['magma', 'slope']
+    often = Frequency(collections.Counter({fold('ash'): words.SEEN, fold('lava'): words.SEEN + 1}), 999)
+    assert words.rarest(text, often, 9) == ['slope', 'magma', 'ash', 'lava']  # ash is as rare as what no text has
 
 
 def test_document_frequencies_count_documents_and_leave_out_what_no_one_wrote():
