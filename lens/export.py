@@ -141,7 +141,7 @@ def write_folder(
     with files.new_folder(out) as tmp:
         if form in writing.LAYOUTS:
             writing.check(form, lens, run.base.config)
-            writing.write(tmp, form, lens, run, writing.sidecars(lens, run, config, where), source)
+            writing.write(tmp, form, lens, run, writing.sidecars(lens, run, config, where, step), source)
         else:
             lens_folder.write(tmp, lens, spec)
         files.write_text(tmp / 'README.md', card(spec, summary, form))

@@ -502,7 +502,7 @@ def test_what_the_formats_of_others_have_no_place_for_is_refused(world, form, ch
     subject = writing.Subject('subject', '', 'abc')
     with pytest.raises(LensError, match=re.escape(message)) as e:
         writing.check(form, lens, run.base.config)
-        writing.sidecars(lens, run, json.loads(cfg.to_json()), subject)
+        writing.sidecars(lens, run, json.loads(cfg.to_json()), subject, 2)
     assert '\n' not in str(e.value)
 
 

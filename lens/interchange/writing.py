@@ -71,12 +71,13 @@ def check(layout: str, lens: Lens, c: TransformerConfig) -> None:
         raise LensError(f'--format={layout} needs {missing[0]}, and this lens is another: take --format=hf.')
 
 
-def sidecars(lens: Lens, run: Run, config: dict, subject: Subject) -> dict[str, Sidecar]:
-    """Returns the sidecar of each side. Raises LensError where readers of the format would make other prompts of it."""
+def sidecars(lens: Lens, run: Run, config: dict, subject: Subject, step: int) -> dict[str, Sidecar]:
+    """Returns the sidecar of each side at a step of the run. Raises LensError where readers of the format would make other
+    prompts of it."""
     d, e, d_model = lens.decoder, lens.encoder, run.base.config.d_model
     inject, marker = d.config.injection, config['decoder']['marker']
     row = [*d.left_ids, d.config.marker, *d.right_ids]
-    objectives = [config[phase]['objective'] for phase in config['phases']]
+    objectives = [config[phase.name]['objective'] for phase in run.phases if phase.start < step]
     stage = 'init' if not objectives else 'rl' if 'grpo' in objectives else 'sl'
     more = {
         'trained_on': [config['data']['path']],
