@@ -50,7 +50,7 @@ TOGETHER = {
     'evaluations': 'evaluate study',
     'readers': 'reader serve',
     'models': 'benchmark_cpu export families families_sharded functional hf_errors moe mxfp4 pretrain roles_families '
-    'tiny_chat transformer',
+    'tiny_chat transformer writing',
 }
 OF_FILE = {f'tests/test_{name}.py': key for key, names in TOGETHER.items() for name in names.split()}
 MAPS, MOST_MAPS, LOOK_EVERY = pathlib.Path('/proc/self/maps'), 30_000, 20
