@@ -153,7 +153,7 @@ def build(tokenizer, prompt: tuple[str, str], ids: tuple[list[int], list[int]], 
         return {i: x.ids for i, x in zip(texts, found, strict=True) if max(x.ids) < vocab_size}
 
     heads, tails = {}, {}
-    then, most = _encode(tokenizer, [AFTER])[0], vocab_size
+    then = _encode(tokenizer, [AFTER])[0]
     for i, row in rows([left + s.lstrip() + AFTER for s in texts.values()]).items():
         if row[-len(then) :] == then:
             heads[i] = row[: -len(then)]
@@ -168,7 +168,7 @@ def build(tokenizer, prompt: tuple[str, str], ids: tuple[list[int], list[int]], 
         tail[i, :n] = tail[i, :n][::-1]
     blank_V = np.zeros(vocab_size, bool)
     blank_V[blank] = True
-    digest = hashlib.sha256(repr((left, right, before, after, most)).encode())
+    digest = hashlib.sha256(repr((left, right, before, after)).encode())
     for x in (head, tail, blank_V):
         digest.update(repr(x.shape).encode() + x.tobytes())
     return Joints(

@@ -87,6 +87,7 @@ def test_responses_are_written_as_text_and_found_again(tokenizer, texts):
     short = tags.around + 3
     cut = respond(labels[:1], tags, 0, short)
     assert cut.shape[1] == short and find(jnp.asarray(cut), tags).found_N.all()
+    assert tokenizer.decode(cut[0]).endswith(CLOSE + END)
 
 
 def test_a_response_that_is_cut_before_its_end_has_failed(tokenizer, texts):
