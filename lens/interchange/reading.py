@@ -24,7 +24,12 @@ from lens.models.transformer import Transformer, TransformerConfig
 from lens.response import EMBED, TEXT
 
 # Of responses, which no sidecar of others tells of: what the published recipe trains.
-TAGS = {'explanation_open': '<explanation>\n', 'explanation_close': '\n</explanation>', 'explanation_len': 150}
+TAGS = {
+    'explanation_open': '<explanation>\n',
+    'explanation_close': '\n</explanation>',
+    'explanation_end': '',
+    'explanation_len': 150,
+}
 MARKER, QUESTION, ANSWER = ' ?', 'Can you describe what this activation represents?', 50  # of an activation oracle
 # Keys that another value would make another lens of; of the others an explicit one counts.
 BOUND = ('layer', 'decoder.prompt', 'decoder.injection', 'decoder.marker', 'decoder.train', 'encoder.prompt')

@@ -31,7 +31,7 @@ from lens.response import EMBED, TEXT
 
 LAYOUTS = ('nla', 'peft')
 FOLDERS = {'decoder': 'av', 'encoder': 'ar'}
-RESPONSE = ('explanation_open', 'explanation_close', 'explanation_len')
+RESPONSE = ('explanation_open', 'explanation_close', 'explanation_end', 'explanation_len')
 
 
 class Subject(NamedTuple):
