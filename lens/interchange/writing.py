@@ -75,6 +75,8 @@ def sidecars(lens: Lens, run: Run, config: dict, subject: Subject, step: int) ->
     """Returns the sidecar of each side at a step of the run. Raises LensError where readers of the format would make other
     prompts of it."""
     d, e, d_model = lens.decoder, lens.encoder, run.base.config.d_model
+    joints = run.texts.tags.joints  # which have the whole prompt where words may be joined with it
+    around = (joints.before, joints.after) if joints else (e.left_ids, e.right_ids)
     inject, marker = d.config.injection, config['decoder']['marker']
     row = [*d.left_ids, d.config.marker, *d.right_ids]
     objectives = [config[phase.name]['objective'] for phase in run.phases if phase.start < step]
@@ -99,9 +101,7 @@ def sidecars(lens: Lens, run: Run, config: dict, subject: Subject, step: int) ->
         'left': d.left_ids[-1],
         'right': d.right_ids[0],
         'decoder_template': _user_text(run.tokenizer, config['decoder']['prompt'], marker, row),
-        'encoder_template': _template(
-            run.tokenizer, config['encoder']['prompt'], inject.name, (e.left_ids, e.right_ids)
-        ),
+        'encoder_template': _template(run.tokenizer, config['encoder']['prompt'], inject.name, around),
     }
     scale = inject.norm if isinstance(inject, Replace) else None
     sides = {
@@ -114,7 +114,7 @@ def sidecars(lens: Lens, run: Run, config: dict, subject: Subject, step: int) ->
         # the encoder is trained by its error alone, in every phase
         'encoder': {
             'injection_scale': None,
-            'suffix': tuple(e.right_ids[1:]),
+            'suffix': tuple(around[1][1:]),
             'more': more | {'stage': 'sl' if objectives else 'init'},
         },
     }
