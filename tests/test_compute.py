@@ -189,7 +189,7 @@ def test_a_run_resumes_bit_by_bit_and_exports_its_float32_weights(world, tmp_pat
     shutil.rmtree(tmp_path / 'again/checkpoints/6')
     assert figures(train(cfg, tmp_path / 'again')) == figures(calm)
     assert curve(tmp_path / 'again') == curve(tmp_path / 'calm')
-    export.main(str(tmp_path / 'calm'), 'newest', str(tmp_path / 'out'), '', 'hf')
+    export.main(str(tmp_path / 'calm'), 'newest', str(tmp_path / 'out'), '', 'hf', False)
     model = hf.load_model(tmp_path / 'out/decoder')
     fine = model.blocks.mlp.up[...]
     assert fine.dtype == jnp.float32 and (fine != fine.astype(jnp.bfloat16)).any()
