@@ -98,6 +98,7 @@ def test_a_row_is_the_stream_at_the_end_of_its_text(root):
         assert made['api_explanation'] == tokenizer.decode(words[:ends]).strip()
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_its_shards_and_draws_by_the_rule(root, tmp_path, monkeypatch):
     monkeypatch.setattr(extracting, 'DOCUMENTS', 8)
     for name in ('train', 'validation'):  # without labels
@@ -311,6 +312,7 @@ def test_what_is_read_of_stored_activations_is_what_the_subject_reads(world, sto
             assert (a == vectors.activations[row][vectors.positions[row] == p]).all()
 
 
+@pytest.mark.slow
 def test_a_run_without_the_subject_s_texts(world, stored, tmp_path):
     summary = small_run.train(stored_config(world, stored, sft__steps=2), tmp_path)
     assert {'fve', 'fve_greedy', 'fve_shuffled', 'fve_given', 'cosine'} <= summary.keys() and np.isfinite(
