@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import hf
+from lens import hf, widths
 from lens.models.attention import KVCache
 from lens.models.transformer import Transformer
 
 ROWS = 32  # positions that are continued together
 BATCH_TOKENS = 4096  # of documents that are read together
-FINE, COARSE = 64, 512  # widths of batches are multiples of the first, above COARSE tokens of the second
 SHOWN_S = 20  # between two lines of progress
 
 
@@ -58,18 +57,12 @@ def greedy(model: Transformer, split, positions_NxV: np.ndarray, length: int) ->
     """
     rows = np.flatnonzero((positions_NxV >= 0).any(1))
     need = positions_NxV.max(1) + 1 + length
-    grid = np.where(need <= COARSE, FINE, COARSE)
     most = model.config.max_positions if model.positions is not None else np.iinfo(np.int32).max
-    width = np.minimum(-(-need // grid) * grid, most)
-    rows = rows[np.argsort(width[rows], kind='stable')]
     out, i, begun = {}, 0, time.monotonic()
-    shown = begun
-    while i < len(rows):
-        wide = int(width[rows[i]])
-        count = max(min(ROWS // positions_NxV.shape[1], BATCH_TOKENS // wide), 1)
-        some = rows[i : i + count][width[rows[i : i + count]] == wide]
-        pick = np.resize(some, count)
-        tokens = np.zeros((count, wide), np.int32)
+    shown, together = begun, ROWS // positions_NxV.shape[1]
+    for wide, some, padded in widths.batches(need[rows], most, BATCH_TOKENS, together):
+        some, pick = rows[some], rows[padded]
+        tokens = np.zeros((len(pick), wide), np.int32)
         given = np.asarray(split.tokens[pick, :wide])
         tokens[:, : given.shape[1]] = given
         ids = np.asarray(_continue(model, tokens, np.maximum(positions_NxV[pick], 0), length))

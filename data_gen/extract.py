@@ -16,6 +16,7 @@ import pathlib
 
 import numpy as np
 
+from lens import widths
 from lens.errors import LensError, need_package
 
 from . import pretokenize, shards
@@ -24,7 +25,6 @@ from .options import command, need, option
 
 DOCUMENTS = 256  # of a shard
 BATCH_TOKENS = 1 << 14  # of documents that are read together
-FINE, COARSE = 64, 512  # widths of batches are multiples of the first, above COARSE tokens of the second
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -65,22 +65,17 @@ class Reader:
 
     def __call__(self, part: Part, rows: np.ndarray) -> np.ndarray:
         """Returns the activations of some documents at their positions, [R, V, D] float32; anything where there is none."""
-        lengths, most = part.positions[rows].max(1) + 1, part.split.tokens.shape[1]
-        grid = np.where(lengths <= COARSE, FINE, COARSE)
-        width, out = np.minimum(-(-np.maximum(lengths, 1) // grid) * grid, most), None
-        for wide in np.unique(width):
-            of_width = np.flatnonzero(width == wide)
-            size = max(BATCH_TOKENS // int(wide), 1)
-            for some in (of_width[i : i + size] for i in range(0, len(of_width), size)):
-                pick = rows[np.resize(some, size)]  # one shape for each width
-                batch = {'tokens': np.asarray(part.split.tokens[pick, :wide], np.int32)}
-                batch['positions'] = np.maximum(part.positions[pick], 0)
-                with self.set_mesh(self.mesh):
-                    batch = self.put(batch, self.mesh)
-                    a = self.read(self.base, batch['tokens'], batch['positions'], self.layer)
-                a = np.asarray(a.astype(np.float32))
-                out = np.zeros((len(rows), *a.shape[1:]), np.float32) if out is None else out
-                out[some] = a[: len(some)]
+        lengths, out = part.positions[rows].max(1) + 1, None
+        for width, some, padded in widths.batches(lengths, part.split.tokens.shape[1], BATCH_TOKENS):
+            pick = rows[padded]
+            batch = {'tokens': np.asarray(part.split.tokens[pick, :width], np.int32)}
+            batch['positions'] = np.maximum(part.positions[pick], 0)
+            with self.set_mesh(self.mesh):
+                batch = self.put(batch, self.mesh)
+                a = self.read(self.base, batch['tokens'], batch['positions'], self.layer)
+            a = np.asarray(a.astype(np.float32))
+            out = np.zeros((len(rows), *a.shape[1:]), np.float32) if out is None else out
+            out[some] = a[: len(some)]
         return out
 
 
@@ -107,6 +102,8 @@ def open_parts(o: ExtractOptions, tokenizer) -> list[Part]:
 
 def _texts(part: Part, tokenizer, rows: np.ndarray) -> dict[str, list]:
     """The columns of some documents but for the vectors, position by position in their order."""
+    from lens.response import word_count
+
     out = {k: [] for k in ('n_raw_tokens', 'detokenized_text_truncated', 'doc_id', 'api_explanation')}
     corpus, given = corpus_of(part.split.meta), part.split.explanations
     how = {'skip_special_tokens': True, 'clean_up_tokenization_spaces': False}
@@ -118,8 +115,8 @@ def _texts(part: Part, tokenizer, rows: np.ndarray) -> dict[str, list]:
             out['detokenized_text_truncated'].append(tokenizer.decode(ids[:n], **how))
             out['doc_id'].append(f'{corpus}:{int(part.split.doc_id[row])}')
             if given is not None:
-                ends = np.flatnonzero(given[row, slot] != part.split.filler)[-1:].sum() + 1
-                out['api_explanation'].append(tokenizer.decode(given[row, slot, :ends], **how).strip())
+                said = given[row, slot, : word_count(given[row, slot], part.split.filler)]
+                out['api_explanation'].append(tokenizer.decode(said, **how).strip())
     return out
 
 
@@ -168,8 +165,6 @@ def extract(o: ExtractOptions) -> str:
         bar.close()
         _join(paths, out, schema, config.d_model)
         stages.write_sidecar(out, _meta(o, parts, sum(counts), config.d_model), 'data_gen.extract')
-        for path in paths:
-            path.unlink()
     documents = sum(len(rows) for _, rows in work)
     return f'{sum(counts)} activations of {documents} documents after block {o.layer} of {o.subject}: {out}'
 
