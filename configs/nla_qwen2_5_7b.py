@@ -30,6 +30,8 @@ compiler for an H100 (a plan without it takes float32 products: at most 87 GB, w
 import ml_collections
 from lens.configs import base
 
+OPEN, CLOSE = '<explanation>\n', '\n</explanation>'  # what an explanation stands between
+SUMMARY = 'Summary of the following text: <text><text></text> <summary>'
 RECIPES = base.RECIPES | {'full': ('sft', 'grpo')}
 SYSTEM = '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n'
 EXPLAIN = """You are a meticulous AI researcher conducting an important investigation into activation vectors from a \
@@ -55,13 +57,13 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.data.path = 'data/nla-qwen2.5-7b'
     c.data.min_pos = 50
     c.explanation_len = 150
-    c.explanation_open, c.explanation_close = '<explanation>\n', '\n</explanation>'
+    c.explanation_open, c.explanation_close = OPEN, CLOSE
     c.explanation_end = '<|im_end|>'
     c.mesh.data = 8
 
     c.decoder.prompt = f'{SYSTEM}<|im_start|>user\n{EXPLAIN}<|im_end|>\n<|im_start|>assistant\n'
     c.decoder.injection, c.decoder.marker, c.decoder.norm = 'replace', '㈎', 150.0
-    c.encoder.prompt = 'Summary of the following text: <text><text></text> <summary>'
+    c.encoder.prompt = SUMMARY
     c.encoder.readout, c.encoder.error = 'linear', 'direction'
     c.decoder.train = c.encoder.train = 'lora'
     c.lora.pattern, c.lora.rank, c.lora.alpha, c.lora.rs = '.*', 128, 16.0, True

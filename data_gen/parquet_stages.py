@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from lens.configs.nla_qwen2_5_7b import EXPLAIN
+from lens.configs.nla_qwen2_5_7b import CLOSE, EXPLAIN, OPEN, SUMMARY
 
 from lens.errors import LensError, shown
 from lens.interchange import sidecar
@@ -34,9 +34,9 @@ ROWS = 4096  # of a row group: at a width of 8192 they have 2^27 bytes
 STAGES = ('av_sft', 'ar_sft', 'rl')  # of base, in the order in which they get documents
 FORMS = ('fixed_size_list', 'list')
 AV_TEMPLATE = EXPLAIN.replace('<embed>', '{injection_char}')
-AR_TEMPLATE = 'Summary of the following text: <text>{explanation}</text> <summary>'
+AR_TEMPLATE = '{explanation}'.join(SUMMARY.rsplit('<text>', 1))
 MARKERS = range(0x3200, 0x3400)  # the first of them that is one token stands for the vector
-EXPLANATION = re.compile('<explanation>(.*?)</explanation>', re.DOTALL)
+EXPLANATION = re.compile(f'{OPEN.strip()}(.*?){CLOSE.strip()}', re.DOTALL)
 REST = ('n_raw_tokens', 'activation_layer', 'doc_id', 'detokenized_text_truncated')
 COLUMNS = {  # of a stage, in their order
     'base': ('n_raw_tokens', 'detokenized_text_truncated', VECTOR, 'activation_layer', 'doc_id', 'api_explanation'),

@@ -109,7 +109,7 @@ def _prompts(name: str, explanations: list[str]) -> dict[str, list]:
         return {'prompt': [stages.AR_TEMPLATE.format(explanation=x) for x in explanations]}
     content = stages.AV_TEMPLATE.format(injection_char=stages.sidecar.INJECT)
     out = {'prompt': [[{'role': 'user', 'content': content}]] * len(explanations)}
-    return out if name == 'rl' else out | {'response': [f'<explanation>\n{x}\n</explanation>' for x in explanations]}
+    return out if name == 'rl' else out | {'response': [f'{stages.OPEN}{x}{stages.CLOSE}' for x in explanations]}
 
 
 def main() -> None:

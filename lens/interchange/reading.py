@@ -13,6 +13,7 @@ import numpy as np
 
 from lens import hf, lens_folder, sharding
 from lens.configs import base as defaults
+from lens.configs.nla_qwen2_5_7b import CLOSE, OPEN
 from lens.errors import LensError, shown
 from lens.interchange import sidecar
 from lens.interchange.directories import LORA_ENCODER, Adapters, Side, is_foreign, sides
@@ -24,9 +25,9 @@ from lens.models.transformer import Transformer, TransformerConfig
 from lens.response import EMBED, TEXT
 
 # Of responses, which no sidecar of others tells of: what the published recipe trains.
-TAGS = {
-    'explanation_open': '<explanation>\n',
-    'explanation_close': '\n</explanation>',
+RESPONSE = {
+    'explanation_open': OPEN,
+    'explanation_close': CLOSE,
     'explanation_end': '',
     'explanation_len': 150,
 }
@@ -116,9 +117,11 @@ def _lora_keys(adapters: list[Adapters]) -> dict:
 def _response(told: Sidecar) -> dict:
     """What stands around an explanation: as lens.export writes it, else that of the published recipe."""
     said = told.more.get('response') or {}
-    if not isinstance(said, dict) or any(not isinstance(said.get(k, x), type(x)) for k, x in TAGS.items()):
-        raise LensError(f'{told.file}: response={shown(repr(said), 80)} must have {", ".join(TAGS)}, or be left out.')
-    return TAGS | {k: said[k] for k in TAGS if k in said}
+    if not isinstance(said, dict) or any(not isinstance(said.get(k, x), type(x)) for k, x in RESPONSE.items()):
+        raise LensError(
+            f'{told.file}: response={shown(repr(said), 80)} must have {", ".join(RESPONSE)}, or be left out.'
+        )
+    return RESPONSE | {k: said[k] for k in RESPONSE if k in said}
 
 
 def _check_model(side: Side, encodes: bool, c: TransformerConfig, subject: str) -> None:

@@ -21,6 +21,7 @@ from lens import files, hf, lens_folder
 from lens.config import Run
 from lens.errors import LensError, shown
 from lens.interchange import sidecar
+from lens.interchange.reading import RESPONSE
 from lens.interchange.sidecar import Sidecar
 from lens.models import families
 from lens.models.injection import Replace
@@ -31,7 +32,6 @@ from lens.response import EMBED, TEXT
 
 LAYOUTS = ('nla', 'peft')
 FOLDERS = {'decoder': 'av', 'encoder': 'ar'}
-RESPONSE = ('explanation_open', 'explanation_close', 'explanation_end', 'explanation_len')
 
 
 class Subject(NamedTuple):
@@ -197,8 +197,8 @@ def _write_model(folder: pathlib.Path, lens: Lens, run: Run, side: str, source: 
     hf.save_model(model, folder, source=source)
 
 
-def _adapted(side, c: TransformerConfig) -> tuple[list[str], dict[str, np.ndarray]]:
-    """(names of the adapted modules, module.lora_X.weight with {} for X -> tensors of both factors), as PEFT has them:
+def _adapted(side, c: TransformerConfig) -> tuple[list[str], int, dict[str, np.ndarray]]:
+    """(names of the adapted modules, rank, module.lora_X.weight with {} for X -> tensors of both factors), as PEFT has them:
     y = W x + B (A x), A [r, inputs], B [outputs, r]. The scale is in A, as it is trained, so that theirs is to be 1."""
     rows = {t.path: t for t in families.FAMILIES[c.family].table}
     modules, tensors = [], {}
@@ -210,13 +210,12 @@ def _adapted(side, c: TransformerConfig) -> tuple[list[str], dict[str, np.ndarra
             at = families.FAMILIES[c.family].prefix + module.format(i)
             tensors[f'{at}.lora_A'] = np.ascontiguousarray(a[i].reshape(-1, a.shape[-1]).T)
             tensors[f'{at}.lora_B'] = np.ascontiguousarray(b[i].reshape(b.shape[1], -1).T)
-    return sorted(modules), tensors
+    return sorted(modules), a.shape[-1], tensors
 
 
 def _write_decoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar) -> None:
     """As PeftModel.save_pretrained does."""
-    modules, tensors = _adapted(lens.decoder, run.base.config)
-    rank = next(iter(lens.decoder.adapters.values()))['a'].shape[-1]
+    modules, rank, tensors = _adapted(lens.decoder, run.base.config)
     config = {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM',
@@ -238,8 +237,7 @@ def _write_decoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar) ->
 
 def _write_encoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar, head: np.ndarray) -> None:
     """As EasyNLA does, whose scale is always alpha / sqrt(rank)."""
-    modules, tensors = _adapted(lens.encoder, run.base.config)
-    rank = next(iter(lens.encoder.adapters.values()))['a'].shape[-1]
+    modules, rank, tensors = _adapted(lens.encoder, run.base.config)
     meta = {
         'ar_num_layers': told.layer + 1,
         'lora_r': rank,
