@@ -183,10 +183,7 @@ def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
     for name in cfg.phases:
         check_phase(cfg, name)
     check_prefixes(cfg, texts.tags)
-    learns = not cfg.phases or any(cfg[name].mse_weight != 0 for name in cfg.phases)
-    why = 'the encoder would never learn the context without words, which figures compare with'
-    blind = f'{"".join(cfg.phases[-1:])}.mse_weight=0 with encoder.context_tokens={cfg.encoder.context_tokens}'
-    require(learns or not cfg.encoder.context_tokens, f'{blind}: {why}.')
+    check_context(cfg)
     make_phases(cfg, texts, 1)  # refuses what is written wrongly before data are read, which may take minutes
     trains = bool(cfg.phases) and 'train' in needs
     train, validation = _open_data(cfg, c, texts.tags, trains) if needs else (None, None)
@@ -382,6 +379,14 @@ def check_prefixes(cfg, tags: response.Tags) -> None:
         wanted = f'0 and 0, or 1 <= prefix_min <= prefix_max <= {room}, the words that a response has room for'
         fits = least <= most <= room and (least > 0) == (most > 0)
         require(fits, f'{name}.prefix_min={least} and {name}.prefix_max={most} must be {wanted}.')
+
+
+def check_context(cfg) -> None:
+    """Raises LensError where no phase trains the encoder, which has a context to learn."""
+    learns = not cfg.encoder.context_tokens or not cfg.phases or any(cfg[name].mse_weight != 0 for name in cfg.phases)
+    why = 'the encoder would never learn the context without words, which figures compare with'
+    blind = f'{"".join(cfg.phases[-1:])}.mse_weight=0 with encoder.context_tokens={cfg.encoder.context_tokens}'
+    require(learns, f'{blind}: {why}.')
 
 
 def check_batches(cfg, mesh) -> None:
