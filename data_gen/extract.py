@@ -16,15 +16,13 @@ import pathlib
 
 import numpy as np
 
-from lens import widths
 from lens.errors import LensError, need_package
 
-from . import pretokenize, shards
+from . import activations, pretokenize, shards
 from .label_prompts import Part, corpus_of, open_part
 from .options import command, need, option
 
 DOCUMENTS = 256  # of a shard
-BATCH_TOKENS = 1 << 14  # of documents that are read together
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -44,39 +42,6 @@ class ExtractOptions:
     form: str = option('fixed_size_list', 'Of the column of vectors.', choices=('fixed_size_list', 'list'))
     mesh_model: int = option(1, 'Devices that split the subject.', 1)
     force: bool = option(False, 'Replace an existing file.')
-
-
-class Reader:
-    """The subject, and the activations of documents."""
-
-    def __init__(self, o: ExtractOptions):
-        import jax
-
-        from lens import hf, sharding
-        from lens.config import DTYPES
-        from lens.models import subject
-
-        self.mesh = sharding.make_mesh(1, o.mesh_model)
-        auto = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-        with jax.set_mesh(self.mesh):
-            self.base = hf.load_model(o.subject, mesh=self.mesh, dtype=DTYPES[auto if o.dtype == 'auto' else o.dtype])
-        self.read = jax.jit(subject.activations, static_argnums=3)
-        self.layer, self.put, self.set_mesh = o.layer, sharding.put_batch, jax.set_mesh
-
-    def __call__(self, part: Part, rows: np.ndarray) -> np.ndarray:
-        """Returns the activations of some documents at their positions, [R, V, D] float32; anything where there is none."""
-        lengths, out = part.positions[rows].max(1) + 1, None
-        for width, some, padded in widths.batches(lengths, part.split.tokens.shape[1], BATCH_TOKENS):
-            pick = rows[padded]
-            batch = {'tokens': np.asarray(part.split.tokens[pick, :width], np.int32)}
-            batch['positions'] = np.maximum(part.positions[pick], 0)
-            with self.set_mesh(self.mesh):
-                batch = self.put(batch, self.mesh)
-                a = self.read(self.base, batch['tokens'], batch['positions'], self.layer)
-            a = np.asarray(a.astype(np.float32))
-            out = np.zeros((len(rows), *a.shape[1:]), np.float32) if out is None else out
-            out[some] = a[: len(some)]
-        return out
 
 
 def open_parts(o: ExtractOptions, tokenizer) -> list[Part]:
@@ -157,7 +122,10 @@ def extract(o: ExtractOptions) -> str:
         counts = [int((part.positions[rows] >= 0).sum()) for part, rows in work]
         done = sum(n for n, path in zip(counts, paths, strict=True) if path.exists())
         bar = shards.progress('Reading', sum(counts), done)
-        reader = Reader(o) if done < sum(counts) else None
+        reader = None
+        if done < sum(counts):
+            dtype = None if o.dtype == 'auto' else o.dtype
+            reader = activations.Reader(o.subject, o.layer, dtype=dtype, mesh_model=o.mesh_model)
         for (part, rows), path, n in zip(work, paths, counts, strict=True):
             if not path.exists():
                 _write_shard(path, schema, part, rows, reader(part, rows), tokenizer, o)

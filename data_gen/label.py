@@ -4,8 +4,10 @@ Every document of the folder is cut at --positions sampled positions (label_prom
 --method=self the label of each is made of the text and the subject, in minutes and without a server:
 `topic: volcano, ash, magma | next: destroys the slope | now: flows down the`. --parts says which parts in which order, and
 how many words each has at most: words are taken off until a label has --explanation_len tokens, and the last words grow
-into the room that is left. What comes next (--next) is taken from the text where it is an answer of a chat, which the
-subject is taken to have written, and elsewhere asked of the subject. meta.json keeps the format as label_parts.
+into the room that is left. Topic words are rare ones, or with --layer those that the subject's activations after that
+block still hold, as far as a linear probe tells: a label of the others is noise, which no decoder learns to read. What
+comes next (--next) is taken from the text where it is an answer of a chat, which the subject is taken to have written, and
+elsewhere asked of the subject. meta.json keeps the format as label_parts.
 
 With --method=server an OpenAI-compatible server, local or paid, that serves --model is asked for 2-3 features of the text
 up to there. Answers stream to
@@ -62,6 +64,7 @@ class LabelOptions:
     parts: str = option('topic:4,next:4,now:4', 'Parts of a label of --method=self, in order, and most words of each.')
     bare: bool = option(False, 'Labels of --method=self have no names of parts and no commas.')
     context_tokens: int = option(0, 'Last tokens of the source whose words are no topic: encoder.context_tokens.', 0)
+    layer: int = option(-1, 'Block whose activations choose the topic words of --method=self; -1: rarity does.', -1)
     next: str = option('auto', 'Where --method=self has what comes next from.', choices=label_self.NEXT)
     words: int = option(0, 'Words that the instruction allows; 0: what fits into --explanation_len.', 0)
     instruction: str = option('', 'File with another instruction; it holds {text} and may hold {words}.')

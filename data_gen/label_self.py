@@ -1,4 +1,4 @@
-"""Labels from the text and the subject alone: rare words of the text so far, what comes next, the last words.
+"""Labels from the text and the subject alone: words of the text so far, what comes next, the last words.
 
 lens.words says how they are written. A label has --explanation_len tokens: words are taken off the longest part until it
 fits, and the last words grow into the room that is left. Last words and what comes next are the tokens of the source as
@@ -8,6 +8,7 @@ Dimension letters: N documents, S tokens of a row, V labelled positions, T token
 """
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -34,6 +35,7 @@ class Labels:
     subject: str
     form: Format
     next: str
+    layer: int
     explanation_len: int
     made: dict
 
@@ -42,6 +44,16 @@ class Labels:
         train = min(self.parts, key=lambda p: p.name != 'train')
         self.frequency = words.document_frequency(self.reader, train.split)
         self.meta, self.first, self.model = self.form.to_meta(), '', None
+        self.held = self._probes(train) if self.layer >= 0 else None
+
+    def _probes(self, train: Part):
+        """Fits held.Held to the words that labels may name."""
+        from . import held  # with JAX, which texts alone need not
+
+        documents = functools.lru_cache(1)(lambda row: _Document(self, train, row))
+        return held.Held(
+            self.subject, self.layer, train, self.frequency, lambda row, slot: words.keys_of(documents(row).far(slot))
+        )
 
     def labelled(self, part: Part) -> np.ndarray:
         """Returns bool [N, V]: which of the drawn positions have a label."""
@@ -78,9 +90,9 @@ class Labels:
         for row in range(len(out)):
             places = np.flatnonzero(part.positions[row] >= 0)
             if len(places):
-                document = _Document(self, *words.own_text(part.split, row))
-            for slot in places:
-                ids, cut = document.label(int(part.positions[row, slot]), given.get((row, int(slot))))
+                document = _Document(self, part, row)
+            for slot in places.tolist():
+                ids, cut = document.label(slot, given.get((row, slot)))
                 out[row, slot, : len(ids)] = ids
                 self.first = self.first or self.tokenizer.decode(ids)
                 counts['labels'] += 1
@@ -94,21 +106,23 @@ class Labels:
 class _Document:
     """Writes the labels of one document."""
 
-    def __init__(self, labels: Labels, ids: np.ndarray, mask: np.ndarray | None):
-        self.labels, self.ids, self.reader = labels, ids.tolist(), labels.reader
+    def __init__(self, labels: Labels, part: Part, row: int):
+        self.labels, self.part, self.row, self.reader = labels, part, row, labels.reader
+        ids, mask = words.own_text(part.split, row)
+        self.ids = ids.tolist()
         self.words = self.reader.words(self.ids, mask)
         special = np.flatnonzero(np.isin(ids, list(self.reader.special)))
         self.breaks = [-1, *special.tolist(), len(self.ids)]
         self.begins = [_begins(a, b) for a, b in itertools.pairwise(['', *self.reader.pieces(self.ids)])]
 
-    def label(self, at: int, given: np.ndarray | None) -> tuple[list[int], bool]:
-        """Token ids of the label at a position, and whether it is cut; given: what the subject writes next, else the text."""
-        counts = dict(self.labels.form.parts)
+    def label(self, slot: int, given: np.ndarray | None) -> tuple[list[int], bool]:
+        """Token ids of a position's label, and whether it is cut; given: what the subject writes next, else the text."""
+        counts, at = dict(self.labels.form.parts), int(self.part.positions[self.row, slot])
         end = min(b for b in self.breaks if b > at)
         start = max(b for b in self.breaks if b <= at) + 1
         new = self.ids[at + 1 : end] if given is None else self._unbroken(given.tolist())
         units = {
-            'topic': self._topic(at, counts),
+            'topic': self._topic(slot, counts.get('topic', 0) + SPARE),
             'next': self._next(new, counts.get('next', 0)),
             'now': self._now(start, at),
         }
@@ -118,15 +132,21 @@ class _Document:
     def _unbroken(self, ids: list[int]) -> list[int]:
         return list(itertools.takewhile(lambda i: i not in self.reader.special, ids))
 
-    def _topic(self, at: int, counts: dict[str, int]) -> list[str]:
-        """Rare words, without those that stand beside the label or in the part `now`."""
+    def far(self, slot: int) -> list[str]:
+        """Words of the text so far, without those that stand beside the label or in the part `now`."""
+        form, at = self.labels.form, self.part.positions[self.row, slot]
         said = [w for w in self.words if w.last <= at]
-        near = {w for w in said if w.last > at - self.labels.form.context_tokens} | {
-            *said[len(said) - counts.get('now', 0) :]
-        }
+        near = {w for w in said if w.last > at - form.context_tokens}
+        near |= {*said[len(said) - dict(form.parts).get('now', 0) :]}
         near = words.keys_of(w.text for w in near)
-        far = [w.text for w in said if words.fold(w.text) not in near]
-        return words.rarest(far, self.labels.frequency, counts.get('topic', 0) + SPARE)
+        return [w.text for w in said if words.fold(w.text) not in near]
+
+    def _topic(self, slot: int, count: int) -> list[str]:
+        """Words that the activation holds, or rare ones."""
+        held, far = self.labels.held, self.far(slot)
+        if held is None:
+            return words.rarest(far, self.labels.frequency, count)
+        return held.rank(self.part, self.row, slot, words.rarest(far, self.labels.frequency, len(far)))[:count]
 
     def _next(self, ids: list[int], count: int) -> list[list[int]]:
         """Tokens of the next words, word by word, up to the end of the line."""
@@ -203,11 +223,15 @@ def form(o) -> Format:
     out = Format.parse(o.parts, o.bare, o.context_tokens)
     if not {'topic', 'now'} & dict(out.parts).keys():
         raise LensError(f'--parts={o.parts} says nothing of the text so far: name topic or now.')
+    if o.layer >= 0 and 'topic' not in dict(out.parts):
+        raise LensError(
+            f'--layer={o.layer} chooses topic words, and --parts={o.parts} has none: leave one of them away.'
+        )
     return out
 
 
 def make(parts: list[Part], tokenizer, form: Format, o) -> Labels:
     """Returns what the labels of a command are made by; o: LabelOptions. Counts the words of its training documents."""
-    names = 'method', 'seed', 'positions', 'min_position', 'explanation_len', 'next'
+    names = 'method', 'seed', 'positions', 'min_position', 'explanation_len', 'next', 'layer'
     made = {k: getattr(o, k) for k in names}
-    return Labels(parts, tokenizer, o.tokenizer, form, o.next, o.explanation_len, made)
+    return Labels(parts, tokenizer, o.tokenizer, form, o.next, o.layer, o.explanation_len, made)

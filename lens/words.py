@@ -138,12 +138,17 @@ class Frequency(NamedTuple):
 
 
 def document_frequency(reader: Reader, split) -> Frequency:
-    """Counts the words of the documents of a split, of so many as COUNTED, spread evenly."""
-    n, counts = len(split.tokens), collections.Counter()
-    rows = np.unique(np.linspace(0, n - 1, min(n, COUNTED)).astype(int))
+    """Counts the words of those documents of a split that stand for all."""
+    rows, counts = counted(split), collections.Counter()
     for row in rows:
         counts.update(keys_of(w.text for w in reader.words(*own_text(split, row))))
     return Frequency(counts, len(rows))
+
+
+def counted(split) -> np.ndarray:
+    """Returns the documents of a split that stand for all: at most COUNTED, spread evenly."""
+    n = len(split.tokens)
+    return np.unique(np.linspace(0, n - 1, min(n, COUNTED)).astype(int))
 
 
 def own_text(split, row: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from data_gen import extract as extracting
-from data_gen import import_stages, label_prompts, parquet_stages
+from data_gen import activations, import_stages, label_prompts, parquet_stages
 from data_gen.extract import ExtractOptions, extract
 from data_gen.import_stages import ImportOptions, convert
 from data_gen.parquet_stages import VECTOR, open_stage
@@ -109,7 +109,7 @@ def test_it_goes_on_from_its_shards_and_draws_by_the_rule(root, tmp_path, monkey
                 (folder / path.name).symlink_to(path)
     (tmp_path / 'subject').symlink_to(root / 'subject')
     how = {'positions': 4, 'min_position': 20, 'store': 'bfloat16', 'form': 'list'}
-    read, calls = extracting.Reader.__call__, []
+    read, calls = activations.Reader.__call__, []
 
     def killed(self, part, rows):
         calls.append(len(rows))
@@ -117,7 +117,7 @@ def test_it_goes_on_from_its_shards_and_draws_by_the_rule(root, tmp_path, monkey
             raise KeyboardInterrupt
         return read(self, part, rows)
 
-    monkeypatch.setattr(extracting.Reader, '__call__', killed)
+    monkeypatch.setattr(activations.Reader, '__call__', killed)
     with pytest.raises(KeyboardInterrupt):
         extract(options(tmp_path, **how))
     assert not (tmp_path / 'base.parquet').exists()

@@ -1,0 +1,48 @@
+"""Activations of documents at their drawn or labelled positions, read by the subject.
+
+Dimension letters: R documents, V positions, D width.
+"""
+
+import numpy as np
+
+from lens import widths
+
+from .label_prompts import Part
+
+BATCH_TOKENS = 1 << 14  # of documents that are read together
+
+
+class Reader:
+    """The subject, and its stream after block `layer`. dtype: name of a float type; None: float32 on a CPU, else bfloat16.
+
+    Raises LensError where the model cannot be loaded.
+    """
+
+    def __init__(self, subject: str, layer: int, *, dtype: str | None = None, mesh_model: int = 1):
+        import jax
+
+        from lens import hf, sharding
+        from lens.config import DTYPES
+        from lens.models.subject import activations
+
+        self.mesh = sharding.make_mesh(1, mesh_model)
+        dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+        with jax.set_mesh(self.mesh):
+            self.base = hf.load_model(subject, mesh=self.mesh, dtype=DTYPES[dtype])
+        self.read = jax.jit(activations, static_argnums=3)
+        self.layer, self.put, self.set_mesh = layer, sharding.put_batch, jax.set_mesh
+
+    def __call__(self, part: Part, rows: np.ndarray) -> np.ndarray:
+        """Returns the activations of some documents at their positions, [R, V, D] float32; anything where there is none."""
+        lengths, out = part.positions[rows].max(1) + 1, None
+        for width, some, padded in widths.batches(lengths, part.split.tokens.shape[1], BATCH_TOKENS):
+            pick = rows[padded]
+            batch = {'tokens': np.asarray(part.split.tokens[pick, :width], np.int32)}
+            batch['positions'] = np.maximum(part.positions[pick], 0)
+            with self.set_mesh(self.mesh):
+                batch = self.put(batch, self.mesh)
+                a = self.read(self.base, batch['tokens'], batch['positions'], self.layer)
+            a = np.asarray(a.astype(np.float32))
+            out = np.zeros((len(rows), *a.shape[1:]), np.float32) if out is None else out
+            out[some] = a[: len(some)]
+        return out
