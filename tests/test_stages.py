@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from data_gen import extract as extracting
 from data_gen import activations, import_stages, label_prompts, parquet_stages
+from data_gen import extract as extracting
 from data_gen.extract import ExtractOptions, extract
 from data_gen.import_stages import ImportOptions, convert
 from data_gen.parquet_stages import VECTOR, open_stage
