@@ -1,7 +1,6 @@
 """What a server of a lens answers: for each route what a request may hold, and the steps of work that answer it.
 
-Names are those of open servers of the kind where they have one. The tables here are the validation and the description of
-the routes (OpenAPI) at once. Steps run in the thread of lens.jobs: the first one refuses bad input and gives the head of the
+Steps run in the thread of lens.jobs: the first one refuses bad input and gives the head of the
 answer, a dict; each further one gives a result of it, or None where there is none yet.
 """
 
@@ -11,100 +10,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lens import prompted, reading, spoken, steer
+from lens import prompted, reading, schemas, spoken, steer
 from lens.errors import LensError
-from lens.reader import MOST_SAMPLES, Reader, Text, ranked
-from lens.schemas import NUMBER, Schema, check, may, record
+from lens.reader import Reader, Text, ranked
+from lens.schemas import MOST_EXPLANATIONS
 
-MOST_TEXT, MOST_TEXTS, MOST_MESSAGES = 65_536, 64, 256
-MOST_EXPLANATIONS = 4096  # of a request: positions * samples
-MOST_NUMBERS = 1 << 20  # of activations that a request holds or asks for
-MOST_STEPS = 512
-EDIT_STEPS = (8, 20, 40)  # each is a program
+MOST_NUMBERS = 1 << 20  # of activations that a request asks for
 LIMITS = {
-    'max_input_chars': MOST_TEXT,
+    'max_input_chars': schemas.MOST_TEXT,
     'max_positions_per_request': MOST_EXPLANATIONS,
-    'max_describe_batch': MOST_TEXTS,
-    'max_completion_tokens': MOST_STEPS,
+    'max_describe_batch': schemas.MOST_TEXTS,
+    'max_completion_tokens': schemas.MOST_STEPS,
 }
 
 Value = Mapping[str, Any]
 
 
-STRING: Schema = {'type': 'string', 'maxLength': MOST_TEXT}
-VECTOR: Schema = {'type': 'array', 'items': NUMBER, 'minItems': 1, 'maxItems': 1 << 15}
-IDS: Schema = {'type': 'array', 'items': {'type': 'integer', 'minimum': 0}, 'minItems': 1, 'maxItems': 1 << 15}
-MESSAGE = record(
-    {
-        'role': {'type': 'string', 'maxLength': 100},
-        'content': STRING | {'default': ''},
-        'thinking': may(STRING, about='What the assistant thought before it.'),
-        'channel': {'enum': [None, 'final'], 'description': 'What was thought is in `thinking`.'},
-    },
-    'role',
-)
-SOURCE: dict[str, Schema] = {
-    'text': may(STRING, about='Text that is read; or give messages or token_ids.'),
-    'messages': may(
-        {'type': 'array', 'items': MESSAGE, 'minItems': 1, 'maxItems': MOST_MESSAGES},
-        about='Chat that is read by the template of the subject. The text is then not looked at.',
-    ),
-    'token_ids': may(IDS, about='Tokens that are read. The others are then not looked at.'),
-    'enable_thinking': {'enum': [None, False], 'description': 'Thinking is given in messages.'},
-    'add_generation_prompt': {
-        'enum': [True],
-        'description': 'A chat that does not end with the assistant asks for it.',
-    },
-    'continue_final_message': {'enum': [False]},
-}
-DRAWN: dict[str, Schema] = {
-    'temperature': {'type': 'number', 'minimum': 0, 'maximum': 5, 'default': 1.0, 'description': 'Of what is drawn.'},
-    'seed': {'type': 'integer', 'minimum': 0, 'maximum': 2**31 - 1, 'default': 0},
-    'samples': {
-        'type': 'integer',
-        'minimum': 1,
-        'maximum': MOST_SAMPLES,
-        'default': 1,
-        'description': 'Explanations of each: the most probable one, the others drawn.',
-    },
-    'best_of': may(
-        {'type': 'integer', 'minimum': 1, 'maximum': MOST_SAMPLES},
-        about='Draw so many instead, the best recovery first.',
-    ),
-    'salience': {'type': 'boolean', 'default': True, 'description': 'Read each explanation without each of its words.'},
-    'max_new_tokens': {
-        'type': 'integer',
-        'minimum': 1,
-        'maximum': 4096,
-        'description': 'Changes nothing: explanations are as long as in training.',
-    },
-    'stream': {'type': 'boolean', 'default': False, 'description': 'Answer by server-sent events, [DONE] at the end.'},
-}
-SAMPLING = record(
-    {
-        'temperature': DRAWN['temperature'],
-        'max_new_tokens': {'type': 'integer', 'minimum': 1, 'maximum': 4096, 'default': 200},
-        'skip_special_tokens': {'type': 'boolean', 'default': False},
-        'sampling_seed': may(DRAWN['seed'], about='Of what is drawn; another one each time, if it is missing.'),
-        **{
-            k: {'enum': [x], 'default': x, 'description': 'Every token may be drawn.'}
-            for k, x in (('top_p', 1), ('top_k', -1), ('min_p', 0))
-        },
-    }
-)
-CONTEXT = may(
-    {'type': 'array', 'items': IDS, 'minItems': 1, 'maxItems': MOST_TEXTS},
-    about='For each, the tokens up to the one it is of: a lens that also reads the last of them needs it.',
-)
-
-
 class Route(NamedTuple):
-    """about: a sentence; properties, required: of a request; gives: keys of the answer; results: key of the answer
+    """about: a sentence; takes: what a request may hold; gives: keys of the answer; results: key of the answer
     under which all but its head stand, '' where the head is all."""
 
     about: str
-    properties: dict[str, Schema]
-    required: tuple[str, ...]
+    takes: type[schemas.Request]
     gives: dict[str, str]
     results: str
     steps: Callable[[Reader, Value], Iterator[dict | None]]
@@ -268,7 +195,7 @@ def edit(reader: Reader, v: Value) -> Iterator[dict]:
 
 
 def generate(reader: Reader, v: Value) -> Iterator[dict]:
-    how = check(v['sampling_params'] or {}, SAMPLING, 'sampling_params')
+    how = v['sampling_params']
     seed = secrets.randbelow(2**31) if how['sampling_seed'] is None else how['sampling_seed']
     settings = {'length': how['max_new_tokens'], 'temperature': how['temperature'], 'seed': seed}
     d = reader.base.config.d_model
@@ -289,143 +216,54 @@ def _vectors(reader: Reader, given: list[list]) -> np.ndarray:
     return np.asarray(given, np.float32)
 
 
-_POSITIONS = {'type': 'array', 'items': {'type': 'integer'}, 'minItems': 0, 'maxItems': MOST_EXPLANATIONS}
-AT = may(_POSITIONS, about='Tokens that are read, -1 the last one. All, if it is empty or missing.')
-ONE: Schema = {'type': 'integer', 'default': -1}
 TOKENS = {'tokens': 'array', 'prompt_length': 'integer', 'text': 'string'}
 FIGURES = {'description': 'string', 'nmse': 'number', 'mse': 'number', 'cosine_similarity': 'number'}
+HEAD = {'layer_index': 'integer', 'total': 'integer'}
 ROUTES = {
-    '/tokenize': Route('Tokens of a text or chat, and whose they are.', SOURCE, (), TOKENS, '', tokenize),
+    '/tokenize': Route('Tokens of a text or chat, and whose they are.', schemas.Source, TOKENS, '', tokenize),
     '/explain': Route(
         'What the subject carries at tokens of a text or chat, in words.',
-        SOURCE
-        | DRAWN
-        | {
-            'positions': AT,
-            'reverse': {'type': 'boolean', 'default': False, 'description': 'From the last position to the first.'},
-            'prompt_length': may({'type': 'integer', 'minimum': 0}, about='Tokens from there on are `generated`.'),
-        },
-        (),
-        {
-            'layer_index': 'integer',
-            'total': 'integer',
-            'prompt_length': 'integer',
-            'tokens': 'array',
-            'results': 'array',
-        },
+        schemas.Explain,
+        HEAD | {'prompt_length': 'integer', 'tokens': 'array', 'results': 'array'},
         'results',
         explain,
     ),
-    '/describe': Route(
-        'Activations in words.',
-        DRAWN
-        | {
-            'activations': {'type': 'array', 'items': VECTOR, 'minItems': 1, 'maxItems': MOST_TEXTS},
-            'context': CONTEXT,
-            'per_prompt': {
-                'type': 'integer',
-                'minimum': 1,
-                'maximum': MOST_TEXTS,
-                'default': 1,
-                'description': 'So many of them after each other are one prompt, one in each of its slots.',
-            },
-        },
-        ('activations',),
-        {'layer_index': 'integer', 'total': 'integer', 'results': 'array'},
-        'results',
-        describe,
-    ),
+    '/describe': Route('Activations in words.', schemas.Describe, HEAD | {'results': 'array'}, 'results', describe),
     '/extract': Route(
         'Activations of a text or chat.',
-        SOURCE | {'positions': AT},
-        (),
+        schemas.Extract,
         {'layer_index': 'integer', 'tokens': 'array'},
         'tokens',
         extract,
     ),
-    '/score': Route(
-        'How well words recover an activation.',
-        {'activation': VECTOR, 'description': STRING, 'context': may(IDS, about='The tokens up to the one it is of.')},
-        ('activation', 'description'),
-        FIGURES,
-        '',
-        score,
-    ),
+    '/score': Route('How well words recover an activation.', schemas.Score, FIGURES, '', score),
     '/compare': Route(
         'The difference of two activations, a - b, in words.',
-        {
-            'activation_a': may(VECTOR, about='Give both, or two texts.'),
-            'activation_b': may(VECTOR, about='Give both, or two texts.'),
-            'text_a': may(STRING, about='Its activation at position_a is a.'),
-            'text_b': may(STRING, about='Its activation at position_b is b.'),
-            'position_a': ONE,
-            'position_b': ONE,
-            **{k: DRAWN[k] for k in ('temperature', 'seed', 'max_new_tokens')},
-        },
-        (),
+        schemas.Compare,
         FIGURES | {'diff_norm': 'number', 'results': 'array'},
         '',
         compare,
     ),
     '/completion': Route(
         'How the subject goes on: the most probable token each time, to the end of its turn or of what was asked for.',
-        SOURCE
-        | {
-            'completion_tokens': {'type': 'integer', 'minimum': 1, 'maximum': MOST_STEPS, 'default': 16},
-            'temperature': {'type': 'number', 'minimum': 0, 'maximum': 5, 'description': 'Changes nothing.'},
-            'stream': DRAWN['stream'],
-        },
-        (),
+        schemas.Completion,
         TOKENS | {'completion': 'string'},
         '',
         completion,
     ),
     '/generate': Route(
         'What the decoder says after a prompt of rows, the activation among them, as servers of language models take it.',
-        {
-            'input_embeds': {'type': 'array', 'items': VECTOR, 'minItems': 2, 'maxItems': 1 << 15},
-            'sampling_params': SAMPLING,
-            'stream': {'enum': [False]},
-        },
-        ('input_embeds',),
+        schemas.Generate,
         {'text': 'string', 'meta_info': 'object'},
         '',
         generate,
     ),
     '/edit': Route(
         'Other words for one activation, put back: what the subject then predicts, beside controls of the same size.',
-        SOURCE
-        | {
-            'position': ONE,
-            'description': STRING,
-            'before': may(
-                STRING, IDS, about='The words that are replaced, or their tokens; those of the lens, if it is missing.'
-            ),
-            'unrelated': may(STRING, about='Words of the control.'),
-            'strength': {'type': 'number', 'minimum': -100, 'maximum': 100, 'default': 1.0},
-            'mode': {'enum': list(steer.MODES), 'default': steer.MODES[0]},
-            'steps': {
-                'enum': list(EDIT_STEPS),
-                'default': EDIT_STEPS[1],
-                'description': 'Tokens that it goes on with.',
-            },
-            'seed': DRAWN['seed'],
-        },
-        ('description',),
-        {
-            'position': 'integer',
-            'token': 'string',
-            'before': 'string',
-            'after': 'string',
-            'size': 'number',
-            'outcomes': 'object',
-        },
+        schemas.Edit,
+        dict.fromkeys(('token', 'before', 'after'), 'string')
+        | {'position': 'integer', 'size': 'number', 'outcomes': 'object'},
         '',
         edit,
     ),
 }
-
-
-def request_schema(route: Route) -> Schema:
-    """Returns what the body of a request may be."""
-    return record(route.properties, *route.required)

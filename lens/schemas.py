@@ -1,64 +1,160 @@
-"""Values of JSON against schemas of JSON: the few kinds that the routes of a server need, with defaults filled in."""
+"""What requests to a server of a lens may hold: the validation of the routes of lens.api and their description at once.
 
-from typing import Any
+Names are those of open servers of the kind where they have one.
+"""
 
-from lens.errors import LARGEST_FLOAT, LensError, number, shown, text
+import reprlib
+from typing import Annotated, Any, Literal
 
-Schema = dict[str, Any]
-NUMBER: Schema = {'type': 'number'}
+import pydantic
+from pydantic import Field
 
+from lens import steer
+from lens.errors import LARGEST_FLOAT, LARGEST_INT, LensError, shown
+from lens.reader import MOST_SAMPLES
 
-def may(*schemas: Schema, about: str) -> Schema:
-    """Returns the schema of a value that may be missing."""
-    return {'anyOf': [*schemas, {'type': 'null'}], 'description': about, 'default': None}
+MOST_TEXT, MOST_TEXTS, MOST_MESSAGES = 65_536, 64, 256
+MOST_EXPLANATIONS = 4096  # of a request: positions * samples
+MOST_STEPS, MOST_ROWS = 512, 1 << 15
 
-
-def record(properties: dict[str, Schema], *required: str) -> Schema:
-    """Returns the schema of an object with these keys and no others."""
-    return {'type': 'object', 'properties': properties, 'required': list(required), 'additionalProperties': False}
-
-
-def check(value: Any, schema: Schema, name: str) -> Any:
-    """Returns a value of JSON with defaults filled in. Raises LensError where it is not of the schema."""
-    if 'anyOf' in schema:
-        fits = (x for x in schema['anyOf'] if x['type'] == ('array' if isinstance(value, list) else 'string'))
-        return None if value is None else check(value, next(fits, schema['anyOf'][0]), name)
-    if 'enum' in schema:
-        same = [x for x in schema['enum'] if isinstance(x, bool) == isinstance(value, bool) and x == value]
-        if not same:
-            raise LensError(f'{name}={shown(repr(value), 80)} must be one of {shown(repr(schema["enum"]))}.')
-        return same[0]
-    kind = schema['type']
-    if kind == 'boolean' and not isinstance(value, bool):
-        raise LensError(f'{name}={shown(repr(value), 80)} must be true or false.')
-    if kind in ('integer', 'number'):
-        whole = kind == 'integer'
-        value = int(value) if whole and isinstance(value, float) and value.is_integer() else value
-        return number(value, name, schema.get('minimum'), schema.get('maximum'), whole=whole)
-    if kind == 'string':
-        return text(value, name, schema['maxLength'])
-    if kind == 'array':
-        if not isinstance(value, list) or not schema['minItems'] <= len(value) <= schema['maxItems']:
-            has = f' of {len(value)}' if isinstance(value, list) else ''
-            raise LensError(
-                f'{name} must be a list of {schema["minItems"]} to {schema["maxItems"]} entries, it is '
-                f'{type(value).__name__}{has}.'
-            )
-        if schema['items'] == NUMBER and {*map(type, value)} == {float} and max(map(abs, value)) <= LARGEST_FLOAT:
-            return value  # a prompt is half a million numbers
-        return [check(x, schema['items'], f'{name}[{i}]') for i, x in enumerate(value)]
-    if kind == 'object':
-        return _object(value, schema, name)
-    return value
+Whole = Annotated[int, Field(ge=-LARGEST_INT, le=LARGEST_INT)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+Real = Annotated[float, Field(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)]
+String = Annotated[str, Field(max_length=MOST_TEXT, pattern=r'^[^\x00]*$')]
+Vector = Annotated[list[Real], Field(min_length=1, max_length=MOST_ROWS)]
+Ids = Annotated[list[Natural], Field(min_length=1, max_length=MOST_ROWS)]
+Positions = Annotated[list[Whole], Field(max_length=MOST_EXPLANATIONS)]
+Temperature = Annotated[float, Field(ge=0, le=5, description='Of what is drawn.')]
+Stream = Annotated[bool, Field(description='Answer by server-sent events, [DONE] at the end.')]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Length = Annotated[int, Field(ge=1, le=4096)]
 
 
-def _object(value: Any, schema: Schema, name: str) -> dict:
-    if not isinstance(value, dict):
-        raise LensError(f'{name} must be an object, it is {type(value).__name__}.')
-    if (known := schema.get('properties')) is None:
-        return value
-    if unknown := [k for k in value if k not in known]:
-        raise LensError(f'{shown(unknown[0], 60)} is no key of {name}: it takes {", ".join(known)}.')
-    if missing := [k for k in schema['required'] if k not in value]:
-        raise LensError(f'{name} lacks {missing[0]}.')
-    return {k: check(value[k], x, k) if k in value else x.get('default') for k, x in known.items()}
+class Request(pydantic.BaseModel):
+    """An object of JSON with these keys and no others; values are of their types, none is converted."""
+
+    model_config = pydantic.ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
+
+
+class Message(Request):
+    role: Annotated[String, Field(max_length=100)]
+    content: String = ''
+    thinking: String | None = Field(None, description='What the assistant thought before it.')
+    channel: Literal['final'] | None = Field(None, description='What was thought is in `thinking`.')
+
+
+class Source(Request):
+    text: String | None = Field(None, description='Text that is read; or give messages or token_ids.')
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = Field(
+        None, description='Chat that is read by the template of the subject. The text is then not looked at.'
+    )
+    token_ids: Ids | None = Field(None, description='Tokens that are read. The others are then not looked at.')
+    enable_thinking: Literal[False] | None = Field(None, description='Thinking is given in messages.')
+    add_generation_prompt: Literal[True] | None = Field(
+        None, description='A chat that does not end with the assistant asks for it.'
+    )
+    continue_final_message: Literal[False] | None = None
+
+
+class Seeded(Request):
+    temperature: Temperature = 1.0
+    seed: Natural = 0
+    max_new_tokens: Length | None = Field(None, description='Changes nothing: explanations are as long as in training.')
+
+
+class Drawn(Seeded):
+    samples: Samples = Field(1, description='Explanations of each: the most probable one, the others drawn.')
+    best_of: Samples | None = Field(None, description='Draw so many instead, the best recovery first.')
+    salience: bool = Field(True, description='Read each explanation without each of its words.')
+    stream: Stream = False
+
+
+class Extract(Source):
+    positions: Positions | None = Field(None, description='Tokens that are read, -1 the last one; none: all.')
+
+
+class Explain(Extract, Drawn):
+    reverse: bool = Field(False, description='From the last position to the first.')
+    prompt_length: Natural | None = Field(None, description='Tokens from there on are `generated`.')
+
+
+class Describe(Drawn):
+    activations: Annotated[list[Vector], Field(min_length=1, max_length=MOST_TEXTS)]
+    context: Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS)] | None = Field(
+        None, description='For each, the tokens up to the one it is of: a lens that reads the last of them needs it.'
+    )
+    per_prompt: int = Field(
+        1, ge=1, le=MOST_TEXTS, description='So many of them after each other are one prompt, one in each of its slots.'
+    )
+
+
+class Score(Request):
+    activation: Vector
+    description: String
+    context: Ids | None = Field(None, description='The tokens up to the one it is of.')
+
+
+class Compare(Seeded):
+    activation_a: Vector | None = Field(None, description='Give both, or two texts.')
+    activation_b: Vector | None = Field(None, description='Give both, or two texts.')
+    text_a: String | None = Field(None, description='Its activation at position_a is a.')
+    text_b: String | None = Field(None, description='Its activation at position_b is b.')
+    position_a: Whole = -1
+    position_b: Whole = -1
+
+
+class Completion(Source):
+    completion_tokens: int = Field(16, ge=1, le=MOST_STEPS)
+    temperature: float | None = Field(None, ge=0, le=5, description='Changes nothing.')
+    stream: Stream = False
+
+
+class Sampling(Request):
+    temperature: Temperature = 1.0
+    max_new_tokens: Length = 200
+    skip_special_tokens: bool = False
+    sampling_seed: Natural | None = Field(None, description='Another one each time, if it is missing.')
+    top_p: float = Field(1, ge=1, le=1, description='Every token may be drawn.')
+    top_k: int = Field(-1, ge=-1, le=-1, description='Every token may be drawn.')
+    min_p: float = Field(0, ge=0, le=0, description='Every token may be drawn.')
+
+
+class Generate(Request):
+    input_embeds: Annotated[list[Vector], Field(min_length=2, max_length=MOST_ROWS)]
+    sampling_params: Sampling = Sampling()
+    stream: Literal[False] = False
+
+
+class Edit(Source):
+    position: Whole = -1
+    description: String
+    before: String | Ids | None = Field(
+        None, description='The words that are replaced, or their tokens; those of the lens, if it is missing.'
+    )
+    unrelated: String | None = Field(None, description='Words of the control.')
+    strength: float = Field(steer.STRENGTH, ge=-100, le=100)
+    mode: Literal[steer.MODES] = steer.MODES[0]
+    steps: Literal[8, 20, 40] = Field(20, description='Tokens that it goes on with; each number is a program.')
+    seed: Natural = 0
+
+
+class Note(Request):
+    lit: bool = False
+    text: String = ''
+
+
+class Page(Request):
+    reading: dict[str, Any]
+    notes: dict[Annotated[str, Field(pattern='^[0-9]{1,9}$')], Note] = {}
+
+
+def checked(value: Any, takes: type[Request]) -> dict[str, Any]:
+    """Returns a value of JSON with defaults filled in. Raises LensError, a sentence about the first fault."""
+    try:
+        return takes.model_validate(value).model_dump()
+    except pydantic.ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ''.join(f'[{x}]' if isinstance(x, int) else f'.{x}' for x in first['loc'])[1:] or 'The request'
+        said = first['msg'][0].lower() + first['msg'][1:]
+        given = '' if first['type'] == 'missing' else f' (given: {shown(reprlib.repr(first["input"]), 80)})'
+        raise LensError(f'{shown(where, 80)}: {said}{given}.') from None

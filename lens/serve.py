@@ -35,7 +35,7 @@ def listen(port: int) -> socket.socket:
 
 
 def main(lens, port, queue, subject) -> None:
-    for name in ('starlette', 'uvicorn'):
+    for name in ('pydantic', 'starlette', 'uvicorn'):
         need_package(name, 'serve', 'lens.serve')
     import uvicorn
 

@@ -17,6 +17,7 @@ from lens.reading import Choice
 MOST_STEPS = 256
 TOP = 10
 PART = 16  # tokens that one program goes on with
+STRENGTH = 1.0
 MODES = ('difference', 'replace')
 
 
@@ -62,7 +63,7 @@ def edit(
     text,
     position: int,
     explanation,
-    strength: float = 1.0,
+    strength: float = STRENGTH,
     *,
     before=None,
     unrelated=None,

@@ -12,6 +12,7 @@ import json
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Mapping
 
+from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -35,7 +36,6 @@ HEADERS = {
     'x-content-type-options': 'nosniff',
     'x-frame-options': 'DENY',
 }
-PAGE = schemas.record({'reading': {'type': 'object'}, 'notes': {'type': 'object', 'default': {}}}, 'reading')
 ANSWERS = {
     400: 'The request cannot be answered: `detail` says why in a sentence.',
     403: 'It comes from another site, or for another host.',
@@ -91,11 +91,9 @@ async def body(request: Request):
 
 def page_of(value, about: dict) -> str:
     """Returns the page of a reading that a client has, with its notes. about: of the lens. Raises LensError."""
-    value = schemas.check(value, PAGE, 'the request')
+    value = schemas.checked(value, schemas.Page)
     try:
-        made = dataclasses.replace(Reading.from_json(value['reading']), about=about)
-        notes = {str(int(p)): {'lit': bool(n['lit']), 'text': str(n['text'])} for p, n in value['notes'].items()}
-        return page.html(made, notes)
+        return page.html(dataclasses.replace(Reading.from_json(value['reading']), about=about), value['notes'])
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as e:
         raise LensError(f'This is no reading with notes ({shown(e, 100)}): send what /explain has given.') from None
 
@@ -115,15 +113,18 @@ def openapi() -> dict:
 
     health = {'200': answer('It runs.', {'type': 'object'})} | {k: failures[k] for k in ('403', '500')}
     paths = {'/health': {'get': {'summary': 'Whether it runs, and what it takes.', 'responses': health}}}
-    paths['/page'] = post('A reading as a page.', PAGE, answer('The file.', {'type': 'string'}, 'text/html'))
+    every = [r.takes for r in api.ROUTES.values()] + [schemas.Page]
+    takes, defined = models_json_schema([(x, 'validation') for x in every], ref_template='#/components/schemas/{model}')
+    of_page = answer('The file.', {'type': 'string'}, 'text/html')
+    paths['/page'] = post('A reading as a page.', takes[schemas.Page, 'validation'], of_page)
     for path, route in api.ROUTES.items():
         keys = {k: {'type': v} for k, v in route.gives.items()}
         gives = answer('The answer.', {'type': 'object', 'required': list(keys), 'properties': keys})
-        if 'stream' in route.properties:
+        if 'stream' in route.takes.model_fields:
             gives['content'] |= {'text/event-stream': {}}
-        paths[path] = post(route.about, api.request_schema(route), gives)
+        paths[path] = post(route.about, takes[route.takes, 'validation'], gives)
     about = {'title': 'lens', 'version': __version__, 'description': 'The activations of a language model in words.'}
-    return {'openapi': '3.1.0', 'info': about, 'paths': paths}
+    return {'openapi': '3.1.0', 'info': about, 'paths': paths, 'components': {'schemas': defined['$defs']}}
 
 
 def refused(status: int, sentence: str) -> JSONResponse:
@@ -171,7 +172,7 @@ class Server:
         return Response(made, media_type='text/html')
 
     async def answer(self, request: Request, route: api.Route) -> Response:
-        value = schemas.check(await body(request), api.request_schema(route), 'the request')
+        value = schemas.checked(await body(request), route.takes)
         job = self.worker.submit(route.steps(self.reader, value))
         try:
             return await until_gone(request, self._answer(job, route, value.get('stream')))
