@@ -33,7 +33,7 @@ def places(given: str, n: int) -> list[int] | None:
         if not match or (match[3] and not match[2]):
             raise LensError(f'--positions={shown(given)} must be like 3,7,-1 or 10:20.')
         first, last = (None if x is None else int(x) for x in (match[1], match[3]))
-        some = range(*slice(first, last).indices(n)) if match[2] else [first]
+        some = range(*slice(first, last).indices(n)) if match[2] else [first % n if -n <= first < n else first]
         if not some:
             raise LensError(f'--positions={shown(given)} names no token of the text, which has {n}.')
         out += some

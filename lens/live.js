@@ -5,6 +5,7 @@
   const at = id => document.getElementById(id);
   const form = at('ask'), tokens = at('tokens'), turns = at('turns'), state = at('state'), body = document.querySelector('.all tbody');
   const OUTCOMES = { none: 'no edit', edit: 'your words', random: 'control: as far in a random direction', unrelated: 'control: an unrelated edit as large' };
+  const GONE = 'The server has gone away: start it again.';
   let running = null, source = null, reading = null;
 
   const say = (text, wrong = false) => {
@@ -12,8 +13,9 @@
     state.classList.toggle('wrong', wrong);
   };
   const post = async (path, value, signal) => {
-    const answer = await fetch(path, { method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(value), signal });
-    if (!answer.ok) throw new Error((await answer.json()).detail);
+    const how = { method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(value), signal };
+    const answer = await fetch(path, how).catch(e => { throw signal?.aborted ? e : new Error(GONE); });
+    if (!answer.ok) throw new Error((await answer.json().catch(() => ({ detail: `The server answers ${answer.status}: try again.` }))).detail);
     return answer;
   };
   async function* events(answer) {
@@ -21,7 +23,7 @@
     let rest = '';
     for (const reader = answer.body.getReader(); ;) {
       const { done, value } = await reader.read();
-      if (done) throw new Error('The server has gone away: start it again.');
+      if (done) throw new Error(GONE);
       const parts = (rest + decoder.decode(value, { stream: true })).split('\n\n');
       rest = parts.pop();
       for (const part of parts) {

@@ -155,6 +155,8 @@ def checked(value: Any, takes: type[Request]) -> dict[str, Any]:
     except pydantic.ValidationError as e:
         first = e.errors(include_url=False)[0]
         where = ''.join(f'[{x}]' if isinstance(x, int) else f'.{x}' for x in first['loc'])[1:] or 'The request'
-        said = first['msg'][0].lower() + first['msg'][1:]
+        said = (
+            'input should be an object' if first['type'] == 'model_type' else first['msg'][0].lower() + first['msg'][1:]
+        )
         given = '' if first['type'] == 'missing' else f' (given: {shown(reprlib.repr(first["input"]), 80)})'
         raise LensError(f'{shown(where, 80)}: {said}{given}.') from None

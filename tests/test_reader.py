@@ -322,7 +322,7 @@ def test_the_command(folders, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('given', 'n', 'wanted'), [('', 5, None), ('3,-1', 5, [3, -1]), ('1:3,2', 5, [1, 2]), ('-2:', 5, [3, 4])]
+    ('given', 'n', 'wanted'), [('', 5, None), ('3,-1,4,9', 5, [3, 4, 9]), ('1:3,2', 5, [1, 2]), ('-2:', 5, [3, 4])]
 )
 def test_positions_of_the_command(given, n, wanted):
     assert explain.places(given, n) == wanted

@@ -179,7 +179,7 @@ def test_going_on_and_edits(client, reader):
     ('path', 'value', 'message'),
     [
         ('/explain', {}, 'Give text, messages or token_ids: what is to be read.'),
-        ('/explain', [], 'The request: input should be a valid dictionary'),
+        ('/explain', [], 'The request: input should be an object (given: []).'),
         ('/explain', {'text': ' '}, 'The text is empty: give one with words in it.'),
         ('/explain', {'text': 3}, 'text: input should be a valid string (given: 3).'),
         ('/explain', {'text': 'a\ud800'}, 'text: input should be a valid string, unable to parse'),
