@@ -76,23 +76,23 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._turn.get()[-1]) is not None:
-            if self._step(job):
+            value, more = self._step(job)
+            if more:
                 self._turn.put((2, next(self._number), job))
-            else:
+            else:  # before the client hears of it: its next request has a place
                 with self._lock:
                     self.count -= 1
+            job.give(value)
 
-    def _step(self, job: Job) -> bool:
-        """Whether there may be more of the job to do."""
+    def _step(self, job: Job) -> tuple[Any, bool]:
+        """What the client gets, and whether there may be more of the job to do."""
         try:
             if job.cancelled:
                 job.steps.close()
-                return False
-            job.give(next(job.steps))
-            return True
+                return None, False
+            return next(job.steps), True
         except (StopIteration, LensError) as e:
-            job.give(e)
+            return e, False
         except Exception:
             traceback.print_exc()
-            job.give(RuntimeError(BROKEN))
-        return False
+            return RuntimeError(BROKEN), False
