@@ -7,6 +7,7 @@
     python -m lens.main --config=configs/smollm2.py:sft --workdir=runs/smollm2
     python -m lens.main --config=configs/smollm2.py:grpo --workdir=runs/smollm2_grpo --config.init_from=runs/smollm2
     python -m lens.main --config=configs/smollm2.py:gumbel --workdir=runs/smollm2_gumbel --config.init_from=runs/smollm2
+    python -m lens.main --config=configs/smollm2.py:nla --workdir=runs/smollm2_nla
 
 The chats are 1,500 answers of the model itself, which ship as tokens (data_gen/questions.py says how they were made, and
 makes more). Labels are the last words, the next ones and words that say most about the text so far; they take a minute.
@@ -27,7 +28,13 @@ activations of 300 held-out chats, after grpo (after sft): fve 0.915 (0.911), fv
 import ml_collections
 from lens.configs import base
 
-RECIPES = {'': ('read', 'sft', 'grpo'), 'sft': ('read', 'sft'), 'grpo': ('grpo',), 'gumbel': ('gumbel',)}
+RECIPES = {
+    '': ('read', 'sft', 'grpo'),
+    'sft': ('read', 'sft'),
+    'grpo': ('grpo',),
+    'gumbel': ('gumbel',),
+    'nla': ('sft', 'grpo'),
+}
 
 
 def get_config(recipe: str = '') -> ml_collections.ConfigDict:
@@ -70,4 +77,18 @@ def get_config(recipe: str = '') -> ml_collections.ConfigDict:
     c.eval.batch = 128
     c.eval.quick_documents = 16
     c.eval.every, c.checkpoint.every = '100s', '50s'
+    if recipe == 'nla':
+        _nla(c)
     return c
+
+
+def _nla(c: ml_collections.ConfigDict) -> None:
+    """The numbers of configs/nla_qwen2_5_7b.py where size does not matter; no text beside the words."""
+    c.explanation_len, c.explanation_close = 17, '<|im_end|>'
+    c.decoder.prompt = '<|im_start|>user\nExplain:\n<embed>\n<|im_end|>\n<|im_start|>assistant\n'
+    c.decoder.injection, c.decoder.marker, c.decoder.norm = 'replace', '†', 165.0  # the norm of the stream there
+    c.encoder.prompt, c.encoder.context_tokens = '<|im_start|>Text: <text><|im_end|>\n', 0
+    c.encoder.readout, c.encoder.error = 'linear', 'direction'
+    c.sft.steps, c.sft.vectors = 300, 8
+    c.sft.learning_rate_decoder = c.sft.learning_rate_encoder = 'cosine 1e-3 1e-4 warmup 20s'
+    c.grpo.beta, c.grpo.kl_to, c.grpo.kl_skip = 0.01, 'start', 0
