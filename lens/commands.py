@@ -65,6 +65,9 @@ def evaluate() -> None:
     cli.start(
         'lens.evaluate',
         *_checkpoint(),
+        flags.DEFINE_string(
+            'lens', '', 'Exported lens, or name of one that ships, in place of a run: --workdir gets its figures.'
+        ),
         _subject(),
         flags.DEFINE_string('data', '', data),
         flags.DEFINE_string(

@@ -23,6 +23,7 @@ import numpy as np
 from lens import __version__, batches, data, files, metrics, plots, report, sampling, sharding, study, truth
 from lens.batches import Batches, at_once
 from lens.config import Run
+from lens.errors import LensError
 from lens.joints import padded
 from lens.losses import comparable
 from lens.metrics import Collected, Figure, meaning
@@ -32,7 +33,7 @@ from lens.models.lens import Lens
 from lens.objectives import OBJECTIVES
 from lens.reader import Reader
 from lens.reading import Reading
-from lens.reopen import Reopened, reopen
+from lens.reopen import Reopened, open_lens, reopen
 from lens.response import Found, Tags, between, find
 from lens.rollout import Rollout, read, source_of
 
@@ -429,9 +430,21 @@ def _key(again: Reopened, best_of: tuple[int, ...]) -> dict:
     }
 
 
-def main(workdir: str, step: str, subject: str, data: str, best_of: str, num_vectors: int) -> None:
+def _open(workdir: pathlib.Path, step: str, lens: str, **places: str) -> Reopened:
+    """The checkpoint of a run, or a lens that was exported, whose figures then get a folder of their own."""
+    if not lens:
+        return reopen(workdir, step, **places)
+    if (workdir / 'checkpoints').exists():
+        raise LensError(f'--workdir={workdir} is a run: give another folder for the figures of --lens={lens}.')
+    again = open_lens(lens, ('validation',), **places)
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(workdir / 'config.json', again.config)
+    return again
+
+
+def main(workdir: str, step: str, lens: str, subject: str, data: str, best_of: str, num_vectors: int) -> None:
     ks, workdir = study.numbers_of(best_of), pathlib.Path(workdir)
-    again = reopen(workdir, step, subject_path=subject, data_path=data)
+    again = _open(workdir, step, lens, subject_path=subject, data_path=data)
     again = again._replace(run=study.sized(again.run, num_vectors))
     with jax.set_mesh(again.run.mesh):
         evaluator, studies = Evaluator(again.run), []

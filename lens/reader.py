@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from lens import files, instrument, reopen, sharding, spoken, steer
+from lens import instrument, reopen, sharding, spoken, steer
 from lens.errors import LensError, number, shown
-from lens.interchange import directories
 from lens.joints import padded
 from lens.models.encoder import Source
 from lens.reading import Choice, Explanation, Reading, Row, Word
@@ -30,7 +29,6 @@ BATCH = 16  # explanations of one program
 ENCODED = 4  # times as many texts are read back at a time
 OUTLIER = 4.0  # a norm that is so many times the median of the text, or below one over that, is flagged
 MOST_SAMPLES = 64
-MADE = {'data/smollm2/model': 'make smollm2'}  # subjects of lenses that ship, and what makes them
 
 
 def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH) -> 'Reader':
@@ -40,22 +38,8 @@ def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH) -> 'Re
     subject: where the model that it reads is, if not where it was. batch: explanations that are drawn at a time; more
     take more memory and change no row. Raises LensError: no lens there, or another subject than that of its training.
     """
-    folder, given = files.find(path), {'subject_path': str(subject)} if subject else {}
-    theirs = directories.is_foreign(folder)
-    folder = folder if folder.is_dir() or theirs else files.find(pathlib.Path('lenses') / path)
-    if not folder.is_dir() and not theirs:
-        ships = ', '.join(sorted(p.parent.name for p in files.home().glob('lenses/*/lens.json'))) or 'none'
-        raise LensError(
-            f'{shown(path)} is no folder of a run or of lens.export, and no lens that ships with the package ({ships}): give '
-            'one of them.'
-        )
     number(batch, 'batch', 1, 4096)
-    try:
-        exported = theirs or (folder / 'lens.json').exists()
-        opened = reopen.open_folder(folder, **given) if exported else reopen.reopen(folder, data=1, needs=(), **given)
-    except LensError as e:
-        made = next((how for where, how in MADE.items() if where in str(e) and not files.find(where).exists()), None)
-        raise (LensError(f'The subject of {shown(path)} is not there: `{made}` makes it.') if made else e) from None
+    opened = reopen.open_lens(path, **{'subject_path': str(subject)} if subject else {})
     return Reader(opened, str(path), batch)
 
 

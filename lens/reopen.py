@@ -13,7 +13,7 @@ import ml_collections
 from lens import config, files, hf, keys, lens_folder, lens_init, places
 from lens.checkpoint import Checkpoints, Keep
 from lens.config import Run
-from lens.errors import LensError
+from lens.errors import LensError, shown
 from lens.interchange import directories, reading
 from lens.models import injection
 from lens.models.lens import Lens
@@ -24,6 +24,7 @@ PLACES = (
     *(f'decoder.{k}' for k in ('train', 'injection', 'marker')),
     *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'context_tokens')),
 )
+MADE = {'data/smollm2/model': 'make smollm2'}  # subjects of lenses that ship, and what makes them
 ANOTHER_VERSION = 'it is of another version or damaged; train again'
 
 
@@ -96,9 +97,30 @@ def reopen(
     return Reopened(stored, cfg.subject.path, run, number, params)
 
 
-def open_folder(directory: pathlib.Path, **given: str) -> Reopened:
-    """Returns an exported lens, whole or light, or one of others, beside its subject; no data is needed. given: as in
-    places.locate.
+def open_lens(path: str | pathlib.Path, needs: Sequence[str] = (), **given: str) -> Reopened:
+    """Returns the lens of a workdir (its newest checkpoint), a folder of lens.export, one of others, or the name of one that
+    ships, on one device of the data axis. needs, given: as in `reopen`. Raises LensError.
+    """
+    folder = files.find(path)
+    theirs = directories.is_foreign(folder)
+    folder = folder if folder.is_dir() or theirs else files.find(pathlib.Path('lenses') / path)
+    if not folder.is_dir() and not theirs:
+        ships = ', '.join(sorted(p.parent.name for p in files.home().glob('lenses/*/lens.json'))) or 'none'
+        raise LensError(
+            f'{shown(path)} is no folder of a run or of lens.export, and no lens that ships with the package ({ships}): give '
+            'one of them.'
+        )
+    try:
+        if theirs or (folder / 'lens.json').exists():
+            return open_folder(folder, needs, **given)
+        return reopen(folder, data=1, needs=needs, **given)
+    except LensError as e:
+        made = next((how for where, how in MADE.items() if where in str(e) and not files.find(where).exists()), None)
+        raise (LensError(f'The subject of {shown(path)} is not there: `{made}` makes it.') if made else e) from None
+
+
+def open_folder(directory: pathlib.Path, needs: Sequence[str] = (), **given: str) -> Reopened:
+    """Returns an exported lens, whole or light, or one of others, beside its subject. needs, given: as in `reopen`.
 
     Raises LensError, also where the subject is another than that of its training, before weights are read.
     """
@@ -117,7 +139,7 @@ def open_folder(directory: pathlib.Path, **given: str) -> Reopened:
             f'{directory} holds a lens of another subject than {cfg.subject.path}, whose weights are not those of its '
             'training: give the folder of its own as subject.'
         )
-    run = config.plan(cfg, ())
+    run = config.plan(cfg, needs)
     with jax.set_mesh(run.mesh):
         lens_init.check_start(cfg, lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh), run.base)
         run = config.load(cfg, run)

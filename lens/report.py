@@ -122,8 +122,6 @@ def load(workdir: pathlib.Path) -> RunFiles:
     """Reads and checks the files of a run. Raises LensError where one is missing or damaged."""
     config = _clean(files.read_json(workdir / 'config.json', REMEDY))
     metrics = _clean(files.read_metrics(workdir / 'metrics.jsonl'))
-    if not (workdir / 'metrics.jsonl').exists():
-        raise LensError(f'{workdir}/metrics.jsonl does not exist: {REMEDY}.')
     paths = workdir / 'evaluation.json', workdir / 'summary.json'
     evaluation, summary = (_clean(files.read_json(p, 'evaluate the run again')) if p.exists() else {} for p in paths)
     with _blame(workdir / 'evaluation.json'):

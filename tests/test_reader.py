@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lens
-from lens import config, evaluate, explain, export, files, hf, lens_init, metrics, places, reader, sharding
+from lens import config, evaluate, explain, export, files, hf, lens_init, metrics, places, reader, reopen, sharding
 from lens.checkpoint import Checkpoints, Keep
 from lens.errors import LensError
 from lens.models import subject
@@ -90,6 +90,22 @@ def test_figures_are_those_of_evaluate(folders, opened):
         for name, f in (('nmse', metrics.nmse), ('cosine', metrics.cosine)):
             theirs = [f(c.pred['greedy'][rows][[i]], c.a[rows][[i]], doc[:1])['value'] for i in doc]
             np.testing.assert_allclose([getattr(r, name) for r in found], theirs, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_an_exported_lens_has_the_figures_of_its_run(world, folders, tmp_path):
+    root = folders[0]
+    how = {'step': 'newest', 'subject': '', 'data': str(world / 'data'), 'best_of': '', 'num_vectors': 0}
+    evaluate.main(str(root / 'workdir'), lens='', **how)
+    evaluate.main(str(tmp_path / 'figures'), lens=str(root / 'hf'), **how)
+    theirs, ours = (
+        json.loads((d / 'evaluation.json').read_text())['figures'] for d in (root / 'workdir', tmp_path / 'figures')
+    )
+    assert theirs.keys() == ours.keys() and (tmp_path / 'figures/report.html').exists()
+    for name, figure in theirs.items():
+        assert ours[name]['value'] == pytest.approx(figure['value'], rel=1e-4, abs=1e-5), name
+    with pytest.raises(LensError, match=r'workdir is a run: give another folder for the figures of --lens='):
+        evaluate.main(str(root / 'workdir'), lens=str(root / 'hf'), **how)
 
 
 @pytest.mark.slow
@@ -203,7 +219,7 @@ def test_what_ships_is_found_by_name(folders, tmp_path, monkeypatch):
     assert lens.load('small').name == 'small'
     with pytest.raises(LensError, match=r'^large is no folder of a run .* that ships with the package \(small\)'):
         lens.load('large')
-    monkeypatch.setitem(reader.MADE, 'data/it/model', 'make it')
+    monkeypatch.setitem(reopen.MADE, 'data/it/model', 'make it')
     spec = json.loads((tmp_path / 'lenses/small/lens.json').read_text())
     spec['config']['subject']['path'] = 'data/it/model'
     (tmp_path / 'lenses/small/lens.json').write_text(json.dumps(spec))

@@ -432,7 +432,6 @@ def test_interrupted_run_and_missing_keys(workdir):
     'name, content, said',
     [
         ('config.json', None, 'does not exist: --workdir must be'),
-        ('metrics.jsonl', None, 'does not exist: --workdir must be'),
         ('config.json', '{"a": ', 'not valid JSON'),
         ('config.json', '{"a":' * 100_000, 'is nested more than 64 deep'),
         ('evaluation.json', '{"figures": {"fve": {"value": 1' + '0' * 400 + '}}}', 'holds a number of 401 digits'),
