@@ -222,7 +222,8 @@ def read_texts(cfg, tokenizer, vocab_size: int) -> Texts:
     encoder, around = response.encoder_prompt(ids, cfg.encoder.prompt), None
     is_text = cfg.explanation_open and cfg.decoder.injection != 'affine'  # and prompts are words
     if is_text and math.isfinite(vocab_size):
-        around = joints.build(tokenizer, tuple(cfg.encoder.prompt.rsplit(response.TEXT, 1)), encoder, vocab_size)
+        beside, tags = tuple(cfg.encoder.prompt.rsplit(response.TEXT, 1)), (cfg.explanation_open, cfg.explanation_close)
+        around = joints.build(tokenizer, beside, encoder, tags, vocab_size)
         encoder = around.cut_off(*encoder)
     return Texts(
         response.decoder_prompt(ids, cfg.decoder.prompt, cfg.decoder.marker),

@@ -34,7 +34,7 @@ from lens.objectives import OBJECTIVES
 from lens.reader import Reader
 from lens.reading import Reading
 from lens.reopen import Reopened, open_lens, reopen
-from lens.response import Found, Tags, between, find
+from lens.response import Found, Tags, between, find, words
 from lens.rollout import Rollout, read, source_of
 
 READ = ('tokens', 'activations', 'positions')  # of the held-out data, what `read` takes
@@ -151,9 +151,9 @@ def _evaluate_batch(
     found = {k: find(x, tags) if TEXTS[k].tagged else _quoted(x) for k, x in texts.items()}
     every = Found(*(_interleave(x) for x in zip(*found.values(), strict=True)))
     source = jax.tree.map(lambda x: _interleave([x] * len(texts)), roll.source)
-    words, span = between(jnp.maximum(_interleave(texts.values()), 0), every, tags)
+    read_NxT, span = between(jnp.maximum(_interleave(texts.values()), 0), every, tags)
     span = every.span if quotes and not span else span
-    pred = _separate(encode(lens.encoder, base, words, source, span), texts)
+    pred = _separate(encode(lens.encoder, base, read_NxT, source, span), texts)
     alone = {}
     if quotes:
         source = jax.tree.map(lambda x: _interleave([x] * len(quotes)), roll.source)
@@ -164,7 +164,7 @@ def _evaluate_batch(
         'a': comparable(roll.a_NxD, error),
         'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()}
         | {k: comparable(x, error) for k, x in alone.items()},
-        'ids': {k: jnp.where(found[k].inside(length), x, -1) for k, x in texts.items()},
+        'ids': {k: jnp.where(found[k].inside(length), words(x, found[k], tags), -1) for k, x in texts.items()},
         'found': {k: f.found_N for k, f in found.items()},
     }
 

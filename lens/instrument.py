@@ -14,7 +14,7 @@ from lens.models.encoder import Source, encode
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
 from lens.models.transformer import Transformer
-from lens.response import Tags, between, find
+from lens.response import Tags, between, find, words
 
 
 class Top(NamedTuple):
@@ -34,11 +34,12 @@ class Text(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """Explanations: response ids_NxT, the tokens start..start+length-1 of it are words, found_N whether there are any;
+    """Explanations: response ids_NxT, the tokens start..start+length-1 of words_NxT are words, found_N whether there are any;
     probability_NxT of each token and its `alternatives` NxTxK, at temperature 1; pred_NxD, what the encoder makes of
     the words."""
 
     ids_NxT: jax.Array
+    words_NxT: jax.Array
     start_N: jax.Array
     length_N: jax.Array
     found_N: jax.Array
@@ -93,6 +94,7 @@ def explain(
     read, span = between(ids, found, tags)
     return Explained(
         ids,
+        words(ids, found, tags),
         *found.span,
         found.found_N,
         kept[..., 0],

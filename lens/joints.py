@@ -3,7 +3,8 @@
 A tokenizer joins across the border of two texts: `<text>` and `"a` are `>"` and `a` there, `.` and `</text>` are `.</`. The
 tokens of a prompt that may be joined with words are cut off it, and stand among the words. Inside a compiled step the first
 and the last token of an explanation say by a table over the vocabulary what they are there (`join`); outside of it the
-text itself is read (`exact`). White space at its edges is no part of an explanation.
+text itself is read (`exact`). White space at its edges is no part of an explanation. The tags around it are found as text
+too (edges.py).
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-from lens import sharding
+from lens import edges
+from lens.edges import Edge, look_up
 from lens.words import ANCHOR, BROKEN, special_ids
 
 AFTER = ' the'  # what follows the first token of an explanation: a word of its own
@@ -26,7 +28,7 @@ class Joints:
 
     before, after: ids of the texts beside the words; cut: how many tokens of them stand among the words. head_VxH,
     tail_VxW: what the first token of an explanation becomes with the cut ones before it, the last one with those after
-    it, -1 after the end. blank_V: tokens that are nothing but white space.
+    it, -1 after the end. blank_V: tokens that are nothing but white space. tags: that an explanation stands between.
     """
 
     digest: str
@@ -38,15 +40,29 @@ class Joints:
     head_VxH: np.ndarray = dataclasses.field(compare=False, repr=False)
     tail_VxW: np.ndarray = dataclasses.field(compare=False, repr=False)
     blank_V: np.ndarray = dataclasses.field(compare=False, repr=False)
+    tags: tuple[Edge, Edge] = dataclasses.field(compare=False, repr=False)
 
     @property
     def more(self) -> int:
         """Returns by how many tokens an explanation grows at most."""
         return self.head_VxH.shape[1] + self.tail_VxW.shape[1] - 2
 
+    def find(self, ids_NxT):
+        """Finds the first closed pair of tags: (the last token of the opening one, the first and the last one of the closing
+        one), [N] each, -1 where there is none."""
+        opening, closing = self.tags
+        _, opened_N = opening.first(ids_NxT, jnp.zeros_like(ids_NxT[:, 0]))
+        return opened_N, *closing.first(ids_NxT, opened_N)
+
+    def between(self, ids_NxT, opened_N, closed_N):
+        """Gives responses with, of the tokens at the tags, what of them is none of the tag, -1 where that is nothing."""
+        (opening, closing), at = self.tags, jnp.arange(ids_NxT.shape[1])
+        ids_NxT = jnp.where(at == opened_N[:, None], look_up(opening.after_V, ids_NxT), ids_NxT)
+        return jnp.where(at == closed_N[:, None], look_up(closing.before_V, ids_NxT), ids_NxT)
+
     def trim(self, ids_NxT, inside_NxT):
         """Finds (start, length, whether there is any) of what is inside without white space at its edges, [N] each."""
-        seen_NxT = inside_NxT & ~_look_up(self.blank_V, ids_NxT)
+        seen_NxT = inside_NxT & (ids_NxT >= 0) & ~look_up(self.blank_V, ids_NxT)
         start, end = jnp.argmax(seen_NxT, axis=1), ids_NxT.shape[1] - jnp.argmax(seen_NxT[:, ::-1], axis=1)
         return start.astype(jnp.int32), (end - start).astype(jnp.int32), seen_NxT.any(1)
 
@@ -56,7 +72,7 @@ class Joints:
         start_N, length_N = span
         at, last_N = jnp.arange(ids_NxT.shape[1]), start_N + length_N - 1
         first, last = (jnp.take_along_axis(ids_NxT, i[:, None], axis=1)[:, 0] for i in (start_N, last_N))
-        head, tail = _look_up(self.head_VxH, first), _look_up(self.tail_VxW, last)
+        head, tail = look_up(self.head_VxH, first), look_up(self.tail_VxW, last)
         tail = jnp.where((length_N > 1)[:, None], tail, jnp.asarray(_row(self.right_cut, tail.shape[1])))
         between = (at > start_N[:, None]) & (at < last_N[:, None])
         x = jnp.concatenate([head, ids_NxT, tail], axis=1)
@@ -97,13 +113,6 @@ class Joints:
         return _encode(self.tokenizer, [opening + self.text(ids) + closing])[0]
 
 
-def _look_up(table: np.ndarray, ids):
-    """Rows of a table for ids, split over the devices as these are."""
-    place, n = sharding.like(ids), ids.ndim + table.ndim - 1
-    place = place and sharding.P(*place, *[None] * (n - len(place)))
-    return sharding.reshard(jnp.asarray(table), sharding.P()).at[ids].get(out_sharding=place)
-
-
 def padded(rows: list[list[int]], filler: int, width: int = 0) -> np.ndarray:
     """Returns rows of tokens as one array, as wide as the longest, `width` at least."""
     width = max(width, *map(len, rows))
@@ -133,8 +142,11 @@ def _beside(text: str, side: int, ids: tuple[int, ...], tokenizer) -> tuple[str,
     return '', ()
 
 
-def build(tokenizer, prompt: tuple[str, str], ids: tuple[list[int], list[int]], vocab_size: int) -> Joints:
-    """Makes the joints of a prompt, texts and token ids before and after the words, for a model of `vocab_size` rows.
+def build(
+    tokenizer, prompt: tuple[str, str], ids: tuple[list[int], list[int]], tags: tuple[str, str], vocab_size: int
+) -> Joints:
+    """Makes the joints of a prompt, texts and token ids before and after the words, for a model of `vocab_size` rows. tags:
+    what an explanation stands between in a response.
 
     Every token of the vocabulary is tokenized twice: seconds for 150,000 of them.
     """
@@ -144,7 +156,9 @@ def build(tokenizer, prompt: tuple[str, str], ids: tuple[list[int], list[int]], 
     shown = backend.decode_batch([[*anchor, i] for i in range(known)], skip_special_tokens=False)
     start = tokenizer.decode(anchor)
     special = set(special_ids(tokenizer))
-    texts = {i: s[len(start) :] for i, s in enumerate(shown) if s.startswith(start) and i not in special}
+    shown = [s.removeprefix(start) if s.startswith(start) else '' for s in shown]
+    found = tuple(edges.build(shown, tag.strip() or tag, vocab_size) for tag in tags)
+    texts = {i: s for i, s in enumerate(shown) if s and i not in special}
     blank = [i for i, s in texts.items() if s and not s.strip()]
     texts = {i: s for i, s in texts.items() if s.strip() and BROKEN not in s}
 
@@ -171,9 +185,9 @@ def build(tokenizer, prompt: tuple[str, str], ids: tuple[list[int], list[int]], 
     digest = hashlib.sha256(repr((left, right, before, after)).encode())
     for x in (head, tail, blank_V):
         digest.update(repr(x.shape).encode() + x.tobytes())
-    return Joints(
-        digest.hexdigest(), tokenizer, (left, right), before, after, (cut_left, cut_right), head, tail, blank_V
-    )
+    digest.update(repr([edge.digest for edge in found]).encode())
+    cut = cut_left, cut_right
+    return Joints(digest.hexdigest(), tokenizer, (left, right), before, after, cut, head, tail, blank_V, found)
 
 
 def _table(rows: dict[int, list[int]], prompt: tuple[int, ...], vocab_size: int) -> tuple[np.ndarray, int]:

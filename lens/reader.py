@@ -317,7 +317,7 @@ class Reader:
         )
         said, pred = [], out.pred_NxD
         if self.run.texts.tags.joints:  # the program reads nearly their text, this all of it
-            spans = zip(out.ids_NxT, out.start_N, out.length_N, strict=True)
+            spans = zip(out.words_NxT, out.start_N, out.length_N, strict=True)
             pred = self._encode([ids[start : start + length].tolist() for ids, start, length in spans], repeated[1])
         for i in range(n * k):
             words = slice(out.start_N[i], out.start_N[i] + out.length_N[i])
@@ -325,7 +325,7 @@ class Reader:
             found = bool(out.found_N[i])
             said.append(
                 _Said(
-                    out.ids_NxT[i, words].tolist(),
+                    out.words_NxT[i, words].tolist(),
                     found,
                     bool(drawn_K[i % k]),
                     out.probability_NxT[i, words],

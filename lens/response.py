@@ -98,21 +98,24 @@ def find(ids_NxT, tags: Tags) -> Found:
     """Finds the first closed pair of tags with at least one token between them, and the end token after it if there is
     one to be.
 
-    Without them it has failed: all tokens up to an end token count, words are what follows the opening tag, or all. No tags,
-    no failure.
+    Where an explanation is text the tags are, too. Without them it has failed: all tokens up to an end token count, words are
+    what follows the opening tag, or all. No tags, no failure.
     """
     t, zero = ids_NxT.shape[1], jnp.zeros_like(ids_NxT[:, 0])
     if not tags:
         return Found(zero, zero + t, zero + t, zero == 0)
-    opened, has_opening = _first(ids_NxT, tags.opening, zero)
-    start = jnp.where(has_opening, opened + len(tags.opening), 0)
-    closed, has_closing = _first(ids_NxT, tags.closing, start)
-    found, end = has_opening & has_closing & (closed > start), closed + len(tags.closing)
     if tags.joints:
-        at, at_edge = jnp.arange(t), (start[:, None], closed[:, None])
-        text, length, some = tags.joints.trim(ids_NxT, (at >= at_edge[0]) & (at < at_edge[1]))
-        found &= some
+        opened, closed, last = tags.joints.find(ids_NxT)
+        at, start, end = jnp.arange(t), opened + 1, last + 1
+        inside = (at >= opened[:, None]) & (at <= closed[:, None])
+        text, length, some = tags.joints.trim(tags.joints.between(ids_NxT, opened, closed), inside)
+        found = (opened >= 0) & (closed > opened) & some
         start, closed = jnp.where(found, text, start), jnp.where(found, text + length, closed)
+    else:
+        opened, has_opening = _first(ids_NxT, tags.opening, zero)
+        start = jnp.where(has_opening, opened + len(tags.opening), 0)
+        closed, has_closing = _first(ids_NxT, tags.closing, start)
+        found, end = has_opening & has_closing & (closed > start), closed + len(tags.closing)
     ended = found
     if tags.end:
         last, ended = _first(ids_NxT, tags.end, zero)
@@ -122,11 +125,20 @@ def find(ids_NxT, tags: Tags) -> Found:
     return Found(start, length, jnp.where(ended, end, t), found)
 
 
+def words(ids_NxT, found: Found, tags: Tags):
+    """Gives responses in which the first and the last word are none of a tag that the tokenizer has joined them with."""
+    if not tags.joints:
+        return ids_NxT
+    opened, closed, _ = tags.joints.find(ids_NxT)
+    inside_NxT, parted_NxT = found.inside(ids_NxT.shape[1]), tags.joints.between(ids_NxT, opened, closed)
+    return jnp.where(inside_NxT & (parted_NxT >= 0), parted_NxT, ids_NxT)
+
+
 def between(ids_NxT, found: Found, tags: Tags):
     """Gives (ids, span) of responses as `encode` takes them: what stands between the prompts of the encoder."""
     if not tags.joints:
         return ids_NxT, found.span if tags else None
-    return tags.joints.join(ids_NxT, found.span, ids_NxT.shape[1])
+    return tags.joints.join(words(ids_NxT, found, tags), found.span, ids_NxT.shape[1])
 
 
 def word_count(label_T: np.ndarray, filler: int) -> int:

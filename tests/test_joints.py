@@ -1,5 +1,6 @@
 """Explanations as text: what the encoder reads of a response against the tokenizer on the whole text."""
 
+import dataclasses
 import re
 
 import jax
@@ -27,7 +28,7 @@ def texts(tokenizer):
     """Prompts of an encoder without what is joined with words, and the tags of an explanation that is text."""
     ids = response.reader(tokenizer, len(tokenizer))
     prompt = response.encoder_prompt(ids, f'{LEFT}<text>{RIGHT}')
-    joined = joints.build(tokenizer, (LEFT, RIGHT), prompt, len(tokenizer))
+    joined = joints.build(tokenizer, (LEFT, RIGHT), prompt, (OPEN, CLOSE), len(tokenizer))
     return joined.cut_off(*prompt), response.tags(ids, OPEN, CLOSE, END, joined)
 
 
@@ -60,6 +61,38 @@ def test_the_encoder_reads_what_the_tokenizer_makes_of_the_whole_text(tokenizer,
     assert tags.joints.cut == (1, 1)
 
 
+TAGGED = [
+    'a text.</e>',
+    'A text</e>|',
+    '"of"</e>',
+    '.\n\nof.</e>.',
+    ' \n\n as)"\n\n</e>\n\n',
+    'a',
+    '</e>a</e>',
+    '\n</e>',
+    'a</e',
+    '.',
+    'A.</e>',
+]
+
+
+def test_tags_are_found_as_text_though_they_are_joined_with_words(tokenizer, texts):
+    """As a regular expression on the text has it, and the encoder reads what stands between them."""
+    (left, right), tags = texts
+    tags = dataclasses.replace(tags, end=())
+    made = ['<e>' + x for x in TAGGED] + ['of.<e>' + x for x in TAGGED] + ['<e ' + x for x in TAGGED]
+    found, got = read(responses(tokenizer, made), tags)
+    want = [re.search('<e>(.*?)</e>', x, re.DOTALL) for x in made]
+    want = [m[1].strip() if m else '' for m in want]
+    assert found.found_N.tolist() == [bool(x) for x in want] and 10 < sum(map(bool, want)) < len(want)
+    for text, row, ok in zip(want, got, found.found_N, strict=True):
+        assert not ok or [*left, *row, *right] == encode(tokenizer, LEFT + text + RIGHT), text
+    ids = responses(tokenizer, made)
+    shown = response.words(ids, found, tags)
+    spans = zip(shown, found.start_N, found.length_N, found.found_N, strict=True)
+    assert [tokenizer.decode(row[s : s + n]).strip() if ok else '' for row, s, n, ok in spans] == want
+
+
 @pytest.mark.parametrize('text', [*WORDS, '.', '"', 'A', ''])
 def test_outside_of_a_step_any_text_is_read_exactly(tokenizer, texts, text):
     (left, right), tags = texts
@@ -69,7 +102,7 @@ def test_outside_of_a_step_any_text_is_read_exactly(tokenizer, texts, text):
 
 
 def test_a_prompt_of_control_tokens_or_none_joins_nothing(tokenizer):
-    joined = joints.build(tokenizer, ('', ''), ([], []), len(tokenizer) + 3)
+    joined = joints.build(tokenizer, ('', ''), ([], []), (OPEN, CLOSE), len(tokenizer) + 3)
     assert joined.cut == (0, 0) and joined.texts == ('', '')
     ids = encode(tokenizer, 'a.\n')
     assert joined.exact(ids) == encode(tokenizer, 'a.')
@@ -121,7 +154,9 @@ def test_equal_joints_are_one_static_argument(tokenizer, texts):
     """A program is compiled once for them."""
     _, tags = texts
     prompt = [encode(tokenizer, x) for x in (LEFT, RIGHT)]
-    again = joints.build(tokenizer, (LEFT, RIGHT), prompt, len(tokenizer))
-    other = joints.build(tokenizer, (LEFT, ' of'), (prompt[0], encode(tokenizer, ' of')), len(tokenizer))
-    assert (again == tags.joints) and hash(again) == hash(tags.joints) and other != again
+    again = joints.build(tokenizer, (LEFT, RIGHT), prompt, (OPEN, CLOSE), len(tokenizer))
+    of = (LEFT, ' of'), (prompt[0], encode(tokenizer, ' of'))
+    others = [joints.build(tokenizer, *of, (OPEN, CLOSE), len(tokenizer))]
+    others += [joints.build(tokenizer, (LEFT, RIGHT), prompt, (OPEN, '</f>'), len(tokenizer))]
+    assert (again == tags.joints) and hash(again) == hash(tags.joints) and again not in others
     assert re.fullmatch('[0-9a-f]{64}', again.digest)

@@ -83,7 +83,7 @@ def hold(lens: Lens, run: Run) -> Held:
         said.ids_NxT,
         np.where(said.found_N, after + len(run.texts.tags.closing), run.length),
         said.found_N,
-        [row[start:end] for row, start, end in zip(said.ids_NxT, said.start_N, after, strict=True)],
+        [row[start:end] for row, start, end in zip(said.words_NxT, said.start_N, after, strict=True)],
         said.pred_NxD,
         functools.partial(_encode_rows, written, run),
     )
