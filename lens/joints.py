@@ -3,23 +3,59 @@
 A tokenizer joins across the border of two texts: `<text>` and `"a` are `>"` and `a` there, `.` and `</text>` are `.</`. The
 tokens of a prompt that may be joined with words are cut off it, and stand among the words. Inside a compiled step the first
 and the last token of an explanation say by a table over the vocabulary what they are there (`join`); outside of it the
-text itself is read (`exact`). White space at its edges is no part of an explanation. The tags around it are found as text
-too (edges.py).
+text itself is read (`exact`). White space at its edges is no part of an explanation.
+
+Its tags are found as text, too: `text.</explanation>` is `text`, `.</`, `explanation`, `>` to many tokenizers. A table says how
+far into the tag each token comes, another one which token the rest of a joined one is: `.`.
 """
 
 import dataclasses
 import hashlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import edges
-from lens.edges import Edge, look_up
+from lens import sharding
 from lens.words import ANCHOR, BROKEN, special_ids
 
 AFTER = ' the'  # what follows the first token of an explanation: a word of its own
+NOTHING = -1  # of a token that is the tag alone, or it and white space
 MOST = 4  # tokens that a first or last one becomes; what becomes more of them is left as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """A tag of S characters. digest: of all that follows it, by which two are equal.
+
+    steps_SxV: how many characters of the tag are there after a token, S if it is whole; row 0: of a token in which it
+    begins, row s: of one that goes on after s characters; 0: it is not the tag. before_V, after_V: the token of what
+    stands before, after the tag in a token, NOTHING where that is white space or none.
+    """
+
+    digest: str
+    steps_SxV: np.ndarray = dataclasses.field(compare=False, repr=False)
+    before_V: np.ndarray = dataclasses.field(compare=False, repr=False)
+    after_V: np.ndarray = dataclasses.field(compare=False, repr=False)
+
+    def first(self, ids_NxT, begin_N):
+        """Finds the first tag that begins at token `begin` or after it: its first token and its last one, [N] each, -1 where
+        there is none. Negative ids are no tokens."""
+        size, at = len(self.steps_SxV), jnp.arange(ids_NxT.shape[1])
+        begun = jnp.where(ids_NxT < 0, 0, look_up(self.steps_SxV[0], ids_NxT))
+
+        def go_on(_, carry):
+            state, last, following = carry
+            following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+            inside = (state > 0) & (state < size)
+            step = jnp.where(following < 0, 0, look_up(self.steps_SxV, state % size, following))
+            return jnp.where(inside, step, state), last + inside, following
+
+        state, last, _ = jax.lax.fori_loop(1, size, go_on, (begun, at + 0 * ids_NxT, ids_NxT))
+        hit = (state == size) & (at >= begin_N[:, None])
+        first_N = jnp.where(hit.any(1), jnp.argmax(hit, axis=1).astype(jnp.int32), -1)
+        return first_N, jnp.where(first_N < 0, -1, jnp.take_along_axis(last, first_N[:, None], axis=1)[:, 0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +149,14 @@ class Joints:
         return _encode(self.tokenizer, [opening + self.text(ids) + closing])[0]
 
 
+def look_up(table: np.ndarray, *at):
+    """Values of a table at places of equal shape, one for each of its first axes; split over the devices as these are."""
+    place, n = sharding.like(at[0]), at[0].ndim + table.ndim - len(at)
+    place = place and sharding.P(*place, *[None] * (n - len(place)))
+    table = sharding.reshard(jnp.asarray(table), sharding.P())
+    return table.at[at].get(out_sharding=place)
+
+
 def padded(rows: list[list[int]], filler: int, width: int = 0) -> np.ndarray:
     """Returns rows of tokens as one array, as wide as the longest, `width` at least."""
     width = max(width, *map(len, rows))
@@ -157,7 +201,7 @@ def build(
     start = tokenizer.decode(anchor)
     special = set(special_ids(tokenizer))
     shown = [s.removeprefix(start) if s.startswith(start) else '' for s in shown]
-    found = tuple(edges.build(shown, tag.strip() or tag, vocab_size) for tag in tags)
+    found = tuple(_edge(shown, tag.strip() or tag, vocab_size) for tag in tags)
     texts = {i: s for i, s in enumerate(shown) if s and i not in special}
     blank = [i for i, s in texts.items() if s and not s.strip()]
     texts = {i: s for i, s in texts.items() if s.strip() and BROKEN not in s}
@@ -188,6 +232,34 @@ def build(
     digest.update(repr([edge.digest for edge in found]).encode())
     cut = cut_left, cut_right
     return Joints(digest.hexdigest(), tokenizer, (left, right), before, after, cut, head, tail, blank_V, found)
+
+
+def _edge(texts: list[str], tag: str, vocab_size: int) -> Edge:
+    """Makes the edge of a tag, without white space at its ends, for tokens of these texts, of a model of `vocab_size` rows.
+    A token of which the rest is no token by itself is no part of the tag."""
+    size = len(tag)
+    steps, (before, after) = np.zeros((size, vocab_size), np.int16), np.full((2, vocab_size), NOTHING, np.int32)
+    known = {text: i for i, text in reversed([*enumerate(texts)])}
+
+    def rest(text: str) -> int | None:
+        return known.get(text) if text.strip() else NOTHING
+
+    for i, text in enumerate(texts):
+        left, found, right = text.partition(tag)
+        if found:
+            n, parts = size, (rest(left), rest(right))
+        else:
+            n = next((n for n in range(min(size - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+            parts = rest(text[: len(text) - n]), NOTHING
+        if n and None not in parts:
+            steps[0, i], before[i], after[i] = n, *parts
+        for s in (s for s in range(1, size) if text and text[0] == tag[s]):
+            if tag.startswith(text, s):
+                steps[s, i] = s + len(text)
+            elif text.startswith(tag[s:]) and (part := rest(text[size - s :])) is not None:
+                steps[s, i], after[i] = size, part
+    digest = hashlib.sha256(b''.join(x.tobytes() for x in (steps, before, after)))
+    return Edge(digest.hexdigest(), steps, before, after)
 
 
 def _table(rows: dict[int, list[int]], prompt: tuple[int, ...], vocab_size: int) -> tuple[np.ndarray, int]:

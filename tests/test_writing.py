@@ -122,6 +122,40 @@ def test_what_others_can_read_comes_back_as_it_was(marked, form):
             jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(want))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('train', 'injection', 'dtype'),
+    [
+        ('full', 'replace', 'float32'),
+        ('full', 'add', 'float32'),
+        ('lora', 'add', 'float32'),
+        ('full', 'replace', 'bfloat16'),
+    ],
+)
+def test_every_kind_of_lens_is_verified_and_comes_back(world, tmp_path, train, injection, dtype):
+    """Written only where PyTorch says the same; bfloat16: of the models as they are written."""
+    norm = MARKED['decoder__norm'] * (injection == 'replace')
+    more = {'decoder__injection': injection, 'decoder__norm': norm, 'subject__dtype': dtype}
+    cfg, rng = config(world, train, **MARKED | more), np.random.default_rng(4)
+    run, abstract = abstract_lens(cfg)
+
+    def leaf(x):
+        return sharding.put((0.3 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding)
+
+    lens = jax.tree.map(leaf, abstract)
+    with jax.set_mesh(run.mesh):
+        held = verify.hold(lens, run)
+        export.write_folder(tmp_path / 'nla', lens, run, json.loads(cfg.to_json()), 2, {}, form='nla', held=held)
+    again = reopen.open_folder(tmp_path / 'nla')
+    assert again.run.texts == run.texts and again.params.decoder.config == lens.decoder.config
+    np.testing.assert_array_equal(again.params.encoder.readout_w[...], lens.encoder.readout_w[...])
+    for side, n in (('decoder', 3), ('encoder', 2)):
+        with jax.set_mesh(run.mesh):
+            want = lens_folder.model(lens, run.base, side).truncated(n)
+        got = getattr(again.params, side).base.truncated(n)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(want))
+
+
 def test_verifying_finds_what_is_wrong(marked, tmp_path):
     root, _, _, held = marked
     shutil.copytree(root / 'nla', tmp_path / 'nla')
