@@ -125,6 +125,7 @@ def serve() -> None:
         flags.DEFINE_integer('port', 8123, 'Where it listens on 127.0.0.1; 0: a free port, which it prints.'),
         flags.DEFINE_integer('queue', 32, 'Requests that may wait or run at a time; more are refused.', lower_bound=1),
         _subject(),
+        flags.DEFINE_string('question', '', 'What an activation oracle is asked; <embed> in it for each vector.'),
     )
 
 

@@ -43,12 +43,13 @@ TOKENIZER_FILES = (
     'special_tokens_map.json',
     'chat_template.jinja',
 )
-OF_LENSES = (
-    'nla_meta.yaml',
-    'adapter_config.json',
-    'ao_config.json',
-    'ar_meta.json',
-)  # of others, beside their weights
+# What lenses of others have beside models: what one says of itself; the head of an encoder; adapters of a decoder; of an
+# encoder, as EasyNLA has them; of an activation oracle.
+SIDECAR, HEAD = 'nla_meta.yaml', 'value_head.safetensors'
+PEFT, PEFT_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+LORA_ENCODER, LORA_ENCODER_WEIGHTS = 'ar_meta.json', 'ar_lora_value_head.safetensors'
+ORACLE = 'ao_config.json'
+OF_LENSES = (SIDECAR, PEFT, LORA_ENCODER, ORACLE)
 # Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
 IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
 LONGEST_NAME = 255  # of a file of weights

@@ -31,15 +31,16 @@ OUTLIER = 4.0  # a norm that is so many times the median of the text, or below o
 MOST_SAMPLES = 64
 
 
-def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH) -> 'Reader':
+def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH, question: str = '') -> 'Reader':
     """Opens a lens: a workdir (its newest checkpoint), a folder of lens.export, a lens of others (lens/interchange), or the
     name of one that ships with the package. No training data is needed.
 
     subject: where the model that it reads is, if not where it was. batch: explanations that are drawn at a time; more
-    take more memory and change no row. Raises LensError: no lens there, or another subject than that of its training.
+    take more memory and change no row. question: what an activation oracle is asked, about one vector or, with <embed> for
+    each, about several (`describe`). Raises LensError: no lens there, or another subject than that of its training.
     """
     number(batch, 'batch', 1, 4096)
-    opened = reopen.open_lens(path, **{'subject_path': str(subject)} if subject else {})
+    opened = reopen.open_lens(path, question=question, **{'subject_path': str(subject)} if subject else {})
     return Reader(opened, str(path), batch)
 
 
@@ -244,6 +245,8 @@ class Reader:
         if not fits or a.ndim > 3 or a.shape[-1] != d or not len(a) or not np.isfinite(a).all():
             more = f' or Nx{slots}x{d}' if slots > 1 else ''
             raise LensError(f'vectors of shape {a.shape} were given, this lens takes finite ones Nx{d}{more}.')
+        if not a.any(-1).all():
+            raise LensError('A vector of zeros was given, which has no direction to say anything of: give another.')
         return a
 
     def _source(self, ids: Sequence[int], at_P) -> Source:

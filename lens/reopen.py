@@ -97,9 +97,9 @@ def reopen(
     return Reopened(stored, cfg.subject.path, run, number, params)
 
 
-def open_lens(path: str | pathlib.Path, needs: Sequence[str] = (), **given: str) -> Reopened:
+def open_lens(path: str | pathlib.Path, needs: Sequence[str] = (), question: str = '', **given: str) -> Reopened:
     """Returns the lens of a workdir (its newest checkpoint), a folder of lens.export, one of others, or the name of one that
-    ships, on one device of the data axis. needs, given: as in `reopen`. Raises LensError.
+    ships, on one device of the data axis. needs, given: as in `reopen`; question: of lens.load. Raises LensError.
     """
     folder = files.find(path)
     theirs = directories.is_foreign(folder)
@@ -111,21 +111,21 @@ def open_lens(path: str | pathlib.Path, needs: Sequence[str] = (), **given: str)
             'one of them.'
         )
     try:
-        if theirs or (folder / 'lens.json').exists():
-            return open_folder(folder, needs, **given)
+        if theirs or question or (folder / 'lens.json').exists():
+            return _open_folder(folder, needs, question, **given)
         return reopen(folder, data=1, needs=needs, **given)
     except LensError as e:
         made = next((how for where, how in MADE.items() if where in str(e) and not files.find(where).exists()), None)
         raise (LensError(f'The subject of {shown(path)} is not there: `{made}` makes it.') if made else e) from None
 
 
-def open_folder(directory: pathlib.Path, needs: Sequence[str] = (), **given: str) -> Reopened:
-    """Returns an exported lens, whole or light, or one of others, beside its subject. needs, given: as in `reopen`.
-
-    Raises LensError, also where the subject is another than that of its training, before weights are read.
-    """
+def _open_folder(directory: pathlib.Path, needs: Sequence[str], question: str, **given: str) -> Reopened:
+    """Opens an exported lens, whole or light, or one of others. A subject that is another than that of its training is
+    refused before weights are read."""
     theirs, file = directories.is_foreign(directory), directory / 'lens.json'
-    spec = reading.opened(directory, **given) if theirs else lens_folder.read_spec(directory)
+    if question and not theirs:
+        raise LensError(f'{directory} is no activation oracle, so it has one prompt: leave the question away.')
+    spec = reading.opened(directory, question, **given) if theirs else lens_folder.read_spec(directory)
     stored, step, content = (spec.get(k) for k in ('config', 'step', 'subject_content'))
     try:
         cfg = ml_collections.ConfigDict(stored)

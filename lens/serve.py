@@ -34,7 +34,7 @@ def listen(port: int) -> socket.socket:
     return out
 
 
-def main(lens, port, queue, subject) -> None:
+def main(lens, port, queue, subject, question) -> None:
     for name in ('pydantic', 'starlette', 'uvicorn'):
         need_package(name, 'serve', 'lens.serve')
     import uvicorn
@@ -43,7 +43,7 @@ def main(lens, port, queue, subject) -> None:
 
     with contextlib.closing(listen(port)) as listening:
         print(f'Opening {shown(lens)}', file=sys.stderr)
-        app = web.application(reader.load(lens, subject), queue)
+        app = web.application(reader.load(lens, subject, question=question), queue)
         print(f'http://{HOST}:{listening.getsockname()[1]}  Ctrl-C ends it', flush=True)
         how = {'log_level': 'warning', 'timeout_graceful_shutdown': LEAVE_S, 'server_header': False}
         uvicorn.Server(uvicorn.Config(app, limit_concurrency=4 * queue + 16, **how)).run(sockets=[listening])

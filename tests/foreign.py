@@ -84,18 +84,19 @@ def last(made, tokens) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(made, row: list[int], at: int, vector, family: str = 'replace') -> np.ndarray:
-    """Logits after a row whose token `at` carries the vector."""
-    v = torch.tensor(vector)
+def logits(made, row: list[int], at: int | list[int], vector, family: str = 'replace') -> np.ndarray:
+    """Logits after a row whose token `at` carries the vector, or whose tokens carry one each."""
+    at, v = [*np.atleast_1d(at)], torch.tensor(np.atleast_2d(vector))
+    v = v / v.norm(dim=-1, keepdim=True)
 
     def add(k, x):
         if k == 1:
-            x[:, at] += x[:, at].norm(dim=-1, keepdim=True) * v / v.norm()
+            x[:, at] += x[:, at].norm(dim=-1, keepdim=True) * v
         return x
 
     embeds = made.get_input_embeddings().weight[row][None].clone()
     if family == 'replace':
-        embeds[:, at] = v * SCALE / v.norm()
+        embeds[:, at] = v * SCALE
     return hf_models.forward(made, embeds=embeds.numpy(), after=add if family == 'add' else None)[0][0, -1]
 
 

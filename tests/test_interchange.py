@@ -64,9 +64,9 @@ def configured(root, folder, **changes):
     return reading.configured(cfg, cfg)
 
 
-def opened(root, folder):
+def opened(root, folder, question=''):
     """What a folder computes: logits(vector) after the prompt, rebuilt(text); its run and configuration."""
-    found = reopen.open_folder(folder, subject_path=str(root / 'subject'))
+    found = reopen.open_lens(folder, question=question, subject_path=str(root / 'subject'))
     run, made = found.run, found.params
 
     def call(program, side, rows):
@@ -156,6 +156,14 @@ def test_an_oracle(root, tmp_path):
     close(here.logits(v), foreign.logits(decoder, prompt, prompt.index(260), v, 'add'))
     subject = hf_models.load(root / 'subject')
     close(here.rebuilt(TEXTS[0]), hf_models.forward(subject, [ids(TEXTS[0])])[1][3][0, -1])
+    asked, several = opened(root, tmp_path, '<embed><embed> \nAre they alike?'), foreign.vectors(2)
+    prompt = ids(f'{BOS}<|u|>Layer: 2\n ? ? \nAre they alike?<|a|>-')
+    at = [i for i, x in enumerate(prompt) if x == 260]
+    want = foreign.logits(decoder, prompt, at, several, 'add')
+    close(asked.logits(several), want)
+    assert np.abs(want - foreign.logits(decoder, prompt, at, several[::-1].copy(), 'add')).max() > 1e-2
+    with pytest.raises(LensError, match=r'pair/av is no activation oracle, so it has one prompt: leave the question'):
+        reopen.open_lens(root / 'pair', question='Why?', subject_path=str(root / 'subject'))
 
 
 # ---- what a sidecar says ----

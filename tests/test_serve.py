@@ -492,4 +492,4 @@ def test_what_the_command_needs(monkeypatch):
         serve.listen(99999)
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(LensError, match=r"lens\.serve needs the package pydantic: pip install 'lens\[serve\]'"):
-        serve.main('it', 0, 4, '')
+        serve.main('it', 0, 4, '', '')

@@ -108,7 +108,7 @@ def test_a_lens_in_the_formats_of_others(marked, world):
 @pytest.mark.parametrize('form', writing.LAYOUTS)
 def test_what_others_can_read_comes_back_as_it_was(marked, form):
     root, run, lens, _ = marked
-    again = reopen.open_folder(root / form)
+    again = reopen.open_lens(root / form)
     assert again.run.texts == run.texts and again.run.length == run.length and again.run.layer == run.layer
     assert again.params.decoder.config == lens.decoder.config and again.params.encoder.config == lens.encoder.config
     if form == 'peft':
@@ -146,7 +146,7 @@ def test_every_kind_of_lens_is_verified_and_comes_back(world, tmp_path, train, i
     with jax.set_mesh(run.mesh):
         held = verify.hold(lens, run)
         export.write_folder(tmp_path / 'nla', lens, run, json.loads(cfg.to_json()), 2, {}, form='nla', held=held)
-    again = reopen.open_folder(tmp_path / 'nla')
+    again = reopen.open_lens(tmp_path / 'nla')
     assert again.run.texts == run.texts and again.params.decoder.config == lens.decoder.config
     np.testing.assert_array_equal(again.params.encoder.readout_w[...], lens.encoder.readout_w[...])
     for side, n in (('decoder', 3), ('encoder', 2)):

@@ -17,15 +17,15 @@ import numpy as np
 
 from lens import files, hf
 from lens.errors import LensError, number, shown
+from lens.hf import HEAD, LORA_ENCODER, LORA_ENCODER_WEIGHTS, ORACLE, PEFT, PEFT_WEIGHTS, SIDECAR
 from lens.interchange import sidecar
-from lens.interchange.sidecar import NAME, Sidecar
+from lens.interchange.sidecar import Sidecar
 from lens.models.transformer import TransformerConfig
 
 FOLDERS = {'decoder': ('av', 'actor', 'decoder'), 'encoder': ('ar', 'critic', 'encoder')}
 BESIDE = {'av': 'ar', 'actor': 'critic'}  # word in the name of a decoder -> in that of its encoder
 WORD = re.compile(r'(?<![a-z])(av|actor)(?![a-z])')
 HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
-PEFT, ORACLE, LORA_ENCODER = 'adapter_config.json', 'ao_config.json', 'ar_meta.json'
 ADAPTED = re.compile(
     r'layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.lora_(A|B)(?:\.default)?\.weight$'
 )
@@ -78,7 +78,7 @@ def is_foreign(path: str | pathlib.Path) -> bool:
     if (folder / 'lens.json').exists() or (folder / 'checkpoints').exists():
         return False
     subfolders = [n for names in FOLDERS.values() for n in names[:2]]
-    return any((folder / n).exists() for n in (*subfolders, f'decoder/{NAME}', NAME, PEFT))
+    return any((folder / n).exists() for n in (*subfolders, f'decoder/{SIDECAR}', SIDECAR, PEFT))
 
 
 def _directories(path: str | pathlib.Path) -> dict[str, pathlib.Path]:
@@ -119,7 +119,7 @@ def _side(side: str, directory: pathlib.Path) -> Side:
             )
         return Side(directory, told, adapters=_peft(directory))
     if told is None:
-        raise LensError(f'{directory}/{NAME} does not exist: put the sidecar of this model there.')
+        raise LensError(f'{directory}/{SIDECAR} does not exist: put the sidecar of this model there.')
     if side == 'encoder' and (directory / LORA_ENCODER).exists():
         return _lora_encoder(directory, told)
     config = hf.read_config(directory)
@@ -127,7 +127,7 @@ def _side(side: str, directory: pathlib.Path) -> Side:
         raise LensError(f'{told.file}: d_model={told.d_model}, the model has hidden states of {config.d_model}.')
     if side == 'decoder':
         return Side(directory, told, config)
-    file = directory / 'value_head.safetensors'
+    file = directory / HEAD
     return Side(directory, told, config, head=_head(file, hf.read_tensors(file), told), blocks=config.n_layers)
 
 
@@ -136,12 +136,12 @@ def _told(side: str, directory: pathlib.Path) -> Sidecar | None:
 
     Raises LensError where there are two that do not agree, or one of another role.
     """
-    files_ = [x for x in (directory / NAME, directory.parent / NAME) if x.exists()]
+    files_ = [x for x in (directory / SIDECAR, directory.parent / SIDECAR) if x.exists()]
     if not files_:
         if side == 'decoder' and (directory / ORACLE).exists() and (directory / PEFT).exists():
             files.read_json(directory / ORACLE, hf.AGAIN)
             return None
-        raise LensError(f'{directory}/{NAME} does not exist: put the sidecar of this model there.')
+        raise LensError(f'{directory}/{SIDECAR} does not exist: put the sidecar of this model there.')
     found = [sidecar.parse(x) for x in files_]
     told, around = found[0], found[-1]
     if told.role not in ('', side):
@@ -165,7 +165,7 @@ def _peft(directory: pathlib.Path) -> Adapters:
     if kind != 'LORA' or odd:
         what = f'{odd[0]}={shown(repr(c[odd[0]]), 60)}' if odd else f'peft_type={shown(repr(kind), 40)}'
         raise LensError(f'{file}: {what} is not supported: merge the adapter into its model and give that.')
-    weights = directory / 'adapter_model.safetensors'
+    weights = directory / PEFT_WEIGHTS
     tensors, rest = _adapted(hf.read_tensors(weights))
     if rest or not tensors:
         what = f'holds {shown(rest[0])}, which is no adapter of a matrix of a block' if rest else 'holds no adapter'
@@ -175,7 +175,7 @@ def _peft(directory: pathlib.Path) -> Adapters:
 
 def _lora_encoder(directory: pathlib.Path, told: Sidecar) -> Side:
     """An encoder of EasyNLA: adapters with rank-stabilised scale, and its head."""
-    file, weights = directory / LORA_ENCODER, directory / 'ar_lora_value_head.safetensors'
+    file, weights = directory / LORA_ENCODER, directory / LORA_ENCODER_WEIGHTS
     c, stored = files.read_json(file, hf.AGAIN, keys={'ar_num_layers': int}), hf.read_tensors(weights)
     tensors, rest = _adapted(stored)
     head = {n.removeprefix('value_head.'): stored[n] for n in rest}

@@ -15,8 +15,9 @@ from lens import hf, lens_folder, sharding
 from lens.configs import base as defaults
 from lens.configs.nla_qwen2_5_7b import CLOSE, OPEN
 from lens.errors import LensError, shown
+from lens.hf import LORA_ENCODER
 from lens.interchange import sidecar
-from lens.interchange.directories import LORA_ENCODER, Adapters, Side, is_foreign, sides
+from lens.interchange.directories import Adapters, Side, is_foreign, sides
 from lens.interchange.sidecar import Sidecar
 from lens.keys import get
 from lens.models.lens import Lens
@@ -37,9 +38,9 @@ BOUND = ('layer', 'decoder.prompt', 'decoder.injection', 'decoder.marker', 'deco
 BOUND += ('encoder.output_layer', 'encoder.readout', 'encoder.train', 'encoder.context_tokens', 'position_vectors')
 
 
-def configured(cfg, found):
+def configured(cfg, found, question: str = ''):
     """Returns a copy of a configuration in which the keys that decide what a lens of others in init_from does are those of
-    that lens, and cfg where init_from is none. found: `cfg` with its folders as they are found.
+    that lens, and cfg where init_from is none. found: `cfg` with its folders as they are found. question: of lens.load.
 
     A key that has its default takes the value of the lens. Raises LensError where another one would make another lens of
     it, and for all that the directories show to be wrong before models are read.
@@ -49,7 +50,7 @@ def configured(cfg, found):
     read, out, usual = sides(found.init_from), cfg.copy_and_resolve_references(), defaults.get_config()
     out.subject.path = cfg.subject.path or _subject(read['decoder'])[0]
     subject = found.subject.path or out.subject.path
-    lens = _keys(read, out, subject)
+    lens = _keys(read, out, subject, question)
     differ = [k for k in BOUND if k in lens and get(out, k) not in (lens[k], get(usual, k))]
     if differ:
         told = ', '.join(f'{k}={shown(repr(get(out, k)), 60)}, the lens has {shown(repr(lens[k]), 60)}' for k in differ)
@@ -68,9 +69,11 @@ def _subject(decoder: Side) -> tuple[str, str | None]:
     return str(beside) if beside.is_dir() else decoder.told.base, said.get('content')
 
 
-def _keys(read: dict[str, Side], cfg, subject: str) -> dict:
+def _keys(read: dict[str, Side], cfg, subject: str, question: str) -> dict:
     """The keys of a lens by dotted name; cfg says what its files leave open. Raises LensError."""
     decoder, encoder = read['decoder'], read.get('encoder')
+    if question and decoder.told:
+        raise LensError(f'{decoder.directory} is no activation oracle, so it has one prompt: leave the question away.')
     if not subject:
         raise LensError(
             f'{decoder.directory} names no model that it reads: give it as subject.path, to lens.load as subject.'
@@ -91,7 +94,7 @@ def _keys(read: dict[str, Side], cfg, subject: str) -> dict:
             reads.check(tokenizer, c, out['decoder.prompt'].replace(EMBED, decoder.told.marker))
             out['encoder.prompt'] = _bos(reads, tokenizer) + reads.encoder_text(TEXT)
     else:
-        out |= _oracle_keys(tokenizer, layer)
+        out |= _oracle_keys(tokenizer, layer, question or QUESTION)
     if encoder:
         out |= {'encoder.train': encoder.train, 'encoder.readout': 'affine' if 'bias' in encoder.head else 'linear'}
         if encoder.normed and (out['encoder.readout'] == 'affine' or out['encoder.error'] != 'direction'):
@@ -194,12 +197,13 @@ def _decoder_keys(decoder: Side, tokenizer, c: TransformerConfig, given) -> dict
     }
 
 
-def _oracle_keys(tokenizer, layer: int) -> dict:
-    """Of an activation oracle, which is asked about one vector."""
-    turns = [{'role': 'user', 'content': f'Layer: {layer}\n{MARKER} \n{QUESTION}'}]
+def _oracle_keys(tokenizer, layer: int, question: str) -> dict:
+    """Of an activation oracle, which is asked about one vector, or about as many as the question has slots."""
+    asked = question if EMBED in question else f'{EMBED} \n{question}'
+    turns = [{'role': 'user', 'content': f'Layer: {layer}\n{asked}'}]
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return {
-        'decoder.prompt': prompt.replace(MARKER, EMBED),
+        'decoder.prompt': prompt,
         'decoder.injection': 'add',
         'decoder.marker': MARKER,
         'explanation_len': ANSWER,
@@ -274,10 +278,11 @@ def _norm_gain(base: Transformer) -> np.ndarray:
     return np.asarray(base.final_norm.scale[...], np.float32) + (base.config.norm == 'rms_offset')
 
 
-def opened(directory: str | pathlib.Path, subject_path: str = '') -> dict:
+def opened(directory: str | pathlib.Path, question: str = '', subject_path: str = '') -> dict:
     """Returns what lens.json says of an exported lens, of one of others: its configuration, what its subject holds where
-    that is told. subject_path: of the model that it reads, if not where its files say. Raises LensError."""
+    that is told. question: of lens.load; subject_path: of the model that it reads, if not where its files say. Raises
+    LensError."""
     cfg = defaults.get_config()
     cfg.subject.path, cfg.init_from = subject_path, str(directory)
-    config = json.loads(configured(cfg, cfg).to_json())
+    config = json.loads(configured(cfg, cfg, question).to_json())
     return {'config': config, 'step': 0, 'subject_content': _subject(sides(directory)['decoder'])[1]}

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from lens.errors import LensError, number, shown
+from lens.hf import SIDECAR
 from lens.models.transformer import TransformerConfig
 
-NAME = 'nla_meta.yaml'
 KINDS = ('nla_model', 'nla_dataset')
 SCHEMA_VERSION = 2  # of nla_model, as written
 MOST_BYTES, MOST_VALUES = 1 << 20, 1 << 17  # of a sidecar; aliases make many values of few bytes
@@ -184,10 +184,10 @@ def place(path: str | pathlib.Path) -> pathlib.Path:
     that is neither: a directory that is missing, or a name of the Hub."""
     path = pathlib.Path(str(path).partition('@[')[0])
     if path.is_dir() or not path.suffix:
-        return path / NAME
+        return path / SIDECAR
     if path.suffix != '.parquet':
         raise LensError(f'{shown(path)} is no directory and no .parquet file: download it first, or correct its name.')
-    return path.with_name(f'{path.name}.{NAME}')
+    return path.with_name(f'{path.name}.{SIDECAR}')
 
 
 def parse(file: pathlib.Path) -> Sidecar:

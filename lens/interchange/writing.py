@@ -119,8 +119,7 @@ def sidecars(lens: Lens, run: Run, config: dict, subject: Subject, step: int) ->
         },
     }
     return {
-        side: Sidecar(pathlib.Path(FOLDERS[side], sidecar.NAME), role=side, **both, **own)
-        for side, own in sides.items()
+        side: Sidecar(pathlib.Path(FOLDERS[side], hf.SIDECAR), role=side, **both, **own) for side, own in sides.items()
     }
 
 
@@ -177,7 +176,7 @@ def write(directory: pathlib.Path, layout: str, lens: Lens, run: Run, told: dict
         if layout == 'nla':
             _write_model(folder, lens, run, side, source)
             if side == 'encoder':
-                hf.write_tensors(folder / 'value_head.safetensors', {'weight': head})
+                hf.write_tensors(folder / hf.HEAD, {'weight': head})
         else:
             folder.mkdir()
             hf.copy_tokenizer(hf.local_directory(source, weights=False), folder)
@@ -186,7 +185,7 @@ def write(directory: pathlib.Path, layout: str, lens: Lens, run: Run, told: dict
             else:
                 _write_encoder(folder, lens, run, told[side], head)
         text = yaml.safe_dump(told[side].written(), sort_keys=False, allow_unicode=True, width=120)
-        files.write_text(folder / sidecar.NAME, text)
+        files.write_text(folder / hf.SIDECAR, text)
 
 
 def _write_model(folder: pathlib.Path, lens: Lens, run: Run, side: str, source: str) -> None:
@@ -229,10 +228,8 @@ def _write_decoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar) ->
         'inference_mode': True,
         'target_modules': modules,
     }
-    hf.write_tensors(
-        folder / 'adapter_model.safetensors', {f'base_model.model.{k}.weight': x for k, x in tensors.items()}
-    )
-    files.write_json(folder / 'adapter_config.json', config)
+    hf.write_tensors(folder / hf.PEFT_WEIGHTS, {f'base_model.model.{k}.weight': x for k, x in tensors.items()})
+    files.write_json(folder / hf.PEFT, config)
 
 
 def _write_encoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar, head: np.ndarray) -> None:
@@ -247,5 +244,5 @@ def _write_encoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar, he
         'final_norm_stripped': True,
     }
     tensors = {f'backbone.{k}.default.weight': x for k, x in tensors.items()} | {'value_head.weight': head}
-    hf.write_tensors(folder / 'ar_lora_value_head.safetensors', tensors)
-    files.write_json(folder / 'ar_meta.json', meta)
+    hf.write_tensors(folder / hf.LORA_ENCODER_WEIGHTS, tensors)
+    files.write_json(folder / hf.LORA_ENCODER, meta)
