@@ -60,6 +60,7 @@ def tokenizer(directory: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
 def model(directory: pathlib.Path, seed: int, family: str = 'qwen2', blocks: int = BLOCKS):
     """A random model, written; 261 tokens, d 48."""
     sizes = {'vocab_size': 261, 'max_position_embeddings': 512, 'num_hidden_layers': blocks, 'max_window_layers': 2}
+    sizes |= {'sliding_window': 40}  # the last token of a prompt sees its slot, also where that is filled after block 1
     return hf_models.build(family, directory, seed, **sizes)
 
 

@@ -156,7 +156,7 @@ def test_explanations_are_found_and_read_as_published(published):
     forms = [
         '<explanation>\n{}\n</explanation>',
         '<explanation>{}</explanation>',
-        'So: <explanation> {}\n\n</explanation>.\n',
+        'So: <explanation>{}\n\n</explanation>.\n',
     ]
     made = [form.format(x['text']) for form in forms for x in texts] + [x['response'] for x in RECORDED['extraction']]
     rows = [tokenizer(x, add_special_tokens=False)['input_ids'] for x in made]

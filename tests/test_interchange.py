@@ -161,7 +161,8 @@ def test_an_oracle(root, tmp_path):
     at = [i for i, x in enumerate(prompt) if x == 260]
     want = foreign.logits(decoder, prompt, at, several, 'add')
     close(asked.logits(several), want)
-    assert np.abs(want - foreign.logits(decoder, prompt, at, several[::-1].copy(), 'add')).max() > 1e-2
+    swapped = foreign.logits(decoder, prompt, at, several[::-1].copy(), 'add')
+    assert np.abs(want - swapped).max() > 1e-2
     with pytest.raises(LensError, match=r'pair/av is no activation oracle, so it has one prompt: leave the question'):
         reopen.open_lens(root / 'pair', question='Why?', subject_path=str(root / 'subject'))
 

@@ -38,16 +38,18 @@ BOUND = ('layer', 'decoder.prompt', 'decoder.injection', 'decoder.marker', 'deco
 BOUND += ('encoder.output_layer', 'encoder.readout', 'encoder.train', 'encoder.context_tokens', 'position_vectors')
 
 
-def configured(cfg, found, question: str = ''):
+def configured(cfg, found):
     """Returns a copy of a configuration in which the keys that decide what a lens of others in init_from does are those of
-    that lens, and cfg where init_from is none. found: `cfg` with its folders as they are found. question: of lens.load.
+    that lens, and cfg where init_from is none. found: `cfg` with its folders as they are found.
 
     A key that has its default takes the value of the lens. Raises LensError where another one would make another lens of
     it, and for all that the directories show to be wrong before models are read.
     """
-    if not is_foreign(found.init_from):
-        return cfg
-    read, out, usual = sides(found.init_from), cfg.copy_and_resolve_references(), defaults.get_config()
+    return _configured(cfg, found, sides(found.init_from)) if is_foreign(found.init_from) else cfg
+
+
+def _configured(cfg, found, read: dict[str, Side], question: str = ''):
+    out, usual = cfg.copy_and_resolve_references(), defaults.get_config()
     out.subject.path = cfg.subject.path or _subject(read['decoder'])[0]
     subject = found.subject.path or out.subject.path
     lens = _keys(read, out, subject, question)
@@ -284,5 +286,6 @@ def opened(directory: str | pathlib.Path, question: str = '', subject_path: str 
     LensError."""
     cfg = defaults.get_config()
     cfg.subject.path, cfg.init_from = subject_path, str(directory)
-    config = json.loads(configured(cfg, cfg, question).to_json())
-    return {'config': config, 'step': 0, 'subject_content': _subject(sides(directory)['decoder'])[1]}
+    read = sides(directory)
+    config = json.loads(_configured(cfg, cfg, read, question).to_json())
+    return {'config': config, 'step': 0, 'subject_content': _subject(read['decoder'])[1]}
