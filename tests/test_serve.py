@@ -201,7 +201,7 @@ def test_going_on_and_edits(client, reader):
         ('/explain', {'text': TEXT, 'enable_thinking': True}, 'enable_thinking: input should be False (given: True).'),
         ('/explain', {'text': TEXT, 'add_generation_prompt': False}, 'input should be True (given: False).'),
         ('/describe', {'activations': [[1.0]]}, 'An activation of 1 numbers was given, those of this lens have 24.'),
-        ('/describe', {'activations': [[0.0] * 24], 'context': [[1], [2]]}, 'context has 2 entries for 1 vectors'),
+        ('/describe', {'activations': [[1.0] * 24], 'context': [[1], [2]]}, 'context has 2 entries for 1 vectors'),
         ('/score', {'activation': [1.0]}, 'description: field required.'),
         ('/compare', {'text_a': TEXT}, 'Give activation_a and activation_b, or text_a and text_b'),
         ('/completion', {'text': TEXT, 'completion_tokens': 500}, 'the subject reads 128: lower one.'),
