@@ -1,6 +1,7 @@
 """A base that trains has float32 weights, and products in the dtype of subject.compute."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from lens import export, hf, lens_init, sampling, sharding
+from lens import export, gumbel, hf, lens_init, sampling, sharding
 from lens.models.transformer import Transformer, cast
 from lens.train import init_state, micro_step
 from tests import programs
@@ -131,6 +132,30 @@ def test_thirty_steps_follow_those_of_float32(own):
         assert want_T[-1] < 0.9 * want_T[0]
         np.testing.assert_allclose(got_T, want_T, rtol=0, atol=0.1 * np.ptp(want_T))
         assert (got_T != want_T).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['full', 'two_pass'])
+def test_gradients_through_words_are_those_of_float32_up_to_rounding(own, form):
+    """Of the rows that draw the same words: a rounding may choose another one."""
+    rng, n, base = np.random.default_rng(0), 16, make_base()
+    a, up = (rng.standard_normal(s, np.float32) for s in ((n, TINY.d_model), (n, LENGTH, TINY.vocab_size)))
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(decoder, weight_N):
+        out = gumbel.rollout(decoder, base, a, base.table, KEY, length=LENGTH, tau=0.7, form=form)
+        rows_N = jnp.sum(jnp.sin(out.words_NxTxW) * up[..., : TINY.d_model], (1, 2))
+        rows_N += 0.1 * jnp.sum(jax.nn.log_softmax(out.stream.logits()) * up, (1, 2))
+        return weight_N @ rows_N, out.ids_NxT
+
+    sides = own.decoder, with_compute(own, BF16).decoder
+    want_ids, got_ids = (gradient(x, jnp.zeros(n))[1] for x in sides)
+    same_N = (want_ids == got_ids).all(axis=1)
+    assert same_N.mean() > 0.7
+    want, got = (gradient(x, same_N.astype(jnp.float32))[0] for x in sides)
+    for (kp, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert x.dtype == jnp.float32 and 0 < jnp.linalg.norm(x - y) < 0.1 * jnp.linalg.norm(y), sharding.path(kp)
 
 
 def test_a_sampler_with_weights_rounded_once_draws_what_the_scorer_scores(own):

@@ -11,6 +11,8 @@ SPLIT = (2, 2, 2)  # (replica, data, model), everything that can be is split ove
 CASES = [
     ('frozen-sft', SPLIT),
     ('frozen-grpo', SPLIT),
+    ('llama-grpo', (1, 2, 4)),
+    ('llama-gumbel', (1, 4, 2)),
     ('llama-gumbel_full', SPLIT),
     ('frozen-grpo_field', SPLIT),
     ('gpt_oss-sft', (1, 1, 8)),
