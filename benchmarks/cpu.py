@@ -219,16 +219,16 @@ def ours(base, shape: Shape, g: Given, mesh) -> dict[str, Program]:
         gflop(train_step, state[0], base, roll, key, p.knobs(0), **p.program),
     )
 
-    def in_one_pass(model, ids_BxT):
+    def in_one_pass(decoder, base, a_NxD, ids_NxT):
         """The products of sampling: every token passes the blocks once, those before a sampled one the head."""
-        return model.logits(model.run_layers(model.embed(ids_BxT), 0, c.n_layers)[:, -shape.length :])
+        return base.logits(dec.teacher_forced(decoder, base, a_NxD, ids_NxT))
 
     decoder = make_lens(base, layer, g.left, g.right, adapted=False).decoder
     sample = jax.jit(sampling.sample, static_argnames='length')
     programs['sample'] = Program(
         lambda: sample(decoder, base, a_NxD, key, length=shape.length, temperature=0.0),
         lambda s: {'ids': s.ids_NxT, 'logp': s.logp_NxT},
-        gflop(jax.jit(in_one_pass), base, jnp.zeros((shape.activations, shape.prompt + shape.length - 1), jnp.int32)),
+        gflop(jax.jit(in_one_pass), decoder, base, a_NxD, ids_NxT),
     )
     return programs
 

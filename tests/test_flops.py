@@ -195,13 +195,14 @@ def text(tokens, layers, logits=0):
 
 
 READING = DOCUMENTS * text(TEXT, LAYER + 1)
-DECODER, ENCODER = text(WRITTEN, DEEP.n_layers, LENGTH), text(READ, OUTPUT_LAYER + 1)
+BEFORE = text(len(TEXTS_OF.decoder.left), DEEP.n_layers)  # what of the prompt no activation changes, once
+DECODER, ENCODER = text(WRITTEN, DEEP.n_layers, LENGTH) - BEFORE, text(READ, OUTPUT_LAYER + 1)
 
 
 @pytest.mark.parametrize(('train', 'passes'), [('maps', 2), ('full', 3)])
 def test_a_frozen_base_is_two_passes_and_a_trained_one_three(train, passes):
     parts = parts_of_a_step('sft', decoder__train=train, encoder__train=train)
-    expected = READING + passes * TEXTS * (DECODER + ENCODER)
+    expected = READING + passes * (BEFORE + TEXTS * (DECODER + ENCODER))
     assert sum(parts.values()) == pytest.approx(expected, rel=0.08 if train == 'maps' else 0.03)  # maps and read-out
     assert parts['sample'] == 0
 
@@ -210,9 +211,10 @@ def test_the_parts_of_a_step_that_samples():
     parts = parts_of_a_step('grpo')
     samples = TEXTS * GROUP
     assert parts['read'] == pytest.approx(READING, rel=0.02)
-    prompt = text(8, DEEP.n_layers)  # once for an activation
-    assert parts['sample'] == pytest.approx(TEXTS * prompt + samples * (DECODER - prompt), rel=0.05)
-    assert parts['score'] == pytest.approx(2 * (TEXTS * prompt + samples * (DECODER - prompt)), rel=0.1)
+    prompt = text(8, DEEP.n_layers) - BEFORE  # once for an activation
+    written = BEFORE + TEXTS * prompt + samples * (DECODER - prompt)
+    assert parts['sample'] == pytest.approx(written, rel=0.05)
+    assert parts['score'] == pytest.approx(2 * written, rel=0.1)
     assert parts['encode'] == pytest.approx(2 * samples * ENCODER, rel=0.1)
     assert parts['other'] < 0.01 * sum(parts.values())
 
@@ -221,14 +223,14 @@ def test_what_nobody_trains_has_no_backward_pass():
     rest, maps = ('.', 1.0, 0.0, 'all', '0'), {'decoder__train': 'maps', 'encoder__train': 'maps'}
     frozen = parts_of_a_step('sft', sft__table=(('^decoder/', None), rest), **maps)
     saved = sum(parts_of_a_step('sft', **maps).values()) - sum(frozen.values())
-    assert saved == pytest.approx(TEXTS * DECODER, rel=0.15)
+    assert saved == pytest.approx(BEFORE + TEXTS * DECODER, rel=0.15)
 
 
 def test_a_gradient_through_the_sampling_counts_no_step_twice():
     """The forward pass of its backward pass is computed again, under the same scopes as the sampling."""
     parts = parts_of_a_step('gumbel', gumbel__form='full')
     more = 2 * 2 * LENGTH * DEEP.d_model * DEEP.vocab_size  # products of relaxed words with the tables
-    expected = READING + TEXTS * (2 * DECODER + 2 * ENCODER + more)
+    expected = READING + 2 * BEFORE + TEXTS * (2 * DECODER + 2 * ENCODER + more)
     assert sum(parts.values()) == pytest.approx(expected, rel=0.08)
 
 

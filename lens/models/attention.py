@@ -42,6 +42,18 @@ class KVCache(struct.PyTreeNode):
         pad = [(0, 0)] * (self.k.ndim - 2) + [(0, -self.slots % SLOTS), (0, 0)]
         return jax.tree.map(lambda x: jnp.pad(x, pad), self)
 
+    def after(self, shared: 'KVCache') -> 'KVCache':
+        """Puts the tokens of a cache of R rows, each of which B / R contiguous rows of this one share, before its own."""
+
+        def join(x, y):
+            n, r, k, s, h = x.shape
+            rows, heads = (sharding.like(y) or (None,) * 5)[1:3]
+            one = sharding.out(sharding.P(None, rows, None, heads, None, None))
+            x = jnp.broadcast_to(x[:, :, None], (n, r, y.shape[1] // r, k, s, h), out_sharding=one)
+            return jnp.concatenate([x.reshape(*y.shape[:3], s, h, out_sharding=sharding.like(y)), y], axis=3)
+
+        return KVCache(join(shared.k, self.k), join(shared.v, self.v), shared.length + self.length)
+
     def room(self, rows: int, length: int) -> 'KVCache':
         """Makes a cache to be filled with `length` tokens of `rows` rows, of the layers and heads of this one."""
         n, _, k, _, h = self.k.shape
@@ -86,11 +98,14 @@ def attend(q_BxTxKxGxh, parts, *, scale: float, cap: float = 0.0, sinks_KxG=None
 def _products(name: str, x_BxKxGxTxi, y_RxKxSxh, spec: str, dtype=None):
     """Products of the queries of a row and head with its keys or values, BxKxGxTxo: all queries that share keys as the rows
     of one matrix, which no kernel has to transpose."""
-    rows, (_, k, *rest) = len(y_RxKxSxh), x_BxKxGxTxi.shape
-    x = jnp.moveaxis(x_BxKxGxTxi.reshape(rows, -1, k, *rest), 1, 2)
+    rows, of_x = len(y_RxKxSxh), sharding.like(x_BxKxGxTxi)
+    apart = of_x and sharding.P(of_x[0], None, *of_x[1:])
+    x = x_BxKxGxTxi.reshape(rows, -1, *x_BxKxGxTxi.shape[1:], out_sharding=apart)
+    x, k = jnp.moveaxis(x, 1, 2), x.shape[2]
     with jax.named_scope(name):
         y = jnp.einsum(spec, x.reshape(rows, k, -1, x.shape[-1]), y_RxKxSxh, preferred_element_type=dtype)
-    return jnp.moveaxis(y.reshape(*x.shape[:-1], -1), 2, 1).reshape(*x_BxKxGxTxi.shape[:-1], -1)
+    y = jnp.moveaxis(y.reshape(*x.shape[:-1], -1), 2, 1)
+    return y.reshape(*x_BxKxGxTxi.shape[:-1], -1, out_sharding=of_x)
 
 
 def seen_before(at, first: int, cache: KVCache, window):

@@ -1,11 +1,12 @@
 """activation -> text: the slots, the maps, the prompt, prefill and teacher-forced scoring.
 
-The prompt is [left, slot, right]; `right` may hold further slots. How the activation enters them is an object of
-injection.py; later tokens see it through the key/value cache only. What the prompt is made of is in the units of
-the embedding table: before Gemma's scale and GPT-2's positions.
+The prompt is [left, slot, right]; `right` may hold further slots. `left` is the same for every activation: it runs once.
+How the activation enters the slots is an object of injection.py; later tokens see it through the key/value cache only.
+What the prompt is made of is in the units of the embedding table: before Gemma's scale and GPT-2's positions.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -47,8 +48,8 @@ class Decoder(Side):
 
     @property
     def slots(self) -> tuple[int, ...]:
-        first = len(self.left_ids)
-        return (first, *(first + 1 + i for i in self.config.more_slots))
+        """Gives the places of all slots, counted from the first."""
+        return (0, *(1 + i for i in self.config.more_slots))
 
 
 def scaled_identity(inject: injection.Injection, layer: int, embed_scale: float, d_model: int, norms):
@@ -70,22 +71,31 @@ def without_position(decoder: Decoder, activation_NxD, position_N):
 
 
 def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
-    """Makes (prompt rows BxQxD in the units of the embedding table, before_block hook). activation: one for all slots, or
-    BxKxD, one for each of K."""
+    """Makes (rows of the prompt from the first slot on, BxQxD in the units of the embedding table; before_block hook).
+    activation: one for all slots, or BxKxD, one for each of K."""
     n, dtype = len(activation_BxD), model.dtype
     slot_BxD, hook = decoder.config.injection.enter(decoder, model, activation_BxD.astype(jnp.float32))
-    left, right = (rows_for(n, p_QxD, dtype) for p_QxD in prompt_of(decoder, model))
+    right = rows_for(n, prompt_of(decoder, model)[1], dtype)
     first_BxD = slot_BxD if slot_BxD.ndim == 2 else slot_BxD[:, 0]
-    x = jnp.concatenate([left, first_BxD[:, None].astype(dtype), right], axis=1)
+    x = jnp.concatenate([first_BxD[:, None].astype(dtype), right], axis=1)
     return (injection.overwrite(x, decoder.slots, slot_BxD) if decoder.config.more_slots else x), hook
+
+
+def _before_slots(decoder: Decoder, model: Transformer) -> tuple[KVCache, ...]:
+    """Runs the rows left of the slots, once on each device: their keys and values, where there are any."""
+    if not decoder.left_ids:
+        return ()
+    x = rows_for(sharding.shards(*sharding.ROW_AXES), prompt_of(decoder, model)[0], model.dtype)
+    return (model.run_cached(model.enter(x), 0, model.config.n_layers, adapters=decoder.adapters)[1],)
 
 
 def _prompt(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
     """Runs the prompt: the stream that leaves its last token, Bx1xD, and its keys and values."""
-    model = model_of(decoder, base)
+    model, start = model_of(decoder, base), len(decoder.left_ids)
     x, hook = prompt_rows(decoder, model, activation_BxD)
-    x, cache = model.run_cached(model.enter(x), 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
-    return x[:, -1:], cache.padded()
+    before, how = _before_slots(decoder, model), {'adapters': decoder.adapters, 'before_block': hook}
+    x, cache = model.run_cached(model.enter(x, start), 0, model.config.n_layers, before, start, **how)
+    return x[:, -1:], functools.reduce(KVCache.after, before, cache).padded()
 
 
 @jax.named_scope('prefill')
@@ -126,9 +136,10 @@ def teacher_forced(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT)
     words_NxTxD = model.lookup(ids_NxT[:, :-1])
     if group == 1:
         x, hook = prompt_rows(decoder, model, activation_BxD)
-        x = model.enter(jnp.concatenate([x, words_NxTxD], axis=1))
-        x = model.run_layers(x, 0, model.config.n_layers, adapters=decoder.adapters, before_block=hook)
-        return x[:, decoder.prompt_len - 1 :]
+        x, start = jnp.concatenate([x, words_NxTxD], axis=1), len(decoder.left_ids)
+        before, how = _before_slots(decoder, model), {'adapters': decoder.adapters, 'before_block': hook}
+        x = model.run_layers(model.enter(x, start), 0, model.config.n_layers, before, start, **how)
+        return x[:, len(decoder.right_ids) :]
     first_Bx1xD, prompt = _prompt(decoder, base, activation_BxD)
     rest, _ = _continued(decoder, base, words_NxTxD, (prompt,))
     return jnp.concatenate([tile_rows(first_Bx1xD, group), rest], axis=1)

@@ -257,15 +257,7 @@ class Transformer(nnx.Module):
         how = together, lo, hi, c, before_block, collect
         return _run_blocks(self.blocks, adapters, x_BxTxD, positions, past, *how)
 
-    def run_layers(self, x_BxTxD, lo: int, hi: int, *, adapters=None, before_block=None):
-        """Runs blocks lo..hi-1: the residual stream after them, positions 0..T-1.
-
-        before_block(x_BxTxD, layer_index) -> x_BxTxD is applied at the entrance of every block.
-        """
-        positions = jnp.arange(x_BxTxD.shape[1])
-        return self._run(x_BxTxD, lo, hi, positions, adapters=adapters, before_block=before_block)[0]
-
-    def run_cached(
+    def run_layers(
         self,
         x_BxTxD,
         lo: int,
@@ -276,15 +268,20 @@ class Transformer(nnx.Module):
         adapters=None,
         before_block=None,
     ):
-        """Runs layers and keeps: (the stream after them, its keys and values in each of them).
+        """Runs blocks lo..hi-1: the residual stream after them.
 
-        past: what earlier calls kept of the tokens from position 0 on, one part after the other; rows of x that share
-        those of a part are contiguous. start: position of the first token here.
+        past: what run_cached kept of the tokens from position 0 on, one part after the other; rows of x that share those
+        of a part are contiguous. start: position of the first token here.
+        before_block(x_BxTxD, layer_index) -> x_BxTxD is applied at the entrance of every block.
         """
-        how = {'adapters': adapters, 'before_block': before_block}
-        return self._run(
-            x_BxTxD, lo, hi, start + jnp.arange(x_BxTxD.shape[1]), tuple(past), collect=_keys_values, **how
-        )
+        positions, how = start + jnp.arange(x_BxTxD.shape[1]), {'adapters': adapters, 'before_block': before_block}
+        return self._run(x_BxTxD, lo, hi, positions, tuple(past), **how)[0]
+
+    def run_cached(self, x_BxTxD, lo: int, hi: int, past: Sequence[KVCache] = (), start=0, **how):
+        """Runs layers with the arguments of run_layers, and keeps: (the stream after them, its keys and values in each of
+        them)."""
+        positions = start + jnp.arange(x_BxTxD.shape[1])
+        return self._run(x_BxTxD, lo, hi, positions, tuple(past), collect=_keys_values, **how)
 
     def run_apart(self, x_BxTxD, lo: int, hi: int, past: KVCache, positions_BxT):
         """Runs layers for tokens each for itself: it sees what of `past` is before its position, and not the others."""
