@@ -151,7 +151,7 @@ def test_kl_to_the_start_compares_with_the_reference(base, full, batch, plain):
     hp = dataclasses.replace(PLAIN, on=frozenset({'mse_weight', 'beta'}), kl_to='start')
     assert hp.needs_reference and not HP.needs_reference
     (same, metrics), roll = gradient('grpo', full, base, batch, hp, full.decoder, beta=0.1)
-    assert metrics['kl_start_nats'] == 0
+    assert metrics['kl_start_nats'] < 1e-12  # the square of a rounding
     close(same, plain[0][0])
     moved = make_lens(base, own_base=True, seed=9).decoder
     (grads, metrics), _ = gradient('grpo', full, base, batch, hp, moved, beta=0.1)
