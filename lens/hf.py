@@ -15,18 +15,15 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jinja2
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from lens import files, sharding
+from lens import files, sharding, tensor_files
 from lens.errors import LensError, need_package, number, shown
 from lens.models import families, mxfp4, tensors
 from lens.models.transformer import Transformer, TransformerConfig
@@ -52,16 +49,12 @@ ORACLE = 'ao_config.json'
 OF_LENSES = (SIDECAR, PEFT, LORA_ENCODER, ORACLE)
 # Tensors that checkpoints hold and a text model does not need: buffers, the vision side of Gemma-3.
 IGNORED = re.compile(r'(^|\.)(vision_tower|multi_modal_projector)\.|\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$')
-LONGEST_NAME = 255  # of a file of weights
 SHARD_BYTES = 5_000_000_000  # of one file that save_model writes
 OWN_TAGS = re.compile(r'{%-?\s*(end)?generation\s*-?%}')  # of transformers, in chat templates
-AGAIN = 'download or export it again'
-FLOATS = ('F64', 'F32', 'F16', 'BF16')  # what safetensors calls the types that weights may have
 # What weights of few bits have beside or in place of a weight: GPTQ, AWQ, bitsandbytes, FP8, compressed-tensors.
 QUANTISED = re.compile(
     r'\.(qweight|qzeros|g_idx|scales|SCB|absmax|quant_map|weight_(packed|shape|scale(_inv)?|format))$'
 )
-CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinity
 
 
 def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
@@ -79,16 +72,11 @@ def local_directory(path: PathLike, *, weights: bool = True) -> pathlib.Path:
         found = huggingface_hub.snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=unwanted)
     except Exception as e:  # the library raises many kinds, of its own and of its HTTP client
         raise LensError(
-            f'{shown(path)} is no local directory, and the Hugging Face Hub gave no model of that name ({_reason(e)}): '
+            f'{shown(path)} is no local directory, and the Hugging Face Hub gave no model of that name ({tensor_files.reason(e)}): '
             'check the spelling and the connection, or give a local directory, which counts from the current folder, as '
             '--config.subject.path, in lens.evaluate and lens.export as --subject.'
         ) from None
     return pathlib.Path(found)
-
-
-def _reason(e: BaseException) -> str:
-    """What a library said, as it may stand in a sentence."""
-    return shown(str(e).strip() or type(e).__name__, 200)
 
 
 def tokenizer_sha256(directory: PathLike) -> str:
@@ -123,8 +111,10 @@ def load_tokenizer(path: PathLike):
         if not isinstance(e, Exception) and type(e).__name__ != 'PanicException':
             raise
         own = 'custom code' in str(e)
-        reason = 'it is code of its own, which is never run' if own else _reason(e)
-        remedy = 'give a directory with a tokenizer.json of a class that transformers has' if own else AGAIN
+        reason = 'it is code of its own, which is never run' if own else tensor_files.reason(e)
+        remedy = (
+            'give a directory with a tokenizer.json of a class that transformers has' if own else tensor_files.AGAIN
+        )
         raise LensError(f'{_damaged(directory) or directory} gives no tokenizer ({reason}): {remedy}.') from None
     return tokenizer
 
@@ -153,107 +143,21 @@ def _damaged(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _read_json(path: pathlib.Path) -> dict:
-    return files.read_json(path, 'give a complete directory in Hugging Face layout')
+    return files.read_json(path, tensor_files.COMPLETE)
 
 
 def content(path: PathLike) -> str:
     """Returns a digest of a model, by the names and shapes of its tensors and a row of each as float32: the same however
     its files are cut and whatever else its config.json says. Raises LensError."""
     directory, digest = local_directory(path), hashlib.sha256()
-    for name, stored in sorted(_headers(directory).items()):
-        with _opened(stored.file) as f:
+    for name, stored in sorted(tensor_files.headers(directory).items()):
+        with tensor_files.opened(stored.file) as f:
             row = f.get_slice(name)[:1].astype(np.float32)
         digest.update(f'{name} {stored.shape}\n'.encode() + row.tobytes())
     return digest.hexdigest()[:16]
 
 
-class Stored(NamedTuple):
-    """A tensor on disk; dtype: as safetensors calls it."""
-
-    file: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _shards(directory: pathlib.Path) -> dict[str, str]:
-    """Stored name -> file, as the index promises; {} for one file. Raises LensError.
-
-    Like transformers, model.safetensors alone is read where there is one.
-    """
-    single, index = directory / 'model.safetensors', directory / 'model.safetensors.index.json'
-    if single.exists():
-        if index.exists():
-            print(f'{single} is read; {index.name} beside it is not.', flush=True)
-        return {}
-    if not index.exists():
-        if other := sorted(p.name for kind in ('*.bin', '*.pt', '*.pth', '*.gguf') for p in directory.glob(kind)):
-            raise LensError(
-                f'{single} does not exist, and {shown(other[0])} is of a format that is not read (pickles may run code): '
-                'where you trust it, convert it to safetensors with from_pretrained and save_pretrained of transformers.'
-            )
-        raise LensError(f'{single} does not exist: the directory needs safetensors weights.')
-    weight_map = _read_json(index).get('weight_map')
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise LensError(f'{index} has no weight_map: {AGAIN}.')
-    for file in weight_map.values():
-        # by its name: in the cache of the Hub, files are links to elsewhere
-        parts = pathlib.PurePath(file).parts if isinstance(file, str) else ()
-        named = parts and file.isprintable() and len(file) <= LONGEST_NAME and parts[-1] != '.'
-        if not named or '..' in parts or file.startswith('/'):
-            raise LensError(
-                f'{index} names {shown(repr(file), 80)}, which is no file of the directory: download it again.'
-            )
-    return weight_map
-
-
-def _headers(directory: pathlib.Path) -> dict[str, Stored]:
-    """Stored name -> tensor, of all tensors of a directory. Raises LensError."""
-    weight_map, stored = _shards(directory), {}
-    for path in sorted({directory / file for file in weight_map.values() or ['model.safetensors']}):
-        try:
-            with _opened(path) as f:
-                slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-                stored |= {n: Stored(path, tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()}
-        except (OSError, safetensors.SafetensorError) as e:
-            raise LensError(f'{path} cannot be read ({_reason(e)}): {AGAIN}.') from None
-    for name, file in weight_map.items():
-        if name not in stored or stored[name].file != directory / file:
-            raise LensError(f'{directory}/{file} lacks {shown(name)}, which the index promises.')
-    return stored
-
-
-def _opened(path: pathlib.Path):
-    if path.exists() and not path.is_file():  # opening a pipe would wait
-        raise OSError('it is no file')
-    return safetensors.safe_open(path, framework='numpy')
-
-
-def _check_dtype(file: pathlib.Path, name: str, dtype: str) -> None:
-    if dtype not in (('U8',) if name.endswith(('_blocks', '_scales')) else FLOATS):
-        raise LensError(f'{file}: {shown(name)} has dtype {dtype}, which is not supported: {families.UNQUANTISED}.')
-
-
-def _read(file: pathlib.Path, name: str) -> np.ndarray:
-    """One tensor on the host. The file is opened for each, so that no mapped page outlives it."""
-    try:
-        with _opened(file) as f:
-            _check_dtype(file, name, f.get_slice(name).get_dtype())
-            x = f.get_tensor(name)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise LensError(f'{file}: {shown(name)} cannot be read ({_reason(e)}): {AGAIN}.') from None
-    if not _finite(x) or (name.endswith('_scales') and (x == 255).any()):  # 255 is the NaN of MXFP4's scales
-        raise LensError(f'{file}: {shown(name)} holds values that are not finite: {AGAIN}.')
-    return x
-
-
-def _finite(x: np.ndarray) -> bool:
-    """In pieces, so that nothing of the size of x is made."""
-    flat = x.reshape(-1)
-    pieces = (flat[i : i + CHECKED_AT_ONCE] for i in range(0, flat.size, CHECKED_AT_ONCE))
-    return not jnp.issubdtype(x.dtype, jnp.floating) or all(np.isfinite(p).all() for p in pieces)
-
-
-def _check(directory: pathlib.Path, stored: dict[str, Stored], table, c) -> dict[str, str]:
+def _check(directory: pathlib.Path, stored: dict[str, tensor_files.Stored], table, c) -> dict[str, str]:
     """Name in the table of every wanted tensor -> name in the file. Raises LensError unless all fits."""
     bits = next((n for n in stored if QUANTISED.search(n)), None)
     if bits is not None:
@@ -264,7 +168,7 @@ def _check(directory: pathlib.Path, stored: dict[str, Stored], table, c) -> dict
     extra = sorted(n for n in stored.keys() - wanted if not IGNORED.search(n))
     if c.tied and not missing and len(extra) == 1 and extra[0].endswith('lm_head.weight'):  # others store it twice
         rows = names[next(t.hf_name for t in table if t.path == 'embedding')][0]
-        head, rows = (_read(stored[n].file, n) for n in (extra[0], rows))
+        head, rows = (tensor_files.read(stored[n].file, n) for n in (extra[0], rows))
         extra = [] if np.array_equal(head, rows) else extra
     if missing or extra:
         what = f'lacks {shown(missing[0])}' if missing else f'holds an unexpected {shown(extra[0])}'
@@ -273,7 +177,7 @@ def _check(directory: pathlib.Path, stored: dict[str, Stored], table, c) -> dict
         file, have, dtype = stored[theirs]
         if have != shape:
             raise LensError(f'{file}: {shown(theirs)} has shape {have}, config.json says {shape}.')
-        _check_dtype(file, theirs, dtype)
+        tensor_files.check_dtype(file, theirs, dtype)
     return {ours: theirs for ours, (theirs, _) in names.items()}
 
 
@@ -376,7 +280,7 @@ def load_model(
 
     def read(name, layer):
         theirs = names[name.format(layer)]
-        return _read(stored[theirs].file, theirs)
+        return tensor_files.read(stored[theirs].file, theirs)
 
     return jax.tree_util.tree_map_with_path(lambda kp, x: _load_leaf(read, rows[sharding.path(kp)], c, x), abstract)
 
@@ -389,7 +293,7 @@ def check_model(path: PathLike, *, head: bool | None = None) -> None:
 def _described(path: PathLike, how: dict, head: bool | None, **placed):
     """What load_model reads, before it does: config, abstract model, table, names in the files, their headers."""
     directory = local_directory(path)
-    c, stored = dataclasses.replace(read_config(directory), **how), _headers(directory)
+    c, stored = dataclasses.replace(read_config(directory), **how), tensor_files.headers(directory)
     shipped_packed = any(n.endswith('_blocks') for n in stored)
     if c.packed and not shipped_packed:
         raise LensError(f'{directory} holds no MXFP4 tensors (…_blocks): load it without packed.')
@@ -433,7 +337,7 @@ def _write_weights(model: Transformer, directory: pathlib.Path, dtype) -> None:
         max_shard_size=SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
-        write_tensors(directory / file, {name: tensor(*sources[name]) for name in names})
+        tensor_files.write(directory / file, {name: tensor(*sources[name]) for name in names})
     if split.is_sharded:
         index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
         files.write_json(directory / 'model.safetensors.index.json', index)
@@ -475,22 +379,3 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copy(source / name, directory / name)
-
-
-def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of one safetensors file, which are finite floats. Raises LensError."""
-    try:
-        with _opened(file) as f:
-            names = list(f.keys())
-    except (OSError, safetensors.SafetensorError) as e:
-        raise LensError(f'{file} cannot be read ({_reason(e)}): {AGAIN}.') from None
-    return {name: _read(file, name) for name in names}
-
-
-def write_tensors(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes one safetensors file that others may read (the library makes it private). Raises OSError."""
-    try:
-        safetensors.numpy.save_file(arrays, file, metadata={'format': 'pt'})
-    except safetensors.SafetensorError as e:
-        raise OSError(_reason(e)) from None
-    file.chmod(0o644)

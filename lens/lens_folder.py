@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import files, hf, sharding
+from lens import files, hf, sharding, tensor_files
 from lens.errors import LensError, shown
 from lens.models import lora
 from lens.models.decoder import Decoder
@@ -151,7 +151,7 @@ def write(directory: pathlib.Path, lens: Lens, spec: dict) -> None:
         )
     dtypes = {name: jnp.dtype(told['dtype']) for name, told in spec['tensors'].items()}
     arrays = {name: np.asarray(x).astype(dtypes[name]) for name, x in _small(lens).items()}
-    hf.write_tensors(directory / 'lens.safetensors', arrays)
+    tensor_files.write(directory / 'lens.safetensors', arrays)
     files.write_json(directory / 'lens.json', spec)
 
 
@@ -177,7 +177,7 @@ def _read_settings(directory: pathlib.Path) -> dict:
 
 def check(directory: pathlib.Path, like: Lens) -> dict[str, np.ndarray]:
     """Reads lens.safetensors. Raises LensError unless its tensors and the settings are those of `like`."""
-    stored, small = _read_settings(directory), hf.read_tensors(directory / 'lens.safetensors')
+    stored, small = _read_settings(directory), tensor_files.read_all(directory / 'lens.safetensors')
     here = settings(like)
     differing = {k: stored.get(k) for k, v in here.items() if stored.get(k) != v}
     if differing:

@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from lens import files, hf
+from lens import files, tensor_files
 from lens.errors import LensError, shown
 from lens.models.transformer import TransformerConfig
 
@@ -42,7 +42,7 @@ def read(directory: str | pathlib.Path, subject: TransformerConfig) -> tuple[np.
             shown(', '.join(f'{k}={v}' for k, v in x.items())) or 'no description of it' for x in (theirs, ours)
         )
         raise LensError(f'{about} is of a subject with {have}, this one has {want}: train one for it.')
-    arrays, d = hf.read_tensors(file), subject.d_model
+    arrays, d = tensor_files.read_all(file), subject.d_model
     for name, shape in {'weight': (subject.n_layers, d, d), 'bias': (subject.n_layers, d)}.items():
         x = arrays.get(name)
         if x is None or x.shape != shape:

@@ -13,7 +13,7 @@ LAYERS = {
     'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer '
     'interchange prompted',
     'objectives': 'objectives rollout gumbel sampling flops instrument',
-    'models': 'models hf lens_folder translators',
+    'models': 'models hf tensor_files lens_folder translators',
     'ground': 'response joints losses policy draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
     'spoken reading page jobs plots widths',
 }
@@ -22,7 +22,7 @@ KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'truth', 'words', 
 # package -> who may import it
 ONLY = {
     'transformers': ('lens.hf', 'data_gen'),
-    'safetensors': ('lens.hf', 'data_gen'),
+    'safetensors': ('lens.tensor_files', 'data_gen'),
     'tokenizers': ('lens.hf', 'data_gen'),
     'orbax': ('lens.checkpoint',),
     'yaml': ('lens.interchange', 'data_gen'),

@@ -19,7 +19,7 @@ from hypothesis.strategies import sampled_from as one_of
 
 from data_gen import generate, label, pretokenize, rollouts
 from data_gen.storyworld import commands as storyworld
-from lens import checkpoint, cli, commands, config, hf, keys, lens_folder, objectives, report, translators
+from lens import checkpoint, cli, commands, config, keys, lens_folder, objectives, report, tensor_files, translators
 from tests import small_run, small_split, test_report
 from tests.bad_inputs import HUGE, JUNK, NOT_FINITE, ODD, changed, copied, inputs, ruined
 from tests.tiny_world import TINY, make_base, make_lens
@@ -45,7 +45,7 @@ def places(tmp_path_factory, world):
     lens_folder.write(root / 'lens', made, lens_folder.describe(made, base, {'decoder': '', 'encoder': ''}, {}))
     n, d = TINY.n_layers, TINY.d_model
     zeros = {'weight': np.zeros((n, d, d), np.float32), 'bias': np.zeros((n, d), np.float32)}
-    hf.write_tensors(root / 'tuned/translators.safetensors', zeros)
+    tensor_files.write(root / 'tuned/translators.safetensors', zeros)
     about = {'format': translators.FORMAT, 'subject': {'family': TINY.family, 'd_model': d, 'n_layers': n}}
     (root / 'tuned/tuned_lens.json').write_text(json.dumps(about))
     (root / 'out/settings.json').write_text('{"model": "m", "temperature": 0.5}')

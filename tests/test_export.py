@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from safetensors.numpy import load_file
 
-from lens import export, hf, lens_folder, lens_init, sampling, sharding
+from lens import export, hf, lens_folder, lens_init, sampling, sharding, tensor_files
 from lens.config import Texts, load, plan
 from lens.errors import LensError, shown
 from lens.models import lora
@@ -226,7 +226,7 @@ def test_weights_that_are_not_finite_are_refused(exports, tmp_path):
     shutil.copytree(folder, tmp_path / 'copy')
     arrays = load_file(folder / 'lens.safetensors')
     arrays['decoder/maps_b'][0, 3] = np.nan
-    hf.write_tensors(tmp_path / 'copy/lens.safetensors', arrays)
+    tensor_files.write(tmp_path / 'copy/lens.safetensors', arrays)
     with pytest.raises(LensError, match=r'lens.safetensors: decoder/maps_b holds values that are not finite'):
         lens_folder.check(tmp_path / 'copy', lens)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
-from lens import hf
+from lens import hf, tensor_files
 from lens.errors import LensError
 from lens.models import families, rope
 from tests import hf_models
@@ -276,7 +276,7 @@ def test_mxfp4_directory_saves_as_a_model_that_transformers_reads(mxfp4, tmp_pat
 def test_packed_experts_are_saved_as_they_are(mxfp4, tmp_path):
     directory, _ = mxfp4
     hf.save_model(hf.load_model(directory, dtype=jnp.bfloat16, packed=True), tmp_path / 'copy', source=directory)
-    ours, theirs = (hf.read_tensors(d / 'model.safetensors') for d in (tmp_path / 'copy', directory))
+    ours, theirs = (tensor_files.read_all(d / 'model.safetensors') for d in (tmp_path / 'copy', directory))
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
         np.testing.assert_array_equal(ours[name], x, err_msg=name)

@@ -13,7 +13,7 @@ import safetensors.numpy
 import transformers
 from flax import nnx
 
-from lens import hf, sharding
+from lens import hf, sharding, tensor_files
 from lens.errors import LensError
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
@@ -467,9 +467,9 @@ def test_save_into_an_empty_or_missing_directory(tmp_path):
 
 def test_save_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     def disk_full(*_, **__):
-        raise hf.safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+        raise tensor_files.safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
 
-    monkeypatch.setattr(hf.safetensors.numpy, 'save_file', disk_full)
+    monkeypatch.setattr(tensor_files.safetensors.numpy, 'save_file', disk_full)
     with pytest.raises(LensError, match=f'{tmp_path}/model cannot be written .*No space left'):
         save(random_model(), tmp_path / 'model')
     assert list(tmp_path.iterdir()) == []

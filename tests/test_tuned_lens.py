@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lens import files, hf, sharding, translators
+from lens import files, hf, sharding, tensor_files, translators
 from lens.errors import LensError
 from lens.models.transformer import Transformer
 from lens.tools import tuned_lens
@@ -204,7 +204,7 @@ def folder(tmp_path):
     weight, bias = (rng.standard_normal(s).astype(np.float32) for s in ((L, D, D), (L, D)))
     subject = {'family': TINY.family, 'd_model': D, 'n_layers': L}
     files.write_json(tmp_path / 'tuned_lens.json', {'format': translators.FORMAT, 'subject': subject})
-    hf.write_tensors(tmp_path / 'translators.safetensors', {'weight': weight, 'bias': bias})
+    tensor_files.write(tmp_path / 'translators.safetensors', {'weight': weight, 'bias': bias})
     return tmp_path
 
 
@@ -217,8 +217,8 @@ def test_what_is_written_is_read(folder):
 
 
 def rewrite(folder, **arrays):
-    stored = hf.read_tensors(folder / 'translators.safetensors') | arrays
-    hf.write_tensors(folder / 'translators.safetensors', {k: x for k, x in stored.items() if x is not None})
+    stored = tensor_files.read_all(folder / 'translators.safetensors') | arrays
+    tensor_files.write(folder / 'translators.safetensors', {k: x for k, x in stored.items() if x is not None})
 
 
 DAMAGES = {

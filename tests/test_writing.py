@@ -12,7 +12,7 @@ import transformers
 import yaml
 from safetensors.numpy import load_file
 
-from lens import export, hf, lens_folder, reopen, sharding
+from lens import export, lens_folder, reopen, sharding, tensor_files
 from lens.errors import LensError
 from lens.interchange import verify, writing
 from tests.compare import close
@@ -160,7 +160,7 @@ def test_verifying_finds_what_is_wrong(marked, tmp_path):
     root, _, _, held = marked
     shutil.copytree(root / 'nla', tmp_path / 'nla')
     head = load_file(root / 'nla/ar/value_head.safetensors')['weight']
-    hf.write_tensors(tmp_path / 'nla/ar/value_head.safetensors', {'weight': np.ascontiguousarray(head.T)})
+    tensor_files.write(tmp_path / 'nla/ar/value_head.safetensors', {'weight': np.ascontiguousarray(head.T)})
     with pytest.raises(
         LensError, match=r'a reconstruction is off by 1.* of its norm in PyTorch.*: nothing is written\.$'
     ):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lens import files, hf
+from lens import files, hf, tensor_files
 from lens.errors import LensError, number, shown
 from lens.hf import HEAD, LORA_ENCODER, LORA_ENCODER_WEIGHTS, ORACLE, PEFT, PEFT_WEIGHTS, SIDECAR
 from lens.interchange import sidecar
@@ -128,7 +128,7 @@ def _side(side: str, directory: pathlib.Path) -> Side:
     if side == 'decoder':
         return Side(directory, told, config)
     file = directory / HEAD
-    return Side(directory, told, config, head=_head(file, hf.read_tensors(file), told), blocks=config.n_layers)
+    return Side(directory, told, config, head=_head(file, tensor_files.read_all(file), told), blocks=config.n_layers)
 
 
 def _told(side: str, directory: pathlib.Path) -> Sidecar | None:
@@ -139,7 +139,7 @@ def _told(side: str, directory: pathlib.Path) -> Sidecar | None:
     files_ = [x for x in (directory / SIDECAR, directory.parent / SIDECAR) if x.exists()]
     if not files_:
         if side == 'decoder' and (directory / ORACLE).exists() and (directory / PEFT).exists():
-            files.read_json(directory / ORACLE, hf.AGAIN)
+            files.read_json(directory / ORACLE, tensor_files.AGAIN)
             return None
         raise LensError(f'{directory}/{SIDECAR} does not exist: put the sidecar of this model there.')
     found = [sidecar.parse(x) for x in files_]
@@ -160,13 +160,13 @@ def _told(side: str, directory: pathlib.Path) -> Sidecar | None:
 
 def _peft(directory: pathlib.Path) -> Adapters:
     file = directory / PEFT
-    c = files.read_json(file, hf.AGAIN)
+    c = files.read_json(file, tensor_files.AGAIN)
     kind, odd = c.get('peft_type'), [k for k in WANTS_NONE if c.get(k)] + ['bias'] * (c.get('bias', 'none') != 'none')
     if kind != 'LORA' or odd:
         what = f'{odd[0]}={shown(repr(c[odd[0]]), 60)}' if odd else f'peft_type={shown(repr(kind), 40)}'
         raise LensError(f'{file}: {what} is not supported: merge the adapter into its model and give that.')
     weights = directory / PEFT_WEIGHTS
-    tensors, rest = _adapted(hf.read_tensors(weights))
+    tensors, rest = _adapted(tensor_files.read_all(weights))
     if rest or not tensors:
         what = f'holds {shown(rest[0])}, which is no adapter of a matrix of a block' if rest else 'holds no adapter'
         raise LensError(f'{weights} {what}: merge the adapter into its model and give that.')
@@ -176,7 +176,7 @@ def _peft(directory: pathlib.Path) -> Adapters:
 def _lora_encoder(directory: pathlib.Path, told: Sidecar) -> Side:
     """An encoder of EasyNLA: adapters with rank-stabilised scale, and its head."""
     file, weights = directory / LORA_ENCODER, directory / LORA_ENCODER_WEIGHTS
-    c, stored = files.read_json(file, hf.AGAIN, keys={'ar_num_layers': int}), hf.read_tensors(weights)
+    c, stored = files.read_json(file, tensor_files.AGAIN, keys={'ar_num_layers': int}), tensor_files.read_all(weights)
     tensors, rest = _adapted(stored)
     head = {n.removeprefix('value_head.'): stored[n] for n in rest}
     adapters = _adapters(file, tensors, c.get('lora_r'), c.get('lora_alpha'), True, {})
@@ -199,7 +199,7 @@ def _adapters(file: pathlib.Path, tensors: dict, rank, alpha, rs: bool, config: 
         if x.ndim != 2 or x.shape['AB'.index(part)] != rank or other is None:
             what = f'shape {x.shape}' if other is not None else 'no other factor'
             raise LensError(
-                f'{file} says rank {rank}, and adapter {part} of {name} in block {layer} has {what}: {hf.AGAIN}.'
+                f'{file} says rank {rank}, and adapter {part} of {name} in block {layer} has {what}: {tensor_files.AGAIN}.'
             )
     base = config.get('base_model_name_or_path')
     return Adapters(tensors, rank, float(alpha), rs, base if isinstance(base, str) else '')
@@ -209,5 +209,7 @@ def _head(file: pathlib.Path, stored: dict[str, np.ndarray], told: Sidecar) -> d
     d, shapes = told.d_model, {name: x.shape for name, x in stored.items()}
     if shapes not in ({'weight': (d, d)}, {'weight': (d, d), 'bias': (d,)}):
         have = ', '.join(f'{n} {s}' for n, s in shapes.items()) or 'nothing'
-        raise LensError(f'{file} must hold weight {(d, d)}, perhaps bias {(d,)}, and holds {shown(have)}: {hf.AGAIN}.')
+        raise LensError(
+            f'{file} must hold weight {(d, d)}, perhaps bias {(d,)}, and holds {shown(have)}: {tensor_files.AGAIN}.'
+        )
     return stored

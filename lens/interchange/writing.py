@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from lens import files, hf, lens_folder
+from lens import files, hf, lens_folder, tensor_files
 from lens.config import Run
 from lens.errors import LensError, shown
 from lens.interchange import sidecar
@@ -176,7 +176,7 @@ def write(directory: pathlib.Path, layout: str, lens: Lens, run: Run, told: dict
         if layout == 'nla':
             _write_model(folder, lens, run, side, source)
             if side == 'encoder':
-                hf.write_tensors(folder / hf.HEAD, {'weight': head})
+                tensor_files.write(folder / hf.HEAD, {'weight': head})
         else:
             folder.mkdir()
             hf.copy_tokenizer(hf.local_directory(source, weights=False), folder)
@@ -228,7 +228,7 @@ def _write_decoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar) ->
         'inference_mode': True,
         'target_modules': modules,
     }
-    hf.write_tensors(folder / hf.PEFT_WEIGHTS, {f'base_model.model.{k}.weight': x for k, x in tensors.items()})
+    tensor_files.write(folder / hf.PEFT_WEIGHTS, {f'base_model.model.{k}.weight': x for k, x in tensors.items()})
     files.write_json(folder / hf.PEFT, config)
 
 
@@ -244,5 +244,5 @@ def _write_encoder(folder: pathlib.Path, lens: Lens, run: Run, told: Sidecar, he
         'final_norm_stripped': True,
     }
     tensors = {f'backbone.{k}.default.weight': x for k, x in tensors.items()} | {'value_head.weight': head}
-    hf.write_tensors(folder / hf.LORA_ENCODER_WEIGHTS, tensors)
+    tensor_files.write(folder / hf.LORA_ENCODER_WEIGHTS, tensors)
     files.write_json(folder / hf.LORA_ENCODER, meta)

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from lens import data, files, hf, logger, losses, sharding
+from lens import data, files, hf, logger, losses, sharding, tensor_files
 from lens.config import DTYPES, require
 from lens.models.transformer import Transformer
 from lens.translators import FORMAT
@@ -250,7 +250,7 @@ def train(model: str, folder: str, out: pathlib.Path, settings: TunedLensSetting
     bias_LxD = np.asarray(state.params['bias']) * np.asarray(state.scale_L)[:, None]
     with files.new_folder(out) as tmp:
         arrays = {'weight': np.asarray(state.params['weight']), 'bias': bias_LxD}
-        hf.write_tensors(tmp / 'translators.safetensors', arrays)
+        tensor_files.write(tmp / 'translators.safetensors', arrays)
         files.write_json(tmp / 'tuned_lens.json', about)
 
 
