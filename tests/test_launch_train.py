@@ -368,7 +368,7 @@ def test_a_job_that_is_preempted_is_queued_again_until_it_is_finished(launch, si
     first, again = launch.begun()
     assert first == 0 and again > 0, launch.printed()
     assert f'Stopped at step {again} by SIGUSR1' in launch.printed()
-    assert requeues(launch) == ['requeue 101'] and '+ scontrol requeue 101\n' in launch.printed()
+    assert requeues(launch) == ['requeue 101'] and '+ scontrol requeue 101\n' in launch.printed(), launch.printed()
     submitted = launch.calls(launch.slurm, 'sbatch')
     assert len(submitted) == 1 and submitted[0].startswith(f'--nodes=2 --output={launch.folder}/printed ')
     assert launch.starts(1)[0]['environment'] == {'SLURMD_NODENAME': 'node2'}

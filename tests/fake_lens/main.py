@@ -90,6 +90,8 @@ def main():
         if index == 0 and (stop or step % every == 0):
             (checkpoints / str(step)).mkdir(exist_ok=True)
         if stop:
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # as lens.signals does: one that comes late ends nothing
+                signal.signal(number, signal.SIG_IGN)
             say(f'Stopped at step {step} by {signal.Signals(stop).name}')
             if f'late:{index}:{start}' in option('fault', ''):
                 signal.signal(stop, signal.SIG_DFL)
