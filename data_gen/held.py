@@ -20,6 +20,7 @@ from .activations import Reader
 from .label_prompts import Part
 
 FOLDS = 4  # probes, each fitted without its own documents
+LEAST = 2  # documents of a fold: of fewer there is no probe, and words stay as they are given
 COMMON = 8  # a word in more than one of so many documents tells no text from another
 RIDGE = 0.3  # times the mean eigenvalue of the standardised activations
 DOCUMENTS = 256  # read together
@@ -42,7 +43,8 @@ class Held:
         rows = words.counted(part.split)
         rows = rows[(part.positions[rows] >= 0).any(1)]
         self.fold = {(part.name, row): i % FOLDS for i, row in enumerate(rows.tolist())}
-        self.probes = self._fit(part, rows, present)
+        enough = self.word and len(rows) >= LEAST * FOLDS
+        self.probes = self._fit(part, rows, present) if enough else []
 
     def _fit(self, part: Part, rows: np.ndarray, present: Callable) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns a probe without each fold, and one of all documents."""
@@ -77,6 +79,8 @@ class Held:
 
     def rank(self, part: Part, row: int, slot: int, given: list[str]) -> list[str]:
         """Returns some words of the text so far, those first that the activation holds; unknown ones follow as given."""
+        if not self.probes:
+            return given
         mean_D, weight_IxD = self.probes[self.fold.get((part.name, row), FOLDS)]
         known = {w: self.word[key] for w in given if (key := words.fold(w)) in self.word}
         score = weight_IxD[[*known.values()]] @ (self._activation(part, row, slot) - mean_D)

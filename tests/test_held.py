@@ -102,6 +102,15 @@ def test_labels_of_a_command_name_words_of_their_text(world, tmp_path):
     assert said[-1] != said[1]
 
 
+def test_too_few_documents_for_a_probe_leave_rare_words(world, tmp_path):
+    given = {'data': str(world / 'data'), 'tokenizer': str(world / 'subject'), 'method': 'self', 'next': 'text'}
+    given |= {'positions': 3, 'min_position': 20, 'explanation_len': 12, 'parts': 'topic:3,next:2', 'max_documents': 1}
+    for layer in (-1, 1):
+        label(LabelOptions(**given, out=str(tmp_path / str(layer)), layer=layer))
+    rare, held_ones = (np.load(tmp_path / f'{layer}/train/explanations.npy') for layer in (-1, 1))
+    np.testing.assert_array_equal(held_ones, rare)
+
+
 @pytest.mark.parametrize(
     ('more', 'needle'),
     [({'layer': 99}, '--layer=99 is not a block'), ({'layer': 1, 'parts': 'now:3'}, 'chooses topic words')],
