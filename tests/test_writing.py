@@ -105,6 +105,16 @@ def test_a_lens_in_the_formats_of_others(marked, world):
         assert importlib.resources.files('lens').joinpath('card_nla.py').read_text() in card
 
 
+def models_are_those_of(again, lens, run):
+    """The whole models and the head of a lens that was opened again, against the one that was written."""
+    np.testing.assert_array_equal(again.params.encoder.readout_w[...], lens.encoder.readout_w[...])
+    for side, n in (('decoder', 3), ('encoder', 2)):
+        with jax.set_mesh(run.mesh):
+            want = lens_folder.model(lens, run.base, side).truncated(n)
+        got = getattr(again.params, side).base.truncated(n)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(want))
+
+
 @pytest.mark.parametrize('form', writing.LAYOUTS)
 def test_what_others_can_read_comes_back_as_it_was(marked, form):
     root, run, lens, _ = marked
@@ -114,12 +124,7 @@ def test_what_others_can_read_comes_back_as_it_was(marked, form):
     if form == 'peft':
         jax.tree.map(np.testing.assert_array_equal, again.params, lens)
     else:
-        np.testing.assert_array_equal(again.params.encoder.readout_w[...], lens.encoder.readout_w[...])
-        for side, n in (('decoder', 3), ('encoder', 2)):
-            with jax.set_mesh(run.mesh):
-                want = lens_folder.model(lens, run.base, side).truncated(n)
-            got = getattr(again.params, side).base.truncated(n)
-            jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(want))
+        models_are_those_of(again, lens, run)
 
 
 @pytest.mark.slow
@@ -148,12 +153,7 @@ def test_every_kind_of_lens_is_verified_and_comes_back(world, tmp_path, train, i
         export.write_folder(tmp_path / 'nla', lens, run, json.loads(cfg.to_json()), 2, {}, form='nla', held=held)
     again = reopen.open_lens(tmp_path / 'nla')
     assert again.run.texts == run.texts and again.params.decoder.config == lens.decoder.config
-    np.testing.assert_array_equal(again.params.encoder.readout_w[...], lens.encoder.readout_w[...])
-    for side, n in (('decoder', 3), ('encoder', 2)):
-        with jax.set_mesh(run.mesh):
-            want = lens_folder.model(lens, run.base, side).truncated(n)
-        got = getattr(again.params, side).base.truncated(n)
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(want))
+    models_are_those_of(again, lens, run)
 
 
 def test_verifying_finds_what_is_wrong(marked, tmp_path):
