@@ -6,19 +6,30 @@ Dimension letters: R documents, V positions, D width.
 import numpy as np
 
 from lens import widths
+from lens.errors import LensError
 
 from .label_prompts import Part
 
 BATCH_TOKENS = 1 << 14  # of documents that are read together
 
 
+def config_of(subject: str, layer: int):
+    """Reads the configuration of a subject that has a block `layer`. Raises LensError."""
+    from lens import hf
+
+    config = hf.read_config(hf.local_directory(subject, weights=False))
+    if not 0 <= layer < config.n_layers:
+        raise LensError(f'--layer={layer} is not a block of the subject, which has blocks 0..{config.n_layers - 1}.')
+    return config
+
+
 class Reader:
-    """The subject, and its stream after block `layer`. dtype: name of a float type; None: float32 on a CPU, else bfloat16.
+    """The subject, and its stream after block `layer`. dtype: name of a float type; auto: float32 on a CPU, else bfloat16.
 
     Raises LensError where the model cannot be loaded.
     """
 
-    def __init__(self, subject: str, layer: int, *, dtype: str | None = None, mesh_model: int = 1):
+    def __init__(self, subject: str, layer: int, *, dtype: str = 'auto', mesh_model: int = 1):
         import jax
 
         from lens import hf, sharding
@@ -26,9 +37,9 @@ class Reader:
         from lens.models.subject import activations
 
         self.mesh = sharding.make_mesh(1, mesh_model)
-        dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+        auto = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
         with jax.set_mesh(self.mesh):
-            self.base = hf.load_model(subject, mesh=self.mesh, dtype=DTYPES[dtype])
+            self.base = hf.load_model(subject, mesh=self.mesh, dtype=DTYPES[auto if dtype == 'auto' else dtype])
         self.read = jax.jit(activations, static_argnums=3)
         self.layer, self.put, self.set_mesh = layer, sharding.put_batch, jax.set_mesh
 

@@ -107,9 +107,7 @@ def extract(o: ExtractOptions) -> str:
         raise LensError(f'--out={o.out} must end with .parquet.')
     if out.exists() and not o.force:
         return f'{out} exists and is kept; --force makes it again.'
-    tokenizer, config = hf.load_tokenizer(o.subject), hf.read_config(hf.local_directory(o.subject, weights=False))
-    if not 0 <= o.layer < config.n_layers:
-        raise LensError(f'--layer={o.layer} is not a block of the subject, which has blocks 0..{config.n_layers - 1}.')
+    tokenizer, config = hf.load_tokenizer(o.subject), activations.config_of(o.subject, o.layer)
     parts = open_parts(o, tokenizer)
     for part in parts:
         made_with = part.split.meta.get('tokenizer_sha256')
@@ -122,10 +120,8 @@ def extract(o: ExtractOptions) -> str:
         counts = [int((part.positions[rows] >= 0).sum()) for part, rows in work]
         done = sum(n for n, path in zip(counts, paths, strict=True) if path.exists())
         bar = shards.progress('Reading', sum(counts), done)
-        reader = None
-        if done < sum(counts):
-            dtype = None if o.dtype == 'auto' else o.dtype
-            reader = activations.Reader(o.subject, o.layer, dtype=dtype, mesh_model=o.mesh_model)
+        how = {'dtype': o.dtype, 'mesh_model': o.mesh_model}
+        reader = activations.Reader(o.subject, o.layer, **how) if done < sum(counts) else None
         for (part, rows), path, n in zip(work, paths, counts, strict=True):
             if not path.exists():
                 _write_shard(path, schema, part, rows, reader(part, rows), tokenizer, o)

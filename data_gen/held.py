@@ -5,18 +5,17 @@ read. The probe is a ridge regression from the activation to which words stand i
 documents. A word's score is its predicted presence less the mean, in standard deviations of the presence, so that rare
 words and common ones compete alike. Each document is judged by a probe that has not seen it (cross-fitting).
 
-Dimension letters: R documents, V positions, D width, I words.
+Dimension letters: V positions, D width, I words.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from lens import hf, words
-from lens.errors import LensError
+from lens import words
 
 from . import shards
-from .activations import Reader
+from .activations import Reader, config_of
 from .label_prompts import Part
 
 FOLDS = 4  # probes, each fitted without its own documents
@@ -33,18 +32,17 @@ class Held:
     """
 
     def __init__(self, subject: str, layer: int, part: Part, frequency: words.Frequency, present: Callable):
-        blocks = hf.read_config(hf.local_directory(subject, weights=False)).n_layers
-        if layer >= blocks:
-            raise LensError(f'--layer={layer} is not a block of the subject, which has blocks 0..{blocks - 1}.')
+        config_of(subject, layer)
         most = frequency.documents / COMMON
         names = sorted(k for k, n in frequency.counts.items() if words.SEEN <= n <= most)
         self.word = {k: i for i, k in enumerate(names)}
-        self.read, self.fitted, self.block = Reader(subject, layer), {}, {}
+        self.fitted, self.block, self.probes = {}, {}, []
         rows = words.counted(part.split)
         rows = rows[(part.positions[rows] >= 0).any(1)]
         self.fold = {(part.name, row): i % FOLDS for i, row in enumerate(rows.tolist())}
-        enough = self.word and len(rows) >= LEAST * FOLDS
-        self.probes = self._fit(part, rows, present) if enough else []
+        if self.word and len(rows) >= LEAST * FOLDS:
+            self.read = Reader(subject, layer)
+            self.probes = self._fit(part, rows, present)
 
     def _fit(self, part: Part, rows: np.ndarray, present: Callable) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns a probe without each fold, and one of all documents."""

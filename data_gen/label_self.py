@@ -144,9 +144,8 @@ class _Document:
     def _topic(self, slot: int, count: int) -> list[str]:
         """Words that the activation holds, or rare ones."""
         held, far = self.labels.held, self.far(slot)
-        if held is None:
-            return words.rarest(far, self.labels.frequency, count)
-        return held.rank(self.part, self.row, slot, words.rarest(far, self.labels.frequency, len(far)))[:count]
+        found = words.rarest(far, self.labels.frequency, len(far))
+        return (held.rank(self.part, self.row, slot, found) if held else found)[:count]
 
     def _next(self, ids: list[int], count: int) -> list[list[int]]:
         """Tokens of the next words, word by word, up to the end of the line."""

@@ -35,8 +35,7 @@ def planted(seed: int, held_word: str = 'cloud'):
 def fitted(monkeypatch, part, arrays: dict, present) -> held.Held:
     """A Held whose subject gives the activations of `arrays`, name of a split -> [N, V, D]."""
     monkeypatch.setattr(held, 'Reader', lambda *_: lambda part, rows: arrays[part.name][rows])
-    monkeypatch.setattr(held.hf, 'local_directory', lambda *_, **__: None)
-    monkeypatch.setattr(held.hf, 'read_config', lambda *_: types.SimpleNamespace(n_layers=4))
+    monkeypatch.setattr(held, 'config_of', lambda *_: None)
     counts = collections.Counter(dict.fromkeys(NAMES, DOCUMENTS // held.COMMON))
     frequency = words.Frequency(counts, DOCUMENTS)
     return held.Held('subject', 1, part, frequency, lambda row, slot: present[row][slot])
