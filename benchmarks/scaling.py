@@ -28,7 +28,7 @@ from benchmarks.full_size import open_recipe
 from benchmarks.roofline import COLLECTIVES, by_kind, collectives
 from benchmarks.timing import seconds
 from configs import base
-from lens import config, files, flops, lens_init, response, sharding
+from lens import files, flops, lens_init, response, sharding
 from lens.models.rope import Rope
 from lens.models.transformer import Transformer, TransformerConfig
 from lens.objectives import OBJECTIVES
@@ -52,7 +52,7 @@ MODEL = TransformerConfig(  # DEVICES divide what `model` splits
 )
 UNTUNED = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}  # they are never run
 SIZES = {'rows': 4, 'tokens': 16, 'vectors': 2, 'group': 4, 'text': 64, 'layers': 2}
-TEXTS = config.Texts(response.Prompt([1, 2, 3], [4]), ([5], [6, 7]), (1, 2, 3, 8, 4), response.NO_TAGS)
+TEXTS = response.Texts(response.Prompt([1, 2, 3], [4]), ([5], [6, 7]), (1, 2, 3, 8, 4), response.NO_TAGS)
 TRAINED = ('maps', 'lora', 'full')
 
 

@@ -424,7 +424,7 @@ def train_batches(
     Each batch has `documents` rows with `vectors` positions each: tokens [R, S'], positions [R, V], doc_id [R] and, if
     `labelled`, the given explanations [R, V, T]. S' is one of split.widths. Stored activations [R, V, D] come in place of
     tokens. State: get_state / set_state.
-    rows: the ones that this process reads, with the state of all of them; None: every row. config.check_documents says
+    rows: the ones that this process reads, with the state of all of them; None: every row. checks.check_documents says
     what the data must have.
     """
     rows = np.arange(documents) if rows is None else rows

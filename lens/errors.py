@@ -13,6 +13,12 @@ class LensError(ValueError):
     print it without a traceback and exit with code 1."""
 
 
+def require(ok: bool, message: str) -> None:
+    """Raises LensError unless `ok`."""
+    if not ok:
+        raise LensError(message)
+
+
 def shown(text: object, most: int = SHOWN_CHARS) -> str:
     """Returns a text of others as it may stand in a message or on a terminal: one line, no control characters and none
     that change the direction of what follows, at most `most` characters."""

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lens import lens_folder, sharding, translators
-from lens.config import Run, Texts
+from lens.config import Run
 from lens.interchange import directories, reading
 from lens.models import injection, lora, subject
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig
 from lens.models.lens import Lens
+from lens.response import Texts
 
 NORM_DOCUMENTS, NORM_TOKENS = 10, 256  # texts that the scale of the maps is measured on, and as much of each
 

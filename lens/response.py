@@ -64,6 +64,17 @@ class Prompt(NamedTuple):
     marker: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a configuration as token ids. natural: the decoder prompt with a word for the activation; encoder:
+    before and after the words, without what is joined with them."""
+
+    decoder: Prompt
+    encoder: tuple[list[int], list[int]]
+    natural: tuple[int, ...]
+    tags: Tags
+
+
 class Found(NamedTuple):
     """Of every response: the words start..start+length-1, the tokens up to and with its end, success."""
 

@@ -13,6 +13,7 @@ from flax import struct
 
 from lens import (
     checkpoint,
+    checks,
     config,
     data,
     distributed,
@@ -123,7 +124,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
     given = configured(cfg, locate(cfg, workdir))
     cfg = locate(given, workdir)
     run = config.plan(cfg)
-    config.check_batches(cfg, run.mesh)
+    checks.check_batches(cfg, run.mesh)
     here = identity(given, run)
     with (
         jax.set_mesh(run.mesh),

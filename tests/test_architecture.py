@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From top to bottom. A module imports its own layer and those below, never above, and nothing in a circle.
 LAYERS = {
     'commands': 'commands main tools export explain serve web api schemas',
-    'a run': 'train config keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer '
+    'a run': 'train config checks keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer '
     'interchange prompted',
     'objectives': 'objectives rollout gumbel sampling flops instrument',
     'models': 'models hf tensor_files lens_folder translators',

@@ -22,14 +22,14 @@ from ml_collections import config_flags
 from safetensors.numpy import load_file
 
 from lens import export, hf, lens_folder, lens_init, sampling, sharding, tensor_files
-from lens.config import Texts, load, plan
+from lens.config import load, plan
 from lens.errors import LensError, shown
 from lens.models import lora
 from lens.models.decoder import Decoder, DecoderConfig, scaled_identity
 from lens.models.encoder import Encoder, EncoderConfig, encode
 from lens.models.injection import Add, Affine, Replace
 from lens.models.lens import Lens
-from lens.response import NO_TAGS, Prompt
+from lens.response import NO_TAGS, Prompt, Texts
 from lens.rollout import source_of
 from tests import hf_models, small_run
 

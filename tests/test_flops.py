@@ -15,7 +15,7 @@ from lens import config, flops, sharding
 from lens.lens_init import abstract_lens
 from lens.models import families, moe
 from lens.models.transformer import Transformer
-from lens.response import NO_TAGS, Prompt
+from lens.response import NO_TAGS, Prompt, Texts
 from lens.train import State, trace
 from tests.tiny_world import TINY
 
@@ -153,7 +153,7 @@ def test_the_outermost_scope_counts_and_gradients_stay_in_it():
 DOCUMENTS, VECTORS, LENGTH, GROUP, PREFIX = 2, 3, 6, 5, 4
 LAYER, OUTPUT_LAYER = 1, 2
 TEXTS = DOCUMENTS * VECTORS
-TEXTS_OF = config.Texts(Prompt([1] * 3, [2] * 4), ([3] * 2, [4] * 3), (5,) * PREFIX, NO_TAGS)
+TEXTS_OF = Texts(Prompt([1] * 3, [2] * 4), ([3] * 2, [4] * 3), (5,) * PREFIX, NO_TAGS)
 WRITTEN, READ = (
     8 + LENGTH - 1,
     5 + LENGTH,

@@ -13,7 +13,8 @@ import pytest
 
 from configs import base
 from lens import errors, hf
-from lens.config import check_held_out, check_values, plan
+from lens.checks import check_held_out, check_values
+from lens.config import plan
 from lens.errors import LensError
 from lens.reopen import reopen
 from tests.small_run import config, train

@@ -18,12 +18,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import cli, config, data, flops, hf, keys, lens_init, objectives, places, response, sharding
-from lens.config import Phase, Texts, require
-from lens.errors import LensError
+from lens import checks, cli, config, data, flops, hf, keys, lens_init, objectives, places, response, sharding
+from lens.config import Phase
+from lens.errors import LensError, require
 from lens.interchange.reading import configured
 from lens.models import moe
 from lens.models.transformer import Transformer, TransformerConfig
+from lens.response import Texts
 from lens.tools import targets
 from lens.train import State, abstract_state, trace
 
@@ -190,7 +191,7 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
 
     No device is touched but those of the CPU. Raises LensError for what a configuration alone shows to be impossible.
     """
-    config.check_values(cfg)
+    checks.check_values(cfg)
     cfg = configured(cfg, places.locate(cfg, pathlib.Path()))
     target = target or targets.default()
     keys.choice(target, targets.TARGETS, '--device')
@@ -203,8 +204,8 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
     job, notes = open_job(cfg)
     job = job._replace(devices=devices)
     for name in cfg.phases:
-        config.check_phase(cfg, name)
-    config.check_batches(cfg, mesh)
+        checks.check_phase(cfg, name)
+    checks.check_batches(cfg, mesh)
     sizes = ', '.join(f'{k} {v}' for k, v in mesh.shape.items() if v > 1) or 'no mesh'
     print(f'{cfg.subject.path} on {mesh.size} device{"s" * (mesh.size > 1)} ({sizes}); no device is touched')
     notes.append(CPU_NOTE if on_cpu(mesh) else f'temporaries: of the program of the compiler for {target}')
@@ -286,14 +287,14 @@ def open_job(cfg) -> tuple[Workload, list[str]]:
             ) from e
     c, ships_packed = hf.read_config(path), hf.ships_packed(path)
     tokenizer = WordTokenizer() if path.suffix == '.json' else hf.load_tokenizer(path)
-    config.check_subject(cfg, c)
+    checks.check_subject(cfg, c)
     require(
         ships_packed or not cfg.subject.packed,
         f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.',
     )
     rows = _rows(pathlib.Path(cfg.data.path) / 'train/tokens.npy', c.max_positions, notes)
     texts = config.read_texts(cfg, tokenizer, math.inf if isinstance(tokenizer, WordTokenizer) else c.vocab_size)
-    config.check_lengths(cfg, c, texts)
+    checks.check_lengths(cfg, c, texts)
     return Workload(c, texts, *rows, ships_packed), notes
 
 

@@ -26,7 +26,8 @@ import optax
 from flax import struct
 
 from lens import data, files, hf, logger, losses, sharding, tensor_files
-from lens.config import DTYPES, require
+from lens.config import DTYPES
+from lens.errors import require
 from lens.models.transformer import Transformer
 from lens.translators import FORMAT
 
