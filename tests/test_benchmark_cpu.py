@@ -62,21 +62,17 @@ def test_floor_counts_the_products_of_the_model(sides):
         each = np.array([matrices, 2 * 2 * heads * (before + (width + 1) / 2), adapters])
         return blocks * rows * width * np.dot(times, each)
 
-    def decoder(times):
-        """What stands left of the slot is the same for all rows: once."""
-        left = SHAPE.prompt // 2
-        return stack(4, 1, left, times) + stack(4, n, score - left, times, left)
-
+    left = SHAPE.prompt // 2  # of the slot: the same for all rows, so that sampling runs it once
     # a gradient costs as much again in a frozen matrix, twice as much where both factors have one
     trained = (2, 3, 3)
     want = {
         'forward': stack(4, b, t) + b * t * head,
         'read': stack(layer + 1, b, t),
-        'sft': decoder(trained)
+        'sft': stack(4, n, score, trained)
         + stack(layer + 1, n, encode, trained)
         + n * length * head * 2
         + 2 * n * c.d_model**2 * 3,
-        'sample': decoder((1, 1, 0)) + n * length * head,
+        'sample': stack(4, 1, left) + stack(4, n, score - left, before=left) + n * length * head,
     }
     np.testing.assert_allclose([sides[0][k].gflop * 1e9 for k in want], list(want.values()), rtol=1e-6)
 

@@ -153,17 +153,15 @@ def test_the_outermost_scope_counts_and_gradients_stay_in_it():
 DOCUMENTS, VECTORS, LENGTH, GROUP, PREFIX = 2, 3, 6, 5, 4
 LAYER, OUTPUT_LAYER = 1, 2
 TEXTS = DOCUMENTS * VECTORS
-TEXTS_OF = Texts(Prompt([1] * 3, [2] * 4), ([3] * 2, [4] * 3), (5,) * PREFIX, NO_TAGS)
-WRITTEN, READ = (
-    8 + LENGTH - 1,
-    5 + LENGTH,
-)  # tokens of a decoder's text, whose last one is fed to nobody; of an encoder's
+LEFT, RIGHT, FAR = 3, 4, 50  # of the decoder's prompt; FAR: TEXTS times it is worth a pass over the weights
+READ = 5 + LENGTH  # tokens of an encoder's text
 DEEP = dataclasses.replace(TINY, n_layers=6, windows=(4, 0))
 
 
 @functools.cache
-def parts_of_a_step(objective, **changes):
-    """FLOPs of the train step of one phase by part; block__key=value."""
+def parts_of_a_step(objective, left=LEFT, **changes):
+    """FLOPs of the train step of one phase by part; block__key=value. left: tokens before the slot."""
+    texts = Texts(Prompt([1] * left, [2] * RIGHT), ([3] * 2, [4] * 3), (5,) * PREFIX, NO_TAGS)
     cfg = settings.get_config()
     cfg.phases, cfg.layer, cfg.explanation_len = (objective,), LAYER, LENGTH
     cfg.decoder.patched_blocks, cfg.encoder.output_layer = 2, OUTPUT_LAYER
@@ -175,8 +173,8 @@ def parts_of_a_step(objective, **changes):
     mesh = sharding.make_mesh(1, 1)
     with jax.set_mesh(mesh):
         base = sharding.with_placement(abstract(DEEP), mesh, float('inf'))
-        lens = abstract_lens(cfg, TEXTS_OF, base, mesh)
-        (phase,) = config.make_phases(cfg, TEXTS_OF)
+        lens = abstract_lens(cfg, texts, base, mesh)
+        (phase,) = config.make_phases(cfg, texts)
         shapes = {'tokens': (DOCUMENTS, TEXT), 'positions': (DOCUMENTS, VECTORS)}
         if phase.labelled:
             shapes['explanations'] = (DOCUMENTS, VECTORS, LENGTH)
@@ -195,14 +193,28 @@ def text(tokens, layers, logits=0):
 
 
 READING = DOCUMENTS * text(TEXT, LAYER + 1)
-BEFORE = text(len(TEXTS_OF.decoder.left), DEEP.n_layers)  # what of the prompt no activation changes, once
-DECODER, ENCODER = text(WRITTEN, DEEP.n_layers, LENGTH) - BEFORE, text(READ, OUTPUT_LAYER + 1)
+ENCODER = text(READ, OUTPUT_LAYER + 1)
 
 
+def written(left=LEFT, of=text):
+    """FLOPs of (the prompt of a decoder before its slot, the prompt, all but the last token, which is fed to nobody)."""
+    ends = left, left + 1 + RIGHT, left + RIGHT + LENGTH
+    return [of(n, DEEP.n_layers, *more) for n, more in zip(ends, ((), (), (LENGTH,)), strict=True)]
+
+
+@pytest.mark.parametrize('left', [LEFT, FAR])
 @pytest.mark.parametrize(('train', 'passes'), [('maps', 2), ('full', 3)])
-def test_a_frozen_base_is_two_passes_and_a_trained_one_three(train, passes):
-    parts = parts_of_a_step('sft', decoder__train=train, encoder__train=train)
-    expected = READING + passes * (BEFORE + TEXTS * (DECODER + ENCODER))
+def test_a_frozen_base_is_two_passes_and_a_trained_one_three(train, passes, left):
+    """What no activation changes runs once where it is many tokens of a batch."""
+    parts = parts_of_a_step('sft', left, decoder__train=train, encoder__train=train)
+
+    def once(of):
+        before, _, whole = written(left, of)
+        return TEXTS * whole if left == LEFT else before + TEXTS * (whole - before)
+
+    # both factors of an attention product have a gradient
+    attention = once(lambda tokens, layers, logits=0: pairs(DEEP, tokens, layers))
+    expected = READING + passes * (once(text) + TEXTS * ENCODER) + (3 - passes) * attention
     assert sum(parts.values()) == pytest.approx(expected, rel=0.08 if train == 'maps' else 0.03)  # maps and read-out
     assert parts['sample'] == 0
 
@@ -211,10 +223,10 @@ def test_the_parts_of_a_step_that_samples():
     parts = parts_of_a_step('grpo')
     samples = TEXTS * GROUP
     assert parts['read'] == pytest.approx(READING, rel=0.02)
-    prompt = text(8, DEEP.n_layers) - BEFORE  # once for an activation
-    written = BEFORE + TEXTS * prompt + samples * (DECODER - prompt)
-    assert parts['sample'] == pytest.approx(written, rel=0.05)
-    assert parts['score'] == pytest.approx(2 * written, rel=0.1)
+    before, prompt, whole = written()
+    scored = TEXTS * prompt + samples * (whole - prompt)  # the prompt once for an activation
+    assert parts['sample'] == pytest.approx(scored - (TEXTS - 1) * before, rel=0.05)
+    assert parts['score'] == pytest.approx(2 * scored, rel=0.1)
     assert parts['encode'] == pytest.approx(2 * samples * ENCODER, rel=0.1)
     assert parts['other'] < 0.01 * sum(parts.values())
 
@@ -223,14 +235,15 @@ def test_what_nobody_trains_has_no_backward_pass():
     rest, maps = ('.', 1.0, 0.0, 'all', '0'), {'decoder__train': 'maps', 'encoder__train': 'maps'}
     frozen = parts_of_a_step('sft', sft__table=(('^decoder/', None), rest), **maps)
     saved = sum(parts_of_a_step('sft', **maps).values()) - sum(frozen.values())
-    assert saved == pytest.approx(BEFORE + TEXTS * DECODER, rel=0.15)
+    assert saved == pytest.approx(TEXTS * written()[2], rel=0.15)
 
 
 def test_a_gradient_through_the_sampling_counts_no_step_twice():
     """The forward pass of its backward pass is computed again, under the same scopes as the sampling."""
     parts = parts_of_a_step('gumbel', gumbel__form='full')
     more = 2 * 2 * LENGTH * DEEP.d_model * DEEP.vocab_size  # products of relaxed words with the tables
-    expected = READING + 2 * BEFORE + TEXTS * (2 * DECODER + 2 * ENCODER + more)
+    before, _, whole = written()
+    expected = READING + 2 * before + TEXTS * (2 * (whole - before) + 2 * ENCODER + more)
     assert sum(parts.values()) == pytest.approx(expected, rel=0.08)
 
 

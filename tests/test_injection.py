@@ -78,6 +78,23 @@ def test_every_injection_equals_the_stack_by_hand(base, given, case):
     close(entropy, -(np.exp(log_p) * log_p).sum(-1))
 
 
+@pytest.mark.parametrize('case', CASES)
+def test_what_stands_left_of_the_slots_may_run_once(base, given, case, monkeypatch):
+    """The same stream, and the same gradients of activations and of what a decoder trains."""
+    decoder = make_decoder(base, *CASES[case])
+    weight = jnp.asarray(np.random.default_rng(1).standard_normal((8, LENGTH, TINY.d_model)), jnp.float32)
+
+    def run():
+        def value(decoder, a):
+            return (dec.teacher_forced(decoder, base, a, jnp.asarray(given[1])) * weight).sum()
+
+        return jax.jit(jax.value_and_grad(value, (0, 1)))(decoder, jnp.asarray(given[0]))
+
+    among = run()
+    monkeypatch.setattr(dec, 'PASS_TOKENS', 0)
+    jax.tree.map(lambda x, y: close(x, y, steps=1024), run(), among)
+
+
 @pytest.mark.parametrize(('case', 'own_base'), [('two blocks', False), ('replace', False), ('add', True)])
 def test_a_marked_prompt_is_words_of_the_table_of_the_model_that_reads_it(base, given, case, own_base):
     """Of its own base where it trains one, which is another than the frozen one here."""

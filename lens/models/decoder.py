@@ -1,6 +1,7 @@
 """activation -> text: the slots, the maps, the prompt, prefill and teacher-forced scoring.
 
-The prompt is [left, slot, right]; `right` may hold further slots. `left` is the same for every activation: it runs once.
+The prompt is [left, slot, right]; `right` may hold further slots. `left` is the same for every activation: it runs once
+where that spares more than it costs.
 How the activation enters the slots is an object of injection.py; later tokens see it through the key/value cache only.
 What the prompt is made of is in the units of the embedding table: before Gemma's scale and GPT-2's positions.
 """
@@ -17,7 +18,11 @@ from lens import sharding
 from lens.models import injection
 from lens.models.attention import KVCache
 from lens.models.subject import tile_rows
-from lens.models.transformer import Side, Transformer, model_of, prompt_of, rows_for
+from lens.models.transformer import Side, Transformer, TransformerConfig, model_of, prompt_of, rows_for
+
+# Tokens on a device that a pass over the weights of its own has to spare: an H100 reads a parameter of bfloat16 in the time of
+# 220 products with it (3 TB/s, 650 TFLOP/s).
+PASS_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +86,31 @@ def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
     return (injection.overwrite(x, decoder.slots, slot_BxD) if decoder.config.more_slots else x), hook
 
 
-def _before_slots(decoder: Decoder, model: Transformer) -> tuple[KVCache, ...]:
-    """Runs the rows left of the slots, once on each device: their keys and values, where there are any."""
-    if not decoder.left_ids:
-        return ()
-    x = rows_for(sharding.shards(*sharding.ROW_AXES), prompt_of(decoder, model)[0], model.dtype)
-    return (model.run_cached(model.enter(x), 0, model.config.n_layers, adapters=decoder.adapters)[1],)
-
-
-def _prompt(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
-    """Runs the prompt: the stream that leaves its last token, Bx1xD, and its keys and values."""
-    model, start = model_of(decoder, base), len(decoder.left_ids)
+def _begin(decoder: Decoder, model: Transformer, activation_BxD, apart: bool):
+    """Makes (rows of the prompt, place of the first one, caches of those before it, hook). apart: what stands left of the
+    slots, the same for all rows, runs by itself, once on each device."""
     x, hook = prompt_rows(decoder, model, activation_BxD)
-    before, how = _before_slots(decoder, model), {'adapters': decoder.adapters, 'before_block': hook}
+    n, left_QxD = len(decoder.left_ids), prompt_of(decoder, model)[0]
+    if not n:
+        return x, 0, (), hook
+    if apart:
+        once = model.enter(rows_for(sharding.shards(*sharding.ROW_AXES), left_QxD, model.dtype))
+        return x, n, (model.run_cached(once, 0, model.config.n_layers, adapters=decoder.adapters)[1],), hook
+    x = jnp.concatenate([rows_for(len(x), left_QxD, model.dtype), x], axis=1)
+    return x, 0, (), hook and (lambda x, block: jnp.concatenate([x[:, :n], hook(x[:, n:], block)], axis=1))
+
+
+def _left_is_worth_a_pass(decoder: Decoder, c: TransformerConfig, rows: int) -> bool:
+    """Tells whether the prompt left of the slots is enough tokens in `rows`. Few tokens are multiplied by all experts."""
+    least = PASS_TOKENS * c.n_experts // c.top_k if c.n_experts else PASS_TOKENS
+    return rows // sharding.shards(*sharding.ROW_AXES) * len(decoder.left_ids) > least
+
+
+def _prompt(decoder: Decoder, base: Transformer, activation_BxD, apart: bool) -> tuple[jax.Array, KVCache]:
+    """Runs the prompt: the stream that leaves its last token, Bx1xD, and its keys and values. apart: see `_begin`."""
+    model = model_of(decoder, base)
+    x, start, before, hook = _begin(decoder, model, activation_BxD, apart)
+    how = {'adapters': decoder.adapters, 'before_block': hook}
     x, cache = model.run_cached(model.enter(x, start), 0, model.config.n_layers, before, start, **how)
     return x[:, -1:], functools.reduce(KVCache.after, before, cache).padded()
 
@@ -101,7 +118,7 @@ def _prompt(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Ar
 @jax.named_scope('prefill')
 def prefill(decoder: Decoder, base: Transformer, activation_BxD) -> tuple[jax.Array, KVCache]:
     """Runs the prompt. Returns the logits of the first token, BxV, and the prompt's keys and values."""
-    x, cache = _prompt(decoder, base, activation_BxD)
+    x, cache = _prompt(decoder, base, activation_BxD, True)
     return _logits(model_of(decoder, base), x), cache
 
 
@@ -135,12 +152,12 @@ def teacher_forced(decoder: Decoder, base: Transformer, activation_BxD, ids_NxT)
     model, group = model_of(decoder, base), len(ids_NxT) // len(activation_BxD)
     words_NxTxD = model.lookup(ids_NxT[:, :-1])
     if group == 1:
-        x, hook = prompt_rows(decoder, model, activation_BxD)
-        x, start = jnp.concatenate([x, words_NxTxD], axis=1), len(decoder.left_ids)
-        before, how = _before_slots(decoder, model), {'adapters': decoder.adapters, 'before_block': hook}
+        apart = _left_is_worth_a_pass(decoder, model.config, len(ids_NxT))
+        x, start, before, hook = _begin(decoder, model, activation_BxD, apart)
+        x, how = jnp.concatenate([x, words_NxTxD], axis=1), {'adapters': decoder.adapters, 'before_block': hook}
         x = model.run_layers(model.enter(x, start), 0, model.config.n_layers, before, start, **how)
-        return x[:, len(decoder.right_ids) :]
-    first_Bx1xD, prompt = _prompt(decoder, base, activation_BxD)
+        return x[:, decoder.prompt_len - 1 - start :]
+    first_Bx1xD, prompt = _prompt(decoder, base, activation_BxD, False)
     rest, _ = _continued(decoder, base, words_NxTxD, (prompt,))
     return jnp.concatenate([tile_rows(first_Bx1xD, group), rest], axis=1)
 
