@@ -197,7 +197,8 @@ def edit(reader: Reader, v: Value) -> Iterator[dict]:
 def generate(reader: Reader, v: Value) -> Iterator[dict]:
     how = v['sampling_params']
     seed = secrets.randbelow(2**31) if how['sampling_seed'] is None else how['sampling_seed']
-    settings = {'length': how['max_new_tokens'], 'temperature': how['temperature'], 'seed': seed}
+    limits = prompted.Limits(**{k: how[k] for k in prompted.Limits._fields})
+    settings = {'length': how['max_new_tokens'], 'temperature': how['temperature'], 'seed': seed, 'limits': limits}
     d = reader.base.config.d_model
     if wrong := [len(x) for x in v['input_embeds'] if len(x) != d]:
         raise LensError(f'input_embeds has a row of {wrong[0]} numbers, the decoder reads {d}.')

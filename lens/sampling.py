@@ -37,11 +37,28 @@ def perturbed(logits_NxV, key, t, temperature_N):
     return logits_NxV + temperature_N[:, None] * noise(key, t, logits_NxV.shape)
 
 
-def draw(decoder, base, first_NxV, prompt: KVCache, key, *, length: int, temperature_N, keep, tags: Tags = NO_TAGS):
+def every(logits_NxV):
+    return logits_NxV
+
+
+def draw(
+    decoder,
+    base,
+    first_NxV,
+    prompt: KVCache,
+    key,
+    *,
+    length: int,
+    temperature_N,
+    keep,
+    tags: Tags = NO_TAGS,
+    only=every,
+):
     """Draws `length` tokens a row after a prompt of which prefill gave keys and values, and first_NxV the logits.
 
-    tags: once every row has come to its end nothing more is drawn, and the tokens that are left are 0. Returns (ids
-    NxT, keep(logits NxV, ids N) of every token on a second axis, the cache of all tokens but the last).
+    tags: once every row has come to its end nothing more is drawn, and the tokens that are left are 0. only: of logits,
+    gives those that ids are drawn from. Returns (ids NxT, keep(logits NxV, ids N) of every token on a second axis, the
+    cache of all tokens but the last).
     """
     model, n = model_of(decoder, base), len(first_NxV)
     kept = jax.eval_shape(lambda x: keep(x, jnp.argmax(x, axis=-1)), first_NxV)
@@ -49,7 +66,7 @@ def draw(decoder, base, first_NxV, prompt: KVCache, key, *, length: int, tempera
     ids = jnp.full((n, length), UNDRAWN, jnp.int32, out_sharding=sharding.out(ROWS))
 
     def token(logits, ids, kept, t):
-        ids_N = draws.argmax(perturbed(logits, key, t, temperature_N))
+        ids_N = draws.argmax(perturbed(only(logits), key, t, temperature_N))
         put = jax.lax.dynamic_update_index_in_dim
         return ids_N, put(ids, ids_N, t, 1), put(kept, keep(logits, ids_N), t, 1)
 
@@ -81,17 +98,18 @@ def sample(
     temperature=1.0,
     tags: Tags = NO_TAGS,
     keep=losses.token_log_probs,
+    only=every,
 ) -> Samples:
     """Draws `length` tokens for each activation, `group` times: N = B * group rows; with tags as draw does. No gradient.
 
     Exact draws from softmax(logits / temperature) as argmax(logits + temperature * Gumbel noise), so 0
-    is greedy; a number, or one per activation [B]. logp is at temperature 1. keep: as draw does. The noise of a row depends
-    on key, step and row alone: every mesh draws the same tokens from the same logits.
+    is greedy; a number, or one per activation [B]. logp is at temperature 1, of all tokens. keep, only: as draw does. The
+    noise of a row depends on key, step and row alone: every mesh draws the same tokens from the same logits.
     """
     decoder, activation_BxD = for_rollout(decoder, base), jax.lax.stop_gradient(activation_BxD)
     temperature_B = sharding.reshard(jnp.broadcast_to(temperature, activation_BxD.shape[:1]), sharding.rows(1))
     first_BxV, prompt = dec.prefill(decoder, base, activation_BxD)
     first_NxV, temperature_N = tile_rows(first_BxV, group), tile_rows(temperature_B, group)
-    how = {'length': length, 'temperature_N': temperature_N, 'keep': keep, 'tags': tags}
+    how = {'length': length, 'temperature_N': temperature_N, 'keep': keep, 'tags': tags, 'only': only}
     ids, logp, _ = draw(decoder, base, first_NxV, prompt, key, **how)
     return Samples(ids, logp)

@@ -7,6 +7,7 @@ import reprlib
 from typing import Annotated, Any, Literal
 
 import pydantic
+import pydantic_core
 from pydantic import Field
 
 from lens import steer
@@ -109,14 +110,26 @@ class Completion(Source):
     stream: Stream = False
 
 
+def _some(n: int) -> int:
+    if n == 0:
+        raise pydantic_core.PydanticCustomError('some', 'Input should be -1 or at least 1')
+    return n
+
+
 class Sampling(Request):
     temperature: Temperature = 1.0
     max_new_tokens: Length = 200
     skip_special_tokens: bool = False
     sampling_seed: Natural | None = Field(None, description='Another one each time, if it is missing.')
-    top_p: float = Field(1, ge=1, le=1, description='Every token may be drawn.')
-    top_k: int = Field(-1, ge=-1, le=-1, description='Every token may be drawn.')
-    min_p: float = Field(0, ge=0, le=0, description='Every token may be drawn.')
+    top_p: float = Field(
+        1, gt=0, le=1, description='A token may be drawn where those more probable have no more than this in all.'
+    )
+    top_k: Annotated[int, pydantic.AfterValidator(_some)] = Field(
+        -1, ge=-1, le=LARGEST_INT, description='So many of the most probable tokens may be drawn; -1: all.'
+    )
+    min_p: float = Field(
+        0, ge=0, le=1, description='Only tokens of so many times the largest probability may be drawn.'
+    )
 
 
 class Generate(Request):

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lens import response
+from lens import prompted, response
 from lens.models import lora
 from tests import programs
 from tests.compare import close
@@ -77,3 +79,43 @@ def test_a_row_that_stays_open_is_drawn_to_its_end(pair):
     tags = response.Tags((), (0,))
     got = programs.sample(*pair, ACTIVATIONS, jax.random.key(seed), length=LENGTH, group=GROUP, tags=tags)
     np.testing.assert_array_equal(got.ids_NxT, whole.ids_NxT)
+
+
+ALL = {'top_k': 2**31 - 1, 'top_p': 1.0, 'min_p': 0.0}
+
+
+def kept(logits, **limits):
+    return np.asarray(prompted.kept(jax.nn.log_softmax(logits), **(ALL | limits)))
+
+
+@pytest.mark.parametrize(
+    ('limits', 'theirs'),
+    [({'top_k': k}, TopKLogitsWarper(k)) for k in (1, 7, 300, 9999)]
+    + [({'top_p': p}, TopPLogitsWarper(p)) for p in (1e-9, 0.3, 0.95)]
+    + [({'min_p': p}, MinPLogitsWarper(p)) for p in (0.02, 0.5, 1.0)],
+)
+def test_what_may_be_drawn_is_as_transformers_has_it(limits, theirs):
+    logits = 3 * np.random.default_rng(0).standard_normal((4, 300), np.float32)
+    wanted = theirs(None, torch.tensor(logits)).isfinite().numpy()
+    np.testing.assert_array_equal(kept(logits, **limits), wanted)
+
+
+def test_limits_together_are_as_the_open_server_has_them():
+    """In its order: the mass of top_p is that of the whole vocabulary, also where top_k leaves less of it."""
+    rng = np.random.default_rng(1)
+    for k, p, least in [(5, 0.6, 0.0), (40, 0.9, 0.05), (3, 0.999, 0.3), (50, 0.2, 0.9)]:
+        logits = (2 * rng.standard_normal((6, 200))).astype(np.float32)
+        for row, ours in zip(logits, kept(logits, top_k=k, top_p=p, min_p=least), strict=True):
+            probs = np.exp(row.astype(np.float64)) / np.exp(row.astype(np.float64)).sum()
+            wanted, mass = set(), 0.0
+            for rank, i in enumerate(np.argsort(-probs)):
+                if rank < k and mass <= p and probs[i] >= least * probs.max():
+                    wanted.add(int(i))
+                mass += probs[i]
+            assert {*np.flatnonzero(ours).tolist()} == wanted
+
+
+def test_of_equal_tokens_as_many_are_kept_as_were_asked_for():
+    logits = np.zeros((1, 300), np.float32)
+    np.testing.assert_array_equal(np.flatnonzero(kept(logits, top_k=3)), [0, 1, 2])
+    assert kept(logits).all() and kept(logits, min_p=1.0).all()

@@ -43,6 +43,10 @@ def ask(client, path: str, value, **how):
     return answer.json()
 
 
+def with_params(value: dict, **params) -> dict:
+    return value | {'sampling_params': value['sampling_params'] | params}
+
+
 def events(text: str) -> list:
     parts = [p.removeprefix('data: ') for p in text.split('\n\n') if p.startswith('data: ')]
     assert parts.pop() == '[DONE]'
@@ -87,18 +91,30 @@ def test_a_prompt_of_rows_goes_on_as_the_decoder_does(client, reader):
     it.lens = lens
     rows = np.random.default_rng(0).standard_normal((6, base.config.d_model)).astype(np.float32)
     value = {'input_embeds': rows.tolist(), 'sampling_params': {'temperature': 0, 'max_new_tokens': 5}}
+
+    def logits_at(ids: list[int]) -> np.ndarray:
+        with jax.set_mesh(reader.run.mesh):
+            words = base.lookup(np.array([ids], np.int32))
+            x = sharding.reshard(np.concatenate([rows[None], np.asarray(words)], axis=1), sharding.ACT)
+            x = base.run_layers(x, 0, base.config.n_layers, adapters=lens.decoder.adapters)
+            return np.asarray(base.logits(x))[0, len(rows) - 1 : -1]
+
     with TestClient(web.application(it, 4), base_url=HERE) as other:
         made = ask(other, '/generate', value)
         drawn = value | {'sampling_params': {'max_new_tokens': 5, 'sampling_seed': 3, 'top_p': 1.0}}
         assert ask(other, '/generate', drawn) == ask(other, '/generate', drawn) != made
+        limits = {'top_p': 1, 'top_k': -1, 'min_p': 0}
+        assert ask(other, '/generate', with_params(drawn, **limits)) == ask(other, '/generate', drawn)
+        for limit in ({'top_k': 1}, {'top_p': 1e-6}, {'min_p': 1.0}):  # the most probable token alone is left
+            assert ask(other, '/generate', with_params(drawn, temperature=2.0, **limit)) == made
+        few = ask(other, '/generate', with_params(drawn, temperature=5.0, top_k=2, max_new_tokens=20))
+        few = [i for _, i, _ in few['meta_info']['output_token_logprobs']]
+        ranks = [(-row).argsort().tolist().index(i) for row, i in zip(logits_at(few), few, strict=True)]
+        assert {*ranks} == {0, 1}
         wrong = other.post('/generate', json=value | {'input_embeds': rows[:, 1:].tolist()})
         assert wrong.status_code == 400 and 'a row of 23 numbers, the decoder reads 24' in wrong.json()['detail']
     logp, ids, _ = zip(*made['meta_info']['output_token_logprobs'], strict=True)
-    with jax.set_mesh(reader.run.mesh):
-        words = base.lookup(np.array([ids], np.int32))
-        x = sharding.reshard(np.concatenate([rows[None], np.asarray(words)], axis=1), sharding.ACT)
-        x = base.run_layers(x, 0, base.config.n_layers, adapters=lens.decoder.adapters)
-        logits = np.asarray(base.logits(x))[0, len(rows) - 1 : -1]
+    logits = logits_at([*ids])
     assert logits.argmax(1).tolist() == [*ids]
     theirs = jax.nn.log_softmax(logits)[np.arange(len(ids)), ids]
     np.testing.assert_allclose(logp, theirs, rtol=1e-4, atol=1e-5)
@@ -109,7 +125,13 @@ def test_a_prompt_of_rows_goes_on_as_the_decoder_does(client, reader):
     for wrong, why in {
         'enters blocks of its decoder': {},
         'input_ids: extra inputs are not permitted': {'input_ids': [1]},
-        'sampling_params.top_p: input should be greater': {'sampling_params': {'top_p': 0.5}},
+        'sampling_params.top_p: input should be greater than 0 (given: 0).': {'sampling_params': {'top_p': 0}},
+        'top_p: input should be less than or equal to 1 (given: 1.5).': {'sampling_params': {'top_p': 1.5}},
+        'sampling_params.top_k: input should be -1 or at least 1 (given: 0).': {'sampling_params': {'top_k': 0}},
+        'top_k: input should be greater than or equal to -1 (given: -2).': {'sampling_params': {'top_k': -2}},
+        'top_k: input should be a valid integer (given: 1.5).': {'sampling_params': {'top_k': 1.5}},
+        'min_p: input should be less than or equal to 1 (given: 1.1).': {'sampling_params': {'min_p': 1.1}},
+        'min_p: input should be greater than or equal to 0 (given: -0.1).': {'sampling_params': {'min_p': -0.1}},
     }.items():
         answer = client.post('/generate', json=value | why)
         assert answer.status_code == 400 and wrong in answer.json()['detail']
