@@ -88,8 +88,7 @@ def read_json(
     would wait), for more than MOST_BYTES, and for all that parse_object refuses.
     """
     try:
-        _check_file(path, MOST_BYTES)
-        return parse_object(path.read_bytes(), keys)
+        return parse_object(read_bytes(path, MOST_BYTES), keys)
     except FileNotFoundError:
         raise error(f'{path} does not exist: {remedy}.') from None
     except OSError as e:
@@ -100,13 +99,15 @@ def read_json(
         raise error(f'{path} {e}: {remedy}.') from None
 
 
-def _check_file(path: pathlib.Path, most: float = math.inf) -> None:
-    """Raises ValueError unless the path is a file that reading comes to the end of."""
+def read_bytes(path: pathlib.Path, most: float = math.inf) -> bytes:
+    """Returns the content of a file of at most so many bytes. Raises OSError, and ValueError, whose message continues a
+    sentence that begins with the file, for what reading does not come to the end of: a pipe, a device."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise ValueError('is no file')
     if about.st_size > most:
         raise ValueError(f'has {about.st_size} bytes, at most {most} are read')
+    return path.read_bytes()
 
 
 def json_object(text: str | bytes) -> dict | None:
@@ -127,8 +128,7 @@ def split_jsonl(
     """
     rows, damaged = [], {}
     try:
-        _check_file(path)
-        text = path.read_bytes()
+        text = read_bytes(path)
     except FileNotFoundError:
         return rows, damaged
     except OSError as e:

@@ -172,11 +172,15 @@ def _check(directory: pathlib.Path, stored: dict[str, tensor_files.Stored], tabl
         extra = [] if np.array_equal(head, rows) else extra
     if missing or extra:
         what = f'lacks {shown(missing[0])}' if missing else f'holds an unexpected {shown(extra[0])}'
-        raise LensError(f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra).')
+        raise LensError(
+            f'{directory} {what} ({len(missing)} tensors missing, {len(extra)} extra): {tensor_files.COMPLETE}.'
+        )
     for theirs, shape in names.values():
         file, have, dtype = stored[theirs]
         if have != shape:
-            raise LensError(f'{file}: {shown(theirs)} has shape {have}, config.json says {shape}.')
+            raise LensError(
+                f'{file}: {shown(theirs)} has shape {have}, config.json says {shape}: give both of one model.'
+            )
         tensor_files.check_dtype(file, theirs, dtype)
     return {ours: theirs for ours, (theirs, _) in names.items()}
 

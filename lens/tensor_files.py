@@ -19,6 +19,7 @@ LONGEST_NAME = 255  # of a file of weights
 AGAIN = 'download or export it again'
 COMPLETE = 'give a complete directory in Hugging Face layout'
 FLOATS = ('F64', 'F32', 'F16', 'BF16')  # what safetensors calls the types that weights may have
+LFS = b'version https://git-lfs'
 CHECKED_AT_ONCE = 1 << 24  # values of one pass of the check for NaN and infinity
 
 
@@ -46,12 +47,7 @@ def _shards(directory: pathlib.Path) -> dict[str, str]:
             print(f'{single} is read; {index.name} beside it is not.', flush=True)
         return {}
     if not index.exists():
-        if other := sorted(p.name for kind in ('*.bin', '*.pt', '*.pth', '*.gguf') for p in directory.glob(kind)):
-            raise LensError(
-                f'{single} does not exist, and {shown(other[0])} is of a format that is not read (pickles may run code): '
-                'where you trust it, convert it to safetensors with from_pretrained and save_pretrained of transformers.'
-            )
-        raise LensError(f'{single} does not exist: the directory needs safetensors weights.')
+        raise missing(single)
     weight_map = files.read_json(index, COMPLETE).get('weight_map')
     if not isinstance(weight_map, dict) or not weight_map:
         raise LensError(f'{index} has no weight_map: {AGAIN}.')
@@ -66,6 +62,16 @@ def _shards(directory: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
+def missing(file: pathlib.Path) -> LensError:
+    """What is said where a file of weights is not there."""
+    if other := sorted(p.name for kind in ('*.bin', '*.pt', '*.pth', '*.gguf') for p in file.parent.glob(kind)):
+        return LensError(
+            f'{file} does not exist, and {shown(other[0])} is of a format that is not read (pickles may run code): where '
+            'you trust it, convert it to safetensors with from_pretrained and save_pretrained of transformers or PEFT.'
+        )
+    return LensError(f'{file} does not exist: the directory needs safetensors weights.')
+
+
 def headers(directory: pathlib.Path) -> dict[str, Stored]:
     """Stored name -> tensor, of all tensors of a directory. Raises LensError."""
     weight_map, stored = _shards(directory), {}
@@ -78,14 +84,17 @@ def headers(directory: pathlib.Path) -> dict[str, Stored]:
             raise LensError(f'{path} cannot be read ({reason(e)}): {AGAIN}.') from None
     for name, file in weight_map.items():
         if name not in stored or stored[name].file != directory / file:
-            raise LensError(f'{directory}/{file} lacks {shown(name)}, which the index promises.')
+            raise LensError(f'{directory}/{file} lacks {shown(name)}, which the index promises: {AGAIN}.')
     return stored
 
 
 def opened(path: pathlib.Path):
     """Opens a file to read tensors of. Raises OSError or safetensors.SafetensorError."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait
-        raise OSError('it is no file')
+    if not path.is_file():  # opening a pipe would wait
+        raise OSError('it is no file' if path.exists() else 'it does not exist')
+    with path.open('rb') as file:
+        if file.read(len(LFS)) == LFS:
+            raise OSError('it is a pointer of Git LFS, in whose place `git lfs pull` puts the file')
     return safetensors.safe_open(path, framework='numpy')
 
 
@@ -117,6 +126,8 @@ def _finite(x: np.ndarray) -> bool:
 
 def read_all(file: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads all tensors of one safetensors file, which are finite floats. Raises LensError."""
+    if not file.exists():
+        raise missing(file)
     try:
         with opened(file) as f:
             names = list(f.keys())

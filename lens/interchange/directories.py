@@ -9,6 +9,7 @@ those of PEFT, the `ar_meta.json` of EasyNLA, an activation oracle (ao_config.js
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -26,6 +27,7 @@ FOLDERS = {'decoder': ('av', 'actor', 'decoder'), 'encoder': ('ar', 'critic', 'e
 BESIDE = {'av': 'ar', 'actor': 'critic'}  # word in the name of a decoder -> in that of its encoder
 WORD = re.compile(r'(?<![a-z])(av|actor)(?![a-z])')
 HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')
+PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 ADAPTED = re.compile(
     r'layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.lora_(A|B)(?:\.default)?\.weight$'
 )
@@ -86,6 +88,9 @@ def _directories(path: str | pathlib.Path) -> dict[str, pathlib.Path]:
     if '@[' in str(path):
         raise LensError(f'{shown(path)}: rows of a data set cannot be picked here: give the directory of a lens.')
     folder = hf.local_directory(path)
+    odd = [folder / n for names in FOLDERS.values() for n in names if os.path.lexists(folder / n)]
+    if odd := [x for x in odd if not x.is_dir()]:
+        raise LensError(f'{odd[0]} is no folder: put the directory of a model there, or remove it.')
     below = {side: next((folder / n for n in names if (folder / n).is_dir()), None) for side, names in FOLDERS.items()}
     if any(below.values()):
         if below['decoder'] is None:
@@ -124,7 +129,10 @@ def _side(side: str, directory: pathlib.Path) -> Side:
         return _lora_encoder(directory, told)
     config = hf.read_config(directory)
     if told.d_model != config.d_model:
-        raise LensError(f'{told.file}: d_model={told.d_model}, the model has hidden states of {config.d_model}.')
+        raise LensError(
+            f'{told.file}: d_model={told.d_model}, the model beside it has hidden states of {config.d_model}: give the '
+            'sidecar of this model.'
+        )
     if side == 'decoder':
         return Side(directory, told, config)
     file = directory / HEAD
@@ -146,7 +154,7 @@ def _told(side: str, directory: pathlib.Path) -> Sidecar | None:
     told, around = found[0], found[-1]
     if told.role not in ('', side):
         raise LensError(
-            f'{told.file}: role={told.role} is not that of the {side} it lies beside: exchange the folders.'
+            f'{told.file} is of the role of a {told.role}, and lies in the place of the {side}: exchange the folders.'
         )
     names = ('d_model', 'marker', 'marker_id', 'left', 'right', 'decoder_template', 'encoder_template', 'layer')
     pairs = {k: (getattr(told, k), getattr(around, k)) for k in names}
@@ -170,7 +178,7 @@ def _peft(directory: pathlib.Path) -> Adapters:
     if rest or not tensors:
         what = f'holds {shown(rest[0])}, which is no adapter of a matrix of a block' if rest else 'holds no adapter'
         raise LensError(f'{weights} {what}: merge the adapter into its model and give that.')
-    return _adapters(file, tensors, c.get('r'), c.get('lora_alpha'), bool(c.get('use_rslora')), c)
+    return _adapters(file, tensors, c.get('r'), c.get('lora_alpha'), _flag(file, c, 'use_rslora'), c)
 
 
 def _lora_encoder(directory: pathlib.Path, told: Sidecar) -> Side:
@@ -179,9 +187,17 @@ def _lora_encoder(directory: pathlib.Path, told: Sidecar) -> Side:
     c, stored = files.read_json(file, tensor_files.AGAIN, keys={'ar_num_layers': int}), tensor_files.read_all(weights)
     tensors, rest = _adapted(stored)
     head = {n.removeprefix('value_head.'): stored[n] for n in rest}
-    adapters = _adapters(file, tensors, c.get('lora_r'), c.get('lora_alpha'), True, {})
-    normed = not c.get('final_norm_stripped', False)  # as it was before the key was there
-    return Side(directory, told, None, adapters, _head(weights, head, told), c['ar_num_layers'], normed)
+    adapters = _adapters(file, tensors, c.get('lora_r'), c.get('lora_alpha'), True, c)
+    normed = not _flag(file, c, 'final_norm_stripped')  # as it was before the key was there
+    blocks = number(c['ar_num_layers'], f'{file}: ar_num_layers', 1)
+    return Side(directory, told, None, adapters, _head(weights, head, told), blocks, normed)
+
+
+def _flag(file: pathlib.Path, config: dict, key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):  # a text that says no is true
+        raise LensError(f'{file}: {key}={shown(repr(value), 40)} must be true or false.')
+    return value
 
 
 def _adapted(stored: dict[str, np.ndarray]) -> tuple[dict, list[str]]:
@@ -201,6 +217,10 @@ def _adapters(file: pathlib.Path, tensors: dict, rank, alpha, rs: bool, config: 
             raise LensError(
                 f'{file} says rank {rank}, and adapter {part} of {name} in block {layer} has {what}: {tensor_files.AGAIN}.'
             )
+    named = config.get('target_modules')
+    named = [str(n).rpartition('.')[2] for n in named] if isinstance(named, list) else []
+    if lost := [n for n in named if n in PROJECTIONS and n.removesuffix('_proj') not in {m for m, _, _ in tensors}]:
+        raise LensError(f'{file} says target_modules {lost[0]}, of which no adapter is stored: {tensor_files.AGAIN}.')
     base = config.get('base_model_name_or_path')
     return Adapters(tensors, rank, float(alpha), rs, base if isinstance(base, str) else '')
 

@@ -11,7 +11,7 @@ import pathlib
 import jax
 import numpy as np
 
-from lens import hf, lens_folder, sharding
+from lens import hf, keys, lens_folder, sharding
 from lens.configs import base as defaults
 from lens.configs.nla_qwen2_5_7b import CLOSE, OPEN
 from lens.errors import LensError, shown
@@ -19,7 +19,6 @@ from lens.hf import LORA_ENCODER
 from lens.interchange import sidecar
 from lens.interchange.directories import Adapters, Side, is_foreign, sides
 from lens.interchange.sidecar import Sidecar
-from lens.keys import get
 from lens.models.lens import Lens
 from lens.models.lora import MATRICES
 from lens.models.transformer import Transformer, TransformerConfig
@@ -53,11 +52,17 @@ def _configured(cfg, found, read: dict[str, Side], question: str = ''):
     out.subject.path = cfg.subject.path or _subject(read['decoder'])[0]
     subject = found.subject.path or out.subject.path
     lens = _keys(read, out, subject, question)
-    differ = [k for k in BOUND if k in lens and get(out, k) not in (lens[k], get(usual, k))]
+    differ = [k for k in BOUND if k in lens and keys.get(out, k) not in (lens[k], keys.get(usual, k))]
     if differ:
-        told = ', '.join(f'{k}={shown(repr(get(out, k)), 60)}, the lens has {shown(repr(lens[k]), 60)}' for k in differ)
+        told = ', '.join(
+            f'{k}={shown(repr(keys.get(out, k)), 60)}, the lens has {shown(repr(lens[k]), 60)}' for k in differ
+        )
         raise LensError(f'init_from={found.init_from}: {told}: leave {", ".join(differ)} to the lens.')
-    out.update_from_flattened_dict({k: x for k, x in lens.items() if get(out, k) == get(usual, k)})
+    out.update_from_flattened_dict({k: x for k, x in lens.items() if keys.get(out, k) == keys.get(usual, k)})
+    try:
+        keys.check(out)
+    except LensError as e:
+        raise LensError(f'{read["decoder"].directory}: {e}') from None
     return out
 
 
@@ -159,7 +164,8 @@ def _layer(read: dict[str, Side], c: TransformerConfig, given: int) -> int:
     if len(set(said.values())) > 1:
         listed = ', '.join(f'{k}: {x}' for k, x in said.items())
         raise LensError(
-            f'The layer that the lens reads is told differently ({listed}): an encoder has a block more than it.'
+            f'The layer that the lens reads is told differently ({listed}): correct the one that is wrong; an encoder has '
+            'a block more than the number of the layer.'
         )
     if not said and read['decoder'].told:
         raise LensError(
@@ -184,7 +190,9 @@ def _decoder_keys(decoder: Side, tokenizer, c: TransformerConfig, given) -> dict
     told = dataclasses.replace(told, family=family)
     norm = given.norm or told.injection_scale
     if family == 'replace' and not norm:
-        raise LensError(f'{told.file} has no extraction.injection_scale: add the norm of the row in the slot.')
+        raise LensError(
+            f'{told.file} gives no number as extraction.injection_scale: add the norm of the row in the slot.'
+        )
     if not (told.marker and told.decoder_template):
         missing = 'prompt_templates.av' if told.marker else 'tokens.injection_char'
         raise LensError(f'{told.file} has no {missing}: give the sidecar of a trained decoder.')

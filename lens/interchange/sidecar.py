@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lens import files
 from lens.errors import LensError, number, shown
 from lens.hf import SIDECAR
 from lens.models.transformer import TransformerConfig
@@ -152,10 +153,14 @@ class Sidecar:
         try:
             fields = [x for x in string.Formatter().parse(template) if x[1] is not None]
         except ValueError as e:
-            raise self._wrong(f'the template of its {side} has a brace alone ({e})') from None
+            raise self._of_template(side, f'has a brace alone ({e}; of a text, {{{{ and }}}})') from None
         if [x[1:] for x in fields] != [(field, '', None)]:
-            raise self._wrong(f'the template of its {side} must hold {{{field}}} once and no other field')
+            raise self._of_template(side, f'must hold {{{field}}} once and no other field')
         return template.format(**{field: value})
+
+    def _of_template(self, side: str, what: str) -> LensError:
+        key = '|'.join(TEMPLATES[side])
+        return LensError(f'{self.file}: prompt_templates.{key} {what}: mend the template, or download it again.')
 
     def _wrong(self, what: str) -> LensError:
         return _wrong(self.file, what)
@@ -193,19 +198,44 @@ def place(path: str | pathlib.Path) -> pathlib.Path:
 def parse(file: pathlib.Path) -> Sidecar:
     """Reads a sidecar of either kind and any version. Raises LensError, which names the file and the key."""
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise LensError(f'{file} has more than {MOST_BYTES} bytes: give the sidecar itself.')
-        content = yaml.safe_load(file.read_text('utf-8'))
+        raw = files.read_bytes(file, MOST_BYTES)
     except OSError as e:
         raise LensError(f'{file} cannot be read ({e.strerror}): put the sidecar of the model there.') from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
-        raise LensError(f'{file} is not valid YAML ({shown(e, 120)}): download it again.') from None
+    except ValueError as e:
+        raise LensError(f'{file} {e}: put the sidecar of the model there.') from None
+    try:
+        content = yaml.load(raw.decode(), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        what = 'it is nested too deep' if isinstance(e, RecursionError) else e
+        if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark:
+            what = f'line {e.problem_mark.line + 1}: {e.problem}'
+        raise LensError(f'{file} is not valid YAML ({shown(what, 120)}): mend it, or download it again.') from None
     if _count(content) > MOST_VALUES:
         raise LensError(f'{file} holds more than {MOST_VALUES} values: download it again.')
     try:
         return _parsed(file, content)
     except LensError as e:
         raise e if str(e).startswith(str(file)) else LensError(f'{file}: {e}') from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Of the keys of an object none may stand twice, and none be <<: PyYAML would take the last one without a word, and
+    copies what << merges, which grows with every use. Numbers of base 60, 1:30:00, take it time that grows with the square."""
+
+    def compose_scalar_node(self, anchor):
+        node = super().compose_scalar_node(anchor)
+        if node.tag.endswith((':int', ':float')) and len(node.value) > files.MOST_DIGITS:
+            raise yaml.MarkedYAMLError(None, None, f'a number of {len(node.value)} digits', node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor):
+        node, keys = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if key.value == '<<' or (key.tag, str(key.value)) in keys:
+                what = 'is not read here' if key.value == '<<' else 'stands twice'
+                raise yaml.MarkedYAMLError(None, None, f'the key {shown(key.value, 40)} {what}', key.start_mark)
+            keys.add((key.tag, str(key.value)))
+        return node
 
 
 def _count(content) -> int:
