@@ -135,6 +135,10 @@ def _as(x: np.ndarray, dtype, low: int, high: int, path: pathlib.Path) -> np.nda
 
 def open_split(path: str, split: str, *, vocab_size: int) -> Split:
     """Opens and checks `path`/`split`. Raises DataError; reads every token id once (about 1 GB/s)."""
+    if pathlib.Path(path).is_file():
+        raise DataError(
+            f'{path} is a file: data.path is a folder, which data_gen.import_stages makes of Parquet files.'
+        )
     d = pathlib.Path(path) / split
     meta = files.read_json(d / 'meta.json', MAKE, DataError)
     fields = _check_meta(meta, d / 'meta.json', vocab_size)

@@ -20,6 +20,7 @@ from lens.errors import LensError
 from lens.interchange import directories, reading, sidecar
 from lens.models.decoder import prefill
 from lens.models.encoder import encode
+from lens.tools import plan
 from lens.train import train
 from tests import foreign, hf_models
 from tests.compare import close
@@ -552,6 +553,14 @@ def test_broken(root, pair, case, monkeypatch):
         lens.load(pair, subject=str(root / 'subject'))
     said = str(e.value)
     assert said.endswith('.') and '\n' not in said and not said.count('. ') and str(pair) in said
+
+
+def test_a_plan_refuses_what_the_run_would(root, pair, monkeypatch):
+    monkeypatch.setattr(plan, 'pretend_devices', lambda cfg, target: None)
+    file = pair / 'ar/model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LensError, match=r'ar/model.safetensors cannot be read'):
+        plan.run(asked(root, pair, phases=('sft',), mesh__data=1), 'cpu', compiling=None)
 
 
 def test_a_model_in_a_folder_of_its_trainer(root, pair):

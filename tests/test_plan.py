@@ -266,6 +266,37 @@ def test_a_plan_says_what_is_to_spare(planned):
     assert 'Fits in 9.2 GB (0.92 of 10.0): phase sft needs most, at most 8.00' in text and 'Under 10%' not in text
 
 
+def stored(cfg, folder, layer=1):
+    """50 documents of 3 activations each in place of texts."""
+    d = folder / 'data/train'
+    d.mkdir(parents=True, exist_ok=True)
+    width = json.loads((folder / 'small.json').read_text())['hidden_size']
+    meta = {'format': 'lens-tokens/1', 'vocab_size': 8, 'activations': {'layer': layer}}
+    (d / 'meta.json').write_text(json.dumps(meta))
+    rng = np.random.default_rng(0)
+    np.save(d / 'activations.npy', rng.standard_normal((50, 3, width)).astype(np.float32))
+    np.save(d / 'positions.npy', np.tile(np.arange(20, 23, dtype=np.int32), (50, 1)))
+    np.save(d / 'doc_id.npy', np.arange(50))
+    np.save(d / 'explanations.npy', np.ones((50, 3, cfg.explanation_len), np.int32))
+    cfg.sft.vectors = 3
+    cfg.decoder.init = cfg.encoder.init = 'identity'
+    cfg.data.positions, cfg.encoder.context_tokens, cfg.sft.kl_weight = 'any', 0, 0.0
+
+
+def test_stored_activations_are_planned_in_place_of_texts(planned, monkeypatch):
+    batches = []
+    kept = plan.steps
+    monkeypatch.setattr(plan, 'steps', lambda *a: (batches.append(x[3]) or x for x in kept(*a)))
+    code, text = planned(10.0, 8e9, stored)
+    assert code == 0 and 'stored activations of 50 documents, 3 a row' in text and 'assumed' not in text
+    for batch in batches:
+        assert 'tokens' not in batch and batch['activations'].shape[:2] == batch['positions'].shape
+    with pytest.raises(LensError, match=r'layer=1, but .*activations.npy was read after block 2: set layer=2'):
+        planned(10.0, 8e9, lambda cfg, folder: stored(cfg, folder, layer=2))
+    with pytest.raises(LensError, match=r'sft.documents=52, but .*train holds only 50 documents'):
+        planned(10.0, 8e9, lambda cfg, folder: (stored(cfg, folder), set_('sft.documents', 52)(cfg, folder)))
+
+
 def test_little_to_spare_is_a_warning(planned):
     assert 'Under 10% to spare' in planned(9.0, 8e9)[1]
 
@@ -313,6 +344,10 @@ def unpacked(cfg, folder):
         (set_('sft.steps', 0), r'sft.steps=0 must be positive'),
         (set_('phases', ()), r'phases is empty'),
         (set_('decoder.prompt', 'nothing'), r"decoder.prompt='nothing' must contain <embed>"),
+        (
+            set_('data.path', __file__),
+            r'test_plan.py is a file: data.path is a folder, which data_gen.import_stages makes',
+        ),
         (broken_data, r'tokens.npy is truncated or not a .npy array'),
         (unpacked, r'does not say that its experts are MXFP4'),
     ],

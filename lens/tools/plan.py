@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lens import checks, cli, config, data, flops, hf, keys, lens_init, objectives, places, response, sharding
+from lens import checks, cli, config, data, flops, hf, keys, lens_init, objectives, places, reopen, response, sharding
 from lens.config import Phase
 from lens.errors import LensError, require
 from lens.interchange.reading import configured
@@ -49,8 +49,8 @@ class WordTokenizer:
 
 
 class Workload(NamedTuple):
-    """What is planned, beside configuration and mesh. ships_packed: the subject's experts are MXFP4 on disk. devices: for
-    which it is compiled, those of this process where there are none."""
+    """What is planned, beside configuration and mesh. seq_len: tokens of a row, 0 where activations are stored. ships_packed:
+    the subject's experts are MXFP4 on disk. devices: for which it is compiled, those of this process where there are none."""
 
     c: TransformerConfig
     texts: Texts
@@ -85,11 +85,16 @@ def steps(cfg, job: Workload, mesh) -> Iterator[tuple[Phase, State, Transformer,
     base = config.abstract_base(cfg, job.c, mesh)
     lens = lens_init.abstract_lens(cfg, job.texts, base, mesh)
     for phase in config.make_phases(cfg, job.texts, job.documents):
-        shapes = {'tokens': (phase.documents, job.seq_len), 'positions': (phase.documents, phase.vectors)}
+        shapes = {'positions': (phase.documents, phase.vectors)}
+        if job.seq_len:
+            shapes['tokens'] = phase.documents, job.seq_len
+        else:
+            shapes['activations'] = *shapes['positions'], job.c.d_model
         if phase.labelled:
             shapes['explanations'] = (*shapes['positions'], phase.hparams.length)
         place = {k: jax.sharding.NamedSharding(mesh, sharding.rows(len(s))) for k, s in shapes.items()}
-        batch = {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=place[k]) for k, s in shapes.items()}
+        kinds = {k: jnp.float32 if k == 'activations' else jnp.int32 for k in shapes}
+        batch = {k: jax.ShapeDtypeStruct(s, kinds[k], sharding=place[k]) for k, s in shapes.items()}
         yield phase, abstract_state(lens, phase, mesh), base, batch
 
 
@@ -206,6 +211,7 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
     for name in cfg.phases:
         checks.check_phase(cfg, name)
     checks.check_batches(cfg, mesh)
+    _check_start(places.locate(cfg, pathlib.Path()), job, mesh)
     sizes = ', '.join(f'{k} {v}' for k, v in mesh.shape.items() if v > 1) or 'no mesh'
     print(f'{cfg.subject.path} on {mesh.size} device{"s" * (mesh.size > 1)} ({sizes}); no device is touched')
     notes.append(CPU_NOTE if on_cpu(mesh) else f'temporaries: of the program of the compiler for {target}')
@@ -241,6 +247,15 @@ def run(cfg, target: str = '', device_gb: float | None = None, compiling=compile
     if not fits:
         print('None of the changes that are known here is enough: more or larger devices, or a smaller subject.')
     return 1
+
+
+def _check_start(cfg, job: Workload, mesh) -> None:
+    """Raises LensError where the run would start from a lens that is here and does not fit, by its headers. Prompts that
+    are counted in words have other sizes."""
+    if cfg.init_from and pathlib.Path(cfg.init_from).is_dir() and not cfg.subject.path.endswith('.json'):
+        with jax.set_mesh(mesh):
+            base = config.abstract_base(cfg, job.c, mesh)
+            reopen.check_start(cfg, lens_init.abstract_lens(cfg, job.texts, base, mesh), base)
 
 
 def describe(n: Needs, work: dict[str, float], dtype: str, device: float, bound: str) -> list[str]:
@@ -292,18 +307,26 @@ def open_job(cfg) -> tuple[Workload, list[str]]:
         ships_packed or not cfg.subject.packed,
         f'{cfg.subject.path} does not say that its experts are MXFP4: plan without subject.packed.',
     )
-    rows = _rows(pathlib.Path(cfg.data.path) / 'train/tokens.npy', c.max_positions, notes)
     texts = config.read_texts(cfg, tokenizer, math.inf if isinstance(tokenizer, WordTokenizer) else c.vocab_size)
     checks.check_lengths(cfg, c, texts)
-    return Workload(c, texts, *rows, ships_packed), notes
+    return Workload(c, texts, *_rows(cfg, c, texts, notes), ships_packed), notes
 
 
-def _rows(file: pathlib.Path, max_positions: int, notes: list[str]) -> tuple[int, int]:
-    """Returns (tokens of a row, training documents) of the data, or what is taken without it."""
+def _rows(cfg, c: TransformerConfig, texts: Texts, notes: list[str]) -> tuple[int, int]:
+    """Returns (tokens of a row, 0 of stored activations, training documents) of the data, or what is taken without it."""
+    file, stored = (pathlib.Path(cfg.data.path) / f'train/{name}.npy' for name in ('tokens', 'activations'))
+    if stored.exists() or pathlib.Path(cfg.data.path).is_file():
+        split = data.open_split(cfg.data.path, 'train', vocab_size=c.vocab_size)
+        checks.check_stored(cfg, c, split)
+        split = data.readable(split, cfg.data.positions, cfg.data.min_pos)
+        for name in cfg.phases:
+            checks.check_documents(cfg, name, split, texts.tags)
+        notes.append(f'stored activations of {len(split)} documents, {split.activations.shape[1]} a row: {stored}')
+        return 0, len(split)
     if not file.exists():
-        notes.append(f'rows of {min(SEQ_LEN, max_positions)} tokens and {DOCUMENTS} documents are assumed: no {file}')
-        return min(SEQ_LEN, max_positions), DOCUMENTS
+        notes.append(f'rows of {min(SEQ_LEN, c.max_positions)} tokens and {DOCUMENTS} documents are assumed: no {file}')
+        return min(SEQ_LEN, c.max_positions), DOCUMENTS
     documents, seq_len = data.load(file, (None, None)).shape
-    require(seq_len <= max_positions, f'{file} has {seq_len} tokens a row, the subject reads {max_positions}.')
+    require(seq_len <= c.max_positions, f'{file} has {seq_len} tokens a row, the subject reads {c.max_positions}.')
     notes.append(f'rows of {seq_len} tokens, {documents} documents: {file}')
     return seq_len, documents
