@@ -19,6 +19,8 @@ MOST_NUMBERS = 1 << 20  # of activations that a request asks for
 LIMITS = {
     'max_input_chars': schemas.MOST_TEXT,
     'max_positions_per_request': MOST_EXPLANATIONS,
+    'max_new_tokens': schemas.MOST_LENGTH,
+    'max_description_chars': schemas.MOST_TEXT,
     'max_describe_batch': schemas.MOST_TEXTS,
     'max_completion_tokens': schemas.MOST_STEPS,
 }
@@ -42,6 +44,8 @@ def source(v: Value) -> Text:
     if v['token_ids']:
         return v['token_ids']
     if v['messages']:
+        if v['add_generation_prompt'] is False and v['messages'][-1]['role'] != 'assistant':
+            raise LensError('add_generation_prompt=false is for a chat that ends with the assistant: leave it out.')
         return [{k: m[k] for k in ('role', 'content', 'thinking') if m[k] is not None} for m in v['messages']]
     if v['text'] is None:
         raise LensError('Give text, messages or token_ids: what is to be read.')
@@ -203,10 +207,12 @@ def generate(reader: Reader, v: Value) -> Iterator[dict]:
     if wrong := [len(x) for x in v['input_embeds'] if len(x) != d]:
         raise LensError(f'input_embeds has a row of {wrong[0]} numbers, the decoder reads {d}.')
     said = prompted.say(reader, v['input_embeds'], **settings)
-    text = reader.tokenizer.decode(said.ids, skip_special_tokens=how['skip_special_tokens'])
+    shown = said.ids if said.end is None or how['no_stop_trim'] else said.ids[:-1]
+    text = reader.tokenizer.decode(shown, skip_special_tokens=how['skip_special_tokens'])
     logp = [[p, i, None] for p, i in zip(said.logp, said.ids, strict=True)]
     about = {'prompt_tokens': len(v['input_embeds']), 'completion_tokens': len(said.ids), 'output_token_logprobs': logp}
-    yield {'text': text, 'meta_info': about | {'finish_reason': {'type': 'stop' if said.stopped else 'length'}}}
+    reason = {'type': 'stop', 'matched': said.end} if said.stopped else {'type': 'length', 'length': len(said.ids)}
+    yield {'text': text, 'meta_info': about | {'finish_reason': reason}}
 
 
 def _vectors(reader: Reader, given: list[list]) -> np.ndarray:

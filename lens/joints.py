@@ -55,7 +55,9 @@ class Edge:
         state, last, _ = jax.lax.fori_loop(1, size, go_on, (begun, at + 0 * ids_NxT, ids_NxT))
         hit = (state == size) & (at >= begin_N[:, None])
         first_N = jnp.where(hit.any(1), jnp.argmax(hit, axis=1).astype(jnp.int32), -1)
-        return first_N, jnp.where(first_N < 0, -1, jnp.take_along_axis(last, first_N[:, None], axis=1)[:, 0])
+        # a sum: of a gather out of a single row the placement is not known
+        last_N = jnp.sum(jnp.where(at == first_N[:, None], last, 0), axis=1)
+        return first_N, jnp.where(first_N < 0, -1, last_N)
 
 
 @dataclasses.dataclass(frozen=True)

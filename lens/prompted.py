@@ -59,12 +59,13 @@ def kept(logp_NxV, top_k, top_p, min_p):
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """ids of the tokens; logp of each at temperature 1, of all tokens; stopped: whether it has
-    ended by itself, by its closing tag or a control token."""
+    """ids of the tokens; logp of each at temperature 1, of all tokens; stopped: whether it has ended by itself, by its
+    closing tag or a control token; end: that token, the last one, None where none has ended it."""
 
     ids: list[int]
     logp: list[float]
     stopped: bool
+    end: int | None
 
 
 def _with_prompt(decoder: Decoder, rows_QxD, embed_scale: float) -> Decoder:
@@ -122,4 +123,4 @@ def say(reader, rows_QxD, *, length: int, temperature: float, seed: int, limits:
     turn = next((k for k, i in enumerate(ids) if i in ends), None)
     if turn is not None:
         ids, found = ids[: turn + 1], True
-    return Said(ids, logp[: len(ids)].tolist(), found)
+    return Said(ids, logp[: len(ids)].tolist(), found, ids[-1] if ids and ids[-1] in ends else None)

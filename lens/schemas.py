@@ -14,7 +14,7 @@ from lens import steer
 from lens.errors import LARGEST_FLOAT, LARGEST_INT, LensError, shown
 from lens.reader import MOST_SAMPLES
 
-MOST_TEXT, MOST_TEXTS, MOST_MESSAGES = 65_536, 64, 256
+MOST_TEXT, MOST_TEXTS, MOST_MESSAGES, MOST_LENGTH = 65_536, 512, 256, 4096
 MOST_EXPLANATIONS = 4096  # of a request: positions * samples
 MOST_STEPS, MOST_ROWS = 512, 1 << 15
 
@@ -28,7 +28,7 @@ Positions = Annotated[list[Whole], Field(max_length=MOST_EXPLANATIONS)]
 Temperature = Annotated[float, Field(ge=0, le=5, description='Of what is drawn.')]
 Stream = Annotated[bool, Field(description='Answer by server-sent events, [DONE] at the end.')]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
-Length = Annotated[int, Field(ge=1, le=4096)]
+Length = Annotated[int, Field(ge=1, le=MOST_LENGTH)]
 
 
 class Request(pydantic.BaseModel):
@@ -51,8 +51,8 @@ class Source(Request):
     )
     token_ids: Ids | None = Field(None, description='Tokens that are read. The others are then not looked at.')
     enable_thinking: Literal[False] | None = Field(None, description='Thinking is given in messages.')
-    add_generation_prompt: Literal[True] | None = Field(
-        None, description='A chat that does not end with the assistant asks for it.'
+    add_generation_prompt: bool | None = Field(
+        None, description='A chat that does not end with the assistant asks for it; one that does is read as it is.'
     )
     continue_final_message: Literal[False] | None = None
 
@@ -120,6 +120,10 @@ class Sampling(Request):
     temperature: Temperature = 1.0
     max_new_tokens: Length = 200
     skip_special_tokens: bool = False
+    no_stop_trim: bool = Field(False, description='Leave the control token that ends it in the text.')
+    spaces_between_special_tokens: bool = Field(True, description='Changes nothing.')
+    stop: None = Field(None, description='It ends by its closing tag or a control token.')
+    stop_token_ids: None = Field(None, description='It ends by its closing tag or a control token.')
     sampling_seed: Natural | None = Field(None, description='Another one each time, if it is missing.')
     top_p: float = Field(
         1, gt=0, le=1, description='A token may be drawn where those more probable have no more than this in all.'
@@ -135,6 +139,7 @@ class Sampling(Request):
 class Generate(Request):
     input_embeds: Annotated[list[Vector], Field(min_length=2, max_length=MOST_ROWS)]
     sampling_params: Sampling = Sampling()
+    return_logprob: bool = Field(True, description='Changes nothing: they are given.')
     stream: Literal[False] = False
 
 

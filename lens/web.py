@@ -27,6 +27,9 @@ from lens.reading import Reading
 NAMES = ('127.0.0.1', 'localhost', '::1')
 MOST_BYTES = 1 << 25  # of the body of a request
 HEARTBEAT_S = 10
+# What open servers call the requests that they take at a time.
+CONCURRENT = ('max_concurrent', 'max_concurrent_explains', 'max_describe_requests')
+CONCURRENT += ('source_max_concurrent', 'reconstructor_max_concurrent')
 GONE = 499  # what nobody sees: the client is not there any more
 HEADERS = {
     'cache-control': 'no-store',
@@ -155,6 +158,8 @@ class Server:
         self.description = openapi()
 
     async def root(self, request: Request) -> Response:
+        if 'application/json' in request.headers.get('accept', ''):  # clients of open servers look here whether it runs
+            return await self.health(request)
         return Response(self.html, media_type='text/html', headers={'content-security-policy': self.policy})
 
     async def describe(self, request: Request) -> Response:
@@ -164,7 +169,9 @@ class Server:
         reader, config = self.reader, self.reader.base.config
         about = {'status': 'ok', 'verbalizer_model': reader.name, 'source_model': reader.about()['subject']}
         about |= {'extraction_layer': reader.layer, 'd_model': config.d_model, 'max_positions': config.max_positions}
-        about |= {'reconstructor_available': True, 'completion_available': True, 'max_concurrent': self.worker.most}
+        about |= {'reconstructor_available': True, 'completion_available': True}
+        about['num_cuda_devices'] = sum(d.platform == 'gpu' for d in reader.run.mesh.devices.flat)
+        about |= dict.fromkeys(CONCURRENT, self.worker.most)
         return JSONResponse(about | {'waiting': self.worker.count, 'limits': api.LIMITS})
 
     async def page(self, request: Request) -> Response:

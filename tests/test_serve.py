@@ -119,8 +119,10 @@ def test_a_prompt_of_rows_goes_on_as_the_decoder_does(client, reader):
     theirs = jax.nn.log_softmax(logits)[np.arange(len(ids)), ids]
     np.testing.assert_allclose(logp, theirs, rtol=1e-4, atol=1e-5)
     ends = set(reader.tokenizer.all_special_ids)
-    assert made['text'] == reader.tokenizer.decode(ids) and (len(ids) == 5 or ids[-1] in ends)
-    assert made['meta_info']['finish_reason']['type'] == ('stop' if ids[-1] in ends else 'length')
+    ended = ids[-1] in ends
+    assert made['text'] == reader.tokenizer.decode(ids[:-1] if ended else ids) and (len(ids) == 5 or ended)
+    reason = {'type': 'stop', 'matched': ids[-1]} if ended else {'type': 'length', 'length': 5}
+    assert made['meta_info']['finish_reason'] == reason
     assert made['meta_info']['prompt_tokens'] == 6
     for wrong, why in {
         'enters blocks of its decoder': {},
@@ -221,7 +223,11 @@ def test_going_on_and_edits(client, reader):
         ('/explain', {'messages': []}, 'messages: list should have at least 1 item'),
         ('/explain', {'token_ids': [10**9]}, 'token id 1000000000 is none of the subject'),
         ('/explain', {'text': TEXT, 'enable_thinking': True}, 'enable_thinking: input should be False (given: True).'),
-        ('/explain', {'text': TEXT, 'add_generation_prompt': False}, 'input should be True (given: False).'),
+        (
+            '/explain',
+            {'messages': CHAT[:1], 'add_generation_prompt': False},
+            'add_generation_prompt=false is for a chat that ends with the assistant: leave it out.',
+        ),
         ('/describe', {'activations': [[1.0]]}, 'An activation of 1 numbers was given, those of this lens have 24.'),
         ('/describe', {'activations': [[1.0] * 24], 'context': [[1], [2]]}, 'context has 2 entries for 1 vectors'),
         ('/score', {'activation': [1.0]}, 'description: field required.'),
