@@ -198,7 +198,9 @@ def open_stage(path: pathlib.Path) -> Stage:
     kind = columns.field(VECTOR).type if VECTOR in columns.names else None
     lists = kind is not None and (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind))
     if not lists or not pa.types.is_floating(kind.value_type) or getattr(kind, 'list_size', d) != d:
-        raise LensError(f'{path} has no column {VECTOR} of lists of {d} numbers, as its sidecar says.')
+        raise LensError(
+            f'{path} has no column {VECTOR} of lists of {d} numbers, as its sidecar says: give its own sidecar.'
+        )
     return Stage(path, tuple(columns.names), rows, side)
 
 

@@ -410,7 +410,7 @@ BROKEN = {
     ),
     'a pipe': (
         lambda d: (remove('av/nla_meta.yaml')(d), os.mkfifo(d / 'av/nla_meta.yaml')),
-        r'av/nla_meta.yaml is no file: put the sidecar of the model there',
+        r'av/nla_meta.yaml is no file: put the sidecar there',
     ),
     'a device': (link('av/nla_meta.yaml', '/dev/zero'), r'av/nla_meta.yaml is no file: put the sidecar'),
     'a link to itself': (link('ar', 'ar'), r'pair/ar is no folder: put the directory of a model there, or remove it'),

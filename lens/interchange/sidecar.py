@@ -200,9 +200,9 @@ def parse(file: pathlib.Path) -> Sidecar:
     try:
         raw = files.read_bytes(file, MOST_BYTES)
     except OSError as e:
-        raise LensError(f'{file} cannot be read ({e.strerror}): put the sidecar of the model there.') from None
+        raise LensError(f'{file} cannot be read ({e.strerror}): put the sidecar there.') from None
     except ValueError as e:
-        raise LensError(f'{file} {e}: put the sidecar of the model there.') from None
+        raise LensError(f'{file} {e}: put the sidecar there.') from None
     try:
         content = yaml.load(raw.decode(), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
@@ -255,7 +255,7 @@ def _parsed(file: pathlib.Path, content) -> Sidecar:
     of_data = kind == KINDS[1]
     if extraction.get('norm', 'none') != 'none':
         raise LensError(
-            f'extraction.norm={shown(repr(extraction["norm"]), 40)}: only a lens of activations as they are, none, can be read.'
+            f'extraction.norm={shown(repr(extraction["norm"]), 40)}: only activations as they are, none, can be read: read them anew, or give another lens.'
         )
     d_model = number(
         (extraction if of_data else content).get('d_model'), 'extraction.d_model' if of_data else 'd_model', 1
