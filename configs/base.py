@@ -110,6 +110,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.decoder = ml_collections.ConfigDict()
     c.decoder.prompt = 'Short explanation of <embed>:'  # where a soft prompt starts (affine), or the prompt itself
+    c.decoder.layers = ()  # a 0-based block for each <embed> of the prompt, whose output stands there; (): that of layer in all
     c.decoder.injection = 'affine'  # affine (trained maps) | replace (A at a fixed norm) | add (norm-matched, block 1)
     c.decoder.norm = 0.0  # replace: norm of the row in the slot; 0 = sqrt(d)
     c.decoder.marker = ''  # replace, add: a text of one token that stands in the slots

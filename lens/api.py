@@ -12,7 +12,7 @@ import numpy as np
 
 from lens import prompted, reading, schemas, spoken, steer
 from lens.errors import LensError
-from lens.reader import Reader, Text, ranked
+from lens.reader import Reader, Text
 from lens.schemas import MOST_EXPLANATIONS
 
 MOST_NUMBERS = 1 << 20  # of activations that a request asks for
@@ -82,7 +82,7 @@ def _mse(cosine: float) -> float:
 
 def _said(row: reading.Row, v: Value) -> dict:
     best_of = v.get('best_of') is not None
-    return (ranked(row) if best_of else row).to_json() | {'mse': _mse(row.cosine)}
+    return (reading.ranked(row) if best_of else row).to_json() | {'mse': _mse(row.cosine)}
 
 
 def _how(v: Value) -> dict:

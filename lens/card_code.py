@@ -56,16 +56,17 @@ def prompt(side, model):
 
 @torch.no_grad()
 def explain(activation, position=0):
-    # activation [d] at a position -> token ids of the most probable explanation
+    # activation [d] at a position, or one for each slot [slots, d] -> token ids of the most probable explanation
     c, (left, right), a = spec['decoder'], prompt('decoder', decoder), activation.float()
     slots = [len(left), *(len(left) + 1 + i for i in c['more_slots'])]
     if spec['position_vectors']:
         a = a - lens['decoder/positions'][position]
     if c['injection'] == 'affine':
-        maps = torch.einsum('d,nde->ne', a, lens['decoder/maps_w']) + lens['decoder/maps_b']
+        product = 'kd,ndke->nke' if c['layers'] else 'd,nde->ne'
+        maps = torch.einsum(product, a, lens['decoder/maps_w']) + lens['decoder/maps_b']
         entry, at = maps[0], {k: maps[min(k, len(maps) - 1)] for k in range(c['patched_blocks'])}
     elif c['injection'] == 'replace':
-        entry, at = a / a.norm() * c['norm'] / spec['embed_scale'], {}
+        entry, at = a / a.norm(dim=-1, keepdim=True) * c['norm'] / spec['embed_scale'], {}
     elif c['injection'] == 'add':
         entry, at = decoder.get_input_embeddings().weight[c['marker_id']].float(), {2: None}
     else:
@@ -76,13 +77,17 @@ def explain(activation, position=0):
             hooks[k].remove()  # in the pass of the prompt alone: later tokens see the slot through the cache
             x = args[0].clone()
             h = x[:, slots].float()
-            new = h + h.norm(dim=-1, keepdim=True) * a / a.norm() if value is None else value.expand_as(h)
+            new = (
+                h + h.norm(dim=-1, keepdim=True) * a / a.norm(dim=-1, keepdim=True)
+                if value is None
+                else value.expand_as(h)
+            )
             x[:, slots] = new.to(x.dtype)
             return (x, *args[1:])
 
         return hook
 
-    rows = torch.cat([left, entry[None], right])
+    rows = torch.cat([left, left.new_zeros(1, left.shape[1]), right])
     rows[slots] = entry
     hooks = {k: blocks(decoder)[k].register_forward_pre_hook(write(k, value)) for k, value in at.items()}
     return within(decoder.generate(inputs_embeds=inputs(decoder, rows))[0])
@@ -131,6 +136,7 @@ text = 'The hidden state of the last token of this text is read.'
 tokens = tokenizer(text, return_tensors='pt').input_ids
 activation = block_output(subject, spec['layer'], input_ids=tokens)[-1]
 position = tokens.shape[1] - 1
-ids = explain(activation, position)
+slots = [block_output(subject, k, input_ids=tokens)[-1] for k in spec['decoder']['layers']]
+ids = explain(torch.stack(slots) if slots else activation, position)
 reconstruction = reconstruct(ids, tokens[0], position)
 print(tokenizer.decode(ids), torch.cosine_similarity(activation, reconstruction, dim=0).item())

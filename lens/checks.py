@@ -38,6 +38,7 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     wanted = f'0..{last}, or -1 for layer'
     require(-1 <= out <= last, f'encoder.output_layer={out} is not a block of the subject ({wanted}).')
     injection.of_config(cfg.decoder, c)
+    check_layers(cfg, c)
     learned = not c.ropes or not cfg.position_vectors
     require(learned, f'position_vectors=True needs a subject with learned positions (GPT-2), not {c.family}.')
     if cfg.init_from:
@@ -49,6 +50,17 @@ def check_subject(cfg, c: TransformerConfig) -> None:
     require(not missing, f'encoder.init={init} starts a map that encoder.readout=none does not have: use identity.')
     missing = 'tuned_lens' in (cfg.decoder.init, init) and not cfg.tuned_lens
     require(not missing, 'init=tuned_lens needs tuned_lens, a folder that lens.tools.tuned_lens has written.')
+
+
+def check_layers(cfg, c: TransformerConfig) -> None:
+    """Raises LensError where decoder.layers is not a block of this subject for each slot."""
+    layers, slots, last = tuple(cfg.decoder.layers), cfg.decoder.prompt.count(response.EMBED), c.n_layers - 1
+    outside, named = [k for k in layers if not 0 <= k <= last], f'decoder.layers={shown(layers)}'
+    require(not outside, f'{named} names {outside}, and the subject has blocks 0..{last}.')
+    what = f'{named} has {len(layers)} blocks, and decoder.prompt has {response.EMBED} {slots} times'
+    require(not layers or len(layers) == slots, f'{what}: give one block for each.')
+    both, why = layers and cfg.position_vectors, 'the vectors of positions are those of one block'
+    require(not both, f'decoder.layers does not go with position_vectors=True: {why}.')
 
 
 def check_lengths(cfg, c: TransformerConfig, texts: Texts) -> None:
@@ -156,9 +168,9 @@ def check_stored(cfg, c: TransformerConfig, split: data.Split) -> None:
     of = split.meta['activations'].get('layer')
     require(of == cfg.layer, f'layer={cfg.layer}, but {where} was read after block {shown(of)}: set layer={shown(of)}.')
     idle = {'encoder.context_tokens': 0, **{f'{p}.{k}': 0 for p in cfg.phases for k in ('kl_weight', 'copy_price')}}
-    idle |= {'data.positions': 'any'}
+    idle |= {'data.positions': 'any', 'decoder.layers': ()}
     scales = ['decoder.init'] * bool(injection.of_config(cfg.decoder, c).n_maps) + ['encoder.init']
-    wrong = [k for k, off in idle.items() if get(cfg, k) != off]
+    wrong = [k for k, off in idle.items() if (get(cfg, k) or off) != off]
     wrong += [k for k in scales if get(cfg, k) == 'scale' and not cfg.init_from]
     if wrong:
         off = idle.get(wrong[0], 'identity')

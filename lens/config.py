@@ -79,7 +79,8 @@ class Phase:
     @property
     def reading(self) -> dict:
         """Returns the static arguments of rollout.read."""
-        return {'layer': self.hparams.layer, 'again': self.hparams.reads_again, 'recent': self.hparams.recent}
+        hp = self.hparams
+        return {'layer': hp.layer, 'layers': hp.layers, 'again': hp.reads_again, 'recent': hp.recent}
 
     @property
     def program(self) -> dict:
@@ -124,6 +125,7 @@ class Run:
     train: data.Split | None
     validation: data.Split | None
     layer: int
+    layers: tuple[int, ...]  # of Hparams
     length: int
     min_pos: int
     seed: int
@@ -131,6 +133,11 @@ class Run:
     context_tokens: int  # that the encoder reads
     evaluation: EvalSettings
     phases: tuple[Phase, ...]
+
+    @property
+    def reading(self) -> dict:
+        """Returns the static arguments of rollout.read for figures."""
+        return {'layer': self.layer, 'layers': self.layers, 'recent': max(1, self.context_tokens)}
 
     @property
     def steps(self) -> int:
@@ -180,6 +187,7 @@ def plan(cfg, needs: Sequence[str] = ('train', 'validation')) -> Run:
         train=train,
         validation=validation,
         layer=cfg.layer,
+        layers=tuple(cfg.decoder.layers),
         length=cfg.explanation_len,
         min_pos=cfg.data.min_pos,
         seed=cfg.seed,
@@ -271,6 +279,7 @@ def _phase(cfg, name: str, clock: Units, start: int, every: Intervals, texts: re
     counts = {k: p[k] if k in objective.reads else 1 for k in ('group', 'mean_of', 'updates', 'slices')}
     hparams = objectives.Hparams(
         layer=cfg.layer,
+        layers=tuple(cfg.decoder.layers),
         length=cfg.explanation_len,
         on=frozenset(k for k, v in values.items() if v),
         tags=texts.tags,

@@ -27,7 +27,6 @@ from lens.errors import LensError
 from lens.joints import padded
 from lens.losses import comparable
 from lens.metrics import Collected, Figure, meaning
-from lens.models.decoder import without_position
 from lens.models.encoder import Source, encode, encode_context
 from lens.models.lens import Lens
 from lens.objectives import OBJECTIVES
@@ -35,7 +34,7 @@ from lens.reader import Reader
 from lens.reading import Reading
 from lens.reopen import Reopened, open_lens, reopen
 from lens.response import Found, Tags, between, find, words
-from lens.rollout import Rollout, read, source_of
+from lens.rollout import Rollout, read, source_of, vectors
 
 READ = ('tokens', 'activations', 'positions')  # of the held-out data, what `read` takes
 NO_TEXT = '(not stored)'
@@ -43,7 +42,7 @@ FEW = 1000  # activations, below which figures are vague
 
 
 class Text(NamedTuple):
-    """What the encoder reads: drawn by the decoder from vector(a_NxD) or made by text(batch, sampled_NxT, keys_N, tags).
+    """What the encoder reads: drawn by the decoder from vector(a), a all that it is given, NxD or NxKxD, or made by text(batch, sampled_NxT, keys_N, tags).
 
     temperature: of a drawn text. tagged: whether the explanation stands between the tags of the run. needs: the array
     of the held-out data without which there is no such text.
@@ -73,9 +72,9 @@ def from_batch(name: str) -> Callable:
 
 # The randomness of a text depends on its place here: a new one goes to the end.
 TEXTS = {
-    'sampled': Text(vector=lambda a_NxD: a_NxD),
-    'greedy': Text(vector=lambda a_NxD: a_NxD, temperature=0.0),
-    'no_activation': Text(vector=lambda a_NxD: 0 * a_NxD),
+    'sampled': Text(vector=lambda a: a),
+    'greedy': Text(vector=lambda a: a, temperature=0.0),
+    'no_activation': Text(vector=lambda a: 0 * a),
     'words_permuted': Text(text=permuted),
     'previous_tokens': Text(text=from_batch('previous'), tagged=False, needs='previous'),
     'given': Text(text=from_batch('explanations'), needs='explanations'),
@@ -130,7 +129,7 @@ def _evaluate_batch(
     All texts are drawn in one call and encoded in one call, and in another one contexts of `quotes` tokens. The randomness
     of a text depends on its activation's place in the held-out data, batch['index'] [R, V], alone.
     """
-    batch, a = roll.batch, without_position(lens.decoder, roll.a_NxD, roll.source.position_N)
+    batch, a = roll.batch, vectors(lens.decoder, roll)
     fold = jax.random.fold_in
     of_row_N = jax.vmap(fold, (None, 0))(key, batch['index'].reshape(-1))
     keys = {k: jax.vmap(fold, (0, None))(of_row_N, list(TEXTS).index(k)) for k in names}
@@ -248,8 +247,7 @@ class Evaluator:
         how['quotes'] = tuple(k for k in metrics.quoted(m) if f'quote_{k}' in wanted)
 
         def evaluate(batch):
-            roll = read(run.base, batch, layer=run.layer, recent=max(1, m))
-            return _evaluate_batch(lens, run.base, roll, key, **how)
+            return _evaluate_batch(lens, run.base, read(run.base, batch, **run.reading), key, **how)
 
         arrays = (*READ, 'previous', 'index', 'explanations')
         c = Collected(

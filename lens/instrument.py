@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lens import losses, sampling, sharding
+from lens.models import subject
 from lens.models.attention import KVCache
 from lens.models.decoder import without_position
 from lens.models.encoder import Source, encode
@@ -26,11 +27,13 @@ class Top(NamedTuple):
 
 class Text(NamedTuple):
     """Of every token of texts, a leading axis of rows first: a_SxD, the stream after the block that is read; next, what
-    the subject predicts after it; logit_lens, what it would predict if that stream were its last."""
+    the subject predicts after it; logit_lens, what it would predict if that stream were its last; slots_SxKxD, the streams
+    for the slots of a decoder's prompt, where these stand for blocks of their own."""
 
     a_SxD: jax.Array
     next: Top
     logit_lens: Top
+    slots_SxKxD: jax.Array | None = None
 
 
 class Explained(NamedTuple):
@@ -63,21 +66,23 @@ def _top(logits, k: int) -> Top:
     return Top(*jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k))
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'top'))
-def read(base: Transformer, tokens_BxS, *, layer: int, top: int) -> Text:
-    """Reads texts after block `layer`; what stands after a token changes nothing before it."""
-    x = base.run_layers(base.embed(tokens_BxS), 0, layer + 1)
-    last = base.run_layers(x, layer + 1, base.config.n_layers)
+@functools.partial(jax.jit, static_argnames=('layer', 'top', 'layers'))
+def read(base: Transformer, tokens_BxS, *, layer: int, top: int, layers: tuple[int, ...] = ()) -> Text:
+    """Reads texts after block `layer`, and after those of the slots; what stands after a token changes nothing before it."""
+    found = subject.streams(base, tokens_BxS, (layer, *layers))
+    x, end = found[layer], max(found)
+    last = base.run_layers(found[end], end + 1, base.config.n_layers)
+    slots = jnp.stack([found[k] for k in layers], axis=2).astype(jnp.float32) if layers else None
     streams = {'next': Stream(last, base), 'logit_lens': Stream(x, base)}
     tops = by_slices(lambda logits: {k: _top(v, top) for k, v in logits.items()}, streams)
-    return Text(x.astype(jnp.float32), **tops)
+    return Text(x.astype(jnp.float32), **tops, slots_SxKxD=slots)
 
 
 @functools.partial(jax.jit, static_argnames=('length', 'tags', 'top'))
 def explain(
     lens: Lens, base, a_NxD, source: Source, seed, fold_Nx2, temperature_N, *, length: int, tags: Tags, top: int
 ) -> Explained:
-    """Explains activations and reads the explanations back. fold_Nx2: what the randomness of a row depends on, besides
+    """Explains activations, NxD or one for each slot, NxKxD, and reads the explanations back. fold_Nx2: what the randomness of a row depends on, besides
     the seed; temperature 0 is greedy."""
     key, fold = jax.random.key(seed), jax.random.fold_in
     keys_N = jax.vmap(lambda at: fold(fold(key, at[0]), at[1]))(fold_Nx2)

@@ -40,9 +40,9 @@ class Real(NamedTuple):
     most: float | None = None
 
 
-# A key holds a Whole, a Real, a bool, a str, a path, one of some texts, several texts (tuple), a regex, or (object)
-# numbers and texts in a notation that its reader checks.
-REGEX = 'regex'
+# A key holds a Whole, a Real, a bool, a str, a path, one of some texts, several texts (tuple), several whole numbers, a
+# regex, or (object) numbers and texts in a notation that its reader checks.
+REGEX, WHOLES = 'regex', 'wholes'
 KEYS = {
     'seed': Whole(0),
     'subject.path': pathlib.Path,
@@ -62,6 +62,7 @@ KEYS = {
     'position_vectors': bool,
     'tuned_lens': pathlib.Path,
     'decoder.prompt': str,
+    'decoder.layers': WHOLES,
     'decoder.injection': str,
     'decoder.norm': Real(0),
     'decoder.marker': str,
@@ -178,11 +179,12 @@ def _check(value, kind, key: str) -> None:
         text(value, key, LONGEST_PATH if kind is pathlib.Path else LONGEST_TEXT)
     elif kind is REGEX:
         optimizer.regex(value, key)
-    elif kind is tuple:
+    elif kind in (tuple, WHOLES):
         if not isinstance(value, tuple | list):
-            raise LensError(f'{key}={shown(repr(value))} must be a tuple of texts.')
+            what = 'texts' if kind is tuple else 'whole numbers'
+            raise LensError(f'{key}={shown(repr(value))} must be a tuple of {what}.')
         for x in value:
-            text(x, key)
+            text(x, key) if kind is tuple else number(x, key)
     elif kind is object:
         _check_free(value, key)
     else:

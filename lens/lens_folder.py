@@ -37,6 +37,7 @@ def settings(lens: Lens) -> dict:
         'decoder.train': trained(d),
         **d.config.injection.settings(),
         'decoder.more_slots': list(d.config.more_slots),
+        'decoder.layers': list(d.config.layers),
         'decoder.marker_id': d.config.marker,
         'encoder.train': trained(e),
         'encoder.output_layer': e.config.output_layer,
@@ -77,11 +78,12 @@ def _meaning(name: str, keys: dict, place: str, models: bool) -> str:
             f'inside A{merged}.'
         )
     position = 'Vectors [positions, d], in units of the residual stream, that are {} at the position that was read.'
+    slots = ', slots' * bool(keys['decoder.layers'])
     rows = 'Soft prompt [tokens, d] {} the {}, in units of the embedding table (times embed_scale = inputs_embeds).'
     return {
-        'decoder/maps_w': 'W [maps, d_in, d_out] of y = a @ W + b, the activation a a row vector (transpose it for '
+        'decoder/maps_w': f'W [maps, d_in{slots}, d_out] of y = a @ W + b, the activation a a row vector (transpose it for '
         f'torch.nn.Linear); y {place}.',
-        'decoder/maps_b': 'b [maps, d] of y = a @ W + b, see decoder/maps_w.',
+        'decoder/maps_b': f'b [maps{slots}, d] of y = a @ W + b, see decoder/maps_w.',
         'decoder/prompt_left': rows.format('before', 'slot'),
         'decoder/prompt_right': rows.format('after', 'slot'),
         'encoder/prompt_left': rows.format('before', 'words'),
@@ -169,6 +171,7 @@ def _read_settings(directory: pathlib.Path) -> dict:
     spec, file = read_spec(directory), directory / 'lens.json'
     try:
         sides = {f'{side}.{k}': v for side in SIDES for k, v in spec[side].items()}
+        sides.setdefault('decoder.layers', [])  # of a folder that is older than the key
         shared = {k: spec[k] for k in ('layer', 'position_vectors')}
         return sides | {f'{side}.train': spec['trained'][side] for side in SIDES} | shared
     except (KeyError, TypeError, AttributeError):

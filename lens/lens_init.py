@@ -23,7 +23,8 @@ NORM_DOCUMENTS, NORM_TOKENS = 10, 256  # texts that the scale of the maps is mea
 
 
 class Start(NamedTuple):
-    """Where the affine parts begin: maps ([M, D, D], [M, D]) of the decoder, read-out ([D, D], [D]) of the encoder."""
+    """Where the affine parts begin: maps of the decoder, ([M, D, D], [M, D]) or, with cfg.decoder.layers, ([M, D, K, D],
+    [M, K, D]); read-out ([D, D], [D]) of the encoder."""
 
     maps: tuple[jax.Array, jax.Array]
     readout: tuple[jax.Array, jax.Array]
@@ -56,7 +57,7 @@ def make_lens(cfg, texts: Texts, base, start: Start, key) -> Lens:
     decoder_key, encoder_key = jax.random.split(key)
     return Lens(
         Decoder(
-            DecoderConfig(inject, cfg.layer, where.more_slots, where.marker),
+            DecoderConfig(inject, cfg.layer, where.more_slots, where.marker, tuple(cfg.decoder.layers)),
             where.left,
             where.right,
             base,
@@ -77,11 +78,12 @@ def make_lens(cfg, texts: Texts, base, start: Start, key) -> Lens:
 def abstract_lens(cfg, texts: Texts, base, mesh) -> Lens:
     """Returns shapes and placements of make_lens. `base` may be abstract itself. Call under jax.set_mesh(mesh)."""
     d, n = base.config.d_model, injection.of_config(cfg.decoder, base.config).n_maps
+    slots = (len(cfg.decoder.layers),) if cfg.decoder.layers else ()
 
     def spec(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    start = Start((spec(n, d, d), spec(n, d)), (spec(d, d), spec(d)))
+    start = Start((spec(n, d, *slots, d), spec(n, *slots, d)), (spec(d, d), spec(d)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     lens = jax.eval_shape(lambda *a: make_lens(cfg, texts, *a), base, start, key)
     return sharding.with_placement(lens, mesh, sharding.SPLIT_ABOVE)
@@ -127,22 +129,25 @@ def _start(cfg, run: Run) -> Start:
     """Maps and read-out by cfg.decoder.init and cfg.encoder.init. Raises LensError."""
     c, encoder = run.base.config, _encoder_config(cfg)
     inject = injection.of_config(cfg.decoder, c)
-    n, d = inject.n_maps, c.d_model
-    maps = jnp.tile(jnp.eye(d, dtype=jnp.float32), (n, 1, 1)), jnp.zeros((n, d), jnp.float32)
+    n, d, layers = inject.n_maps, c.d_model, cfg.decoder.layers or (cfg.layer,)
+    maps = [(jnp.tile(jnp.eye(d, dtype=jnp.float32), (n, 1, 1)), jnp.zeros((n, d), jnp.float32))] * len(layers)
     readout = jnp.eye(d, dtype=jnp.float32), jnp.zeros(d, jnp.float32)
     of_maps, of_readout = cfg.decoder.init if n else 'identity', cfg.encoder.init
     if 'scale' in (of_maps, of_readout):
         norms = _stream_norms(run)
         if of_maps == 'scale':
-            maps = scaled_identity(inject, cfg.layer, c.embed_scale, d, norms)
+            maps = [scaled_identity(inject, layer, c.embed_scale, d, norms) for layer in layers]
         if of_readout == 'scale':
             readout = readout[0] * (norms[cfg.layer + 1] / norms[encoder.output_layer + 1]), readout[1]
     if 'tuned_lens' in (of_maps, of_readout):
         lens = translators.read(cfg.tuned_lens, c)
         if of_maps == 'tuned_lens':
-            w, b = zip(*(translators.compose(*lens, cfg.layer + 1, k) for k in range(n)), strict=True)
             scale = c.embed_scale if inject.at_input else 1.0
-            maps = np.stack(w) / scale, np.stack(b) / scale
+            composed = [[translators.compose(*lens, layer + 1, k) for k in range(n)] for layer in layers]
+            maps = [tuple(np.stack(x) / scale for x in zip(*of_one, strict=True)) for of_one in composed]
         if of_readout == 'tuned_lens':
             readout = translators.compose(*lens, encoder.output_layer + 1, cfg.layer + 1)
-    return Start(tuple(map(jnp.asarray, maps)), tuple(map(jnp.asarray, readout)))
+    if cfg.decoder.layers:
+        w, b = zip(*maps, strict=True)
+        maps = [(np.stack(w, axis=2), np.stack(b, axis=1))]
+    return Start(tuple(map(jnp.asarray, maps[0])), tuple(map(jnp.asarray, readout)))

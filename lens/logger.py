@@ -371,7 +371,7 @@ def announce(cfg, run: Run, sizes: dict[str, int], base_size: int, step: int) ->
         rows = f'read in rows of {", ".join(map(str, run.train.widths))} tokens'
     lines = [
         f'Subject {cfg.subject.path}: {c.family}, {c.n_layers} blocks, {base_size:,} parameters, read after block '
-        f'{run.layer}',
+        f'{run.layer}' + f'; in the slots, after {", ".join(map(str, run.layers))}' * bool(run.layers),
         f'Trained: decoder {sizes["decoder"]:,}, encoder {sizes["encoder"]:,} parameters',
         f'Data {cfg.data.path}: '
         + (f'{len(run.train)} training and ' if run.train else '')

@@ -8,7 +8,8 @@ the documents. Scalars, loss included, then add up to those of the whole (Counte
 row of the rollout.
 
 batch: tokens [B, S], positions [B, P] and, for sft, responses `explanations` [B, P, T]. A = subject stream after block
-`layer`, N = B * P of them; or stored `activations` [B, P, D] in place of tokens. Formulas: losses.py.
+`layer`, N = B * P of them; or stored `activations` [B, P, D] in place of tokens. The decoder is given A or, with hp.layers,
+the streams after those blocks at the same position. Formulas: losses.py.
 """
 
 import dataclasses
@@ -379,9 +380,8 @@ def _functional_kl(base, roll: Rollout, pred, hp: Hparams):
 
 def _scored(decoder: dec.Decoder, base, roll: Rollout) -> Stream:
     """Of the texts under teacher forcing."""
-    vectors_NxD = vectors(decoder, roll)
-    once_BxD = vectors_NxD.reshape(roll.batch['positions'].size, -1, vectors_NxD.shape[-1])[:, 0]
-    return Stream(dec.teacher_forced(decoder, base, once_BxD, roll.ids_NxT), model_of(decoder, base))
+    once = _once(roll, vectors(decoder, roll))
+    return Stream(dec.teacher_forced(decoder, base, once, roll.ids_NxT), model_of(decoder, base))
 
 
 def _words(own: Stream, base, roll: Rollout, hp: Hparams, reference) -> dict[str, jax.Array]:

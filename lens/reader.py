@@ -20,7 +20,7 @@ from lens import instrument, reopen, sharding, spoken, steer
 from lens.errors import LensError, number, shown
 from lens.joints import padded
 from lens.models.encoder import Source
-from lens.reading import Choice, Explanation, Reading, Row, Word
+from lens.reading import Choice, Explanation, Reading, Row, Settings, Word, ranked
 from lens.reopen import Reopened
 
 Text = str | Sequence[Mapping] | Sequence[int] | np.ndarray
@@ -28,7 +28,6 @@ TOP = 5  # alternatives of a token of an explanation, and of the subject's next
 BATCH = 16  # explanations of one program
 ENCODED = 4  # times as many texts are read back at a time
 OUTLIER = 4.0  # a norm that is so many times the median of the text, or below one over that, is flagged
-MOST_SAMPLES = 64
 
 
 def load(path: str | pathlib.Path, subject: str = '', batch: int = BATCH, question: str = '') -> 'Reader':
@@ -60,7 +59,8 @@ class _Said:
 class Reader:
     """A lens with its subject on the devices; `load` makes it.
 
-    layer: 0-based block after which it reads. tokenizer: of the subject. length: tokens of a response. context_tokens: how
+    layer: 0-based block after which it reads. layers: those that its decoder is given, one for each slot; (): `layer` alone.
+    tokenizer: of the subject. length: tokens of a response. context_tokens: how
     many of the last tokens of the text its encoder is shown beside the words.
     """
 
@@ -70,6 +70,7 @@ class Reader:
         self.config, self.step = opened.config, opened.step
         self.tokenizer, self.base, self.layer = self.run.tokenizer, self.run.base, self.run.layer
         self.length, self.context_tokens = self.run.length, self.lens.encoder.config.context_tokens
+        self.layers = self.lens.decoder.config.layers
 
     def tokens(self, text: Text) -> spoken.Tokens:
         """Returns the tokens of a text as `explain` reads them. Raises LensError."""
@@ -118,10 +119,9 @@ class Reader:
         """Yields the rows of `explain` a batch at a time, in the order of `positions`. Arguments and errors of `explain`,
         raised at the call."""
         settings = Settings(**how)
-        if layers is not None and [*layers] != [self.layer]:
-            raise LensError(
-                f'layers={shown(layers)}: this lens was trained on the stream after block {self.layer} alone.'
-            )
+        if layers is not None and (*layers,) != (own := self.layers or (self.layer,)):
+            of = f'blocks {", ".join(map(str, own))}, one for each slot' if self.layers else f'block {self.layer} alone'
+            raise LensError(f'layers={shown(layers)}: this lens was trained on the stream after {of}.')
         found = self.tokens(text)
         at_P = self.positions(positions, len(found.ids))
         read, size = self._read(found.ids), max(self.batch // settings.samples, 1)
@@ -142,25 +142,29 @@ class Reader:
         ids = self.tokens(text).ids
         return self._read(ids).a_SxD[self.positions(positions, len(ids))]
 
+    def vectors(self, text: Text, positions: Sequence[int] | None = None) -> np.ndarray:
+        """Returns what the decoder is given of a text, as `describe` takes it: activations PxD or, of a lens with `layers`,
+        PxKxD. Raises LensError."""
+        ids = self.tokens(text).ids
+        a_PxD, slots_PxKxD = self._at(self._read(ids), self.positions(positions, len(ids)))
+        return a_PxD if slots_PxKxD is None else slots_PxKxD
+
     def describe(self, vectors, context: Sequence[Sequence[int]] | None = None, **how) -> Reading:
         """Explains vectors NxD, or one of D, as if they were activations: rows without a token, `position` their number.
-        NxKxD: one for each of the K slots of its prompt; norm and errors are those of the first.
+        NxKxD: one for each of the K slots of its prompt, as a lens with `layers` needs; norm and errors are those of the one of
+        `layer`, or where none is, of the first.
 
         context: the text up to and with the token that each is of, as tokens or a str, for a lens whose encoder is shown
         the last of them, or that knows positions. how: samples, greedy, temperature, seed, salience of `explain`. Raises LensError.
         """
-        a_NxD, settings = self._vectors(vectors), Settings(**how)
-        source = self._after(context, len(a_NxD))
-        said = self._said(a_NxD, source, np.arange(len(a_NxD)), settings)
+        given = self._vectors(vectors)
+        return self._described(self._target(given), given, context, Settings(**how))
+
+    def _described(self, a_NxD: np.ndarray, shown: np.ndarray, context, settings: Settings) -> Reading:
+        """What the decoder says where it is given `shown`, with norms and errors of a_NxD."""
+        said = self._said(a_NxD, self._after(context, len(a_NxD)), np.arange(len(a_NxD)), settings, shown)
         rows = [
-            Row(
-                '',
-                -1,
-                i,
-                '',
-                float(np.linalg.norm(np.atleast_2d(a)[0])),
-                tuple(self._explanation(x, a) for x in of_one),
-            )
+            Row('', -1, i, '', float(np.linalg.norm(a)), tuple(self._explanation(x, a) for x in of_one))
             for i, (a, of_one) in enumerate(zip(a_NxD, said, strict=True))
         ]
         return Reading(tuple(rows), self.about(**settings.__dict__))
@@ -178,7 +182,8 @@ class Reader:
         """Returns how well each text recovers one vector of D: {'text', 'nmse', 'cosine'}. Raises LensError."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         pred = self.reconstruct(texts, None if context is None else [context] * len(texts))
-        errors = (self._error(p, self._vectors(vector)[0]) for p in pred)
+        a_D = self._target(self._vectors(vector, one=True))[0]
+        errors = (self._error(p, a_D) for p in pred)
         return [{'text': t, 'nmse': e, 'cosine': c} for t, (e, c) in zip(texts, errors, strict=True)]
 
     def compare(self, text_a: Text, text_b: Text, position_a: int = -1, position_b: int = -1, **how) -> Reading:
@@ -188,12 +193,19 @@ class Reader:
         """
         ids = [self.tokens(t).ids for t in (text_a, text_b)]
         at = [self.positions([p], len(x))[0] for p, x in zip((position_a, position_b), ids, strict=True)]
-        a, b = (self._read(x).a_SxD[p] for x, p in zip(ids, at, strict=True))
-        size, norm = np.linalg.norm(a - b), np.linalg.norm(a)
+        of_a, of_b = (self._at(self._read(x), p) for x, p in zip(ids, at, strict=True))
+        size, norm = np.linalg.norm(of_a[0] - of_b[0]), np.linalg.norm(of_a[0])
         if size <= 1e-6 * norm:
             raise LensError('The two activations are the same: compare other texts or positions.')
+
+        def three(a, b):
+            to, of = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, a - b))
+            return np.stack([a, b, (a - b) * (to / of)])
+
+        a_NxD, slots = jax.tree.map(three, of_a, of_b)
         context = [x[: p + 1] for x, p in zip(ids, at, strict=True)]
-        made = self.describe(np.stack([a, b, (a - b) * (norm / size)]), [*context, context[0]], **how)
+        shown = self._vectors(a_NxD if slots is None else slots)
+        made = self._described(a_NxD, shown, [*context, context[0]], Settings(**how))
         rows = (dataclasses.replace(r, token=t) for r, t in zip(made.rows, ('a', 'b', 'a - b'), strict=True))
         return dataclasses.replace(made, rows=tuple(rows), about=made.about | {'difference_norm': float(size)})
 
@@ -204,6 +216,7 @@ class Reader:
     def about(self, **settings) -> dict:
         """Returns what a reading says of the lens that made it, and of its settings."""
         of_lens = {'subject': self.config['subject']['path'], 'layer': self.layer, 'lens': self.name, 'step': self.step}
+        of_lens |= {'layers': [*self.layers]} if self.layers else {}
         return of_lens | {'error': self.run.error, 'min_pos': self.run.min_pos} | settings
 
     def words(self, text) -> list[int]:
@@ -238,16 +251,28 @@ class Reader:
             raise LensError(f'position {wrong[0]} is not in the text, which has the tokens 0..{n - 1}.')
         return at_P % n
 
-    def _vectors(self, given) -> np.ndarray:
+    def _vectors(self, given, one: bool = False) -> np.ndarray:
+        """Vectors that a caller gives, NxD or NxKxD. one: what is reconstructed will do, where the slots stand for blocks."""
         a, d = np.asarray(given, np.float32), self.base.config.d_model
         a, slots = a[None] if a.ndim == 1 else a, len(self.lens.decoder.slots)
-        fits = a.ndim == 2 or (a.shape[1:2] == (slots,) and self.lens.decoder.positions is None)
-        if not fits or a.ndim > 3 or a.shape[-1] != d or not len(a) or not np.isfinite(a).all():
-            more = f' or Nx{slots}x{d}' if slots > 1 else ''
-            raise LensError(f'vectors of shape {a.shape} were given, this lens takes finite ones Nx{d}{more}.')
+        alone = one or not self.layers
+        fits = (a.ndim == 2 and alone) or (a.shape[1:-1] == (slots,) and self.lens.decoder.positions is None)
+        if not fits or a.shape[-1] != d or not len(a) or not np.isfinite(a).all():
+            wanted = [f'Nx{d}'] * alone + [f'Nx{slots}x{d}'] * (slots > 1 or not alone)
+            raise LensError(
+                f'vectors of shape {a.shape} were given, this lens takes finite ones {" or ".join(wanted)}.'
+            )
         if not a.any(-1).all():
             raise LensError('A vector of zeros was given, which has no direction to say anything of: give another.')
         return a
+
+    def _target(self, a: np.ndarray) -> np.ndarray:
+        """The vectors NxD of `layer` among NxKxD."""
+        return a if a.ndim == 2 else a[:, self.layers.index(self.layer) if self.layer in self.layers else 0]
+
+    def _at(self, read: instrument.Text, at) -> tuple[np.ndarray, np.ndarray | None]:
+        """Activations of tokens, …xD, and those for the slots of the decoder's prompt, …xKxD, where it has layers."""
+        return jax.tree.map(lambda x: x[at], (read.a_SxD, read.slots_SxKxD))
 
     def _source(self, ids: Sequence[int], at_P) -> Source:
         """Where activations of a text are from."""
@@ -270,7 +295,7 @@ class Reader:
         """What instrument.read says of the tokens of a text, on the host."""
         tokens = np.zeros((1, self.width(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
-        program = functools.partial(instrument.read, self.base, layer=self.layer, top=TOP)
+        program = functools.partial(instrument.read, self.base, layer=self.layer, layers=self.layers, top=TOP)
         return jax.tree.map(lambda x: x[0, : len(ids)], self.in_batches(program, tokens, self._rows))
 
     @property
@@ -306,13 +331,17 @@ class Reader:
             lambda x: instrument.reconstruct(self.lens, self.base, *x), (ids_NxT, lengths, source), ENCODED * self.batch
         )
 
-    def _said(self, a_NxD: np.ndarray, source: Source, key_N: np.ndarray, s: 'Settings') -> list[list[_Said]]:
-        """The explanations of activations. key_N: what the randomness of each depends on, besides seed and number."""
+    def _said(
+        self, a_NxD: np.ndarray, source: Source, key_N: np.ndarray, s: Settings, shown: np.ndarray | None = None
+    ) -> list[list[_Said]]:
+        """The explanations of activations. key_N: what the randomness of each depends on, besides seed and number. shown:
+        what the decoder is given, if not the activations themselves."""
         n, k = len(a_NxD), s.samples
         drawn_K = np.arange(k) >= int(s.greedy)
         fold = np.stack([np.repeat(key_N, k), np.tile(np.arange(k), n)], axis=1).astype(np.int32)
         temperature = np.tile(np.where(drawn_K, s.temperature, 0), n).astype(np.float32)
-        repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), (a_NxD, source))
+        given = a_NxD if shown is None else shown
+        repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), (given, source))
         how = {'length': self.length, 'tags': self.run.texts.tags, 'top': TOP}
         explain = functools.partial(instrument.explain, self.lens, self.base)
         out = self.in_batches(
@@ -359,7 +388,7 @@ class Reader:
 
     def _error(self, pred_D: np.ndarray, a_D: np.ndarray) -> tuple[float, float]:
         """(nmse, cosine) in float64, as lens.evaluate has them: 2 - 2 cosine where only directions count."""
-        a, p = np.atleast_2d(a_D)[0].astype(np.float64), pred_D.astype(np.float64)
+        a, p = a_D.astype(np.float64), pred_D.astype(np.float64)
         size_a, size_p = np.linalg.norm(a), np.linalg.norm(p)
         cosine = float(a @ p / max(size_a * size_p, 1e-12))
         if self.run.error == 'direction':
@@ -382,7 +411,9 @@ class Reader:
     def _blind(self) -> list[int]:
         """What the decoder says most probably where there is no activation."""
         nothing, somewhere = np.zeros((1, self.base.config.d_model), np.float32), [0] * (self.run.min_pos + 1)
-        return self._said(nothing, self._source(somewhere, [-1]), np.zeros(1, int), Settings(salience=False))[0][0].ids
+        shown = np.repeat(nothing[:, None], len(self.layers), axis=1) if self.layers else nothing
+        source, how = self._source(somewhere, [-1]), Settings(salience=False)
+        return self._said(nothing, source, np.zeros(1, int), how, shown)[0][0].ids
 
     @functools.cached_property
     def _filler(self) -> int | None:
@@ -390,10 +421,10 @@ class Reader:
         *_, before, last = self._blind[-2:] * 2
         return last if before == last or last in self.tokenizer.all_special_ids else None
 
-    def _explained(self, found: spoken.Tokens, read: instrument.Text, at_P: np.ndarray, s: 'Settings') -> Iterator[Row]:
+    def _explained(self, found: spoken.Tokens, read: instrument.Text, at_P: np.ndarray, s: Settings) -> Iterator[Row]:
         """The rows of one batch of positions."""
-        a, source = read.a_SxD[at_P], self._source(found.ids, at_P)
-        said = self._said(a, source, at_P, s)
+        (a, slots), source = self._at(read, at_P), self._source(found.ids, at_P)
+        said = self._said(a, source, at_P, s, slots)
         others = {'blind': self._blind} | ({'context': []} if self.context_tokens else {})
         others = {name: self._encode([ids] * len(at_P), source) for name, ids in others.items()}
         norm_S, after_first = np.linalg.norm(read.a_SxD, axis=1), slice(min(1, len(read.a_SxD) - 1), None)
@@ -417,24 +448,3 @@ class Reader:
                 message=found.messages[p],
                 fragment=found.fragments[p],
             )
-
-
-def ranked(row: Row) -> Row:
-    """Returns a row with the explanation first that its activation is best recovered from."""
-    return dataclasses.replace(row, explanations=tuple(sorted(row.explanations, key=lambda e: e.nmse)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How explanations are made: keywords of Reader.explain. Raises LensError."""
-
-    samples: int = 1
-    greedy: bool = True
-    temperature: float = 1.0
-    seed: int = 0
-    salience: bool = True
-
-    def __post_init__(self):
-        number(self.samples, 'samples', 1, MOST_SAMPLES)
-        number(self.temperature, 'temperature', 0, 100, whole=False)
-        number(self.seed, 'seed', 0)

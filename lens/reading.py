@@ -17,9 +17,10 @@ import rich.table
 import rich.text
 
 from lens import files
-from lens.errors import LensError, harmless, shown
+from lens.errors import LensError, harmless, number, shown
 
 FORMAT = 'lens-reading/1'
+MOST_SAMPLES = 64  # explanations of a token
 LABELS = {'high': 0.3, 'medium': 0.5, 'low': float('inf')}  # how well words recover an activation: below which error
 STYLES = {'high': 'green', 'medium': 'yellow', 'low': 'red'}
 FLAGS = {
@@ -27,6 +28,22 @@ FLAGS = {
     'norm': 'the norm of the activation is far from that of the others: an attention sink, say',
     'failed': 'the response holds no explanation; its error is that of the zero vector',
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How explanations are made: keywords of Reader.explain. Raises LensError."""
+
+    samples: int = 1
+    greedy: bool = True
+    temperature: float = 1.0
+    seed: int = 0
+    salience: bool = True
+
+    def __post_init__(self):
+        number(self.samples, 'samples', 1, MOST_SAMPLES)
+        number(self.temperature, 'temperature', 0, 100, whole=False)
+        number(self.seed, 'seed', 0)
 
 
 class Choice(NamedTuple):
@@ -301,6 +318,11 @@ class Reading:
         from lens import page
 
         return page.table(self)
+
+
+def ranked(row: Row) -> Row:
+    """Returns a row with the explanation first that its activation is best recovered from."""
+    return dataclasses.replace(row, explanations=tuple(sorted(row.explanations, key=lambda e: e.nmse)))
 
 
 def _part(r: Row) -> str:

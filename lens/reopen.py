@@ -21,7 +21,7 @@ from lens.models.lens import Lens
 # Keys that say where a lens reads and writes; a lens of another run is only taken over where they agree.
 PLACES = (
     *('layer', 'position_vectors'),
-    *(f'decoder.{k}' for k in ('train', 'injection', 'marker')),
+    *(f'decoder.{k}' for k in ('train', 'layers', 'injection', 'marker')),
     *(f'encoder.{k}' for k in ('train', 'output_layer', 'readout', 'context_tokens')),
 )
 MADE = {'data/smollm2/model': 'make smollm2'}  # subjects of lenses that ship, and what makes them

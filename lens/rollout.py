@@ -24,12 +24,14 @@ class Hparams:
     """What an objective's program depends on; a static argument of a step.
 
     on: the objectives.KNOBS that are not zero throughout the phase; a weight that is not among them computes nothing.
+    layers: blocks whose activations stand in the slots of the decoder's prompt, one each; (): that of `layer` in all.
     natural_prefix: token ids of the decoder prompt with a word for the activation. prefix: (prefix_min, prefix_max), or ().
     judged: rewards are from another encoder than the one that learns. The others: configs/base.py.
     """
 
     layer: int
     length: int
+    layers: tuple[int, ...] = ()
     on: frozenset[str] = frozenset({'mse_weight'})
     tags: Tags = NO_TAGS
     error: str = 'nmse'
@@ -90,7 +92,8 @@ class Rollout(NamedTuple):
     no text is read again. counted: where there are texts, once their loss is asked for. shown_A: how many tokens of the
     context the encoder is shown without words, of each activation; where it has a context, once a gradient is asked for.
     words_N: how many words of its text the encoder reads at most; where hp has a prefix. judged_NxD: reconstructions that
-    rewards are of; where hp is judged."""
+    rewards are of; where hp is judged. slots_NxKxD: activations for the slots of the decoder's prompt, one each; where hp
+    has layers. a_NxD is what is reconstructed."""
 
     a_NxD: jax.Array
     source: Source
@@ -101,19 +104,29 @@ class Rollout(NamedTuple):
     shown_A: jax.Array | None = None
     words_N: jax.Array | None = None
     judged_NxD: jax.Array | None = None
+    slots_NxKxD: jax.Array | None = None
+
+    @property
+    def shown(self) -> jax.Array:
+        """Returns the activations that the decoder says something of, NxD or one for each slot, NxKxD."""
+        return self.a_NxD if self.slots_NxKxD is None else self.slots_NxKxD
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'again', 'recent'))
-def read(base, batch, *, layer: int, again: bool = False, recent: int = 1) -> Rollout:
+@functools.partial(jax.jit, static_argnames=('layer', 'layers', 'again', 'recent'))
+def read(base, batch, *, layer: int, layers: tuple[int, ...] = (), again: bool = False, recent: int = 1) -> Rollout:
     """Returns the activations NxD in float32 and where they are from, with the last `recent` source tokens of each.
 
-    A program of its own, since it alone depends on the width of the texts. again: keep the tokens for a second reading.
+    A program of its own, since it alone depends on the width of the texts. layers: of Hparams; stored activations have
+    none. again: keep the tokens for a second reading.
     """
-    a = batch.get('activations')
+    a, slots = batch.get('activations'), None
     if a is None:
-        a = subject.activations(base, batch['tokens'], batch['positions'], layer)
+        found = subject.activations_of(base, batch['tokens'], batch['positions'], (layer, *layers))
+        a = found[layer]
+        if layers:
+            slots = in_rows(jnp.stack([found[k] for k in layers], axis=2).astype(jnp.float32))
     rest = {k: x for k, x in batch.items() if k != 'activations' and (again or k != 'tokens')}
-    return Rollout(in_rows(a.astype(jnp.float32)), source_of(batch, recent), rest)
+    return Rollout(in_rows(a.astype(jnp.float32)), source_of(batch, recent), rest, slots_NxKxD=slots)
 
 
 @functools.partial(jax.jit, static_argnames='recent')
@@ -150,8 +163,10 @@ def sampled_rollout(lens: Lens, base, roll: Rollout, key, hp: Hparams) -> Rollou
     n = hp.group * hp.mean_of
     how = {'length': hp.length, 'group': n, 'tags': hp.tags}
     s = sampling.sample(lens.decoder, base, vectors(lens.decoder, roll), key, **how)
-    tiled = jax.tree.map(lambda x: subject.tile_rows(x, n), (roll.a_NxD, roll.source))
-    return Rollout(*tiled, roll.batch, s.ids_NxT, s.logp_NxT, words_N=_words(roll, key, hp, n))
+    tiled = roll.a_NxD, roll.source, roll.slots_NxKxD
+    a, source, slots = jax.tree.map(lambda x: subject.tile_rows(x, n), tiled)
+    words = _words(roll, key, hp, n)
+    return Rollout(a, source, roll.batch, s.ids_NxT, s.logp_NxT, words_N=words, slots_NxKxD=slots)
 
 
 def _words(roll: Rollout, key, hp: Hparams, n: int):
@@ -175,5 +190,5 @@ def per_document(roll: Rollout) -> int:
 
 
 def vectors(decoder: dec.Decoder, roll: Rollout):
-    """Returns what the decoder is given of each row, NxD."""
-    return dec.without_position(decoder, roll.a_NxD, roll.source.position_N)
+    """Returns what the decoder is given of each row, NxD, or NxKxD."""
+    return dec.without_position(decoder, roll.shown, roll.source.position_N)

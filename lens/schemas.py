@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lens import steer
 from lens.errors import LARGEST_FLOAT, LARGEST_INT, LensError, shown
-from lens.reader import MOST_SAMPLES
+from lens.reading import MOST_SAMPLES
 
 MOST_TEXT, MOST_TEXTS, MOST_MESSAGES, MOST_LENGTH = 65_536, 512, 256, 4096
 MOST_EXPLANATIONS = 4096  # of a request: positions * samples

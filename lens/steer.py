@@ -92,7 +92,7 @@ def edit(
         )
     a = reader.activations(ids, [-1])[0]
     if before is None:
-        before = reader.describe(a, [ids], salience=False)[0].explanations[0].ids
+        before = reader.describe(reader.vectors(ids, [-1]), [ids], salience=False)[0].explanations[0].ids
     old, new = reader.words(before), reader.words(explanation)
     other = _shuffled(old, new) if unrelated is None else reader.words(unrelated)
     of_old, of_new, of_other = reader.reconstruct([old, new, other], [ids] * 3)

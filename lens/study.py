@@ -26,12 +26,11 @@ from lens.errors import LensError, number, shown
 from lens.losses import comparable
 from lens.metrics import Collected
 from lens.models import subject
-from lens.models.decoder import without_position
 from lens.models.encoder import encode
 from lens.models.lens import Lens
 from lens.models.streams import Stream, by_slices
 from lens.response import Tags, between, find
-from lens.rollout import read, source_of
+from lens.rollout import Rollout, read, source_of, vectors
 
 GROUP = 4  # explanations of one activation that are drawn at a time
 MOST_SAMPLES = 4096  # explanations of one activation
@@ -54,7 +53,7 @@ class Study(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=('group', 'length', 'tags', 'error'))
 def _said(
-    lens: Lens, base, a_NxD, source, index_N, seed, numbers_G, *, group: int, length: int, tags: Tags, error: str
+    lens: Lens, base, roll: Rollout, index_N, seed, numbers_G, *, group: int, length: int, tags: Tags, error: str
 ):
     """Explains each activation `group` times and reads the words back, NxGxD. numbers_G: which of the samples of an
     activation they are; their randomness depends on that and on its place index_N alone."""
@@ -63,25 +62,25 @@ def _said(
     def of_row(i):
         return jax.vmap(lambda k: fold(fold(fold(key, i), SAMPLES), k))(numbers_G)
 
-    vectors = without_position(lens.decoder, a_NxD, source.position_N)
+    a = vectors(lens.decoder, roll)
     keys_M = jax.vmap(of_row)(index_N).reshape(-1)
-    ids = sampling.sample(lens.decoder, base, vectors, keys_M, length=length, group=group, tags=tags).ids_NxT
-    found, source = find(ids, tags), jax.tree.map(lambda x: subject.tile_rows(x, group), source)
+    ids = sampling.sample(lens.decoder, base, a, keys_M, length=length, group=group, tags=tags).ids_NxT
+    found, source = find(ids, tags), jax.tree.map(lambda x: subject.tile_rows(x, group), roll.source)
     ids, span = between(ids, found, tags)
     pred = comparable(encode(lens.encoder, base, ids, source, span), error)
-    return jnp.where(found.found_N[:, None], pred, 0).reshape(len(a_NxD), group, -1)
+    return jnp.where(found.found_N[:, None], pred, 0).reshape(len(a), group, -1)
 
 
-@functools.partial(jax.jit, static_argnames=('layer', 'error'))
-def _of_text_alone(base, batch, *, layer: int, error: str):
-    """What the subject itself has after its first tokens and the last m of a text, [N, D], and the same as compared.
+@functools.partial(jax.jit, static_argnames=('layer', 'layers', 'error'))
+def _of_text_alone(base, batch, *, layer: int, layers: tuple[int, ...], error: str):
+    """What the subject itself has after its first tokens and the last m of a text, N rows, and [N, D] as compared.
 
     batch['brief'] [R, V, M], those tokens; batch['at'] [R, V], the last of them.
     """
     tokens, at = (x.reshape(-1, *x.shape[2:]) for x in (batch['brief'], batch['at'][..., None]))
     tokens, at = (sharding.reshard(x, sharding.rows(2)) for x in (tokens, at))
-    a = subject.activations(base, tokens, at, layer)[:, 0].astype(jnp.float32)
-    return a, comparable(a, error)
+    roll = read(base, {'tokens': tokens, 'positions': at}, layer=layer, layers=layers)
+    return roll, comparable(roll.a_NxD, error)
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'error'))
@@ -154,15 +153,14 @@ class Measure:
         how = {'group': GROUP, 'length': run.length, 'tags': run.texts.tags, 'error': run.error}
 
         def of_batch(batch):
-            roll = read(run.base, batch, layer=run.layer, recent=max(1, run.context_tokens))
+            roll = read(run.base, batch, **run.reading)
             fetched = sharding.fetch({'a': comparable(roll.a_NxD, run.error), 'sampled': batch['sampled']})
             a, best = fetched['a'], fetched['sampled'].reshape(fetched['a'].shape)
             error, out = metrics.squares(best, a), {}
             for j in range(most):
                 if j % GROUP == 1 or (GROUP == 1 and j):
                     numbers, index = np.arange(j, j + GROUP), batch['index'].reshape(-1)
-                    drawn = _said(self.lens, run.base, roll.a_NxD, roll.source, index, run.seed, numbers, **how)
-                    drawn = sharding.fetch(drawn)
+                    drawn = sharding.fetch(_said(self.lens, run.base, roll, index, run.seed, numbers, **how))
                 if j:
                     pred = drawn[:, (j - 1) % GROUP]
                     made = metrics.squares(pred, a)
@@ -229,10 +227,11 @@ class Measure:
 
         def of_batch(batch):
             made = {k: batch[k] for k in ('brief', 'at')}
-            a, compared = _of_text_alone(run.base, made, layer=run.layer, error=run.error)
+            roll, compared = _of_text_alone(run.base, made, layer=run.layer, layers=run.layers, error=run.error)
             source = source_of({k: batch[k] for k in ('tokens', 'positions')}, recent=max(1, run.context_tokens))
             index = batch['index'].reshape(-1)
-            pred = _said(self.lens, run.base, a, source, index, run.seed, np.arange(1), **how)
+            roll = roll._replace(source=source)  # of the text itself, whose context the encoder is shown
+            pred = _said(self.lens, run.base, roll, index, run.seed, np.arange(1), **how)
             return {'said': pred[:, 0], 'state': compared}
 
         for m in (m for m in QUOTES if m < tokens.shape[1]):

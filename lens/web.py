@@ -21,8 +21,8 @@ from starlette.routing import Route
 
 from lens import __version__, api, jobs, page, schemas
 from lens.errors import LensError, shown
-from lens.reader import MOST_SAMPLES, Reader
-from lens.reading import Reading
+from lens.reader import Reader
+from lens.reading import MOST_SAMPLES, Reading
 
 NAMES = ('127.0.0.1', 'localhost', '::1')
 MOST_BYTES = 1 << 25  # of the body of a request

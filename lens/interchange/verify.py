@@ -30,11 +30,11 @@ PROGRAMS = {'hf': 'card_code.py', 'nla': 'card_nla.py', 'peft': 'card_nla.py'}
 
 
 class Held(NamedTuple):
-    """What a lens makes of held-out activations a_NxD: responses, how many of their tokens count, the words in them, or what
+    """What a lens makes of held-out activations, NxD or with decoder.layers NxKxD: responses, how many of their tokens count, the words in them, or what
     is read where there is no closed pair of tags (found_N), and what they are turned back into. before_NxR: the source
     tokens up to and with the one at position_N. encode: the same of whole rows of token ids."""
 
-    a_NxD: np.ndarray
+    shown: np.ndarray
     position_N: np.ndarray
     before_NxR: np.ndarray
     ids_NxT: np.ndarray
@@ -68,16 +68,16 @@ def hold(lens: Lens, run: Run) -> Held:
     documents = -(-ACTIVATIONS // PER_DOCUMENT)
     split = data.held_out(run.validation, documents=documents, vectors=PER_DOCUMENT, min_pos=run.min_pos, seed=run.seed)
     batch = sharding.put_batch({k: split[k] for k in ('tokens', 'positions')}, run.mesh)
-    roll = rollout.read(run.base, batch, layer=run.layer, recent=max(run.context_tokens, 1))
+    roll = rollout.read(run.base, batch, **run.reading)
     n = len(roll.a_NxD)
     how = {'length': run.length, 'tags': run.texts.tags, 'top': 1}
     greedy = np.zeros((n, 2), np.int32), np.zeros(n, np.float32)  # which randomness, which temperature
     written = _as_written(lens, run.base)
-    said = instrument.explain(written, run.base, roll.a_NxD, roll.source, 0, *greedy, **how)
+    said = instrument.explain(written, run.base, roll.shown, roll.source, 0, *greedy, **how)
     roll, said = jax.tree.map(np.asarray, (roll, said))
     after = said.start_N + said.length_N
     return Held(
-        roll.a_NxD,
+        roll.shown,
         roll.source.position_N,
         roll.source.tokens_NxR,
         said.ids_NxT,
@@ -114,7 +114,7 @@ def verify(folder: pathlib.Path, form: str, held: Held) -> str:
     reconstruction is above TOLERANCE."""
     card = _program(form, folder)
     torch, of_activation = card['torch'], zip(held.words, held.found_N, held.ids_NxT, strict=True)
-    a, words, told = torch.tensor(held.a_NxD), [torch.tensor(w) for w in held.words], ''
+    a, words, told = torch.tensor(held.shown), [torch.tensor(w) for w in held.words], ''
     if form == 'hf':
         seen = [row[-1 - p :] for row, p in zip(held.before_NxR, held.position_N, strict=True)]
         said = [card['explain'](x, p).numpy() for x, p in zip(a, held.position_N, strict=True)]

@@ -57,6 +57,7 @@ def check(layout: str, lens: Lens, c: TransformerConfig) -> None:
         'decoder.injection=replace or add': not d.config.injection.soft_prompts,
         'decoder.marker, a text of one token': d.config.marker,
         'one slot in decoder.prompt': not d.config.more_slots,
+        'decoder.layers=()': not d.config.layers,
         'encoder.readout=linear or none, a head without bias': e.readout_b is None,
         'encoder.output_layer to be layer': e.config.output_layer == d.config.layer,
         'encoder.context_tokens=0': not e.config.context_tokens,

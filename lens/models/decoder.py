@@ -27,12 +27,14 @@ PASS_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """layer: block that the activation is from. more_slots: rows of `right` that are slots too. marker: id in them."""
+    """layer: block of the activation that is reconstructed. more_slots: rows of `right` that are slots too. marker: id in
+    them. layers: a block for each slot, whose activations stand there; (): that of `layer` in all."""
 
     injection: injection.Injection
     layer: int
     more_slots: tuple[int, ...] = ()
     marker: int = 0
+    layers: tuple[int, ...] = ()
 
 
 class Decoder(Side):
@@ -41,7 +43,8 @@ class Decoder(Side):
     def __init__(
         self, c: DecoderConfig, left_ids, right_ids, base, maps, *, own_base, adapters, positions=False, compute=''
     ):
-        """maps: (W MxDxD, b MxD) at the start, None for an injection without maps. The others: Side."""
+        """maps: (W MxDxD, b MxD) at the start, with c.layers those of each of K slots, (MxDxKxD, MxKxD); None for an injection
+        without maps. The others: Side."""
         own = base if own_base else None
         super().__init__(left_ids, right_ids, base, own, adapters, positions, compute, c.injection.soft_prompts)
         self.config = c
@@ -77,7 +80,7 @@ def without_position(decoder: Decoder, activation_NxD, position_N):
 
 def prompt_rows(decoder: Decoder, model: Transformer, activation_BxD):
     """Makes (rows of the prompt from the first slot on, BxQxD in the units of the embedding table; before_block hook).
-    activation: one for all slots, or BxKxD, one for each of K."""
+    activation: one for all slots, or BxKxD, one for each of K, as it is with `layers`."""
     n, dtype = len(activation_BxD), model.dtype
     slot_BxD, hook = decoder.config.injection.enter(decoder, model, activation_BxD.astype(jnp.float32))
     right = rows_for(n, prompt_of(decoder, model)[1], dtype)

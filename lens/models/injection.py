@@ -28,9 +28,10 @@ class Injection:
     enter(decoder, model, a_BxD) -> (row_BxD, before_block): what fills the slots of the prompt, in units of the
     embedding table, and the hook of Transformer.run_layers, in those of the stream, or None. a_BxD: float32; or BxKxD, a
     vector for each of K slots, and so are its rows.
-    n_maps: trained maps y = a W + b, in Decoder.maps_w and maps_b. place: where y goes, for a reader of exported
-    weights. at_input: whether y is in units of the embedding table. soft_prompts: whether prompts are trained rows beside
-    the models, not words that each model looks up in its own table, as the readers of its files do.
+    n_maps: trained maps y = a W + b, in Decoder.maps_w and maps_b; where slots stand for blocks of their own, each is a W
+    and b for each slot. place: where y goes, for a reader of exported weights. at_input: whether y is in units of the
+    embedding table. soft_prompts: whether prompts are trained rows beside the models, not words that each model looks up in
+    its own table, as the readers of its files do.
     """
 
     name: ClassVar[str]
@@ -82,7 +83,9 @@ class Affine(Injection):
     def enter(self, decoder, model, a_BxD):
         del model
         weights, bias = sharding.gathered(decoder.maps_w[...]), decoder.maps_b[...]
-        maps_MxBxD = jnp.einsum('...d,mde->m...e', a_BxD, weights) + jnp.expand_dims(bias, range(1, a_BxD.ndim))
+        of_slots = weights.ndim == 4
+        maps_MxBxD = jnp.einsum('bkd,mdke->mbke' if of_slots else '...d,mde->m...e', a_BxD, weights)
+        maps_MxBxD += jnp.expand_dims(bias, range(1, a_BxD.ndim - of_slots))
 
         def patch(x_BxTxD, block):
             value_BxD = maps_MxBxD[jnp.minimum(block, self.n_maps - 1)]

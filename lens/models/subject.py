@@ -1,5 +1,7 @@
 """The frozen model that is read: activations out of its residual stream, and back into it."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 
@@ -7,15 +9,29 @@ from lens import sharding
 from lens.models.transformer import Transformer
 
 
-@jax.named_scope('read')
-def activations(subject: Transformer, tokens_BxS, positions_BxP, layer: int):
-    """Reads activations BxPxD: the output of block `layer` (0-based) at each position, without gradient.
+def streams(subject: Transformer, tokens_BxS, layers: Collection[int]) -> dict[int, jax.Array]:
+    """Computes the outputs BxSxD of blocks `layers` (0-based), by block, in one pass that stops after the last of them.
 
-    This is Hugging Face's hidden_states[layer + 1], for the last block before the final norm. The
-    forward stops after that block.
+    They are Hugging Face's hidden_states[layer + 1], for the last block before the final norm. Raises ValueError for a
+    block that the subject does not have.
     """
-    x = subject.run_layers(subject.embed(tokens_BxS), 0, layer + 1)
-    return jax.lax.stop_gradient(jnp.take_along_axis(x, positions_BxP[..., None], axis=1))
+    x, done, found = subject.embed(tokens_BxS), 0, {}
+    for layer in sorted(set(layers)):
+        x = found[layer] = subject.run_layers(x, done, layer + 1)
+        done = layer + 1
+    return found
+
+
+@jax.named_scope('read')
+def activations_of(subject: Transformer, tokens_BxS, positions_BxP, layers: Collection[int]) -> dict[int, jax.Array]:
+    """Reads activations BxPxD of several blocks, by block: what `streams` gives at each position, without gradient."""
+    found, at = streams(subject, tokens_BxS, layers), positions_BxP[..., None]
+    return jax.lax.stop_gradient({k: jnp.take_along_axis(x, at, axis=1) for k, x in found.items()})
+
+
+def activations(subject: Transformer, tokens_BxS, positions_BxP, layer: int):
+    """Reads activations BxPxD of one block, as activations_of does."""
+    return activations_of(subject, tokens_BxS, positions_BxP, (layer,))[layer]
 
 
 def patch(subject: Transformer, tokens_BxS, position_B, value_BxD, layer: int):
