@@ -52,13 +52,14 @@ def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS, context=0):
     settings = config.EvalSettings(quick_documents=4, documents=DOCUMENTS, vectors=VECTORS, batch=batch, samples=4)
     tokenizer = hf.load_tokenizer('configs/tiny_subject')
     return Evaluator(
-        types.SimpleNamespace(
+        config.Run(
             evaluation=settings,
             base=base,
             tokenizer=tokenizer,
             mesh=mesh,
             seed=0,
             layer=LAYER,
+            layers=(),
             length=LENGTH,
             texts=types.SimpleNamespace(tags=tags),
             error='nmse',
@@ -66,6 +67,7 @@ def evaluator(split, base, mesh, batch=3 * VECTORS, tags=NO_TAGS, context=0):
             min_pos=2,
             train=None,
             validation=split,
+            phases=(),
         )
     )
 
