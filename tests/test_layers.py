@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 import lens as lenses
-from lens import config, evaluate, export, files, instrument, lens_init, objectives, reopen, rollout, sharding
+from lens import (
+    config,
+    evaluate,
+    export,
+    files,
+    instrument,
+    lens_init,
+    objectives,
+    reopen,
+    rollout,
+    sharding,
+    tensor_files,
+    translators,
+)
 from lens.errors import LensError
 from lens.interchange import verify, writing
 from lens.models import decoder as dec
@@ -17,6 +30,8 @@ from lens.models.decoder import Decoder, DecoderConfig
 from lens.models.injection import Affine, Replace
 from lens.models.lens import Lens
 from lens.reader import Reader
+from lens.tools import plan
+from lens.train import trace
 from tests import programs, small_run
 from tests.compare import close, differs
 from tests.conftest import LAYER, LENGTH, TINY
@@ -181,6 +196,36 @@ def test_a_run_trains_on_all_of_them(trained):
             assert np.abs(maps[block, :, k] - start).max() > 1e-4
     assert {'fve', 'fve_greedy', 'fve_shuffled', 'fve_no_activation', 'fve_given'} <= summary.keys()
     assert all(np.isfinite(x) for x in small_run.figures(summary).values())
+
+
+def test_maps_of_each_slot_start_as_the_tuned_lens_of_its_block(world, tmp_path):
+    rng, d = np.random.default_rng(9), TINY.d_model
+    weight, bias = (0.3 * rng.standard_normal(s).astype(np.float32) for s in ((3, d, d), (3, d)))
+    subject = {'family': 'llama', 'd_model': d, 'n_layers': 3}
+    files.write_json(tmp_path / 'tuned_lens.json', {'format': translators.FORMAT, 'subject': subject})
+    tensor_files.write(tmp_path / 'translators.safetensors', {'weight': weight, 'bias': bias})
+    cfg = run_config(world, decoder__init='tuned_lens', tuned_lens=str(tmp_path))
+    run = config.load(cfg, config.plan(cfg))
+    with jax.set_mesh(run.mesh):
+        decoder = jax.tree.map(np.asarray, lens_init.init_lens(cfg, run)).decoder
+    for k, layer in enumerate((2, LAYER)):
+        for block in range(2):
+            w, b = translators.compose(*translators.read(tmp_path, run.base.config), layer + 1, block)
+            close(decoder.maps_w[...][block, :, k], w)
+            close(decoder.maps_b[...][block, k], b)
+
+
+def test_a_plan_of_it_is_that_of_its_steps(world):
+    cfg = run_config(world)
+    job, mesh = plan.open_job(cfg)[0], sharding.make_mesh(1, 1)
+    with jax.set_mesh(mesh):
+        key = jax.eval_shape(jax.random.key, 0)
+        for step in plan.steps(cfg, job, mesh):
+            reading, _ = trace(*step, key)
+            assert reading.out_info.slots_NxKxD.shape[1:] == (2, TINY.d_model)
+    cfg.decoder.layers = (1,)
+    with pytest.raises(LensError, match=r'decoder.layers=\(1,\) has 1 blocks'):
+        plan.open_job(cfg)
 
 
 def test_studies_of_it(trained, world):
