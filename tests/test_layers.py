@@ -266,14 +266,17 @@ def ids_of(reading) -> list[list[int]]:
 def test_what_is_said_of_a_text_is_said_of_its_vectors(shaken):
     reader = lenses.load(shaken[0])
     ids, where = np.asarray(reader.tokens(TEXT).ids), [9, 3, 12]
-    streams = streams_by_hand(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), reader.base), ids[None])
+    decoder, base = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (reader.lens.decoder, reader.base))
+    streams = streams_by_hand(base, ids[None])
     by_hand = np.stack([streams[k][0, where] for k in (2, LAYER)], axis=1)
     assert reader.layers == (2, LAYER) and reader.about()['layers'] == [2, LAYER]
     close(reader.vectors(TEXT, where), by_hand)
     close(reader.activations(TEXT, where), by_hand[:, 1])
     context = [ids[: p + 1] for p in where]
     of_text, of_vectors = reader.explain(TEXT, where, layers=[2, LAYER]), reader.describe(by_hand, context)
-    assert ids_of(of_text) == ids_of(of_vectors) and len(set(map(tuple, ids_of(of_text)))) == 3
+    drawn = programs.sample(decoder, base, by_hand, jax.random.key(0), length=reader.length, temperature=0.0)
+    assert ids_of(of_text) == ids_of(of_vectors) == drawn.ids_NxT.tolist()
+    assert len(set(map(tuple, ids_of(of_text)))) == 3
     for row, other, a in zip(of_text, of_vectors, by_hand, strict=True):
         assert row.nmse == pytest.approx(other.nmse, rel=1e-3)
         assert row.norm == pytest.approx(np.linalg.norm(a[1]), rel=1e-4)

@@ -332,7 +332,7 @@ def test_a_run_without_the_subject_s_texts(world, stored, tmp_path):
         ({'sft__kl_weight': 1.0}, 'sft.kl_weight=1.0 needs the texts'),
         ({'decoder__init': 'scale'}, "decoder.init='scale' needs the texts"),
         ({'data__positions': 'final'}, "data.positions='final' needs the texts"),
-        ({'decoder__layers': (1,)}, "decoder.layers=(1,) needs the texts, and"),
+        ({'decoder__layers': (1,)}, 'decoder.layers=(1,) needs the texts, and'),
     ],
 )
 def test_what_needs_texts_is_refused(world, stored, change, why):
