@@ -60,8 +60,8 @@ class Reader:
     """A lens with its subject on the devices; `load` makes it.
 
     layer: 0-based block after which it reads. layers: those that its decoder is given, one for each slot; (): `layer` alone.
-    tokenizer: of the subject. length: tokens of a response. context_tokens: how
-    many of the last tokens of the text its encoder is shown beside the words.
+    tokenizer: of the subject. length: tokens of a response. context_tokens: how many of the last tokens of the text its
+    encoder is shown beside the words.
     """
 
     def __init__(self, opened: Reopened, name: str, batch: int = BATCH):
@@ -340,8 +340,7 @@ class Reader:
         drawn_K = np.arange(k) >= int(s.greedy)
         fold = np.stack([np.repeat(key_N, k), np.tile(np.arange(k), n)], axis=1).astype(np.int32)
         temperature = np.tile(np.where(drawn_K, s.temperature, 0), n).astype(np.float32)
-        given = a_NxD if shown is None else shown
-        repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), (given, source))
+        repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), (a_NxD if shown is None else shown, source))
         how = {'length': self.length, 'tags': self.run.texts.tags, 'top': TOP}
         explain = functools.partial(instrument.explain, self.lens, self.base)
         out = self.in_batches(

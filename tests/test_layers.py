@@ -287,6 +287,11 @@ def test_what_is_said_of_a_text_is_said_of_its_vectors(shaken):
     compared = reader.compare(TEXT, TEXT, 9, 3)
     assert ids_of(compared)[:2] == ids_of(of_text)[:2]
     assert compared[2].norm == pytest.approx(compared[0].norm, rel=1e-4)
+    change = by_hand[0] - by_hand[1]
+    change *= np.linalg.norm(by_hand[0], axis=1, keepdims=True) / np.linalg.norm(change, axis=1, keepdims=True)
+    (same,), other = reader.describe(change[None], context[:1]), compared[2]
+    probable = ([w.probability for w in r.explanations[0].words] for r in (other, same))
+    np.testing.assert_allclose(*probable, rtol=1e-3)
     made = reader.edit(TEXT, 9, ' Lena', steps=2)
     assert made.before == reader.explain(ids[:10], [9])[0].explanations[0].text
     for wrong in (by_hand[:, 0], by_hand[:, :1]):
@@ -335,9 +340,9 @@ def test_pytorch_says_the_same_of_it(world, tmp_path, inject):
     [
         (
             {'decoder__layers': (2, 3)},
-            r'decoder.layers has 3, which is no block of the subject, whose blocks are 0\.\.2',
+            r'decoder.layers=\(2, 3\) names \[3\], and the subject has blocks 0\.\.2',
         ),
-        ({'decoder__layers': (-1, 2)}, r'decoder.layers has -1, which is no block of the subject'),
+        ({'decoder__layers': (-1, 2)}, r'decoder.layers=\(-1, 2\) names \[-1\], and the subject has'),
         ({'decoder__layers': (1,)}, r'decoder.layers=\(1,\) has 1 blocks, and decoder.prompt has <embed> 2 times'),
         ({'decoder__layers': (0, 1, 2)}, r'decoder.layers=\(0, 1, 2\) has 3 blocks, .* give one block for each'),
         (
