@@ -377,7 +377,7 @@ def card_of(world, text):
     cfg['subject']['path'] = cfg['decoder']['prompt'] = text
     cfg['phases'] = ['sft', 'grpo']
     sides = {
-        'decoder': {'injection': 'affine', 'patched_blocks': 1, 'shared_map': True, 'prompt': text},
+        'decoder': {'injection': 'affine', 'patched_blocks': 1, 'shared_map': True, 'layers': [], 'prompt': text},
         'encoder': {'output_layer': 1, 'readout': text, 'context_tokens': 0, 'prompt': text},
     }
     spec = dict.fromkeys(('subject', 'family', 'exported'), text) | dict.fromkeys(('d_model', 'layer', 'step'), 1)

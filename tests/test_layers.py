@@ -324,7 +324,7 @@ def test_a_run_takes_over_a_lens_of_the_same_blocks_alone(world, trained, shaken
             reopen.check_start(cfg, lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh), run.base)
 
 
-@pytest.mark.parametrize('inject', ['affine', 'replace', 'add'])
+@pytest.mark.parametrize('inject', ['affine', *(pytest.param(x, marks=pytest.mark.slow) for x in ('replace', 'add'))])
 def test_pytorch_says_the_same_of_it(world, tmp_path, inject):
     """By the program of its card."""
     marked = {} if inject == 'affine' else {'decoder__marker': '#', 'decoder__train': 'full'}
