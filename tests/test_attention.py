@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lens import sharding
 from lens.models import attention, rope
 from lens.models.attention import KVCache
 from lens.models.rope import Rope
@@ -61,6 +62,21 @@ def test_keys_in_parts_give_the_same_and_rows_may_share_a_part(sinks):
     got = jax.jit(lambda q: attention.attend(q, parts, scale=0.3, sinks_KxG=sinks))(Q)
     whole = attention.attend(Q, [part(seen, keys=keys, values=values)], scale=0.3, sinks_KxG=sinks)
     close(got, np.asarray(whole), steps=32)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, K, G, H), (1, 3, K, 1, H), (1, 1, 1, 1, H), (2, 1, K, 1, H)])
+def test_axes_of_one_element_live_where_the_others_do(shape):
+    """One row, token or query a head on a mesh: JAX 0.11 guesses where a reshape of them lives, and guessed wrong."""
+    mesh, (rows, tokens, heads, _, width) = sharding.make_mesh(1, 1), shape
+    q, k = (RNG.normal(size=s).astype(np.float32) for s in (shape, (rows, heads, 1, width)))
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, jax.NamedSharding(mesh, sharding.P(sharding.ROW_AXES, *at)))
+            for x, at in ((q, (None, 'model', None, None)), (k, ('model', None, None)))
+        ]
+        seen = np.ones((tokens, 1), bool)
+        got = jax.jit(lambda q, k: attention.attend(q, [('keys', k, k, seen)], scale=0.3))(*placed)
+    close(np.asarray(got), np.broadcast_to(np.moveaxis(k, 1, 2)[:, :, :, None], shape), steps=32)
 
 
 @pytest.mark.parametrize('window', [None, 0, 4])

@@ -228,6 +228,7 @@ def test_a_plan_of_it_is_that_of_its_steps(world):
         plan.open_job(cfg)
 
 
+@pytest.mark.slow
 def test_studies_of_it(trained, world):
     how = {'step': 'newest', 'lens': '', 'subject': '', 'data': str(world / 'data'), 'num_vectors': 2}
     evaluate.main(str(trained[0]), best_of='1,2', **how)
@@ -324,7 +325,8 @@ def test_a_run_takes_over_a_lens_of_the_same_blocks_alone(world, trained, shaken
             reopen.check_start(cfg, lens_init.abstract_lens(cfg, run.texts, run.base, run.mesh), run.base)
 
 
-@pytest.mark.parametrize('inject', ['affine', *(pytest.param(x, marks=pytest.mark.slow) for x in ('replace', 'add'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('inject', ['affine', 'replace', 'add'])
 def test_pytorch_says_the_same_of_it(world, tmp_path, inject):
     """By the program of its card."""
     marked = {} if inject == 'affine' else {'decoder__marker': '#', 'decoder__train': 'full'}

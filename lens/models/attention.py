@@ -97,14 +97,16 @@ def attend(q_BxTxKxGxh, parts, *, scale: float, cap: float = 0.0, sinks_KxG=None
 
 def _products(name: str, x_BxKxGxTxi, y_RxKxSxh, spec: str, dtype=None):
     """Products of the queries of a row and head with its keys or values, BxKxGxTxo: all queries that share keys as the rows
-    of one matrix, which no kernel has to transpose."""
+    of one matrix, which no kernel has to transpose. Every reshape says where its result lives: among axes of one element JAX
+    would guess."""
     rows, of_x = len(y_RxKxSxh), sharding.like(x_BxKxGxTxi)
-    apart = of_x and sharding.P(of_x[0], None, *of_x[1:])
+    apart, joined = of_x and sharding.P(of_x[0], None, *of_x[1:]), of_x and sharding.P(*of_x[:2], None, None)
     x = x_BxKxGxTxi.reshape(rows, -1, *x_BxKxGxTxi.shape[1:], out_sharding=apart)
-    x, k = jnp.moveaxis(x, 1, 2), x.shape[2]
+    x = jnp.moveaxis(x, 1, 2)
     with jax.named_scope(name):
-        y = jnp.einsum(spec, x.reshape(rows, k, -1, x.shape[-1]), y_RxKxSxh, preferred_element_type=dtype)
-    y = jnp.moveaxis(y.reshape(*x.shape[:-1], -1), 2, 1)
+        one = x.reshape(rows, x.shape[1], -1, x.shape[-1], out_sharding=joined)
+        y = jnp.einsum(spec, one, y_RxKxSxh, preferred_element_type=dtype)
+    y = jnp.moveaxis(y.reshape(*x.shape[:-1], -1, out_sharding=sharding.like(x)), 2, 1)
     return y.reshape(*x_BxKxGxTxi.shape[:-1], -1, out_sharding=of_x)
 
 
