@@ -92,6 +92,7 @@ def read_text(text: str, bos: bool = True) -> list[int]:
 # ---- what is read is what PyTorch computes ----
 
 
+@pytest.mark.slow
 def test_whole_models(root):
     """A verbalizer and a reconstructor as kitft releases them, found side by side by their names."""
     for role in ('av', 'ar'):

@@ -182,6 +182,7 @@ def trained(world, tmp_path_factory):
     return root / 'run', summary, run, first, norms
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_all_of_them(trained):
     workdir, summary, run, first, norms = trained
     assert all(p.reading['layers'] == (2, LAYER) == run.reading['layers'] for p in run.phases)
@@ -316,6 +317,7 @@ def test_it_is_exported_and_comes_back(shaken):
     np.testing.assert_allclose([r.nmse for r in one], [r.nmse for r in other], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layers', [(), (1, 2)])
 def test_a_run_takes_over_a_lens_of_the_same_blocks_alone(world, trained, shaken, layers):
     for place in (shaken[0], trained[0]):

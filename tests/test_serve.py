@@ -83,6 +83,7 @@ def test_what_it_explains_is_what_the_lens_explains(client, reader):
     assert [r['position'] for r in back['results']] == [9, 3]
 
 
+@pytest.mark.slow
 def test_a_prompt_of_rows_goes_on_as_the_decoder_does(client, reader):
     """Against one run of prompt and words together, as the model itself has it."""
     lens, base = jax.tree.map(lambda x: x, reader.lens), reader.base
