@@ -66,7 +66,9 @@ def has(value: dict, kinds: dict) -> None:
         assert kind is bool or not isinstance(value[key], bool)
 
 
-@pytest.mark.parametrize('source', SOURCES)
+@pytest.mark.parametrize(
+    'source', [pytest.param(x, marks=[pytest.mark.slow] * (x != 'a chat with its answer')) for x in SOURCES]
+)
 def test_texts_and_chats(client, source):
     given = SOURCES[source]
     found = ask(client, '/tokenize', given)

@@ -127,7 +127,7 @@ def test_contexts_without_words_are_whole_half_of_the_time():
     assert (whole.mean(0) < 1).all(), 'no place of a batch has the whole context always'
 
 
-@pytest.mark.parametrize('name', ['sft', 'grpo'])
+@pytest.mark.parametrize('name', ['sft', pytest.param('grpo', marks=pytest.mark.slow)])
 def test_the_encoder_learns_the_context_alone_and_nothing_else_does(base, lens, early, roll, name):
     objective = objectives.OBJECTIVES[name]
     whole = rollout(name, lens, base, roll)

@@ -202,8 +202,7 @@ def written(left=LEFT, of=text):
     return [of(n, DEEP.n_layers, *more) for n, more in zip(ends, ((), (), (LENGTH,)), strict=True)]
 
 
-@pytest.mark.parametrize('left', [LEFT, FAR])
-@pytest.mark.parametrize(('train', 'passes'), [('maps', 2), ('full', 3)])
+@pytest.mark.parametrize(('train', 'passes', 'left'), [('maps', 2, LEFT), ('maps', 2, FAR), ('full', 3, LEFT)])
 def test_a_frozen_base_is_two_passes_and_a_trained_one_three(train, passes, left):
     """What no activation changes runs once where it is many tokens of a batch."""
     parts = parts_of_a_step('sft', left, decoder__train=train, encoder__train=train)

@@ -75,7 +75,8 @@ def constants(gradients) -> bool:
     return not any(np.any(x) for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize('name', ['llama', pytest.param('gemma_own_base_lora', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['llama', 'gemma_own_base_lora'])
 def test_the_full_gradient_is_that_of_the_plain_scan(name):
     decoder, base = case(name)
     arguments = decoder, base, *inputs(), TAU, TEMPERATURE

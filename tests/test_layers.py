@@ -303,6 +303,7 @@ def test_what_is_said_of_a_text_is_said_of_its_vectors(shaken):
         reader.explain(TEXT, where, layers=[LAYER])
 
 
+@pytest.mark.slow
 def test_it_is_exported_and_comes_back(shaken):
     folder, run, params, stored = shaken
     spec = files.read_json(folder / 'lens.json', 'of the export')

@@ -102,6 +102,7 @@ def test_cispo_caps_the_weight_and_keeps_every_gradient():
     np.testing.assert_allclose(grad, -weight * a[:, None] * mask / mask.sum(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_all_of_it_in_one_step(base, full, batch):
     """Groups of equal rewards, rows that sampler and trainer disagree on, failed and cut ones, the first words alone."""
     objective, roll, hp = rollout_of('grpo-field', full, base, batch)

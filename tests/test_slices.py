@@ -99,7 +99,7 @@ def disagreeing(roll, lens, base):
 GRADIENT = jax.jit(objectives.gradient, static_argnums=(0, 5))
 
 
-SLOW = ('grpo-natural', 'grpo-start', 'grpo-mean')
+SLOW = ('grpo-natural', 'grpo-start', 'grpo-mean', 'grpo-field')
 
 
 @pytest.mark.parametrize('case', [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES])

@@ -48,7 +48,9 @@ def run(base, batch, mesh):
     return run
 
 
-@pytest.mark.parametrize('objective', objectives.OBJECTIVES)
+@pytest.mark.parametrize(
+    'objective', [pytest.param(x, marks=[pytest.mark.slow] * (x == 'gumbel')) for x in objectives.OBJECTIVES]
+)
 def test_numbers_do_not_compile_another_program(run, objective):
     """Learning rates, every weight, tau, clipping, the start of the phase: one program; and each number has an effect."""
     _, (plain,) = run(phase(objective))
