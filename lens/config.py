@@ -1,4 +1,4 @@
-"""From a configuration to a run: every refusal, then frozen dataclasses. No weights are read but by `load`.
+"""From a configuration to a run: every refusal (checks.py), then frozen dataclasses. No weights are read but by `load`.
 
 The ConfigDict stops here: what leaves is dataclasses, arrays and functions.
 """

@@ -42,7 +42,8 @@ FEW = 1000  # activations, below which figures are vague
 
 
 class Text(NamedTuple):
-    """What the encoder reads: drawn by the decoder from vector(a), a all that it is given, NxD or NxKxD, or made by text(batch, sampled_NxT, keys_N, tags).
+    """What the encoder reads: drawn by the decoder from vector(a), a all that it is given, NxD or NxKxD, or made by
+    text(batch, sampled_NxT, keys_N, tags).
 
     temperature: of a drawn text. tagged: whether the explanation stands between the tags of the run. needs: the array
     of the held-out data without which there is no such text.

@@ -82,8 +82,8 @@ def read(base: Transformer, tokens_BxS, *, layer: int, top: int, layers: tuple[i
 def explain(
     lens: Lens, base, a_NxD, source: Source, seed, fold_Nx2, temperature_N, *, length: int, tags: Tags, top: int
 ) -> Explained:
-    """Explains activations, NxD or one for each slot, NxKxD, and reads the explanations back. fold_Nx2: what the randomness of a row depends on, besides
-    the seed; temperature 0 is greedy."""
+    """Explains activations, NxD or one for each slot, NxKxD, and reads the explanations back. fold_Nx2: what the randomness
+    of a row depends on, besides the seed; temperature 0 is greedy."""
     key, fold = jax.random.key(seed), jax.random.fold_in
     keys_N = jax.vmap(lambda at: fold(fold(key, at[0]), at[1]))(fold_Nx2)
 
