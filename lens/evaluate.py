@@ -63,7 +63,7 @@ def permuted(batch, sampled_NxT, keys_N, tags: Tags):
     inside, at = find(sampled_NxT, tags).inside(length), jnp.arange(length)
     start = jnp.argmax(inside, axis=1, keepdims=True)
     order = jnp.argsort(jnp.where(inside, start + noise, at), axis=1)
-    return jnp.take_along_axis(sampled_NxT, order, axis=1)
+    return sharding.take(sampled_NxT, order)
 
 
 def from_batch(name: str) -> Callable:

@@ -55,8 +55,7 @@ class Edge:
         state, last, _ = jax.lax.fori_loop(1, size, go_on, (begun, at + 0 * ids_NxT, ids_NxT))
         hit = (state == size) & (at >= begin_N[:, None])
         first_N = jnp.where(hit.any(1), jnp.argmax(hit, axis=1).astype(jnp.int32), -1)
-        # a sum: of a gather out of a single row the placement is not known
-        last_N = jnp.sum(jnp.where(at == first_N[:, None], last, 0), axis=1)
+        last_N = sharding.take(last, jnp.maximum(first_N, 0)[:, None])[:, 0]
         return first_N, jnp.where(first_N < 0, -1, last_N)
 
 
@@ -109,7 +108,7 @@ class Joints:
         between the prompts, W = width + more. Of a single token the right side is not joined."""
         start_N, length_N = span
         at, last_N = jnp.arange(ids_NxT.shape[1]), start_N + length_N - 1
-        first, last = (jnp.take_along_axis(ids_NxT, i[:, None], axis=1)[:, 0] for i in (start_N, last_N))
+        first, last = (sharding.take(ids_NxT, i[:, None])[:, 0] for i in (start_N, last_N))
         head, tail = look_up(self.head_VxH, first), look_up(self.tail_VxW, last)
         tail = jnp.where((length_N > 1)[:, None], tail, jnp.asarray(_row(self.right_cut, tail.shape[1])))
         between = (at > start_N[:, None]) & (at < last_N[:, None])
@@ -117,7 +116,7 @@ class Joints:
         keep = jnp.concatenate([head >= 0, between, tail >= 0], axis=1)
         order = jnp.argsort(~keep, axis=1, stable=True)[:, : width + self.more]
         length = jnp.minimum(jnp.sum(keep, axis=1, dtype=jnp.int32), order.shape[1])
-        return jnp.maximum(jnp.take_along_axis(x, order, axis=1), 0), (0 * length, length)
+        return jnp.maximum(sharding.take(x, order), 0), (0 * length, length)
 
     @property
     def left_cut(self) -> tuple[int, ...]:

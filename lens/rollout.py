@@ -136,9 +136,7 @@ def source_of(batch, recent: int) -> Source:
     positions_BxP = batch['positions']
     tokens_BxS = batch.get('tokens', jnp.zeros_like(positions_BxP))
     (b, p), at_BxPxR = positions_BxP.shape, positions_BxP[..., None] - jnp.arange(recent)[::-1]
-    tokens = jnp.take_along_axis(
-        tokens_BxS, jnp.clip(at_BxPxR, 0, tokens_BxS.shape[1] - 1).reshape(b, p * recent), axis=1
-    )
+    tokens = sharding.take(tokens_BxS, jnp.clip(at_BxPxR, 0, tokens_BxS.shape[1] - 1).reshape(b, p * recent))
     return Source(in_rows(tokens.reshape(b, p, recent)), in_rows(positions_BxP))
 
 

@@ -208,6 +208,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh, of: int | None = None) -> dict
     return {k: put(v) for k, v in batch.items()}
 
 
+def take(x_BxS, at_BxP):
+    """Returns the values of each row at its own places, BxP, placed as rows are. jnp.take_along_axis refuses to place one value
+    of one row."""
+    return jax.vmap(lambda row, at: row[at])(*(reshard(x, rows(2)) for x in (x_BxS, at_BxP)))
+
+
 def slices(tree, n: int):
     """Cuts arrays Nx… of rows into n parts, n x N/n x …. Each part has its share of the rows of every device, so that
     nothing moves. Scalars come n times. Each device must have a multiple of n rows."""

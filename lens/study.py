@@ -102,7 +102,7 @@ def _put_back(base, batch, values, *, layer: int, error: str):
         kl = {k: losses.kl(logits['natural'], logits[k]) for k in values}
         return {'kl': kl, 'ce': {k: -losses.token_log_probs(logits[k], after) for k in names}}
 
-    out = by_slices(numbers, streams, jnp.take_along_axis(batch['tokens'], after, axis=1))
+    out = by_slices(numbers, streams, sharding.take(batch['tokens'], after))
     return jax.tree.map(lambda x: sharding.reshard(x, sharding.rows(2)).reshape(-1), out)
 
 

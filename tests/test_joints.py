@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lens import joints, response
+from lens import joints, response, sharding
 from lens.errors import LensError
 from lens.response import Found, between, find, respond
 from tests import joining
@@ -43,8 +43,8 @@ def responses(tokenizer, made: list[str]):
 
 def read(ids, tags) -> tuple[Found, list[list[int]]]:
     found = jax.jit(find, static_argnums=1)(ids, tags)
-    rows, (start, length) = jax.jit(between, static_argnums=2)(ids, found, tags)
-    return found, [row[s : s + n].tolist() for row, s, n in zip(np.asarray(rows), start, length, strict=True)]
+    rows, (start, length) = jax.device_get(jax.jit(between, static_argnums=2)(ids, found, tags))
+    return found, [row[s : s + n].tolist() for row, s, n in zip(rows, start, length, strict=True)]
 
 
 WORDS = ['a text.', '"of" the end', 'As of', 'bc ad', 'text)"', 'end\n\ntext.', 'a.', 'Asa of. ', ' \n of it\n']
@@ -74,6 +74,15 @@ TAGGED = [
     '.',
     'A.</e>',
 ]
+
+
+def test_one_response_alone_is_read_as_beside_others(tokenizer, texts):
+    """On a mesh, as a batch of one activation is."""
+    both = responses(tokenizer, [OPEN + WORDS[1] + CLOSE + END] * 2)
+    mesh = sharding.make_mesh(1, 1)
+    with jax.set_mesh(mesh):
+        (found, one), (_, two) = (read(sharding.put_batch({'ids': both[:n]}, mesh)['ids'], texts[1]) for n in (1, 2))
+    assert found.found_N.all() and one == two[:1] == two[1:]
 
 
 def test_tags_are_found_as_text_though_they_are_joined_with_words(tokenizer, texts):

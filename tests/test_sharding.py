@@ -71,6 +71,17 @@ def test_what_is_split_over_data_is_whole_where_it_meets_activations(tied):
         assert all('data' not in x.aval.sharding.spec for x in e.invars), f'a product of {[x.aval for x in e.invars]}'
 
 
+@pytest.mark.parametrize(('data', 'rows', 'places'), [(1, 1, 1), (1, 1, 3), (1, 2, 1), (2, 2, 1), (2, 4, 3)])
+def test_each_row_gives_values_at_its_own_places(data, rows, places):
+    """One value of one row as well: one explanation of one activation."""
+    draw, mesh = np.random.default_rng(0), sharding.make_mesh(data, 1)
+    x, at = draw.integers(0, 99, (rows, 7)), draw.integers(0, 7, (rows, places))
+    with jax.set_mesh(mesh):
+        got = jax.jit(sharding.take)(*sharding.put_batch({'x': x, 'at': at}, mesh).values())
+    assert got.sharding.spec == sharding.rows(2)
+    np.testing.assert_array_equal(got, np.take_along_axis(x, at, axis=1))
+
+
 def test_unknown_parameter_and_bad_meshes_are_refused():
     mesh = sharding.make_mesh(2, 4)
     with pytest.raises(KeyError, match=r"no placement rule .* 'mystery'"):
