@@ -89,7 +89,8 @@ def test_figures_are_those_of_evaluate(folders, opened):
         doc = np.arange(e.vectors)
         for name, f in (('nmse', metrics.nmse), ('cosine', metrics.cosine)):
             theirs = [f(c.pred['greedy'][rows][[i]], c.a[rows][[i]], doc[:1])['value'] for i in doc]
-            np.testing.assert_allclose([getattr(r, name) for r in found], theirs, rtol=1e-5, err_msg=name)
+            ours = [getattr(r, name) for r in found]  # of the order of 1, and a cosine may be near 0
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
