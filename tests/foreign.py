@@ -146,6 +146,18 @@ def write_sidecar(directory: pathlib.Path, content: dict) -> None:
     (directory / 'nla_meta.yaml').write_text(yaml.safe_dump(content, sort_keys=False), 'utf-8')
 
 
+def write_pair(root: pathlib.Path, **changes) -> pathlib.Path:
+    """Writes subject/ with its tokenizer, pair/av and pair/ar, whole models as kitft releases them. changes: as of beside."""
+    model(root / 'subject', 0)
+    tokenizer(root / 'subject')
+    (root / 'pair').mkdir()
+    model(root / 'pair/av', 1)
+    encoder(root / 'pair/ar', 2)
+    for role in ('av', 'ar'):
+        write_sidecar(root / 'pair' / role, beside(role, **changes))
+    return root
+
+
 def adapters(made, rank: int, seed: int, matrices: tuple[str, ...], blocks: int, scale: float) -> dict:
     """Random low-rank factors by name of their matrix, B not zero, and adds their product to `made`."""
     rng, out = torch.Generator().manual_seed(seed), {}

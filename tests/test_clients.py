@@ -8,8 +8,8 @@ from starlette.testclient import TestClient
 
 import lens
 from lens import web
-from tests import foreign
-from tests.foreign import MARKER, PROMPT, SCALE, beside, ids, write_sidecar
+from tests import foreign, hf_models
+from tests.foreign import MARKER, PROMPT, SCALE, ids
 from tests.test_serve import HERE, events
 
 NULL = type(None)
@@ -31,20 +31,12 @@ WORDS = {'temperature': 0.7, 'max_new_tokens': 200}
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp('clients')
-    foreign.model(root / 'subject', 0)
-    foreign.tokenizer(root / 'subject')
-    (root / 'pair').mkdir()
-    foreign.encoder(root / 'pair/ar', 2)
-    for role in ('av', 'ar'):
-        (root / 'pair' / role).mkdir(exist_ok=True)
-        write_sidecar(root / 'pair' / role, beside(role, response={'explanation_len': 60}))
-    return root
+    return foreign.write_pair(tmp_path_factory.mktemp('clients'), response={'explanation_len': 60})
 
 
 @pytest.fixture(scope='module')
 def decoder(root):
-    return foreign.model(root / 'pair/av', 1)
+    return hf_models.load(root / 'pair/av')
 
 
 @pytest.fixture(scope='module')
