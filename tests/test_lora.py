@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks import roofline
 from lens import sharding
-from lens.models import lora
+from lens.models import flash, lora
+from tests.compare import close
 from tests.conftest import TINY
 
 
@@ -37,3 +38,20 @@ def test_the_gradient_of_an_adapter_gathers_no_activations(w_axes):
         text = jax.jit(jax.grad(loss)).lower(adapter, x, w).compile().as_text()
     _, sent = roofline.by_kind(roofline.collectives(text)).get('all-gather', (0, 0.0))
     assert sent <= 3 / 4 * wide * rank * 4
+
+
+@pytest.mark.parametrize(('tokens', 'barriers'), [(1, 9), (2, 0)])
+def test_products_of_one_token_stand_apart_on_a_gpu(base, monkeypatch, tokens, barriers):
+    """Inputs of q, k, v and of gate and up, outputs of all seven; numbers and gradients are as without."""
+
+    def run(x):
+        return base.run_layers(x, 0, TINY.n_layers)
+
+    x = jax.random.normal(jax.random.key(0), (2, tokens, TINY.d_model))
+    want = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(run(x))))(x)
+    monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(flash, 'takes', lambda q, c: False)
+    jax.clear_caches()
+    assert str(jax.make_jaxpr(run)(x)).count('optimization_barrier') == barriers
+    close(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(run(x))))(x), want)
+    jax.clear_caches()  # of programs for another platform

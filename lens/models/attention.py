@@ -197,9 +197,10 @@ class Attention(nnx.Module):
 
     def _project(self, x_BxTxD, layer, positions, c, adapters):
         """Queries BxTxKxGxh, keys and values BxTxKxh; queries and keys normed and rotated."""
-        q = lora.project(x_BxTxD, self.q, adapters, 'q', bias=self.q_bias)
-        k = lora.project(x_BxTxD, self.k, adapters, 'k', bias=self.k_bias)
-        v = lora.project(x_BxTxD, self.v, adapters, 'v', bias=self.v_bias)
+        for_q, for_k, for_v = lora.apart(x_BxTxD, x_BxTxD, x_BxTxD)
+        q = lora.project(for_q, self.q, adapters, 'q', bias=self.q_bias)
+        k = lora.project(for_k, self.k, adapters, 'k', bias=self.k_bias)
+        v = lora.project(for_v, self.v, adapters, 'v', bias=self.v_bias)
         if c.qk_norm:
             q, k = self.q_norm(q, c.norm_eps), self.k_norm(k, c.norm_eps)
         if c.ropes:

@@ -42,8 +42,17 @@ def project(x, w, adapters, name: str, out_spec=None, bias=None):
         b = sharding.reshard(b, sharding.P(None, *of_w[n:])).reshape(len(b), -1)
         low = jnp.einsum('bti,ir->btr', x, a, out_sharding=sharding.out(sharding.ACT))
         y = y + jnp.einsum('btr,ro->bto', low, b, out_sharding=sharding.like(y))
+    else:
+        (y,) = apart(y)
     y = y.reshape(*y.shape[:2], *w.shape[n:])
     return y if bias is None else y + bias[...]
+
+
+def apart(*xs_BxTxI):
+    """Returns them so that XLA for a GPU puts no product of one token together with others of its input or with what is added to
+    it: such a product copies its matrix out of the stack of all layers first, at every token (BUILD_NOTES.md, "Fast")."""
+    one = sharding.platform() == 'gpu' and xs_BxTxI[0].shape[1] == 1
+    return jax.lax.optimization_barrier(xs_BxTxI) if one else xs_BxTxI
 
 
 def init_adapters(blocks, n_layers: int, pattern: str, rank: int, alpha: float, key, *, rs: bool = False) -> dict:

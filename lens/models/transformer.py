@@ -97,10 +97,11 @@ class MLP(nnx.Module):
     @jax.named_scope('mlp')
     def __call__(self, x_BxTxD, c: TransformerConfig, adapters):
         act = jax.nn.silu if c.mlp == 'silu' else jax.nn.gelu  # gelu: the tanh approximation
-        up = lora.project(x_BxTxD, self.up, adapters, 'up', bias=self.up_bias)
+        for_up, for_gate = lora.apart(x_BxTxD, x_BxTxD)
+        up = lora.project(for_up, self.up, adapters, 'up', bias=self.up_bias)
         gate = None
         if self.gate is not None:
-            gate = lora.project(x_BxTxD, self.gate, adapters, 'gate', bias=self.gate_bias)
+            gate = lora.project(for_gate, self.gate, adapters, 'gate', bias=self.gate_bias)
         if c.remat == 'projections':
             # Without the barrier XLA makes them twice on a GPU: the second time right where they are kept.
             gate, up = checkpoint_name(jax.lax.optimization_barrier((gate, up)), HIDDEN)
