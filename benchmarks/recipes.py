@@ -1,73 +1,121 @@
-"""The recipes of configs/tiny.py at equal wall time: which second phase is worth its seconds?
+"""What each objective teaches in the same time: SFT, GRPO, Gumbel, the NLA recipe, and maps on a frozen base.
 
-    python -m benchmarks.recipes --seconds=120 --seeds=1 --out=runs/recipes
+    python -m benchmarks.recipes --seconds=120 --seeds=0 --out=runs/recipes
+    python -m benchmarks.recipes --config=smollm2 --seconds=720 --trial=4 --documents=100
 
-Every recipe gets the same seconds of training steps (compilation, evaluation and checkpoints excluded). A short
-run of each measures its step times; then the steps of its phases are set so that the first phase fills
---warm of the seconds and the second one the rest, and every schedule runs to its end. One machine, one
-recipe after the other: an honest ratio needs an idle one. Figures: OUT/recipes.json and the table printed last.
+start      the `sft` recipe of the configuration, for --warm of the seconds
+sft, grpo, gumbel   from there, its last phase, that objective, for the rest
+nla        the NLA recipe, from nothing, for all of them
+maps       the `sft` recipe with maps and read-out alone, from nothing, for all of them
+
+Seconds are those of training steps: compilation, evaluation and checkpoints do not count. A short run of each first measures
+its step times; they become steps, in the proportion that the configuration gives its phases, and every schedule runs to
+its end. So figures do not depend on what else the machine does later. The steps are kept in OUT/steps.json: what was
+killed goes on, and another process can run other seeds beside (`taskset -c 1 …`, each with a core of its own).
+Figures: those of each run, OUT/ARM_SEED/evaluation.json, and the table printed last.
 """
 
+import importlib
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
 
-from configs import base, tiny
 from lens import files
 from lens.train import train
 
+CONFIG = flags.DEFINE_string('config', 'tiny', 'Module of configs/ whose recipes run.')
 SECONDS = flags.DEFINE_float('seconds', 120.0, 'Seconds of training steps of every recipe.')
-WARM = flags.DEFINE_float('warm', 0.6, 'Share of the first of two phases.')
-SEEDS = flags.DEFINE_integer('seeds', 1, 'Number of seeds.')
-OUT = flags.DEFINE_string('out', 'runs/recipes', 'Folder for the runs and recipes.json.')
-RECIPES = ('sft', 'grpo', 'gumbel', 'nla')
-TRIAL_STEPS = 25
-NAMES = ('fve', 'fve_greedy', 'fve_direction', 'fve_given', 'fve_shuffled', 'facts_recall', 'facts_hallucinated')
+WARM = flags.DEFINE_float('warm', 0.6, 'Share of the start.')
+TRIAL = flags.DEFINE_integer('trial', 25, 'Steps of each phase that are timed.')
+SEEDS = flags.DEFINE_multi_integer('seeds', [0], 'Seeds of weights, batches and samples.')
+DOCUMENTS = flags.DEFINE_integer('documents', 300, 'Held-out documents of the figures.')
+OUT = flags.DEFINE_string('out', 'runs/recipes', 'Folder of the runs.')
+FVE = ('fve', 'fve_greedy', 'fve_given', 'fve_shuffled')
+FACTS = ('facts_recall', 'facts_hallucinated', 'grounded', 'invented', 'topic_recall', 'next_match')
+BEYOND = ('fve_beyond_greedy', 'fve_beyond_given', 'fve_beyond_shuffled')
 
 
-def run(recipe: str, seed: int, steps: dict[str, int], workdir: pathlib.Path) -> dict:
-    """Trains and returns the summary."""
-    cfg = tiny.get_config(recipe)
-    cfg.seed = seed
-    cfg.eval.every = '0'
-    cfg.log.every = '1s'
-    for name in cfg.phases:
-        cfg[name].steps = steps[name]
-    if 'gumbel' in cfg.phases:
-        cfg.gumbel.table = base.table(encoder_unfreeze=f'{steps["gumbel"] // 3}s')
-    return train(cfg, workdir)
+class Arm(NamedTuple):
+    """recipe: argument of the configuration. start: whether it goes on from there, with its last phase alone. train: of
+    decoder and encoder, if not as the configuration says."""
+
+    recipe: str
+    start: bool = False
+    train: str = ''
+
+
+START = {'start': Arm('sft')}
+ARMS = {
+    'sft': Arm('sft', start=True),
+    'grpo': Arm('grpo', start=True),
+    'gumbel': Arm('gumbel', start=True),
+    'nla': Arm('nla'),
+    'maps': Arm('sft', train='maps'),
+}
+
+
+def configured(arm: Arm, seed: int, steps: dict[str, int] | None = None):
+    """Returns the configuration of an arm. steps: by phase, if not as it says."""
+    cfg = importlib.import_module(f'configs.{CONFIG.value}').get_config(arm.recipe)
+    cfg.seed, cfg.log.every = seed, '1s'
+    cfg.eval.every, cfg.eval.reading, cfg.eval.documents = '0', 0, DOCUMENTS.value
+    if arm.train:
+        cfg.decoder.train = cfg.encoder.train = arm.train
+    if arm.start:
+        cfg.phases = cfg.phases[-1:]
+        cfg.init_from = f'{OUT.value}/start_{seed}'
+    for name, count in (steps or {}).items():
+        cfg[name].steps = count
+    return cfg
 
 
 def step_times(workdir: pathlib.Path) -> dict[str, float]:
-    """Returns the median seconds of a step by phase, the first steps, which compile, left out."""
-    rows = [r for r in files.read_jsonl(workdir / 'metrics.jsonl') if r['kind'] == 'train']
+    """Returns the median seconds of a step by phase, those that compile left out."""
+    rows = [r for r in files.read_jsonl(workdir / 'metrics.jsonl') if r.get('step_s')]
     names = dict.fromkeys(r['phase'] for r in rows)
-    return {n: float(np.median([r['step_s'] for r in rows if r['phase'] == n][5:])) for n in names}
+    return {n: float(np.median([r['step_s'] for r in rows if r['phase'] == n])) for n in names}
+
+
+def timed_steps(out: pathlib.Path) -> dict[str, dict[str, int]]:
+    """Times a few steps of every arm and returns how many of each phase fill its seconds, by arm."""
+    times, found = {}, {}
+    for name, arm in (START | ARMS).items():
+        cfg, timed = configured(arm, SEEDS.value[0]), (arm.recipe, arm.train)
+        own = {n: int(cfg[n].steps) for n in cfg.phases}
+        if timed not in times:
+            short = configured(arm._replace(start=False), SEEDS.value[0], dict.fromkeys(own, TRIAL.value))
+            short.phases, short.eval.documents, short.eval.quick_documents = cfg.phases, 4, 4
+            train(short, out / f'{name}_trial')
+            times[timed] = step_times(out / f'{name}_trial')
+        seconds = SECONDS.value * (1 - WARM.value if arm.start else WARM.value if name in START else 1)
+        factor = seconds / sum(times[timed][n] * own[n] for n in own)
+        found[name] = {n: max(1, round(factor * own[n])) for n in own}
+        told = {n: round(times[timed][n], 3) for n in own}
+        print(f'{name}: {told} s a step, steps {found[name]}', flush=True)
+    return found
 
 
 def main(_):
-    out, results, plans = pathlib.Path(OUT.value), [], {}
-    for recipe in RECIPES:  # all measured before the first long run, under the same conditions
-        run(recipe, 0, dict.fromkeys(tiny.get_config(recipe).phases, TRIAL_STEPS), out / f'{recipe}_trial')
-        times = step_times(out / f'{recipe}_trial')
-        shares = (1.0,) if len(times) == 1 else (WARM.value, 1 - WARM.value)
-        plans[recipe] = {n: round(SECONDS.value * share / times[n]) for n, share in zip(times, shares, strict=True)}
-        print(f'{recipe}: {times}, steps {plans[recipe]}', flush=True)
-    for recipe, steps in plans.items():
-        for seed in range(SEEDS.value):
-            workdir = out / f'{recipe}_{seed}'
-            summary = run(recipe, seed, steps, workdir)
-            spent = sum(step_times(workdir)[n] * steps[n] for n in steps)
-            row = {'recipe': recipe, 'seed': seed, 'steps': steps, 'seconds': round(spent, 1)}
-            results.append(row | {k: summary[k] for k in NAMES if k in summary})
-            files.write_json(out / 'recipes.json', results)
-    print('| recipe | seed | steps | s | ' + ' | '.join(NAMES) + ' |\n' + '|---' * (4 + len(NAMES)) + '|')
-    for r in results:
-        figures = ' | '.join(f'{r[n]:.3f}' if n in r else '' for n in NAMES)
-        steps = ' + '.join(f'{n} {k}' for n, k in r['steps'].items())
-        print(f'| {r["recipe"]} | {r["seed"]} | {steps} | {r["seconds"]:.0f} | {figures} |')
-    print(f'Figures: {out}/recipes.json')
+    out = pathlib.Path(OUT.value)
+    plan = out / 'steps.json'
+    if not plan.exists():
+        files.write_json(plan, timed_steps(out))
+    steps, rows = files.read_json(plan, 'delete it to time them again'), []
+    for seed in SEEDS.value:
+        for name, arm in (START | ARMS).items():
+            workdir = out / f'{name}_{seed}'
+            if not (workdir / 'summary.json').exists():
+                train(configured(arm, seed, steps[name]), workdir)
+            rows.append((name, seed, steps[name], files.read_json(workdir / 'summary.json', 'delete the folder')))
+    beyond = f'fve_beyond_{configured(START["start"], 0).encoder.context_tokens}'
+    names = [n for n in (*FVE, beyond, *BEYOND, *FACTS) if any(n in figures for *_, figures in rows)]
+    print('| recipe | seed | steps | ' + ' | '.join(names) + ' |\n' + '|---' * (3 + len(names)) + '|')
+    for name, seed, counts, figures in rows:
+        numbers = ' | '.join(f'{figures[n]:.3f}' if n in figures else '' for n in names)
+        print(f'| {name} | {seed} | {" + ".join(f"{n} {k}" for n, k in counts.items())} | {numbers} |')
+    print(f'Runs: {out}')
 
 
 if __name__ == '__main__':
