@@ -29,7 +29,8 @@ def compiled_step(folder, phase, **mesh):
     return cfg, job, state, base, plan.compile_step(cfg, job, devices, phase)
 
 
-@pytest.mark.parametrize('phase', ['sft', pytest.param('grpo', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('phase', ['sft', 'grpo'])
 def test_a_data_parallel_step_moves_the_gradients_of_what_is_trained_alone(tmp_path, monkeypatch, phase):
     """No weight of the base and no activation: of the rest, scalars, two means of figures [d], hashes of texts."""
     cfg, job, state, _, programs = compiled_step(tmp_path, phase)

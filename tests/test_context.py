@@ -165,7 +165,8 @@ def test_the_encoder_learns_the_context_alone_and_nothing_else_does(base, lens, 
     close(grads.decoder, jax.jit(jax.grad(decoder))(lens.decoder), steps=1024)
 
 
-@pytest.mark.parametrize('name', [pytest.param('sft', marks=pytest.mark.slow), 'grpo'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['sft', 'grpo'])
 def test_slices_add_up(base, lens, roll, name):
     objective = objectives.OBJECTIVES[name]
     whole = rollout(name, lens, base, roll)

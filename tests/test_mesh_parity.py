@@ -22,11 +22,12 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def programs_let_go():
-    """Those of a dozen tests exhaust the memory maps of a process, see conftest."""
+def programs_let_go(request):
+    """Those of a dozen tests exhaust the memory maps of a process, see conftest; one test does not."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if request.node.get_closest_marker('slow'):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.mark.parametrize(
