@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks.timing import in_turn
-from lens import cli, config, data, sharding
+from lens import cli, config, feed, sharding
 from lens.lens_init import init_lens
 from lens.objectives import gradient
 from lens.rollout import read
@@ -74,7 +74,7 @@ def main(_):
     with jax.set_mesh(run.mesh):
         for phase in run.phases:
             shape = {'documents': phase.documents, 'vectors': phase.vectors, 'labelled': phase.labelled}
-            rows = next(data.train_batches(run.train, min_pos=run.min_pos, seed=run.seed, **shape))
+            rows = next(feed.train_batches(run.train, min_pos=run.min_pos, seed=run.seed, **shape))
             del rows['doc_id']
             batch = sharding.put_batch(rows, run.mesh, phase.documents)
             state = init_state(init_lens(cfg, run), phase, run.mesh, phase.start)

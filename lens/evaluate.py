@@ -2,7 +2,7 @@
 
 python -m lens.evaluate --workdir=runs/tiny      # a checkpoint of a run, again, with what lens/study.py measures
 
-A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of TEXTS: a new one needs no more.
+A figure is one entry of metrics.FIGURES, what the encoder reads for it one entry of texts.TEXTS: a new one needs no more.
 """
 
 if __name__ == '__main__':  # before JAX is imported: --help needs none of it
@@ -14,72 +14,27 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lens import __version__, batches, data, files, metrics, plots, report, sampling, sharding, study, truth
+from lens import __version__, batches, data, feed, files, metrics, plots, report, sharding, study, texts, truth
 from lens.batches import Batches, at_once
 from lens.config import Run
 from lens.errors import LensError
 from lens.joints import padded
-from lens.losses import comparable
 from lens.metrics import Collected, Figure, meaning
-from lens.models.encoder import Source, encode, encode_context
 from lens.models.lens import Lens
 from lens.objectives import OBJECTIVES
 from lens.reader import Reader
 from lens.reading import Reading
 from lens.reopen import Reopened, open_lens, reopen
-from lens.response import Found, Tags, between, find, words
-from lens.rollout import Rollout, read, source_of, vectors
+from lens.rollout import read, source_of
 
 READ = ('tokens', 'activations', 'positions')  # of the held-out data, what `read` takes
 NO_TEXT = '(not stored)'
 FEW = 1000  # activations, below which figures are vague
-
-
-class Text(NamedTuple):
-    """What the encoder reads: drawn by the decoder from vector(a), a all that it is given, NxD or NxKxD, or made by
-    text(batch, sampled_NxT, keys_N, tags).
-
-    temperature: of a drawn text. tagged: whether the explanation stands between the tags of the run. needs: the array
-    of the held-out data without which there is no such text.
-    """
-
-    vector: Callable | None = None
-    temperature: float = 1.0
-    text: Callable | None = None
-    tagged: bool = True
-    needs: str = 'positions'
-
-
-def permuted(batch, sampled_NxT, keys_N, tags: Tags):
-    """Puts the words of the sampled explanation in another order; tags and what is outside of them stay."""
-    length = sampled_NxT.shape[1]
-    noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_N)
-    inside, at = find(sampled_NxT, tags).inside(length), jnp.arange(length)
-    start = jnp.argmax(inside, axis=1, keepdims=True)
-    order = jnp.argsort(jnp.where(inside, start + noise, at), axis=1)
-    return sharding.take(sampled_NxT, order)
-
-
-def from_batch(name: str) -> Callable:
-    """Takes texts that are there before any is drawn: an array RxVxT of the batch."""
-    return lambda batch, sampled_NxT, keys_N, tags: batch[name].reshape(sampled_NxT.shape)
-
-
-# The randomness of a text depends on its place here: a new one goes to the end.
-TEXTS = {
-    'sampled': Text(vector=lambda a: a),
-    'greedy': Text(vector=lambda a: a, temperature=0.0),
-    'no_activation': Text(vector=lambda a: 0 * a),
-    'words_permuted': Text(text=permuted),
-    'previous_tokens': Text(text=from_batch('previous'), tagged=False, needs='previous'),
-    'given': Text(text=from_batch('explanations'), needs='explanations'),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,91 +67,6 @@ class Evaluation:
         return counts | self.more | {'figures': figures, 'facts': self.facts}
 
 
-@functools.partial(jax.jit, static_argnames=('length', 'tags', 'error', 'names', 'quotes'))
-def _evaluate_batch(
-    lens: Lens,
-    base,
-    roll: Rollout,
-    key,
-    *,
-    length: int,
-    tags: Tags,
-    error: str,
-    names: tuple[str, ...],
-    quotes: tuple[int, ...],
-) -> dict:
-    """Computes the arrays a, pred, ids, found of Collected for what was read of one batch and the texts `names`.
-
-    All texts are drawn in one call and encoded in one call, and in another one contexts of `quotes` tokens. The randomness
-    of a text depends on its activation's place in the held-out data, batch['index'] [R, V], alone.
-    """
-    batch, a = roll.batch, vectors(lens.decoder, roll)
-    fold = jax.random.fold_in
-    of_row_N = jax.vmap(fold, (None, 0))(key, batch['index'].reshape(-1))
-    keys = {k: jax.vmap(fold, (0, None))(of_row_N, list(TEXTS).index(k)) for k in names}
-    drawn = [k for k in names if TEXTS[k].vector]
-    ids = sampling.sample(
-        lens.decoder,
-        base,
-        _interleave(TEXTS[k].vector(a) for k in drawn),
-        _interleave(keys[k] for k in drawn),
-        length=length,
-        temperature=jnp.tile(jnp.asarray([TEXTS[k].temperature for k in drawn]), len(a)),
-        tags=tags,
-    ).ids_NxT
-    texts = _separate(ids, drawn)
-    for k in names:
-        if k not in texts:
-            texts[k] = TEXTS[k].text(batch, texts['sampled'], keys[k], tags)
-    found = {k: find(x, tags) if TEXTS[k].tagged else _quoted(x) for k, x in texts.items()}
-    every = Found(*(_interleave(x) for x in zip(*found.values(), strict=True)))
-    source = jax.tree.map(lambda x: _interleave([x] * len(texts)), roll.source)
-    read_NxT, span = between(jnp.maximum(_interleave(texts.values()), 0), every, tags)
-    span = every.span if quotes and not span else span
-    pred = _separate(encode(lens.encoder, base, read_NxT, source, span), texts)
-    alone = {}
-    if quotes:
-        source = jax.tree.map(lambda x: _interleave([x] * len(quotes)), roll.source)
-        shown = _interleave(jnp.full_like(roll.source.position_N, m) for m in quotes)
-        alone = encode_context(lens.encoder, base, source, shown, tags.no_words)
-        alone = _separate(alone, [f'quote_{m}' for m in quotes])
-    return {
-        'a': comparable(roll.a_NxD, error),
-        'pred': {k: jnp.where(found[k].found_N[:, None], comparable(x, error), 0) for k, x in pred.items()}
-        | {k: comparable(x, error) for k, x in alone.items()},
-        'ids': {k: jnp.where(found[k].inside(length), words(x, found[k], tags), -1) for k, x in texts.items()},
-        'found': {k: f.found_N for k, f in found.items()},
-    }
-
-
-@functools.partial(jax.jit, static_argnames='error')
-def _encode_batch(lens: Lens, base, batch: dict, source: Source, *, error: str):
-    """Reconstructs from texts batch['ids'] [R, V, T], -1 outside of what the encoder reads, and their context; the zero vector
-    where batch['found'] [R, V] is False."""
-    ids_NxT, found_N = (batch[k].reshape(-1, *batch[k].shape[2:]) for k in ('ids', 'found'))
-    span = jnp.argmax(ids_NxT >= 0, axis=1), jnp.sum(ids_NxT >= 0, axis=1)
-    pred = encode(lens.encoder, base, jnp.maximum(ids_NxT, 0), source, span)
-    return jnp.where(found_N[:, None], comparable(pred, error), 0)
-
-
-def _quoted(ids_NxT) -> Found:
-    """A quoted text: all of it but -1 at its beginning, where the source has no more tokens."""
-    t, start_N = ids_NxT.shape[1], jnp.sum(ids_NxT < 0, axis=1)
-    return Found(start_N, t - start_N, jnp.full_like(start_N, t), start_N >= 0)
-
-
-def _interleave(parts: Iterable):
-    """Joins K arrays Nx… to one (N*K)x…, rows of one n contiguous: a shard keeps its rows."""
-    x = jnp.stack(list(parts), axis=1)
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _separate(x_MxD, names) -> dict:
-    """The inverse of _interleave, by name."""
-    x = x_MxD.reshape(-1, len(names), x_MxD.shape[-1])
-    return {name: x[:, k] for k, name in enumerate(names)}
-
-
 class Evaluator:
     """Figures of a lens on the fixed held-out documents. batch_of: who computes the batches, or has them already."""
 
@@ -204,7 +74,7 @@ class Evaluator:
         self.run, self.settings, self.batch_of = run, run.evaluation, batch_of
         self.fields = run.validation.meta.get('facts') or []
         count = {'documents': self.settings.documents, 'vectors': self.settings.vectors}
-        self.held = data.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
+        self.held = feed.held_out(run.validation, **count, min_pos=run.min_pos, seed=run.seed)
         self.documents, self.vectors = self.held['positions'].shape
         if 'tokens' in self.held:
             self.held['previous'] = self.tokens_before(run.length)
@@ -228,8 +98,8 @@ class Evaluator:
 
     @property
     def texts(self) -> list[str]:
-        """Returns those of TEXTS that the held-out data have."""
-        return [k for k, text in TEXTS.items() if text.needs in self.held]
+        """Returns those of texts.TEXTS that the held-out data have."""
+        return [k for k, text in texts.TEXTS.items() if text.needs in self.held]
 
     def tokens_before(self, n: int) -> np.ndarray:
         """Returns the n tokens that end at each position or, where the encoder has a context, before it, [R, V, n]. What is
@@ -248,7 +118,7 @@ class Evaluator:
         how['quotes'] = tuple(k for k in metrics.quoted(m) if f'quote_{k}' in wanted)
 
         def evaluate(batch):
-            return _evaluate_batch(lens, run.base, read(run.base, batch, **run.reading), key, **how)
+            return texts.evaluate_batch(lens, run.base, read(run.base, batch, **run.reading), key, **how)
 
         arrays = (*READ, 'previous', 'index', 'explanations')
         c = Collected(
@@ -301,7 +171,7 @@ class Evaluator:
         def encode(batch):
             where = {k: batch.pop(k) for k in ('tokens', 'positions') if k in batch}
             source = source_of(where, recent=max(1, run.context_tokens))
-            return _encode_batch(lens, run.base, batch, source, error=run.error)
+            return texts.encode_batch(lens, run.base, batch, source, error=run.error)
 
         return self.by_batch(stage, encode, documents, arrays)
 
@@ -452,8 +322,8 @@ def main(workdir: str, step: str, lens: str, subject: str, data: str, best_of: s
             studies.append(study.Measure(evaluator, again.params, c, ks)())
             return {'figures': studies[0].figures, 'results_by_k': studies[0].by_k, 'plots': plots.names(studies[0])}
 
-        texts = evaluator.texts if again.run.texts.tags.joints else ()
-        how = _key(again, ks), study.work(again.run, ks, texts), -(-evaluator.documents // evaluator.rows)
+        again_read = evaluator.texts if again.run.texts.tags.joints else ()
+        how = _key(again, ks), study.work(again.run, ks, again_read), -(-evaluator.documents // evaluator.rows)
         with batches.opened(workdir / 'evaluation.partial', *how) as evaluator.batch_of:
             result = evaluator.full(again.params, more)
             reading = evaluator.reading(again.params, again.config, again.step, workdir.name)

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lens import data, files, flops, metrics, sharding
+from lens import feed, files, flops, metrics, sharding
 from lens.collapse import Collapse
 from lens.config import Phase, Run, fires
 from lens.distributed import is_first
@@ -242,7 +242,7 @@ class Logger(contextlib.ExitStack):
         values = {k: float(v) for k, v in sharding.fetch(out).items()}
         if bad := next((k for k, v in values.items() if not np.isfinite(v)), None):
             seed, local_step = self.run.seed + phase.start, step - phase.start - 1
-            where, good = data.batch_documents(self.run.train, phase.documents, seed, local_step), self.last_good()
+            where, good = feed.batch_documents(self.run.train, phase.documents, seed, local_step), self.last_good()
             raise LensError(
                 f'{bad} is not finite at step {step} (phase {phase.name}, documents {where}); the last good '
                 f'checkpoint is {f"step {good}" if good else "none"} in {self.workdir}: lower the learning rates.'

@@ -185,7 +185,7 @@ def facts_hallucinated(ids_NxT, established_NxF, fields: list[dict], doc_N) -> d
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What figures are made of: N activations `a` and, by the name of a text (evaluate.TEXTS), pred, its
+    """What figures are made of: N activations `a` and, by the name of a text (texts.TEXTS), pred, its
     reconstruction NxD (the zero vector where a response holds no explanation), ids, its tokens NxT (-1 outside of the
     explanation), and found, whether there is an explanation [N].
 
@@ -212,7 +212,7 @@ class Collected:
 class Figure:
     """A held-out figure: function(collected, text) -> {'value', 'ci95'}, None where it means nothing for the run.
 
-    group: under which the report shows it. text: of evaluate.TEXTS; where the data do not have it the figure is left
+    group: under which the report shows it. text: of texts.TEXTS; where the data do not have it the figure is left
     out. quick: whether evaluations during training have it. of_directions: the phrase, made of `meaning`, where the
     encoder learns directions alone (encoder.error=direction).
     """

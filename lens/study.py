@@ -34,7 +34,7 @@ from lens.rollout import Rollout, read, source_of, vectors
 
 GROUP = 4  # explanations of one activation that are drawn at a time
 MOST_SAMPLES = 4096  # explanations of one activation
-SAMPLES = 1 << 20  # folded into the keys of those after the first; evaluate.TEXTS folds in small numbers
+SAMPLES = 1 << 20  # folded into the keys of those after the first; texts.TEXTS folds in small numbers
 QUOTES = (2, 4, 8, 16, 32)  # tokens of the text that stand alone
 LINES = 8  # of an explanation that have a figure
 FEWEST = 8  # activations of a part that has a figure of its own

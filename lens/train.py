@@ -15,9 +15,9 @@ from lens import (
     checkpoint,
     checks,
     config,
-    data,
     distributed,
     evaluate,
+    feed,
     files,
     flops,
     lens_init,
@@ -239,7 +239,7 @@ def train(cfg, workdir: pathlib.Path, profile: str = '', stop: Stop | None = Non
 
 def _batches(run: Run, phase: Phase, iterator_state: dict | None):
     """This process's rows of the batches of a phase, from its start or from where a checkpoint was made."""
-    batches = data.train_batches(
+    batches = feed.train_batches(
         run.train,
         documents=phase.documents,
         vectors=phase.vectors,

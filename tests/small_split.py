@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lens import data
+from lens import data, feed
 
 DOCUMENTS, S, POSITIONS, T, F, VOCAB = 10, 13, 3, 4, 2, 600
 FIELDS = [
@@ -84,7 +84,7 @@ def refused(folder, *needles):
 
 def batches(split, n=None, **more):
     settings = {'documents': 4, 'vectors': 2, 'min_pos': 3, 'labelled': False, 'seed': 0} | more
-    it = data.train_batches(split, **settings)
+    it = feed.train_batches(split, **settings)
     return it if n is None else list(itertools.islice(it, n))
 
 
@@ -101,4 +101,4 @@ def row_of(doc_id):
 
 
 def held(split, documents=5, **more):
-    return data.held_out(split, documents=documents, **{'vectors': 2, 'min_pos': 3, 'seed': 0} | more)
+    return feed.held_out(split, documents=documents, **{'vectors': 2, 'min_pos': 3, 'seed': 0} | more)

@@ -10,15 +10,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From top to bottom. A module imports its own layer and those below, never above, and nothing in a circle.
 LAYERS = {
     'commands': 'commands main tools export explain serve web api schemas',
-    'a run': 'train config checks keys places checkpoint reopen lens_init logger collapse evaluate study batches report reader steer '
+    'a run': 'train config checks keys places checkpoint reopen lens_init logger collapse evaluate texts study batches report reader steer '
     'interchange prompted',
     'objectives': 'objectives rollout gumbel sampling flops instrument',
     'models': 'models hf tensor_files lens_folder translators',
-    'ground': 'response joints losses policy draws data optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
+    'ground': 'response joints losses policy draws data feed optimizer schedules sharding distributed signals metrics truth words charts files cli errors '
     'spoken reading page jobs plots widths',
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
-KNOW_NO_MODEL = ('data', 'optimizer', 'schedules', 'metrics', 'truth', 'words', 'files', 'widths')
+KNOW_NO_MODEL = ('data', 'feed', 'optimizer', 'schedules', 'metrics', 'truth', 'words', 'files', 'widths')
 # package -> who may import it
 ONLY = {
     'transformers': ('lens.hf', 'data_gen'),
@@ -26,7 +26,7 @@ ONLY = {
     'tokenizers': ('lens.hf', 'data_gen'),
     'orbax': ('lens.checkpoint',),
     'yaml': ('lens.interchange', 'data_gen'),
-    'grain': ('lens.data',),
+    'grain': ('lens.feed',),
     'pydantic': ('lens.schemas', 'lens.web'),
     'starlette': ('lens.web',),
     'uvicorn': ('lens.serve',),

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from lens import data, widths
+from lens import data, feed, widths
 from lens.data import DataError
 from tests.small_split import (
     DOCUMENTS,
@@ -234,7 +234,7 @@ def test_draw_positions(length, min_pos, count):
     allowed = set(range(min(min_pos, length - 1), length))  # a short document offers its last token
     seen = set()
     for seed in range(200):
-        p = data.draw_positions(length, count, min_pos, np.random.default_rng(seed))
+        p = feed.draw_positions(length, count, min_pos, np.random.default_rng(seed))
         assert p.shape == (count,) and p.dtype == np.int32
         assert set(p.tolist()) <= allowed and p.tolist() == sorted(p)
         assert len(set(p.tolist())) == count or len(allowed) < count
@@ -243,7 +243,7 @@ def test_draw_positions(length, min_pos, count):
 
 
 def test_draw_positions_is_uniform():
-    p = np.concatenate([data.draw_positions(10, 2, 4, np.random.default_rng(s)) for s in range(3000)])
+    p = np.concatenate([feed.draw_positions(10, 2, 4, np.random.default_rng(s)) for s in range(3000)])
     # 6000 draws over 6 positions: a standard deviation of 29 around 1000
     np.testing.assert_allclose(np.bincount(p, minlength=10)[4:], 1000, atol=150)
 
@@ -368,7 +368,7 @@ def test_document_ids_keep_their_64_bits(tmp_path):
     write(tmp_path, **a)
     split = data.open_split(str(tmp_path), 'train', vocab_size=VOCAB)
     assert set(batches(split, 1)[0]['doc_id'].tolist()) <= set(a['doc_id'].tolist())
-    held = data.held_out(split, documents=3, vectors=2, min_pos=3, seed=0)
+    held = feed.held_out(split, documents=3, vectors=2, min_pos=3, seed=0)
     assert held['doc_id'].tolist() == a['doc_id'][:3].tolist()
 
 

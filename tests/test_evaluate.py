@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from data_gen.storyworld import world
-from lens import config, data, evaluate, hf, joints, metrics, sampling, sharding
-from lens.evaluate import Evaluator, Text
+from lens import config, data, evaluate, hf, joints, metrics, sampling, sharding, texts
+from lens.evaluate import Evaluator
 from lens.metrics import Figure
 from lens.models import subject
 from lens.models.encoder import encode
 from lens.response import NO_TAGS, Tags
+from lens.texts import Text
 from tests import joining, programs
 from tests.conftest import LAYER, LENGTH, TINY, make_base, make_lens
 
@@ -115,15 +116,15 @@ def test_every_text_and_reconstruction_belongs_to_its_activation(result, base, l
     for name, expected in zip(drawn, np.split(ids, len(drawn)), strict=True):
         np.testing.assert_array_equal(c.ids[name], expected, err_msg=name)
     assert (c.ids['sampled'] != c.ids['greedy']).any(1).mean() > 0.5
-    texts = c.ids | {
+    words = c.ids | {
         'previous_tokens': np.stack(
             [tokens[d, np.maximum(np.arange(p - LENGTH + 1, p + 1), 0)] for d, row in enumerate(positions) for p in row]
         ),
         'given': e.held['explanations'].reshape(-1, LENGTH),
     }
-    assert texts.keys() == evaluate.TEXTS.keys()
-    pred = np.asarray(jax.jit(encode)(lens.encoder, base, np.concatenate(list(texts.values()))))
-    for i, name in enumerate(texts):
+    assert words.keys() == texts.TEXTS.keys()
+    pred = np.asarray(jax.jit(encode)(lens.encoder, base, np.concatenate(list(words.values()))))
+    for i, name in enumerate(words):
         expected = pred[i * len(a) : (i + 1) * len(a)]
         np.testing.assert_allclose(c.pred[name], expected, rtol=0, atol=1e-5 * expected.std(), err_msg=name)
     np.testing.assert_array_equal(np.sort(c.ids['words_permuted'], 1), np.sort(c.ids['sampled'], 1))
@@ -134,7 +135,7 @@ def test_permuted_words_stay_between_their_tags():
     tags, (o, x) = Tags((1,), (2,)), (1, 2)
     ids = np.array([[7, o, 30, 31, 32, 33, 34, 35, x, 8], [o, 40, 41, 42, x, 9, 9, 9, 9, 9]] * 4)
     keys = jax.random.split(jax.random.key(0), len(ids))
-    out = np.asarray(jax.jit(functools.partial(evaluate.permuted, {}, tags=tags))(ids, keys))
+    out = np.asarray(jax.jit(functools.partial(texts.permuted, {}, tags=tags))(ids, keys))
     for row, (start, stop) in zip(range(8), [(2, 8), (1, 4)] * 4, strict=True):
         words = set(range(start, stop))
         rest = [i for i in range(10) if i not in words]
@@ -196,7 +197,7 @@ def test_quick_figures_another_batch_size_and_another_text(split, placed, result
     """On other batches the same activations have the same texts, with others beside them or not."""
     mesh, base, lens = placed
     _, c, full, *_ = result
-    monkeypatch.setitem(evaluate.TEXTS, 'reversed', Text(text=lambda batch, ids, keys, tags: ids[:, ::-1]))
+    monkeypatch.setitem(texts.TEXTS, 'reversed', Text(text=lambda batch, ids, keys, tags: ids[:, ::-1]))
     found = Figure(
         'controls', '', lambda c, text: value((c.ids[text] == c.ids['sampled'][:, ::-1]).all()), 'reversed', True
     )
@@ -217,7 +218,7 @@ def test_quick_figures_another_batch_size_and_another_text(split, placed, result
     np.testing.assert_allclose(quick['facts_recall'], recall, **close)
 
 
-@pytest.mark.parametrize('tagged', [False, True])
+@pytest.mark.parametrize('tagged', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_figures_of_a_context_are_those_of_explicit_rows(split, placed, result, tagged):
     """Positions from 2 on, a context of 4 and quotes of 5 before it, which texts do not always have; with and without a
     tag that some responses lack."""

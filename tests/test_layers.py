@@ -21,6 +21,7 @@ from lens import (
     rollout,
     sharding,
     tensor_files,
+    texts,
     translators,
 )
 from lens.errors import LensError
@@ -110,7 +111,7 @@ def rolled(objective, base, batch, two):
     return phase, jax.jit(phase.objective.rollout, static_argnums=4)(two, base, roll, jax.random.key(1), phase.hparams)
 
 
-@pytest.mark.parametrize('objective', ['sft', 'grpo', 'gumbel'])
+@pytest.mark.parametrize('objective', ['sft', *(pytest.param(x, marks=pytest.mark.slow) for x in ('grpo', 'gumbel'))])
 def test_every_vector_of_a_row_teaches_the_decoder(base, batch, two, objective):
     phase, roll = rolled(objective, base, batch, two)
     rows = len(roll.a_NxD)
@@ -148,7 +149,7 @@ def test_controls_take_or_leave_all_vectors_of_an_activation(base, batch, two):
     how['names'] = ('sampled', 'greedy', 'no_activation')
 
     def words(slots):
-        return evaluate._evaluate_batch(two, base, roll._replace(slots_NxKxD=slots), jax.random.key(0), **how)['ids']
+        return texts.evaluate_batch(two, base, roll._replace(slots_NxKxD=slots), jax.random.key(0), **how)['ids']
 
     slots, order = roll.slots_NxKxD, np.roll(np.arange(16), 3)
     own, moved, one = words(slots), words(slots[order]), words(slots.at[:, 1].set(slots[order, 1]))

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lens import config, data, files, flops, logger
+from lens import config, feed, files, flops, logger
 from lens.collapse import WINDOW
 from lens.errors import LensError
 from lens.logger import Clock, Lines, Logger, Profile
@@ -286,7 +286,7 @@ def test_slow_steps_are_said_every_minute(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_names_step_documents_and_the_last_good_checkpoint(
     tmp_path, monkeypatch, good, words
 ):
-    monkeypatch.setattr(data, 'batch_documents', lambda *args: args[1:])
+    monkeypatch.setattr(feed, 'batch_documents', lambda *args: args[1:])
     with log_of(tmp_path, Time()) as log:
         log.open(0, None)
         log.last_good = lambda: good

@@ -18,7 +18,7 @@ from data_gen.import_stages import ImportOptions, convert
 from data_gen.parquet_stages import VECTOR, open_stage
 from data_gen.stages import StageOptions, build
 from data_gen.storyworld import world as story_world
-from lens import config, data, hf, rollout
+from lens import config, data, feed, hf, rollout
 from lens import files as files_of
 from lens.errors import LensError
 from lens.models import subject
@@ -291,7 +291,7 @@ def test_what_is_read_of_stored_activations_is_what_the_subject_reads(world, sto
     texts, vectors, bits = (data.open_split(stored / k, 'train', vocab_size=vocab) for k in ('texts', 'data', 'bits'))
     found = {}
     for name, split in (('texts', texts), ('vectors', vectors), ('bits', bits)):
-        batch = data.held_out(split, documents=5, vectors=3, min_pos=12, seed=0)
+        batch = feed.held_out(split, documents=5, vectors=3, min_pos=12, seed=0)
         assert ('tokens' in batch) == (name == 'texts') and (batch['positions'] >= 12).all()
         batch = {k: batch[k] for k in ('tokens', 'activations', 'positions', 'explanations') if k in batch}
         found[name] = batch | {'roll': rollout.read(base, batch, layer=LAYER)}
@@ -304,7 +304,7 @@ def test_what_is_read_of_stored_activations_is_what_the_subject_reads(world, sto
     assert len({data.fingerprint(x) for x in (texts, vectors, bits)}) == 3
     with pytest.raises(data.DataError, match=r'activations\.npy row 0 is also'):
         data.check_disjoint(vectors, dataclasses.replace(vectors, doc_id=-vectors.doc_id))
-    batches = data.train_batches(vectors, documents=4, vectors=2, min_pos=12, labelled=True, seed=0)
+    batches = feed.train_batches(vectors, documents=4, vectors=2, min_pos=12, labelled=True, seed=0)
     batch = next(batches)
     for i, doc in enumerate(batch['doc_id'].tolist()):
         row = vectors.doc_id.tolist().index(doc)

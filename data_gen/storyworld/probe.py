@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lens import data, hf, losses
+from lens import data, feed, hf, losses
 from lens.errors import LensError
 from lens.models import subject
 
@@ -32,7 +32,7 @@ BATCH = 100  # documents per forward
 
 def activations(model, split: data.Split, documents: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (activations NxD, established values NxF) at POSITIONS positions of the first documents."""
-    held = data.held_out(split, documents=documents, vectors=POSITIONS, min_pos=MIN_POS, seed=1)
+    held = feed.held_out(split, documents=documents, vectors=POSITIONS, min_pos=MIN_POS, seed=1)
     read = jax.jit(subject.activations, static_argnames='layer')
     starts = range(0, len(held['tokens']), BATCH)
     parts = [read(model, *(held[k][i : i + BATCH] for k in ('tokens', 'positions')), layer=layer) for i in starts]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lens import data, instrument, lens_folder, rollout, sharding
+from lens import feed, instrument, lens_folder, rollout, sharding
 from lens.config import Run
 from lens.errors import LensError, need_package
 from lens.models.lens import Lens
@@ -66,7 +66,7 @@ def _as_written(lens: Lens, base) -> Lens:
 def hold(lens: Lens, run: Run) -> Held:
     """Reads, explains and reconstructs held-out activations. Call under jax.set_mesh(run.mesh)."""
     documents = -(-ACTIVATIONS // PER_DOCUMENT)
-    split = data.held_out(run.validation, documents=documents, vectors=PER_DOCUMENT, min_pos=run.min_pos, seed=run.seed)
+    split = feed.held_out(run.validation, documents=documents, vectors=PER_DOCUMENT, min_pos=run.min_pos, seed=run.seed)
     batch = sharding.put_batch({k: split[k] for k in ('tokens', 'positions')}, run.mesh)
     roll = rollout.read(run.base, batch, **run.reading)
     n = len(roll.a_NxD)
