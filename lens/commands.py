@@ -74,6 +74,11 @@ def evaluate() -> None:
             'best_of', '1,2,4,8,16,32', 'Draw so many explanations of each activation, report the best; empty: none.'
         ),
         flags.DEFINE_integer('num_vectors', 0, 'Held-out activations, whole documents of them; 0 = as in training.'),
+        flags.DEFINE_bool(
+            'studies',
+            True,
+            'Measure what lens/study.py adds, most of the time; --nostudies: the figures of training alone.',
+        ),
     )
 
 

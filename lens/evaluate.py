@@ -311,30 +311,36 @@ def _open(workdir: pathlib.Path, step: str, lens: str, **places: str) -> Reopene
     return again
 
 
-def main(workdir: str, step: str, lens: str, subject: str, data: str, best_of: str, num_vectors: int) -> None:
-    ks, workdir = study.numbers_of(best_of), pathlib.Path(workdir)
+def main(
+    workdir: str, step: str, lens: str, subject: str, data: str, best_of: str, num_vectors: int, studies: bool = True
+) -> None:
+    ks, workdir = study.numbers_of(best_of) if studies else (), pathlib.Path(workdir)
     again = _open(workdir, step, lens, subject_path=subject, data_path=data)
-    again = again._replace(run=study.sized(again.run, num_vectors))
+    again, done = again._replace(run=study.sized(again.run, num_vectors)), []
     with jax.set_mesh(again.run.mesh):
-        evaluator, studies = Evaluator(again.run), []
+        evaluator = Evaluator(again.run)
 
         def more(c: Collected) -> dict:
-            studies.append(study.Measure(evaluator, again.params, c, ks)())
-            return {'figures': studies[0].figures, 'results_by_k': studies[0].by_k, 'plots': plots.names(studies[0])}
+            if not studies:
+                return {}
+            done.append(study.Measure(evaluator, again.params, c, ks)())
+            return {'figures': done[0].figures, 'results_by_k': done[0].by_k, 'plots': plots.names(done[0])}
 
         again_read = evaluator.texts if again.run.texts.tags.joints else ()
-        how = _key(again, ks), study.work(again.run, ks, again_read), -(-evaluator.documents // evaluator.rows)
+        how = _key(again, ks), study.work(again.run, ks, again_read, studies), -(-evaluator.documents // evaluator.rows)
         with batches.opened(workdir / 'evaluation.partial', *how) as evaluator.batch_of:
             result = evaluator.full(again.params, more)
             reading = evaluator.reading(again.params, again.config, again.step, workdir.name)
             result.figures.update(figure_after_sft(workdir, again.config))
-            plots.draw(workdir / 'plots', studies[0], result.figures | result.more['figures'])
+            figures = result.figures | result.more.get('figures', {})
+            for found in done:
+                plots.draw(workdir / 'plots', found, figures)
             write_results(workdir, result, again.step, reading)
-    for name, figure in (result.figures | result.more['figures']).items():
+    for name, figure in figures.items():
         interval = '   [{:.3f}, {:.3f}]'.format(*figure['ci95']) if figure['ci95'] else ''
         print(f'{name:28} {figure["value"]:7.3f}{interval}')
     few = ' (few: intervals are wide)' if result.activations < FEW else ''
     print(
-        f'{result.activations} activations{few} of {result.documents} held-out documents, step {again.step}. '
-        f'Figures: {workdir}/evaluation.json  Plots: {workdir}/plots  Report: {workdir}/report.html'
+        f'{result.activations} activations{few} of {result.documents} held-out documents, step {again.step}. Figures: '
+        f'{workdir}/evaluation.json  {f"Plots: {workdir}/plots  " if done else ""}Report: {workdir}/report.html'
     )

@@ -306,15 +306,16 @@ def sized(run: Run, num_vectors: int) -> Run:
     return dataclasses.replace(run, evaluation=dataclasses.replace(e, documents=documents))
 
 
-def work(run, best_of: tuple[int, ...], texts: Sequence[str] = ()) -> dict[str, float]:
+def work(run, best_of: tuple[int, ...], texts: Sequence[str] = (), studies: bool = True) -> dict[str, float]:
     """Returns how much work a batch of each stage of an evaluation is, in explanations drawn of each activation, about.
-    texts: names of those that are read again as text."""
+    texts: names of those that are read again as text. studies: whether it measures what stands here, too."""
     quotes = [m for m in QUOTES if m < run.validation.width]
+    figures = {'figures': 5.0} | ({'shuffled': 1.0} if run.context_tokens else {}) | {f'text_{k}': 0.5 for k in texts}
+    if not studies:
+        return figures
     return (
-        {'figures': 5.0}
+        figures
         | ({'put_back': 2.0} if run.validation.width else {})
-        | ({'shuffled': 1.0} if run.context_tokens else {})
-        | {f'text_{name}': 0.5 for name in texts}
         | ({'best_of': float(best_of[-1])} if best_of else {})
         | {f'first_{n}': 0.5 for n in sizes(room(run))}
         | {f'last_{m}': 1.0 for m in quotes}
