@@ -9,20 +9,23 @@ nla        the NLA recipe, from nothing, for all of them
 maps       the `sft` recipe with maps and read-out alone, from nothing, for all of them
 
 Seconds are those of training steps: compilation, evaluation and checkpoints do not count. A short run of each first measures
-its step times; they become steps, in the proportion that the configuration gives its phases, and every schedule runs to
-its end. So figures do not depend on what else the machine does later. The steps are kept in OUT/steps.json: what was
-killed goes on, and another process can run other seeds beside (`taskset -c 1 …`, each with a core of its own).
+its step times; they become steps, in the proportion that the configuration gives its phases, warm-ups shrink with them, and
+every schedule runs to its end. So figures do not depend on what else the machine does later. The steps are kept in
+OUT/steps.json: what was killed goes on, and another process can run other seeds beside (`taskset -c 1 …`, each on a core
+of its own).
 Figures: those of each run, OUT/ARM_SEED/evaluation.json, and the table printed last.
 """
 
 import importlib
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
 
 from lens import files
+from lens.optimizer import SIDES
 from lens.train import train
 
 CONFIG = flags.DEFINE_string('config', 'tiny', 'Module of configs/ whose recipes run.')
@@ -35,6 +38,7 @@ OUT = flags.DEFINE_string('out', 'runs/recipes', 'Folder of the runs.')
 FVE = ('fve', 'fve_greedy', 'fve_given', 'fve_shuffled')
 FACTS = ('facts_recall', 'facts_hallucinated', 'grounded', 'invented', 'topic_recall', 'next_match')
 BEYOND = ('fve_beyond_greedy', 'fve_beyond_given', 'fve_beyond_shuffled')
+WARMUP = re.compile(r'warmup (\d+)s')
 
 
 class Arm(NamedTuple):
@@ -67,7 +71,11 @@ def configured(arm: Arm, seed: int, steps: dict[str, int] | None = None):
         cfg.phases = cfg.phases[-1:]
         cfg.init_from = f'{OUT.value}/start_{seed}'
     for name, count in (steps or {}).items():
-        cfg[name].steps = count
+        share, cfg[name].steps = count / cfg[name].steps, count
+        for key in (f'learning_rate_{side}' for side in SIDES):
+            cfg[name][key] = WARMUP.sub(
+                lambda m, share=share: f'warmup {max(1, round(int(m[1]) * share))}s', cfg[name][key]
+            )
     return cfg
 
 
