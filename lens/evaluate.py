@@ -315,10 +315,14 @@ def main(
     workdir: str, step: str, lens: str, subject: str, data: str, best_of: str, num_vectors: int, studies: bool = True
 ) -> None:
     ks, workdir = study.numbers_of(best_of) if studies else (), pathlib.Path(workdir)
+    print(f'Opening {lens or workdir}', flush=True)
     again = _open(workdir, step, lens, subject_path=subject, data_path=data)
     again, done = again._replace(run=study.sized(again.run, num_vectors)), []
     with jax.set_mesh(again.run.mesh):
         evaluator = Evaluator(again.run)
+        documents, each = evaluator.documents, evaluator.vectors
+        n, at_a_time = documents * each, evaluator.rows * each
+        print(f'{n} activations of {documents} held-out documents, {at_a_time} at a time', flush=True)
 
         def more(c: Collected) -> dict:
             if not studies:
@@ -327,7 +331,7 @@ def main(
             return {'figures': done[0].figures, 'results_by_k': done[0].by_k, 'plots': plots.names(done[0])}
 
         again_read = evaluator.texts if again.run.texts.tags.joints else ()
-        how = _key(again, ks), study.work(again.run, ks, again_read, studies), -(-evaluator.documents // evaluator.rows)
+        how = _key(again, ks), study.work(again.run, ks, again_read, studies), -(-documents // evaluator.rows)
         with batches.opened(workdir / 'evaluation.partial', *how) as evaluator.batch_of:
             result = evaluator.full(again.params, more)
             reading = evaluator.reading(again.params, again.config, again.step, workdir.name)
