@@ -24,7 +24,7 @@ Result of :sft (2026-11-29, 2 CPU cores beside other programs, 63 minutes, of wh
 300 held-out chats: fve_beyond_16 of the most probable words 0.014 [0.001, 0.027], of drawn ones 0.006 [-0.004, 0.018], of labels
 0.049, of another document's words -0.019; fve 0.914, fve_quote_16 0.913; grounded 0.27, next_match 0.15, of another document 0.03,
 0.02. lenses/smollm2-135m is this lens. :grpo after it (18 minutes) did not gain: 0.004, 0.002, of labels 0.017; grounded 0.25.
-:nla and :gumbel were not run to their ends.
+All of them in the same time, with two seeds: python -m benchmarks.recipes --config=smollm2, BUILD_NOTES.md.
 """
 
 import ml_collections
