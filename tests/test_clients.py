@@ -104,6 +104,7 @@ def test_whether_it_runs(client):
     has(told, dict.fromkeys(('num_cuda_devices', 'max_concurrent_explains', 'max_describe_requests'), int))
 
 
+@pytest.mark.slow
 def test_a_prompt_of_rows_is_answered_as_pytorch_goes_on(client, decoder):
     """Of a decoder whose explanations are text between tags."""
     prompt, vector = ids(PROMPT), foreign.vectors(1)[0]

@@ -9,6 +9,8 @@ from lens import hf
 from tests.chat_rows import assistant, renderer, runs, user
 from tests.test_tiny_chat import check_encoded
 
+pytestmark = pytest.mark.slow  # a vocabulary of 200,000 is rebuilt; rules of roles and chats: test_roles, test_render
+
 
 @pytest.fixture(scope='module')
 def harmony(tmp_path_factory):
