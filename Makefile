@@ -25,9 +25,9 @@ TINY_CHAT := data/tiny_chat/gpt_oss
 TINY_LENS := --config.subject.path=$(TINY_CHAT) --config.layer=1 --config.data.path=$(CHAT)/labelled \
   --config.data.positions=assistant --config.explanation_len=12 --config.decoder.prompt='Explanation of <embed>:' \
   --config.encoder.prompt='Text:<text>' --config.decoder.patched_blocks=2 --config.decoder.train=full \
-  --config.encoder.train=lora --config.sft.steps=200 --config.sft.vectors=2 \
+  --config.encoder.train=lora --config.sft.steps=260 --config.sft.vectors=2 \
   --config.sft.learning_rate_decoder='cosine 3e-3 3e-4 warmup 10s' \
-  --config.sft.learning_rate_encoder='cosine 6e-3 6e-4 warmup 10s' --config.grpo.steps=30 --config.grpo.group=4 \
+  --config.sft.learning_rate_encoder='cosine 6e-3 6e-4 warmup 10s' --config.grpo.steps=15 --config.grpo.group=4 \
   --config.eval.vectors=2 --config.eval.batch=32
 
 .PHONY: all demo demo-data smollm2 tokenizers test test-slow test-vllm chaos vllm-env h100-compile tpu-compile lint clean
