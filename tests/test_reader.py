@@ -98,14 +98,18 @@ def test_an_exported_lens_has_the_figures_of_its_run(world, folders, tmp_path):
     root = folders[0]
     how = {'step': 'newest', 'subject': '', 'data': str(world / 'data'), 'best_of': '', 'num_vectors': 0}
     evaluate.main(str(root / 'workdir'), lens='', **how)
-    evaluate.main(str(tmp_path / 'figures'), lens=str(root / 'hf'), studies=False, **how)
-    theirs, ours = (
-        json.loads((d / 'evaluation.json').read_text())['figures'] for d in (root / 'workdir', tmp_path / 'figures')
+    evaluate.main(str(tmp_path / 'figures'), lens=str(root / 'hf'), **how)
+    evaluate.main(str(tmp_path / 'few'), lens=str(root / 'hf'), studies=False, **how)
+    theirs, ours, few = (
+        json.loads((d / 'evaluation.json').read_text())['figures']
+        for d in (root / 'workdir', tmp_path / 'figures', tmp_path / 'few')
     )
-    assert (tmp_path / 'figures/report.html').exists() and not (tmp_path / 'figures/plots').exists()
-    assert {'fve', 'fve_greedy', 'fve_shuffled'} <= ours.keys() < theirs.keys(), 'the studies were left out'
-    for name, figure in ours.items():
-        assert figure['value'] == pytest.approx(theirs[name]['value'], rel=1e-4, abs=1e-5), name
+    assert theirs.keys() == ours.keys() and (tmp_path / 'figures/report.html').exists()
+    for name, figure in theirs.items():
+        assert ours[name]['value'] == pytest.approx(figure['value'], rel=1e-4, abs=1e-5), name
+    assert (tmp_path / 'few/report.html').exists() and not (tmp_path / 'few/plots').exists()
+    assert {'fve', 'fve_greedy', 'fve_shuffled'} <= few.keys() < ours.keys(), 'the studies were left out'
+    assert few == {k: ours[k] for k in few}
     with pytest.raises(LensError, match=r'workdir is a run: give another folder for the figures of --lens='):
         evaluate.main(str(root / 'workdir'), lens=str(root / 'hf'), **how)
 
